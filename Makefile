@@ -1,0 +1,38 @@
+# The commands of the README. `make setup` is a prerequisite of all and runs once; PYTHON=... chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+NATIVE := setup.py CMakeLists.txt pyproject.toml requirements.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PYTEST := $(RUN) -m pytest
+
+.PHONY: help setup quickstart test test-all soak lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.ready: $(NATIVE)
+	PYTHON=$(PYTHON) VENV=$(VENV) scripts/setup_env.sh
+
+setup: $(VENV)/.ready  ## environment, pinned dependencies, native build
+
+quickstart: setup  ## pre-train vision-tiny on real photographs, evaluate it, draw the picture
+	$(RUN) scripts/quickstart.py
+
+test: setup  ## every test this machine can run, in under 25 minutes on two cores
+	$(PYTEST) -m "not long and not soak and not large"
+
+test-all: setup  ## the long tests too
+	$(PYTEST) -m "not soak"
+
+soak: setup  ## the endurance tests
+	$(PYTEST) -m soak
+
+lint: setup  ## ruff, mypy, clang-format
+	$(PYTEST) tests/test_style.py
+
+format: setup  ## rewrite the sources in the project's style
+	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(VENV)/bin/clang-format -i
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info d2v_kernels/lib

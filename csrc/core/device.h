@@ -1,0 +1,69 @@
+// What kernels include: CUDA under nvcc; under a host compiler the engine of csrc/tests, which runs the same source.
+//
+// (Not cuda.h: with this folder on the include path that name would hide the toolkit's <cuda.h>.)
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// Shared memory of a block: D2V_SHARED(float, tile, [8][33]) declares `tile`, D2V_DYNAMIC_SHARED(float, row) a
+// pointer to what the launch asked for.
+#define D2V_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
+#define D2V_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(128) unsigned char d2v_dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(d2v_dynamic_shared)
+
+namespace d2v {
+
+// Makes a device current, and the one before it again at the end.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) : device_(device) {
+    status = cudaGetDevice(&before_);
+    if (status == cudaSuccess && before_ != device_) status = cudaSetDevice(device_);
+  }
+  ~DeviceScope() {
+    if (before_ >= 0 && before_ != device_) cudaSetDevice(before_);
+  }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+  cudaError_t status;
+
+ private:
+  int device_, before_ = -1;
+};
+
+template <class T>
+struct AsIs {
+  using type = T;
+};
+
+// kernel<<<grid, block, shared_bytes, stream>>>(args...), except that the error is that of this launch alone, not
+// what an earlier call left behind, and that large parameters are not copied on the way.
+template <class... P>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   const typename AsIs<P>::type&... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
+}
+
+inline const char* error_text(cudaError_t error) { return cudaGetErrorString(error); }
+
+}  // namespace d2v
+#else
+#include "engine/engine.h"
+namespace d2v {
+using engine::DeviceScope;
+using engine::error_text;
+using engine::launch;
+}  // namespace d2v
+#endif

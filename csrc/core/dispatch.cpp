@@ -1,0 +1,66 @@
+// Picks the kernels' instruction level once, at first use.
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "ema.h"
+#include "layers.h"
+#include "loss.h"
+#include "tokens.h"
+
+namespace d2v {
+
+#define D2V_DECLARE(isa)                       \
+  extern const EmaKernels ema_kernels_##isa;       \
+  extern const LayersKernels layers_kernels_##isa; \
+  extern const LossKernels loss_kernels_##isa;     \
+  extern const TokensKernels tokens_kernels_##isa;
+D2V_DECLARE(base)
+#if defined(D2V_X86_LEVELS)
+D2V_DECLARE(avx2)
+D2V_DECLARE(avx512)
+#endif
+#undef D2V_DECLARE
+
+namespace {
+
+struct Tables {
+  const char* isa;
+  const EmaKernels* ema;
+  const LayersKernels* layers;
+  const LossKernels* loss;
+  const TokensKernels* tokens;
+};
+
+#define D2V_TABLES(isa) \
+  Tables { #isa, &ema_kernels_##isa, &layers_kernels_##isa, &loss_kernels_##isa, &tokens_kernels_##isa }
+
+Tables pick() {
+#if defined(D2V_X86_LEVELS)
+  const char* highest = std::getenv("D2V_KERNELS_ISA");  // tests ask for less than the machine has
+  const int level = !highest || !*highest ? 2 : !std::strcmp(highest, "base") ? 0 : !std::strcmp(highest, "avx2") ? 1 : 2;
+  __builtin_cpu_init();  // also looks at what the operating system saves
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (level >= 2 && avx512) return D2V_TABLES(avx512);
+  if (level >= 1 && avx2) return D2V_TABLES(avx2);
+#endif
+  return D2V_TABLES(base);
+}
+
+const Tables& tables() {
+  static const Tables picked = pick();
+  return picked;
+}
+
+}  // namespace
+
+const char* cpu_isa() { return tables().isa; }
+const EmaKernels& ema_kernels() { return *tables().ema; }
+const LayersKernels& layers_kernels() { return *tables().layers; }
+const LossKernels& loss_kernels() { return *tables().loss; }
+const TokensKernels& tokens_kernels() { return *tables().tokens; }
+
+}  // namespace d2v

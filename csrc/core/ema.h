@@ -1,0 +1,70 @@
+// a <- a + w (s - a) over many tensors, with an optional copy in another type.
+//
+// The arithmetic is fp32 (fp64 where the average is fp64), w rounded to that type once. The copy is a cast of the
+// average as stored. With w == 0 averages are not touched, so NaN in a source does not spread; copies are written.
+#pragma once
+#include "dtype.h"
+
+namespace d2v {
+
+// One tensor, flat. average: any type; source: fp64 only if the average is; copy: may be null (copy_type kNone).
+struct EmaTensor {
+  void* average;
+  const void* source;
+  void* copy;
+  int64_t count;
+  DType average_type, source_type, copy_type;
+};
+
+// ---- CPU ----
+
+// Elements [begin, end) of one tensor.
+struct EmaKernels {
+  void (*update)(const EmaTensor* tensor, int64_t begin, int64_t end, double weight);
+};
+const EmaKernels& ema_kernels();
+
+// first_chunk[i] = number of chunks before tensor i; count + 1 entries. Returns the total.
+int64_t index_ema_chunks(const EmaTensor* tensors, int64_t count, int64_t* first_chunk);
+void update_ema(const EmaTensor* tensors, int64_t count, const int64_t* first_chunk, double weight, Parallel parallel);
+
+// ---- CUDA: ema.cu, in the library d2v_cuda ----
+
+// A piece of one tensor for one thread block. A table of these lies in device memory; ema_table.h fills it. All
+// pieces of a tensor but its last are kEmaDeviceChunk long, so that they are aligned alike.
+struct EmaChunk {
+  void* average;
+  const void* source;
+  void* copy;
+  int32_t count;  // 1 .. kEmaDeviceChunk
+  DType copy_type;
+};
+static_assert(sizeof(EmaChunk) == 32, "the module and the library agree on it");
+constexpr int32_t kEmaDeviceChunk = 16384;
+
+// Neighbouring chunks of one (average, source) type, which one launch updates.
+struct EmaGroup {
+  DType average_type, source_type;
+  int64_t first, count;
+};
+// (fp32, bf16, fp16) x (fp32, bf16, fp16), and (fp64, fp64)
+constexpr int kEmaGroups = 10;
+
+// The update of a table: `chunks` is device memory, `groups` host memory. device_weight: device address of a double
+// that replaces `weight`, or null. Launches on `stream` of `device` and returns at once: 0, or a cudaError_t.
+typedef int (*EmaLaunch)(const EmaChunk* chunks, const EmaGroup* groups, int64_t group_count, double weight,
+                         const double* device_weight, int32_t device, void* stream);
+
+extern "C" {
+// An EmaLaunch.
+D2V_EXPORT int d2v_launch_ema(const EmaChunk* chunks, const EmaGroup* groups, int64_t group_count, double weight,
+                              const double* device_weight, int32_t device, void* stream);
+// The same without a table in device memory: the list travels in the kernel's parameters. So there is nothing to
+// upload or to keep alive, and a CUDA graph may capture it; but the host walks the list at every call.
+D2V_EXPORT int d2v_launch_ema_list(const EmaTensor* tensors, int64_t count, double weight, const double* device_weight,
+                                   int32_t device, void* stream);
+// What an error code of the two means.
+D2V_EXPORT const char* d2v_cuda_error_text(int code);
+}
+
+}  // namespace d2v

@@ -1,0 +1,162 @@
+// Objects that live longer than a call: EMA tables and mask samplers. Tensors come as addresses and sizes, so that this
+// module needs neither torch's headers nor its libraries.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../core/dispatch.h"
+#include "../core/ema.h"
+#include "../core/masks.h"
+
+namespace py = pybind11;
+
+namespace d2v {
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void run_here(int64_t n, int64_t, ParallelBody body, void* context) { body(context, 0, n); }
+
+// update_ema_ of fixed tensors with the tables built once.
+class EmaPlan {
+ public:
+  // Each entry: (average, source, copy or 0, elements, average type, source type, copy type or -1).
+  using Entry = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int, int, int>;
+
+  EmaPlan(const std::vector<Entry>& entries, uintptr_t parallel_for) {
+    for (const auto& [average, source, copy, count, average_type, source_type, copy_type] : entries) {
+      tensors_.push_back({pointer<void>(average), pointer<void>(source), pointer<void>(copy), count,
+                          static_cast<DType>(average_type), static_cast<DType>(source_type),
+                          static_cast<DType>(copy_type)});
+      check(tensors_.back());
+    }
+    first_chunk_.resize(tensors_.size() + 1);
+    index_ema_chunks(tensors_.data(), size(), first_chunk_.data());
+    parallel_ = {parallel_for ? reinterpret_cast<ParallelFor>(parallel_for) : run_here, 0};
+  }
+
+  void step(double weight) const { update_ema(tensors_.data(), size(), first_chunk_.data(), weight, parallel_); }
+
+  // CUDA: the chunk table, to be copied to the device by the caller, who keeps that memory.
+  py::bytes device_table() {
+    const int64_t count = count_ema_device_chunks(tensors_.data(), size());
+    std::string bytes(static_cast<size_t>(count) * sizeof(EmaChunk), '\0');
+    std::vector<EmaChunk> chunks(static_cast<size_t>(count));
+    groups_.resize(kEmaGroups);
+    groups_.resize(static_cast<size_t>(build_ema_table(tensors_.data(), size(), chunks.data(), groups_.data())));
+    std::memcpy(&bytes[0], chunks.data(), bytes.size());
+    return py::bytes(bytes);
+  }
+
+  // launch: address of d2v_launch_ema; table: device address of what device_table() returned; weight_address: device
+  // address of a double that replaces the weight, or 0.
+  void step_device(double weight, uintptr_t launch, uintptr_t table, uintptr_t weight_address, int32_t device,
+                   uintptr_t stream) const {
+    const int error = reinterpret_cast<EmaLaunch>(launch)(pointer<EmaChunk>(table), groups_.data(),
+                                                          static_cast<int64_t>(groups_.size()), weight,
+                                                          pointer<double>(weight_address), device, pointer<void>(stream));
+    if (error != 0) throw std::runtime_error("update_ema_: launch failed with CUDA error " + std::to_string(error));
+  }
+
+ private:
+  static void check(const EmaTensor& t) {
+    const auto known = [](DType type) { return type >= kFloat32 && type <= kFloat64; };
+    const bool wide = t.average_type == kFloat64;
+    if (!known(t.average_type) || !known(t.source_type) || (t.source_type == kFloat64) != wide ||
+        (t.copy ? !known(t.copy_type) : t.copy_type != kNone) || t.count < 0) {
+      throw std::invalid_argument("EmaPlan: entry: expected known types, float64 for both of average and source or neither");
+    }
+  }
+  int64_t size() const { return static_cast<int64_t>(tensors_.size()); }
+
+  std::vector<EmaTensor> tensors_;
+  std::vector<int64_t> first_chunk_;
+  std::vector<EmaGroup> groups_;
+  Parallel parallel_{};
+};
+
+MaskKind mask_kind(const std::string& name) {
+  if (name == "span") return kMaskSpan;
+  if (name == "rectangles") return kMaskRectangles;
+  if (name == "token-span") return kMaskTokenSpan;
+  if (name == "block") return kMaskBlock;
+  if (name == "random") return kMaskRandom;
+  throw std::invalid_argument("MaskSampler: kind: expected span, rectangles, token-span, block or random, got " + name);
+}
+
+// The low 64 bits of any Python integer.
+uint64_t low_bits(const py::int_& value) {
+  const uint64_t bits = PyLong_AsUnsignedLongLongMask(value.ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return bits;
+}
+
+class MaskSampler {
+ public:
+  MaskSampler(const std::string& kind, int64_t height, int64_t width, double ratio, int64_t span, double adjust,
+              bool inverse, bool equal_counts, const py::int_& seed)
+      : rule_{mask_kind(kind), height, width, ratio, span, adjust, inverse, equal_counts, low_bits(seed)} {
+    if (height < 0 || width < 1 || rule_.tokens() > INT32_MAX || span < 1 || span > INT32_MAX || !(ratio >= 0 && ratio <= 1)) {
+      throw std::invalid_argument("MaskSampler: expected 1 to 2^31 - 1 tokens, span of 1 or more, ratio 0 to 1");
+    }
+  }
+
+  void draw(uintptr_t sample_ids, int64_t samples, const py::int_& epoch, int64_t copies, uintptr_t lengths,
+            uintptr_t mask, uintptr_t counts) const {
+    const uint64_t epoch_bits = low_bits(epoch);
+    py::gil_scoped_release release;
+    draw_masks(rule_, pointer<int64_t>(sample_ids), samples, epoch_bits, copies, pointer<int64_t>(lengths),
+               pointer<uint8_t>(mask), pointer<int64_t>(counts));
+  }
+
+ private:
+  MaskRule rule_;
+};
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = D2V_COMPILER;
+  info["flags"] = D2V_FLAGS;
+  info["isa"] = cpu_isa();
+#if defined(D2V_X86_LEVELS)
+  info["isa_levels"] = py::make_tuple("base", "avx2", "avx512");
+#else
+  info["isa_levels"] = py::make_tuple("base");
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "EMA tables, mask samplers and the build record of the native code.";
+  m.def("build_info", &build_info, "Compiler, flags and instruction levels of this module.");
+  m.def(
+      "mask_lists",
+      [](uintptr_t mask, int64_t rows, int64_t tokens, int64_t visible, uintptr_t keep, uintptr_t restore,
+         uintptr_t numbers) {
+        list_masks(pointer<uint8_t>(mask), rows, tokens, visible, pointer<int32_t>(keep), pointer<int32_t>(restore),
+                   pointer<int64_t>(numbers));
+      },
+      py::call_guard<py::gil_scoped_release>(),
+      "Lists of a mask: addresses of mask (rows, tokens) uint8, keep (rows, visible) int32, restore (rows, tokens) int32, "
+      "numbers int64; visible -1 and addresses 0 where rows mask different counts.");
+  py::class_<EmaPlan>(m, "EmaPlan")
+      .def(py::init<const std::vector<EmaPlan::Entry>&, uintptr_t>(), py::arg("entries"), py::arg("parallel_for"))
+      .def("step", &EmaPlan::step, py::arg("weight"), py::call_guard<py::gil_scoped_release>())
+      .def("device_table", &EmaPlan::device_table)
+      .def("step_device", &EmaPlan::step_device, py::arg("weight"), py::arg("launch"), py::arg("table"),
+           py::arg("weight_address"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  py::class_<MaskSampler>(m, "MaskSampler")
+      .def(py::init<const std::string&, int64_t, int64_t, double, int64_t, double, bool, bool, const py::int_&>())
+      .def("draw", &MaskSampler::draw);
+}
+
+}  // namespace d2v

@@ -1,0 +1,101 @@
+// What the operator files share: element types, index tensors, threads.
+//
+// Public checks are made in Python. Those here protect memory, since torch.ops.d2v_native can be called directly.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../core/dtype.h"
+
+namespace d2v {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType element_type(const char* op, const char* name, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    case ScalarType::Double:
+      return kFloat64;
+    default:
+      STD_TORCH_CHECK(false, op, ": dtype of ", name, ": expected float32, bfloat16, float16 or float64, got type number ",
+                      static_cast<int>(type));
+  }
+  return kNone;
+}
+
+inline DType element_type(const char* op, const char* name, const Tensor& t) {
+  return element_type(op, name, t.scalar_type());
+}
+
+inline void check_dims(const char* op, const char* name, const Tensor& t, int64_t dims) {
+  STD_TORCH_CHECK(t.dim() == dims, op, ": ", name, ": expected ", dims, " dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, ": expected a tensor on the CPU");
+}
+
+inline void check_size(const char* op, const char* what, int64_t expected, int64_t got) {
+  STD_TORCH_CHECK(expected == got, op, ": ", what, ": expected ", expected, ", got ", got);
+}
+
+// Channels side by side; a tensor that is empty or one channel wide has no meaningful last stride.
+inline void check_last_stride(const char* op, const char* name, const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(t.numel() == 0 || t.size(last) <= 1 || t.stride(last) == 1, op, ": last stride of ", name,
+                  ": expected 1, got ", t.stride(last));
+}
+
+// A 1-D (rows: one) or 2-D index tensor.
+inline Indices indices(const char* op, const char* name, const Tensor& t, int64_t dims) {
+  check_dims(op, name, t, dims);
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, ": dtype of ", name,
+                  ": expected int32 or int64, got type number ", static_cast<int>(type));
+  return {t.const_data_ptr(), type == ScalarType::Long, dims == 2 ? t.stride(0) : 0, t.stride(dims - 1)};
+}
+
+// Raises if an index is not in [0, limit).
+void check_index_range(const char* op, const char* name, const Indices& index, int64_t rows, int64_t columns,
+                       int64_t limit);
+
+// torch's own threads; honours torch.set_num_threads.
+Parallel torch_parallel();
+
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes,
+                         std::optional<ScalarType> type = std::nullopt) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+// ---- the operators; contracts in d2v_kernels ----
+
+Tensor average_layers_cpu(const std::vector<Tensor>& layers, const std::string& norm, const std::string& out_norm,
+                          const OptionalTensor& lengths, double eps, ScalarType out_dtype);
+void update_ema_cpu(const std::vector<Tensor>& averages, const std::vector<Tensor>& sources,
+                    const std::vector<Tensor>& copies, double weight, const OptionalTensor& weight_tensor);
+Tensor gather_tokens_cpu(const Tensor& x, const Tensor& index, int64_t clones);
+Tensor gather_tokens_backward_cpu(const Tensor& grad, const Tensor& index, int64_t clones, int64_t tokens);
+Tensor restore_tokens_cpu(const Tensor& kept, const Tensor& restore, const OptionalTensor& fill,
+                          const OptionalTensor& noise_keys, double noise_std);
+std::tuple<Tensor, Tensor> restore_tokens_backward_cpu(const Tensor& grad, const Tensor& restore, int64_t visible,
+                                                       int64_t fill_rows);
+std::tuple<Tensor, Tensor, Tensor> masked_regression_loss_cpu(const Tensor& prediction, const Tensor& target,
+                                                              const OptionalTensor& prediction_rows,
+                                                              const OptionalTensor& target_rows, double beta,
+                                                              double scale);
+Tensor masked_regression_loss_backward_cpu(const Tensor& grad, const Tensor& prediction, const Tensor& target,
+                                           const OptionalTensor& prediction_rows, const OptionalTensor& target_rows,
+                                           double beta, double scale);
+
+}  // namespace d2v

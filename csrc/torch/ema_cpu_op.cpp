@@ -1,0 +1,116 @@
+// update_ema_ on CPU tensors.
+#include <algorithm>
+
+#include "../core/ema.h"
+#include "common.h"
+
+namespace d2v {
+namespace {
+
+constexpr const char* kOp = "update_ema_";
+
+// One contiguous piece of memory, in whatever order of dimensions.
+bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  std::vector<int64_t> dims;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) > 1) dims.push_back(d);
+  }
+  std::sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return t.stride(a) < t.stride(b); });
+  int64_t expected = 1;
+  for (const int64_t d : dims) {
+    if (t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+class Tables {
+ public:
+  void add(const Tensor& average, const Tensor& source, const Tensor* copy) {
+    EmaTensor e{};
+    e.average_type = element_type(kOp, "average", average);
+    e.source_type = element_type(kOp, "source", source);
+    e.copy_type = copy ? element_type(kOp, "copy", *copy) : kNone;
+    STD_TORCH_CHECK(e.average_type == kFloat64 ? e.source_type == kFloat64 : e.source_type != kFloat64, kOp,
+                    ": dtypes: expected float64 for both of average and source or for neither");
+    check(average, average, "average");
+    check(average, source, "source");
+    if (copy) check(average, *copy, "copy");
+    if (average.numel() == 0) return;
+    e.average = average.mutable_data_ptr();
+    e.source = source.const_data_ptr();
+    e.copy = copy ? copy->mutable_data_ptr() : nullptr;
+    if (is_dense(average) && same_layout(average, source) && (!copy || same_layout(average, *copy))) {
+      e.count = average.numel();
+      tensors_.push_back(e);
+    } else {
+      add_strided(e, average, source, copy, 0);
+    }
+  }
+  const std::vector<EmaTensor>& tensors() const { return tensors_; }
+
+ private:
+  static void check(const Tensor& average, const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.is_cpu(), kOp, ": ", name, ": expected a tensor on the CPU");
+    STD_TORCH_CHECK(t.dim() == average.dim(), kOp, ": ", name, ": expected ", average.dim(), " dimensions, got ", t.dim());
+    for (int64_t d = 0; d < t.dim(); ++d) check_size(kOp, name, average.size(d), t.size(d));
+  }
+
+  // Tensors whose layouts differ: runs along the last dimension where all of them are dense there, else single numbers.
+  void add_strided(const EmaTensor& e, const Tensor& average, const Tensor& source, const Tensor* copy, int64_t d) {
+    const int64_t last = average.dim() - 1, n = d > last ? 1 : average.size(d);
+    if (d > last) {
+      tensors_.push_back(e);
+      tensors_.back().count = 1;
+      return;
+    }
+    const int64_t sa = average.stride(d), ss = source.stride(d), sc = copy ? copy->stride(d) : 1;
+    if (d == last && sa == 1 && ss == 1 && sc == 1) {
+      tensors_.push_back(e);
+      tensors_.back().count = n;
+      return;
+    }
+    STD_TORCH_CHECK(n == 1 || (sa != 0 && (!copy || sc != 0)), kOp,
+                    ": average and copy: expected tensors without overlapping elements");
+    for (int64_t i = 0; i < n; ++i) {
+      EmaTensor at = e;
+      at.average = static_cast<char*>(e.average) + i * sa * size_of(e.average_type);
+      at.source = static_cast<const char*>(e.source) + i * ss * size_of(e.source_type);
+      if (copy) at.copy = static_cast<char*>(e.copy) + i * sc * size_of(e.copy_type);
+      add_strided(at, average, source, copy, d + 1);
+    }
+  }
+
+  std::vector<EmaTensor> tensors_;
+};
+
+}  // namespace
+
+void update_ema_cpu(const std::vector<Tensor>& averages, const std::vector<Tensor>& sources,
+                    const std::vector<Tensor>& copies, double weight, const OptionalTensor& weight_tensor) {
+  check_size(kOp, "number of sources", static_cast<int64_t>(averages.size()), static_cast<int64_t>(sources.size()));
+  STD_TORCH_CHECK(copies.empty() || copies.size() == averages.size(), kOp, ": number of copies: expected ",
+                  averages.size(), ", got ", copies.size());
+  if (weight_tensor.has_value()) {
+    check_dims(kOp, "weight", *weight_tensor, 0);
+    STD_TORCH_CHECK(weight_tensor->scalar_type() == ScalarType::Double, kOp, ": dtype of weight: expected float64");
+    weight = *weight_tensor->const_data_ptr<double>();
+  }
+  Tables tables;
+  for (size_t i = 0; i < averages.size(); ++i) tables.add(averages[i], sources[i], copies.empty() ? nullptr : &copies[i]);
+  const int64_t count = static_cast<int64_t>(tables.tensors().size());
+  std::vector<int64_t> first_chunk(static_cast<size_t>(count + 1));
+  index_ema_chunks(tables.tensors().data(), count, first_chunk.data());
+  update_ema(tables.tensors().data(), count, first_chunk.data(), weight, torch_parallel());
+}
+
+}  // namespace d2v

@@ -1,0 +1,65 @@
+// Schemas of torch.ops.d2v_native (those of d2v_kernels/_schema.py, SymInt written int) and their CPU registration.
+#include <torch/csrc/stable/c/shim.h>
+
+#include "../core/dispatch.h"
+#include "../core/tokens.h"
+#include "common.h"
+
+#define D2V_EXPORT extern "C" __attribute__((visibility("default")))
+
+// For the pybind11 module, which knows nothing of torch: the address of this goes to EmaPlan.
+D2V_EXPORT void d2v_parallel_for(int64_t n, int64_t grain, d2v::ParallelBody body, void* context) {
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+D2V_EXPORT const char* d2v_cpu_isa() { return d2v::cpu_isa(); }
+
+namespace d2v {
+
+Parallel torch_parallel() {
+  return {d2v_parallel_for, static_cast<int>(torch::stable::get_num_threads())};
+}
+
+void check_index_range(const char* op, const char* name, const Indices& index, int64_t rows, int64_t columns,
+                       int64_t limit) {
+  BadIndex bad;
+  if (!find_bad_index(index, rows, columns, limit, &bad)) return;
+  if (limit == INT64_MAX) {
+    STD_TORCH_CHECK(false, op, ": ", name, ": expected 0 or more, got ", bad.value, " at row ", bad.row, ", column ",
+                    bad.column);
+  }
+  STD_TORCH_CHECK(false, op, ": ", name, ": expected 0 to ", limit - 1, ", got ", bad.value, " at row ", bad.row,
+                  ", column ", bad.column);
+}
+
+}  // namespace d2v
+
+STABLE_TORCH_LIBRARY(d2v_native, m) {
+  m.def(
+      "average_layers(Tensor[] layers, str norm, str out_norm, Tensor? lengths, float eps, ScalarType out_dtype)"
+      " -> Tensor");
+  m.def(
+      "update_ema_(Tensor(a!)[] averages, Tensor[] sources, Tensor(b!)[] copies, float weight, Tensor? weight_tensor)"
+      " -> ()");
+  m.def("gather_tokens(Tensor x, Tensor index, int clones) -> Tensor");
+  m.def("gather_tokens_backward(Tensor grad, Tensor index, int clones, int tokens) -> Tensor");
+  m.def("restore_tokens(Tensor kept, Tensor restore, Tensor? fill, Tensor? noise_keys, float noise_std) -> Tensor");
+  m.def("restore_tokens_backward(Tensor grad, Tensor restore, int visible, int fill_rows) -> (Tensor, Tensor)");
+  m.def(
+      "masked_regression_loss(Tensor prediction, Tensor target, Tensor? prediction_rows, Tensor? target_rows,"
+      " float beta, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "masked_regression_loss_backward(Tensor grad, Tensor prediction, Tensor target, Tensor? prediction_rows,"
+      " Tensor? target_rows, float beta, float scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(d2v_native, CPU, m) {
+  m.impl("average_layers", TORCH_BOX(&d2v::average_layers_cpu));
+  m.impl("update_ema_", TORCH_BOX(&d2v::update_ema_cpu));
+  m.impl("gather_tokens", TORCH_BOX(&d2v::gather_tokens_cpu));
+  m.impl("gather_tokens_backward", TORCH_BOX(&d2v::gather_tokens_backward_cpu));
+  m.impl("restore_tokens", TORCH_BOX(&d2v::restore_tokens_cpu));
+  m.impl("restore_tokens_backward", TORCH_BOX(&d2v::restore_tokens_backward_cpu));
+  m.impl("masked_regression_loss", TORCH_BOX(&d2v::masked_regression_loss_cpu));
+  m.impl("masked_regression_loss_backward", TORCH_BOX(&d2v::masked_regression_loss_backward_cpu));
+}

@@ -1,0 +1,349 @@
+"""Every setting of a run, as nested dataclasses.
+
+A recipe (`d2v.recipes`) is a function that returns a `Config`; the command line overrides single fields by their
+dotted names (`--optim.learning-rate 1e-3`). The doc text under a field is its help text. Symbols: B samples,
+M masked copies per sample, T tokens, C width, K averaged blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+PUBLISHED_BEHAVIOURS = frozenset(
+    {
+        "statistics-over-padding",
+        "loss-on-padding",
+        "positions-see-padding",
+        "class-loss-per-micro-batch",
+        "no-head-1.0-vision",
+        "pre-norm-without-residual",
+        "visible-count-of-row-0",
+        "masked-tokens-only-teacher",
+        "equal-mask-counts",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Stem:
+    """What turns raw input into T features of width C."""
+
+    modality: Literal["vision"] = "vision"
+    """Kind of input."""
+    image_size: int = 224
+    """Height and width of an image in pixels."""
+    patch_size: int = 16
+    """Height and width of a patch in pixels."""
+    channels: int = 3
+    """Colour channels of an image."""
+    position_scale: float = 1.0
+    """Factor on the fixed sin-cos positions. Published: 1."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and per row."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Transformer blocks of student and teacher."""
+
+    width: int = 768
+    """Channels C of a token."""
+    heads: int = 12
+    """Attention heads; divides the width."""
+    prenet_depth: int = 0
+    """Blocks before the main ones; never used as targets."""
+    depth: int = 12
+    """Main blocks."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over C."""
+    norm_order: Literal["post", "pre"] = "post"
+    """Layer norm after each residual sum (published 2.0) or before each branch."""
+    norm_eps: float = 1e-5
+    """Epsilon of the layer norms."""
+    norm_affine: bool = True
+    """Layer norms have a learned gain and bias."""
+    extra_tokens: int = 0
+    """Learned tokens put before the others; they have no position and are never masked. The last is the class token."""
+    dropout: float = 0.0
+    """Dropout after attention projection and MLP."""
+    attention_dropout: float = 0.0
+    """Dropout on attention weights."""
+    activation_dropout: float = 0.0
+    """Dropout inside the MLP, after the activation."""
+    prenet_dropout: float = 0.0
+    """Dropout on the tokens that enter the first block."""
+    layer_drop: float = 0.0
+    """Probability that the student skips a main block."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block, rising linearly from 0."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Convolutional decoder of data2vec 2.0: predicts masked tokens from visible tokens and noise."""
+
+    layers: int = 6
+    """Convolutions."""
+    width: int = 768
+    """Channels of a convolution's output."""
+    kernel: int = 3
+    """Kernel size (both axes for images)."""
+    groups: int = 16
+    """Groups of a convolution."""
+    residual: bool = True
+    """Add a layer's input to its output where the channel counts agree."""
+    projection_layers: int = 1
+    """Linear layers of the last projection, with GELU between."""
+    projection_ratio: float = 2.0
+    """Hidden width of the projection over C."""
+    input_dropout: float = 0.0
+    """Dropout on the encoder output that enters the decoder."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which tokens the student does not see."""
+
+    kind: Literal["block", "random", "span", "rectangles", "token-span"] = "block"
+    """Sampling rule; see `d2v_kernels.MaskSampler`."""
+    ratio: float = 0.8
+    """Masked fraction of the tokens."""
+    adjust: float = 0.0
+    """Added to the ratio when block centres are counted, before the exact count is enforced."""
+    span: int = 1
+    """Side of a block, or length of a span, in tokens."""
+    inverse: bool = False
+    """Draw the visible blocks instead of the masked ones."""
+    copies: int = 1
+    """Masked copies M of each sample; the teacher runs once for all of them."""
+    noise_std: float = 0.01
+    """Standard deviation of the noise that stands for masked tokens in the decoder."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the student predicts: the mean of K normalised teacher tensors, normalised again."""
+
+    source: Literal["ffn", "block"] = "ffn"
+    """MLP output before the residual sum, or the block's output."""
+    top_k: int = 8
+    """Number K of top main blocks that are averaged."""
+    norm: str = "instance"
+    """Norm of each tensor: none, layer (over C), instance (over T), batch (over B, T), or several joined by commas."""
+    out_norm: str = "none"
+    """Norm of the mean, same names."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Regression at the masked tokens, and of the class token."""
+
+    beta: float = 0.0
+    """0: squared error; above 0: smooth-L1 with this threshold."""
+    scale: float | None = None
+    """Factor on the summed error; unset: 1 / sqrt(C)."""
+    class_weight: float = 0.0
+    """Weight of the class-token loss, as published (0.01 for images)."""
+    class_rows: int = 256
+    """Student rows per micro-batch for which the published class weight was chosen; makes the class loss independent of
+    batch size and accumulation."""
+
+
+@dataclass(frozen=True)
+class Ema:
+    """The teacher's moving average."""
+
+    start: float = 0.999
+    """Decay at update 0."""
+    end: float = 0.9999
+    """Decay after the annealing."""
+    anneal_steps: int | None = None
+    """Updates over which the decay rises linearly; unset: the whole run."""
+    scope: Literal["all", "encoder", "blocks"] = "all"
+    """What is averaged: everything but the decoder (published: images), not the stem (speech), or only the main blocks
+    (text). The teacher uses the student's own parts for the rest."""
+
+    def decay(self, update: int, steps: int) -> float:
+        """Decay used after optimiser update number `update` (1-based) of a run of `steps` updates."""
+        anneal = self.anneal_steps if self.anneal_steps is not None else steps
+        if update >= anneal:
+            return self.end
+        return self.end - (self.end - self.start) * (1.0 - update / anneal)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with warm-up and cosine decay."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of Adam's moments."""
+    eps: float = 1e-6
+    """Added to the root of Adam's second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, per unit of learning rate."""
+    decay_all: bool = True
+    """Decay biases and norm gains too, as the published runs did."""
+    clip: float | None = None
+    """Largest global gradient norm; unset: no clipping."""
+    warmup_steps: int = 10_000
+    """Updates of linear warm-up from 0."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where samples come from and how they are batched."""
+
+    path: str = ""
+    """Folder, file, or shard pattern to train on."""
+    valid: str | None = None
+    """Held-out data, same formats; unset: none."""
+    global_batch: int = 256
+    """Samples per optimiser update, over all ranks and accumulation steps."""
+    micro_batch: int | None = None
+    """Samples per forward on one rank; unset: the whole share of a rank."""
+    workers: int = 1
+    """Loader processes per rank; masks are drawn there."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of a random crop over the area of the image."""
+    flip: bool = True
+    """Mirror half of the images left to right."""
+    rotate: bool = False
+    """Turn each image by a random multiple of 90 degrees."""
+    grey: bool = False
+    """Convert to grey, repeated to the stem's channels."""
+    standardise: Literal["imagenet", "sample"] = "imagenet"
+    """Fixed ImageNet mean and deviation per channel, or zero mean and unit variance per image."""
+    bad_fraction: float = 0.05
+    """Stop when more than this share of the samples cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Length, logging, checkpoints, numerics."""
+
+    dir: str = ""
+    """Run folder; resumes if it holds a checkpoint."""
+    steps: int = 400_000
+    """Optimiser updates."""
+    seed: int = 0
+    """Seed of weights, masks, noise, crops and order."""
+    log_every: int = 50
+    """Updates between lines of metrics.jsonl."""
+    checkpoint_every: int = 5_000
+    """Updates between checkpoints."""
+    keep_checkpoints: int = 2
+    """Most recent checkpoints kept."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products under autocast, fp32 master weights."""
+    threads: int | None = None
+    """CPU threads of PyTorch; unset: its default."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU when there is one."""
+    collapse_after: int = 5_000
+    """Updates after which the collapse rule applies: the run stops when both monitors below are under their limit, or
+    NaN. A loss that is not finite stops the run at any time."""
+    collapse_prediction_std: float = 0.01
+    """Limit on prediction_std; 0 turns the collapse rule off."""
+    collapse_content_spread: float = 0.01
+    """Limit on content_spread; 0 turns the collapse rule off."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A complete run: model, data, optimisation."""
+
+    recipe: str = ""
+    """Name of the recipe this configuration came from."""
+    version: Literal[1, 2] = 2
+    """data2vec 1.0 or 2.0."""
+    stem: Stem = field(default_factory=Stem)
+    encoder: Encoder = field(default_factory=Encoder)
+    decoder: Decoder = field(default_factory=Decoder)
+    mask: Mask = field(default_factory=Mask)
+    target: Target = field(default_factory=Target)
+    loss: Loss = field(default_factory=Loss)
+    ema: Ema = field(default_factory=Ema)
+    optim: Optim = field(default_factory=Optim)
+    data: Data = field(default_factory=Data)
+    run: Run = field(default_factory=Run)
+    published: frozenset[str] = frozenset()
+    """Behaviours of the published code reproduced on purpose (docs/parity.md)."""
+
+    def __post_init__(self) -> None:
+        _require(self.encoder.width % self.encoder.heads == 0, "encoder.width", "a multiple of encoder.heads", self)
+        _require(1 <= self.target.top_k <= self.encoder.depth, "target.top_k", "1 to encoder.depth", self)
+        _require(0.0 < self.mask.ratio < 1.0, "mask.ratio", "above 0 and below 1", self)
+        _require(self.mask.copies >= 1, "mask.copies", "at least 1", self)
+        needed = 1 if self.loss.class_weight > 0.0 else 0
+        _require(self.encoder.extra_tokens >= needed, "encoder.extra_tokens", f"at least {needed}", self)
+        _require(0.0 <= self.ema.start <= 1.0, "ema.start", "0 to 1", self)
+        _require(0.0 <= self.ema.end <= 1.0, "ema.end", "0 to 1", self)
+        _require(self.run.steps >= 0, "run.steps", "0 or more", self)
+        _require(self.run.log_every >= 1, "run.log_every", "1 or more", self)
+        _require(self.run.checkpoint_every >= 1, "run.checkpoint_every", "1 or more", self)
+        _require(self.data.global_batch >= 1, "data.global_batch", "1 or more", self)
+        _require(self.data.workers >= 0, "data.workers", "0 or more", self)
+        micro = self.data.micro_batch
+        _require(micro is None or micro >= 1, "data.micro_batch", "1 or more", self)
+        _require(0.0 <= self.data.bad_fraction <= 1.0, "data.bad_fraction", "0 to 1", self)
+        _require(self.run.keep_checkpoints >= 1, "run.keep_checkpoints", "1 or more", self)
+        _require(self.run.threads is None or self.run.threads >= 1, "run.threads", "1 or more", self)
+        _require(self.optim.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self)
+        _require(self.optim.learning_rate >= 0.0, "optim.learning_rate", "0 or more", self)
+        unknown = self.published - PUBLISHED_BEHAVIOURS
+        if unknown:
+            raise ValueError(f"published: expected names of {sorted(PUBLISHED_BEHAVIOURS)}, got {sorted(unknown)}")
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the summed error: `loss.scale`, or 1 / sqrt(C)."""
+        return self.loss.scale if self.loss.scale is not None else 1.0 / math.sqrt(self.encoder.width)
+
+    def to_json(self) -> str:
+        """The configuration as JSON text; `from_json` reads it back."""
+        value = dataclasses.asdict(self)
+        value["published"] = sorted(self.published)
+        return json.dumps(value, indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Config:
+        """Rebuilds a configuration; unknown or missing fields raise `ValueError` with their names."""
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"config: expected a JSON object, got {type(value).__name__}")
+        config: Config = _build(Config, value, "config")
+        return config
+
+
+def _require(condition: bool, name: str, expected: str, config: Config) -> None:
+    if not condition:
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def _build(cls: Any, value: dict[str, Any], where: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(value) - set(fields)):
+        raise ValueError(f"{where}: unknown fields {unknown}; expected {sorted(fields)}")
+    kwargs: dict[str, Any] = {}
+    for name, item in value.items():
+        section = fields[name].default_factory
+        if dataclasses.is_dataclass(section):
+            kwargs[name] = _build(section, item, f"{where}.{name}")
+        elif name == "published":
+            kwargs[name] = frozenset(item)
+        else:
+            kwargs[name] = tuple(item) if isinstance(item, list) else item
+    return cls(**kwargs)

@@ -1,0 +1,180 @@
+"""Order of samples, worker processes, and the account of bad samples."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from d2v.checkpoint import write_atomically
+from d2v.config import Config
+from d2v.data.sources import Source
+from d2v.data.vision import (
+    STREAM_ORDER,
+    Batch,
+    EvaluationImages,
+    ImageSettings,
+    MaskingCollate,
+    Note,
+    TrainImages,
+    collate_evaluation,
+    random_stream,
+)
+
+FIRST_VERDICT = 200
+"""Samples tried before the share of bad ones is judged (or all, when there are fewer)."""
+
+
+@lru_cache(maxsize=2)
+def _permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
+    return random_stream(seed, epoch, 0, STREAM_ORDER).permutation(samples)
+
+
+def order_samples(samples: int, seed: int, start: int, count: int) -> list[tuple[int, int]]:
+    """(sample id, epoch) at the stream positions `start` to `start + count - 1`.
+
+    The stream is one random permutation per epoch, joined without gaps: every batch is full, every sample comes once
+    per epoch, and a position alone tells where a run is.
+    """
+    positions = (divmod(p, samples) for p in range(start, start + count))
+    return [(int(_permutation(samples, seed, epoch)[offset]), epoch) for epoch, offset in positions]
+
+
+class UpdateSampler:
+    """Index lists of the micro-batches of the updates `first` to `last - 1` (0-based)."""
+
+    def __init__(self, config: Config, samples: int, first: int, last: int) -> None:
+        self.samples, self.seed, self.first, self.last = samples, config.run.seed, first, last
+        self.share = config.data.global_batch
+        self.micro = min(config.data.micro_batch or self.share, self.share)
+
+    @property
+    def per_update(self) -> int:
+        """Micro-batches of an update."""
+        return -(-self.share // self.micro)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for update in range(self.first, self.last):
+            indices = order_samples(self.samples, self.seed, update * self.share, self.share)
+            for start in range(0, self.share, self.micro):
+                yield indices[start : start + self.micro]
+
+
+def ignore_interrupt(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process alone decides what follows."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _loader(dataset: Any, collate: Any, workers: int, device: torch.device, **kwargs: Any) -> DataLoader[Batch]:
+    more: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+    return DataLoader(
+        dataset,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_interrupt,
+        generator=torch.Generator(),  # its own: the loader must not advance the run's random state
+        **more,
+        **kwargs,
+    )
+
+
+def train_updates(config: Config, source: Source, first: int, device: torch.device) -> Iterator[list[Batch]]:
+    """Lists of micro-batches, one list per update, from update `first` (0-based) to the end of the run."""
+    sampler = UpdateSampler(config, len(source), first, config.run.steps)
+    dataset = TrainImages(source, ImageSettings.of(config), config.run.seed)
+    batches = iter(_loader(dataset, MaskingCollate(config), config.data.workers, device, batch_sampler=sampler))
+    for _ in range(first, config.run.steps):
+        yield [next(batches) for _ in range(sampler.per_update)]
+
+
+def validation_batches(config: Config, source: Source, device: torch.device) -> Iterator[Batch]:
+    """One pass over held-out images, centre crops, with the masks of epoch 0."""
+    dataset = EvaluationImages(source, ImageSettings.of(config))
+    size = min(config.data.micro_batch or config.data.global_batch, len(source))
+    yield from _loader(dataset, MaskingCollate(config), config.data.workers, device, batch_size=size)
+
+
+def evaluation_batches(
+    config: Config, source: Source, device: torch.device, batch: int = 64, workers: int = 0
+) -> Iterator[Batch]:
+    """One pass over the source in order, centre crops, no masks."""
+    dataset = EvaluationImages(source, ImageSettings.of(config))
+    yield from _loader(dataset, collate_evaluation, workers, device, batch_size=batch)
+
+
+class BadSamples:
+    """Counts what could not be decoded, lists it in `bad_samples.jsonl`, and says when it is too much.
+
+    A sample counts once however often it comes. The verdict falls once `FIRST_VERDICT` samples, or all, were tried.
+    """
+
+    def __init__(self, source: Source, allowed: float, file: Path | None) -> None:
+        self.source, self.allowed, self.file = source, allowed, file
+        self.entries: list[dict[str, Any]] = [{"id": None, "path": n, "reason": r} for n, r in source.rejected]
+        self.converted: dict[str, int] = {}
+        self._ids: set[int] = set()
+        self._written = 0
+        self._fatal: str | None = None
+
+    def add(self, notes: tuple[Note, ...]) -> None:
+        """Takes the notes of a batch. Conversions are counted in epoch 0, where every sample comes exactly once."""
+        for note in notes:
+            if note.kind == "converted" and note.epoch == 0:
+                self.converted[note.text] = self.converted.get(note.text, 0) + 1
+            elif note.kind == "bad" and note.sample_id not in self._ids:
+                self._ids.add(note.sample_id)
+                path = self.source.describe(note.sample_id)
+                self.entries.append({"id": note.sample_id, "path": path, "reason": note.text})
+            elif note.kind == "fatal":
+                self._fatal = note.text
+
+    def check(self, drawn: int) -> None:
+        """Raises `ValueError` with a summary where more than the allowed share of the samples tried is bad."""
+        total = len(self.source) + len(self.source.rejected)
+        tried = min(drawn, len(self.source)) + len(self.source.rejected)
+        share = len(self.entries) / max(tried, 1)
+        if self._fatal is None and (tried < min(FIRST_VERDICT, total) or share <= self.allowed):
+            return
+        raise ValueError(
+            f"data.bad_fraction: expected at most {self.allowed:.1%} of the samples to be undecodable, got "
+            f"{len(self.entries)} of {tried} ({share:.1%}){f'; {self._fatal}' if self._fatal else ''}; {self.examples()}"
+        )
+
+    def examples(self, count: int = 3) -> str:
+        """A few entries as text."""
+        shown = "; ".join(f"{e['path']}: {e['reason']}" for e in self.entries[:count])
+        rest = len(self.entries) - count
+        where = f" ({rest} more{f' in {self.file}' if self.file else ''})" if rest > 0 else ""
+        return f"for example {shown}{where}"
+
+    def write(self) -> None:
+        """Appends the entries that are new since the last call."""
+        if self.file is None or self._written == len(self.entries):
+            return
+        with self.file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(e) + "\n" for e in self.entries[self._written :])
+        self._written = len(self.entries)
+
+    def state(self) -> dict[str, Any]:
+        """Counters for a checkpoint (JSON)."""
+        return {"entries": self.entries, "converted": self.converted}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Counters of a checkpoint; rewrites the file, which may hold entries from after it."""
+        self.entries, self.converted = list(state["entries"]), dict(state["converted"])
+        self._ids = {e["id"] for e in self.entries if e["id"] is not None}
+        self.start_file()
+
+    def start_file(self) -> None:
+        """Writes the file anew: a run without bad samples has an empty one."""
+        if self.file is not None:
+            write_atomically(self.file, "".join(json.dumps(e) + "\n" for e in self.entries))
+        self._written = len(self.entries)

@@ -1,0 +1,294 @@
+"""Where encoded images come from: folders, or members of uncompressed .tar shards read in place.
+
+A source is a fixed, sorted index with random access, so that the order of a run is a function of the seed and a resumed
+run continues at the very sample where it stopped. Nothing is ever extracted or written beside the data.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+MAX_ENCODED_BYTES = 256 << 20
+"""Largest encoded image that is read; a bigger file or tar member counts as a bad sample."""
+MAX_LABEL_BYTES = 4096
+MAX_TAR_HEADER_BYTES = 1 << 20
+MAX_OPEN_SHARDS = 32
+
+
+class Rejected(NamedTuple):
+    """Something the index could not use."""
+
+    name: str
+    reason: str
+
+
+class NameTable(Sequence[str]):
+    """Immutable list of strings in one byte string; millions of names stay cheap and forked workers share the pages."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        start = int(self._ends[index - 1]) if index else 0
+        return os.fsdecode(self._bytes[start : int(self._ends[index])])
+
+    def digest(self) -> str:
+        """SHA-256 of the names and their lengths."""
+        return hashlib.sha256(self._bytes + self._ends.tobytes()).hexdigest()
+
+
+class Source:
+    """Indexed encoded images. `labels` (int64, one per sample) and `classes` are None for unlabelled data."""
+
+    names: NameTable
+    labels: np.ndarray | None = None
+    classes: list[str] | None = None
+    rejected: list[Rejected]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def describe(self, index: int) -> str:
+        """Path of a sample for messages."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> bytes:
+        """Encoded bytes of a sample; `OSError` or `ValueError` where they cannot be had."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """Identity of the index: a resumed run must see the same samples in the same order."""
+        return self.names.digest()
+
+
+class FolderSource(Source):
+    """Image files at any depth under `root`; with labels, the first folder level names the class."""
+
+    def __init__(self, root: Path, *, labelled: bool, option: str) -> None:
+        self.root = root
+        self.rejected = []
+        files = sorted(walk_files(root))
+        images = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        if not images:
+            shards = sum(name.endswith(".tar") for name in files)
+            hint = f"; for its {shards} .tar shards pass {str(root / '*.tar')!r}" if shards else ""
+            raise ValueError(f"{option}: expected images under {str(root)!r}, found none in {len(files)} files{hint}")
+        if labelled:
+            loose = next((name for name in images if os.sep not in name), None)
+            if loose is not None:
+                raise ValueError(f"{option}: expected a folder per class under {str(root)!r}, found {loose!r} outside any")
+            folders = [name.split(os.sep, 1)[0] for name in images]
+            self.labels, self.classes = number_classes(folders)
+        self.names = NameTable(images)
+
+    def describe(self, index: int) -> str:
+        return str(self.root / self.names[index])
+
+    def read(self, index: int) -> bytes:
+        with (self.root / self.names[index]).open("rb") as file:
+            data = file.read(MAX_ENCODED_BYTES + 1)
+        if len(data) > MAX_ENCODED_BYTES:
+            raise ValueError(f"file is larger than {MAX_ENCODED_BYTES} bytes")
+        return data
+
+
+class ShardSource(Source):
+    """Image members of uncompressed .tar shards in webdataset naming: `key.jpg` and, with labels, `key.cls`."""
+
+    def __init__(self, shards: Sequence[Path], *, labelled: bool, option: str) -> None:
+        self.shards = [Path(s) for s in shards]
+        self.rejected = []
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._owner = os.getpid()
+        names: list[str] = []
+        texts: list[str] = []
+        rows: list[tuple[int, int, int]] = []
+        for number, shard in enumerate(self.shards):
+            for key, image, label in self._index_shard(shard, labelled, option):
+                rows.append((number, image.offset_data, image.size))
+                names.append(f"{shard.name}:{image.name}")
+                if label is None and labelled:
+                    raise ValueError(f"{option}: expected {key}.cls beside {image.name!r} in {str(shard)!r}, found none")
+                texts.append(label or "")
+        if not rows:
+            raise ValueError(f"{option}: expected images in {len(self.shards)} .tar shards, found none")
+        self.names = NameTable(names)
+        self._rows = np.asarray(rows, dtype=np.int64)
+        if labelled:
+            self.labels, self.classes = number_classes(texts)
+
+    def describe(self, index: int) -> str:
+        return f"{self.shards[int(self._rows[index, 0])].parent / self.names[index]}"
+
+    def read(self, index: int) -> bytes:
+        number, offset, size = (int(v) for v in self._rows[index])
+        if size > MAX_ENCODED_BYTES:
+            raise ValueError(f"tar member of {size} bytes is larger than {MAX_ENCODED_BYTES}")
+        data = os.pread(self._descriptor(number), size, offset)
+        if len(data) != size:
+            raise ValueError(f"expected {size} bytes in the shard, got {len(data)}")
+        return data
+
+    def _descriptor(self, number: int) -> int:
+        if self._owner != os.getpid():  # a forked worker must not close its parent's files
+            self._open, self._owner = OrderedDict(), os.getpid()
+        if number in self._open:
+            self._open.move_to_end(number)
+        else:
+            self._open[number] = os.open(self.shards[number], os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._open) > MAX_OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1])
+        return self._open[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        if getattr(self, "_owner", None) == os.getpid():
+            for descriptor in self._open.values():
+                os.close(descriptor)
+
+    def _index_shard(
+        self, shard: Path, labelled: bool, option: str
+    ) -> list[tuple[str, tarfile.TarInfo, str | None]]:
+        images: dict[str, tarfile.TarInfo] = {}
+        labels: dict[str, str] = {}
+        with shard.open("rb") as file:
+            for member in self._members(shard, file, option):
+                folder, _, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if f".{extension.lower()}" in IMAGE_SUFFIXES:
+                    if key in images:
+                        self.rejected.append(Rejected(f"{shard}:{member.name}", f"second image of key {key!r}"))
+                    else:
+                        images[key] = member
+                elif labelled and extension == "cls":
+                    labels[key] = self._read_label(file, member)
+        return [(key, images[key], labels.get(key)) for key in sorted(images)]
+
+    def _members(self, shard: Path, file: Any, option: str) -> Iterator[tarfile.TarInfo]:
+        """Regular, whole, unpacked members; what is cut off or damaged goes to `rejected`."""
+        total = os.fstat(file.fileno()).st_size
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:", tarinfo=_Member)  # noqa: SIM115
+        except tarfile.TarError as error:
+            raise ValueError(f"{option}: expected an uncompressed tar archive, got {str(shard)!r} ({error})") from None
+        while True:
+            try:
+                member = archive.next()
+            except tarfile.TarError:
+                break  # cut off inside the last member, which is rejected below by its size
+            if member is None:
+                break
+            archive.members = []  # tarfile would keep every header of a large shard
+            if not member.isreg() or member.sparse is not None:
+                if not member.isdir():
+                    self.rejected.append(Rejected(f"{shard}:{member.name}", "not a regular file"))
+            elif member.offset_data + member.size > total:
+                self.rejected.append(Rejected(f"{shard}:{member.name}", "cut off: the shard ends inside this member"))
+            else:
+                yield member
+        block = os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset)
+        if block.strip(b"\0"):
+            self.rejected.append(Rejected(str(shard), f"damaged from byte {archive.offset}: what follows is not read"))
+
+    @staticmethod
+    def _read_label(file: Any, member: tarfile.TarInfo) -> str:
+        data = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset_data)
+        return data.decode("utf-8", errors="replace").strip()
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses extended headers of absurd size, which tarfile would read into memory as a whole."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding, errors)
+        if not member.isfile() and not member.isdir() and member.size > MAX_TAR_HEADER_BYTES:
+            raise tarfile.HeaderError(f"extended header of {member.size} bytes")
+        return member
+
+
+def open_source(path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
+    """Opens a folder of images, one .tar shard, or a glob or brace pattern of shards.
+
+    `option` begins every error message. Raises `ValueError` where the path is empty, missing or holds no image.
+    """
+    if not path:
+        raise ValueError(f"{option}: expected a folder of images or .tar shards, got nothing")
+    if path.startswith("pipe:"):
+        raise ValueError(f"{option}: expected a folder or .tar shards, got the shell command {path!r}, which is not run")
+    if Path(path).is_dir():
+        return FolderSource(Path(path), labelled=labelled, option=option)
+    files: list[Path] = []
+    for pattern in expand_braces(path, option):
+        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207
+        if not found or not Path(found[0]).exists():
+            raise ValueError(f"{option}: expected a folder of images or .tar shards, found nothing at {pattern!r}")
+        files.extend(Path(f) for f in found)
+    odd = next((f for f in files if f.suffix != ".tar" or not f.is_file()), None)
+    if odd is not None:
+        raise ValueError(f"{option}: expected .tar shards or one folder, got {str(odd)!r}")
+    return ShardSource(files, labelled=labelled, option=option)
+
+
+def expand_braces(pattern: str, option: str = "data.path", limit: int = 1_000_000) -> list[str]:
+    """Expands `{0000..0012}` (zero padding kept) and `{a,b}`, left to right; at most `limit` results."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, words = match.groups()
+    if words is not None:
+        choices = words.split(",")
+    else:
+        low, high = int(first), int(last)
+        if not 0 <= high - low < limit:
+            raise ValueError(f"{option}: expected a rising range of at most {limit} numbers, got {match.group(0)!r}")
+        choices = [str(n).zfill(len(first)) for n in range(low, high + 1)]
+    head, tail = pattern[: match.start()], expand_braces(pattern[match.end() :], option, limit)
+    if len(choices) * len(tail) > limit:
+        raise ValueError(f"{option}: expected at most {limit} names, got {len(choices) * len(tail)} from {pattern!r}")
+    return [f"{head}{choice}{rest}" for choice in choices for rest in tail]
+
+
+def walk_files(root: Path) -> Iterator[str]:
+    """Paths of the files under `root`, relative to it; links are followed, each folder once, hidden names skipped."""
+    seen: set[tuple[int, int]] = set()
+    stack = [str(root)]
+    while stack:
+        folder = stack.pop()
+        status = os.stat(folder)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in seen:
+            continue  # a link back to a folder above
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as scan:
+            entries = sorted((e for e in scan if not e.name.startswith(".")), key=lambda e: e.name)
+        stack.extend(e.path for e in reversed(entries) if e.is_dir())
+        # A dangling link stays in: it is reported when it is read. Pipes and devices are not files.
+        yield from (os.path.relpath(e.path, root) for e in entries if e.is_file() or (e.is_symlink() and not e.is_dir()))
+
+
+def number_classes(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Class texts -> (labels int64 (n,), sorted class names); names that are all integers sort by value."""
+    distinct = set(texts)
+    numeric = all(re.fullmatch(r"-?\d+", t) for t in distinct)
+    classes = sorted(distinct, key=lambda t: (int(t), t)) if numeric else sorted(distinct)
+    numbers = {name: i for i, name in enumerate(classes)}
+    return np.asarray([numbers[t] for t in texts], dtype=np.int64), classes

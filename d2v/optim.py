@@ -1,0 +1,85 @@
+"""AdamW, the cosine schedule with warm-up, and gradient clipping as the published runs had them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from d2v.config import Optim
+
+
+def learning_rate_at(optim: Optim, update: int, steps: int) -> float:
+    """Learning rate of optimiser update number `update` (1-based) of a run of `steps` updates.
+
+    The schedule is evaluated at the count u = update - 1 of completed updates, so the first update has rate 0:
+    u < W: lr * u / W; else lr / 2 * (1 + cos(pi * (u - W) / (steps - W))). (data2vec 2.0, cosine schedule.)
+    """
+    count, warmup = update - 1, optim.warmup_steps
+    if count < warmup:
+        return optim.learning_rate * count / warmup
+    progress = min(1.0, (count - warmup) / max(1, steps - warmup))
+    return optim.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
+    """AdamW over the parameters that require gradients, fused where every one is floating point on CPU or CUDA.
+
+    With `decay_all` off, parameters with fewer than two dimensions (biases, norm gains) are not decayed.
+    """
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    decayed = {n for n, p in named.items() if optim.decay_all or p.dim() >= 2}
+    groups = [
+        {"params": [p for n, p in named.items() if n in decayed], "weight_decay": optim.weight_decay},
+        {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in named.values())
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=fused
+    )
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the rate of every parameter group."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
+    """Scales gradients by min(1, limit / norm), norm = global L2 norm; returns the norm (0-D, on the device).
+
+    Nothing is read from the device. Without a limit only the norm is computed.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit is not None:
+        torch._foreach_mul_(gradients, (limit / norm).clamp(max=1.0))
+    return norm
+
+
+def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of the optimiser as `optim.<entry>.<parameter name>` -> tensor."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for entry, value in optimiser.state.get(parameter, {}).items():
+            tensors[f"optim.{entry}.{name}"] = torch.as_tensor(value)
+    return tensors
+
+
+def load_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Restores what `optimiser_tensors` returned; `ValueError` where names do not fit the model."""
+    named = dict(model.named_parameters())
+    for key, value in tensors.items():
+        _, entry, name = key.split(".", 2)
+        if name not in named or (value.dim() and value.shape != named[name].shape):
+            raise ValueError(f"checkpoint: optimiser state {key!r} does not fit the model")
+        place = value.clone() if entry == "step" and not _step_on_device(optimiser) else value.to(named[name].device)
+        optimiser.state[named[name]][entry] = place
+
+
+def _step_on_device(optimiser: torch.optim.Optimizer) -> bool:
+    return bool(optimiser.defaults.get("fused") or optimiser.defaults.get("capturable"))

@@ -1,0 +1,55 @@
+"""Progress for people: a bar on a terminal, a line per log interval elsewhere. Both on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+class Progress:
+    """Rate, time left, loss and content spread of a run."""
+
+    def __init__(self, update: int, steps: int) -> None:
+        self.steps = steps
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=update, unit="update", dynamic_ncols=True, file=sys.stderr)
+
+    def advance(self) -> None:
+        """One update is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Shows a line of metrics."""
+        rate = line["samples_per_second"]
+        values = f"loss {line['loss']:.4f}, spread {line['content_spread']:.3f}, {rate:.0f} samples/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(values, refresh=False)
+        else:
+            left = (self.steps - line["step"]) * line["step_seconds"]
+            self.say(f"update {line['step']}/{self.steps}: {values}, {format_seconds(left)} left")
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    if seconds != seconds or seconds == float("inf"):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,31 @@
+"""Fused operators for data2vec pre-training: native (C++/CUDA), Triton, and plain PyTorch as their definition."""
+
+from . import _library, _schema
+from .backends import native as _native
+from .backends import reference as _reference
+from .ema import EmaPlan, update_ema_
+from .layers import average_layers
+from .loss import RegressionLoss, masked_regression_loss
+from .masks import Masks, MaskSampler, masks_from_bool
+from .registry import register_backend, use_backend
+from .tokens import Noise, gather_tokens, restore_tokens
+
+_library.load()
+_schema.register_operators()
+register_backend(_native.BACKEND)
+register_backend(_reference.BACKEND)
+
+__all__ = [
+    "EmaPlan",
+    "MaskSampler",
+    "Masks",
+    "Noise",
+    "RegressionLoss",
+    "average_layers",
+    "gather_tokens",
+    "masked_regression_loss",
+    "masks_from_bool",
+    "restore_tokens",
+    "update_ema_",
+    "use_backend",
+]

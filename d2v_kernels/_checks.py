@@ -1,0 +1,238 @@
+"""Shape functions: one per operator, used by its fake kernel and by the real call alike.
+
+Each checks what can be known without reading device values and returns what the result looks like. Messages begin
+with the operator's name and give expected and got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDICES = (torch.int32, torch.int64)
+NORMS = ("none", "layer", "instance", "batch", "group")
+VECTOR_FILL, NO_FILL = -1, -2  # values of restore_tokens_backward's fill_rows beside a row count
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def require(condition: bool, op: str, what: str, expected: object, got: object) -> None:
+    """Raises `ValueError` with expected and got unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{op}: {what}: expected {expected}, got {got}")
+
+
+def _require_float(op: str, name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{op}: dtype of {name}: expected one of {_names(FLOATS)}, got {_names([t.dtype])}")
+
+
+def _require_index(op: str, name: str, t: Tensor) -> None:
+    if t.dtype not in INDICES:
+        raise TypeError(f"{op}: dtype of {name}: expected one of {_names(INDICES)}, got {_names([t.dtype])}")
+
+
+def _require_dims(op: str, name: str, t: Tensor, layout: str) -> None:
+    dims = layout.count(",") + 1
+    require(t.dim() == dims, op, name, f"{dims} dimensions ({layout})", f"shape {tuple(t.shape)}")
+
+
+def _require_rows(op: str, name: str, t: Tensor) -> None:
+    # A tensor without elements, or of width 1, has no meaningful last stride.
+    if t.numel() > 0 and t.shape[-1] > 1:
+        require(t.stride(-1) == 1, op, f"last stride of {name}", 1, f"strides {t.stride()}")
+
+
+def _require_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None:
+            require(t.device == first.device, op, f"device of {name}", first.device, t.device)
+
+
+def check_norm(op: str, name: str, norm: str) -> tuple[str, ...]:
+    """Splits a comma-joined norm into its names."""
+    names = tuple(norm.split(","))
+    for n in names:
+        if n not in NORMS:
+            raise ValueError(f"{op}: {name}: expected one of {', '.join(NORMS)}, got {n!r}")
+    return names
+
+
+def check_average_layers(
+    layers: Sequence[Tensor], norm: str, out_norm: str, lengths: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> torch.Size:
+    """Shape (B,T,C) of the average."""
+    op = "average_layers"
+    require(len(layers) > 0, op, "number of layers", "at least 1", 0)
+    first = layers[0]
+    _require_dims(op, "layers[0]", first, "B, T, C")
+    _require_float(op, "layers[0]", first)
+    for i, t in enumerate(layers):
+        require(t.shape == first.shape, op, f"shape of layers[{i}]", tuple(first.shape), tuple(t.shape))
+        if t.dtype != first.dtype:
+            raise TypeError(f"{op}: dtype of layers[{i}]: expected {_names([first.dtype])}, got {_names([t.dtype])}")
+        require(t.device == first.device, op, f"device of layers[{i}]", first.device, t.device)
+        _require_rows(op, f"layers[{i}]", t)
+    check_norm(op, "norm", norm)
+    check_norm(op, "out_norm", out_norm)
+    require(eps > 0.0, op, "eps", "above 0", eps)
+    if out_dtype not in FLOATS:
+        raise TypeError(f"{op}: out_dtype: expected one of {_names(FLOATS)}, got {_names([out_dtype])}")
+    if lengths is not None:
+        require(tuple(lengths.shape) == (first.shape[0],), op, "shape of lengths", (first.shape[0],), lengths.shape)
+        if lengths.dtype != torch.int64:
+            raise TypeError(f"{op}: dtype of lengths: expected int64, got {_names([lengths.dtype])}")
+        require(lengths.device.type == "cpu", op, "device of lengths", "cpu", lengths.device)
+    return first.shape
+
+
+def check_lengths(lengths: Tensor | None, tokens: int) -> None:
+    """Range of the valid lengths; reads host values, so only the real call does it."""
+    if lengths is not None and lengths.numel() > 0:
+        low, high = (int(v) for v in torch.aminmax(lengths))
+        require(low >= 0 and high <= tokens, "average_layers", "lengths", f"0 to {tokens}", f"{low} to {high}")
+
+
+def check_update_ema(
+    averages: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor], weight_tensor: Tensor | None
+) -> None:
+    """Lists of equal length whose entries agree in shape and device."""
+    op = "update_ema_"
+    require(len(sources) == len(averages), op, "number of sources", len(averages), len(sources))
+    require(len(copies) in (0, len(averages)), op, "number of copies", len(averages), len(copies))
+    if weight_tensor is not None:
+        require(weight_tensor.dim() == 0, op, "weight", "a 0-D tensor", f"shape {tuple(weight_tensor.shape)}")
+        if weight_tensor.dtype != torch.float64:
+            raise TypeError(f"{op}: dtype of weight: expected float64, got {_names([weight_tensor.dtype])}")
+    device = averages[0].device if averages else None
+    for name, tensors in (("sources", sources), ("copies", copies), ("averages", averages)):
+        for i, t in enumerate(tensors):
+            a = averages[i]
+            if t.dtype not in FLOATS:
+                _require_float(op, f"{name}[{i}]", t)
+            if t.shape != a.shape:
+                require(False, op, f"shape of {name}[{i}]", tuple(a.shape), tuple(t.shape))
+            if t.device != device:
+                require(False, op, f"device of {name}[{i}]", device, t.device)
+
+
+def check_gather_tokens(x: Tensor, index: Tensor, clones: int) -> tuple[int, int, int]:
+    """Shape (B*clones, n, C) of the gathered rows."""
+    op = "gather_tokens"
+    _require_dims(op, "x", x, "B, T, C")
+    _require_float(op, "x", x)
+    _require_rows(op, "x", x)
+    _require_dims(op, "index", index, "B*clones, n")
+    _require_index(op, "index", index)
+    _require_device(op, x, index=index)
+    require(clones >= 1, op, "clones", "at least 1", clones)
+    require(index.shape[0] == x.shape[0] * clones, op, "rows of index", "B*clones rows", tuple(index.shape))
+    return index.shape[0], index.shape[1], x.shape[2]
+
+
+def check_gather_tokens_backward(grad: Tensor, index: Tensor, clones: int, tokens: int) -> tuple[int, int, int]:
+    """Shape (B, tokens, C) of the gradient of x."""
+    op = "gather_tokens_backward"
+    _require_dims(op, "grad", grad, "B*clones, n, C")
+    _require_float(op, "grad", grad)
+    _require_rows(op, "grad", grad)
+    _require_index(op, "index", index)
+    _require_device(op, grad, index=index)
+    require(clones >= 1, op, "clones", "at least 1", clones)
+    require(grad.shape[:2] == index.shape, op, "shape of index", tuple(grad.shape[:2]), tuple(index.shape))
+    require(index.shape[0] % clones == 0, op, "rows of index", f"a multiple of {clones}", index.shape[0])
+    return grad.shape[0] // clones, tokens, grad.shape[2]
+
+
+def check_restore_tokens(
+    kept: Tensor, restore: Tensor, fill: Tensor | None, noise_keys: Tensor | None, noise_std: float
+) -> tuple[int, int, int]:
+    """Shape (N, T, C) of the restored rows."""
+    op = "restore_tokens"
+    _require_dims(op, "kept", kept, "N, V, C")
+    _require_float(op, "kept", kept)
+    _require_rows(op, "kept", kept)
+    _require_dims(op, "restore", restore, "N, T")
+    _require_index(op, "restore", restore)
+    _require_device(op, kept, restore=restore, fill=fill, noise_keys=noise_keys)
+    require(restore.shape[0] == kept.shape[0], op, "rows of restore", kept.shape[0], restore.shape[0])
+    n, _, c = kept.shape
+    if (fill is None) == (noise_keys is None):
+        raise ValueError(f"{op}: fill: expected a tensor or Noise, got {'neither' if fill is None else 'both'}")
+    if fill is not None:
+        if fill.dtype != kept.dtype:
+            raise TypeError(f"{op}: dtype of fill: expected {_names([kept.dtype])}, got {_names([fill.dtype])}")
+        good = tuple(fill.shape) == (c,) or (fill.dim() == 3 and fill.shape[0] == n and fill.shape[2] == c)
+        require(good, op, "shape of fill", f"({c},) or ({n}, F, {c})", tuple(fill.shape))
+        _require_rows(op, "fill", fill)
+    if noise_keys is not None:
+        require(tuple(noise_keys.shape) == (n,), op, "shape of noise keys", (n,), tuple(noise_keys.shape))
+        if noise_keys.dtype != torch.int64:
+            raise TypeError(f"{op}: dtype of noise keys: expected int64, got {_names([noise_keys.dtype])}")
+        require(noise_std >= 0.0, op, "noise std", "0 or more", noise_std)
+    return n, restore.shape[1], c
+
+
+def check_restore_tokens_backward(
+    grad: Tensor, restore: Tensor, visible: int, fill_rows: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the gradients of kept and of the fill."""
+    op = "restore_tokens_backward"
+    _require_dims(op, "grad", grad, "N, T, C")
+    _require_float(op, "grad", grad)
+    _require_rows(op, "grad", grad)
+    _require_index(op, "restore", restore)
+    _require_device(op, grad, restore=restore)
+    require(grad.shape[:2] == restore.shape, op, "shape of restore", tuple(grad.shape[:2]), tuple(restore.shape))
+    n, _, c = grad.shape
+    fill: tuple[int, ...]
+    if fill_rows == VECTOR_FILL:
+        fill = (c,)
+    elif fill_rows == NO_FILL:
+        fill = (0,)
+    else:
+        fill = (n, fill_rows, c)
+    return (n, visible, c), fill
+
+
+def check_masked_regression_loss(
+    op: str,
+    prediction: Tensor,
+    target: Tensor,
+    prediction_rows: Tensor | None,
+    target_rows: Tensor | None,
+    beta: float,
+) -> torch.dtype:
+    """Dtype of the loss: float32, or float64 for a float64 prediction."""
+    for name, t in (("prediction", prediction), ("target", target)):
+        _require_dims(op, name, t, "rows, C")
+        _require_float(op, name, t)
+        _require_rows(op, name, t)
+    require(target.shape[1] == prediction.shape[1], op, "channels of target", prediction.shape[1], target.shape[1])
+    _require_device(op, prediction, target=target, prediction_rows=prediction_rows, target_rows=target_rows)
+    counts = []
+    for name, rows, t in (
+        ("prediction_rows", prediction_rows, prediction),
+        ("target_rows", target_rows, target),
+    ):
+        if rows is not None:
+            _require_dims(op, name, rows, "P")
+            _require_index(op, name, rows)
+        counts.append(t.shape[0] if rows is None else rows.shape[0])
+    require(counts[0] == counts[1], op, "selected target rows", f"{counts[0]} (as of the prediction)", counts[1])
+    require(beta >= 0.0, op, "beta", "0 or more", beta)
+    return torch.float64 if prediction.dtype == torch.float64 else torch.float32
+
+
+def check_index_range(op: str, name: str, index: Tensor, high: int | None) -> None:
+    """On the CPU, every index lies in [0, high); device values are never read."""
+    if index.device.type != "cpu" or index.numel() == 0:
+        return
+    low, top = (int(v) for v in torch.aminmax(index))
+    bound = "or more" if high is None else f"to {high - 1}"
+    require(low >= 0 and (high is None or top < high), op, name, f"0 {bound}", f"{low} to {top}")

@@ -1,0 +1,66 @@
+"""One tiny call of every operator, to tell usable from importable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_op = torch.ops.d2v
+
+
+def _rows(device: str, dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones((2, 3, 4), device=device, dtype=dtype)
+
+
+def _index(device: str) -> torch.Tensor:
+    return torch.tensor([[0, 2, 1], [1, 0, 2]], device=device)
+
+
+def _average_layers(device: str, dtype: torch.dtype) -> None:
+    out = torch.float64 if dtype == torch.float64 else torch.float32
+    _op.average_layers([_rows(device, dtype)] * 2, "instance", "none", None, 1e-5, out)
+
+
+def _update_ema(device: str, dtype: torch.dtype) -> None:
+    _op.update_ema_([_rows(device, dtype)], [_rows(device, dtype)], [], 0.5, None)
+
+
+def _gather(device: str, dtype: torch.dtype) -> None:
+    _op.gather_tokens(_rows(device, dtype), _index(device), 1)
+
+
+def _gather_backward(device: str, dtype: torch.dtype) -> None:
+    _op.gather_tokens_backward(_rows(device, dtype), _index(device), 1, 3)
+
+
+def _restore(device: str, dtype: torch.dtype) -> None:
+    keys = torch.tensor([1, 2], device=device)
+    _op.restore_tokens(_rows(device, dtype)[:, :2], _index(device), None, keys, 0.1)
+
+
+def _restore_backward(device: str, dtype: torch.dtype) -> None:
+    _op.restore_tokens_backward(_rows(device, dtype), _index(device), 2, 1)
+
+
+def _loss(device: str, dtype: torch.dtype) -> None:
+    x = _rows(device, dtype).flatten(0, 1)
+    _op.masked_regression_loss(x, x, _index(device)[0], _index(device)[1], 0.0, 1.0)
+
+
+def _loss_backward(device: str, dtype: torch.dtype) -> None:
+    x = _rows(device, dtype).flatten(0, 1)
+    grad = torch.ones((), device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    _op.masked_regression_loss_backward(grad, x, x, None, None, 0.0, 1.0)
+
+
+PROBES: dict[str, Callable[[str, torch.dtype], None]] = {
+    "average_layers": _average_layers,
+    "update_ema_": _update_ema,
+    "gather_tokens": _gather,
+    "gather_tokens_backward": _gather_backward,
+    "restore_tokens": _restore,
+    "restore_tokens_backward": _restore_backward,
+    "masked_regression_loss": _loss,
+    "masked_regression_loss_backward": _loss_backward,
+}

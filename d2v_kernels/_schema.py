@@ -1,0 +1,254 @@
+"""Registers the operators `torch.ops.d2v.*`: schemas, bodies, fake kernels, gradients.
+
+A schema stands here once; native code registers the same argument lists under `d2v_native` (a test compares them).
+A body checks, asks the registry for a backend, and makes one call. Double backward is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from .registry import implementation
+
+SCHEMAS = (
+    "average_layers(Tensor[] layers, str norm, str out_norm, Tensor? lengths, float eps, ScalarType out_dtype)"
+    " -> Tensor",
+    "update_ema_(Tensor(a!)[] averages, Tensor[] sources, Tensor(b!)[] copies, float weight, Tensor? weight_tensor)"
+    " -> ()",
+    "gather_tokens(Tensor x, Tensor index, int clones) -> Tensor",
+    "gather_tokens_backward(Tensor grad, Tensor index, int clones, SymInt tokens) -> Tensor",
+    "restore_tokens(Tensor kept, Tensor restore, Tensor? fill, Tensor? noise_keys, float noise_std) -> Tensor",
+    "restore_tokens_backward(Tensor grad, Tensor restore, SymInt visible, SymInt fill_rows) -> (Tensor, Tensor)",
+    "masked_regression_loss(Tensor prediction, Tensor target, Tensor? prediction_rows, Tensor? target_rows,"
+    " float beta, float scale) -> (Tensor, Tensor, Tensor)",
+    "masked_regression_loss_backward(Tensor grad, Tensor prediction, Tensor target, Tensor? prediction_rows,"
+    " Tensor? target_rows, float beta, float scale) -> Tensor",
+)
+
+_library = torch.library.Library("d2v", "DEF")
+
+
+def _average_layers(
+    layers: list[Tensor], norm: str, out_norm: str, lengths: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> Tensor:
+    shape = checks.check_average_layers(layers, norm, out_norm, lengths, eps, out_dtype)
+    checks.check_lengths(lengths, shape[1])
+    first = layers[0]
+    body = implementation("average_layers", first.device.type, (first.dtype, out_dtype), norm, out_norm)
+    result: Tensor = body(layers, norm, out_norm, lengths, eps, out_dtype)
+    return result
+
+
+def _average_layers_fake(
+    layers: list[Tensor], norm: str, out_norm: str, lengths: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> Tensor:
+    shape = checks.check_average_layers(layers, norm, out_norm, lengths, eps, out_dtype)
+    return layers[0].new_empty(shape, dtype=out_dtype)
+
+
+def _update_ema(
+    averages: list[Tensor], sources: list[Tensor], copies: list[Tensor], weight: float, weight_tensor: Tensor | None
+) -> None:
+    checks.check_update_ema(averages, sources, copies, weight_tensor)
+    if not averages:
+        return
+    dtypes = tuple(sorted({t.dtype for t in (*averages, *sources, *copies)}, key=str))
+    body = implementation("update_ema_", averages[0].device.type, dtypes)
+    body(averages, sources, copies, weight, weight_tensor)
+
+
+def _update_ema_fake(
+    averages: list[Tensor], sources: list[Tensor], copies: list[Tensor], weight: float, weight_tensor: Tensor | None
+) -> None:
+    checks.check_update_ema(averages, sources, copies, weight_tensor)
+
+
+def _gather_tokens(x: Tensor, index: Tensor, clones: int) -> Tensor:
+    checks.check_gather_tokens(x, index, clones)
+    result: Tensor = implementation("gather_tokens", x.device.type, (x.dtype,))(x, index, clones)
+    return result
+
+
+def _gather_tokens_fake(x: Tensor, index: Tensor, clones: int) -> Tensor:
+    return x.new_empty(checks.check_gather_tokens(x, index, clones))
+
+
+def _gather_tokens_backward(grad: Tensor, index: Tensor, clones: int, tokens: int) -> Tensor:
+    checks.check_gather_tokens_backward(grad, index, clones, tokens)
+    body = implementation("gather_tokens_backward", grad.device.type, (grad.dtype,))
+    result: Tensor = body(grad, index, clones, tokens)
+    return result
+
+
+def _gather_tokens_backward_fake(grad: Tensor, index: Tensor, clones: int, tokens: int) -> Tensor:
+    return grad.new_empty(checks.check_gather_tokens_backward(grad, index, clones, tokens))
+
+
+def _restore_tokens(
+    kept: Tensor, restore: Tensor, fill: Tensor | None, noise_keys: Tensor | None, noise_std: float
+) -> Tensor:
+    checks.check_restore_tokens(kept, restore, fill, noise_keys, noise_std)
+    body = implementation("restore_tokens", kept.device.type, (kept.dtype,))
+    result: Tensor = body(kept, restore, fill, noise_keys, noise_std)
+    return result
+
+
+def _restore_tokens_fake(
+    kept: Tensor, restore: Tensor, fill: Tensor | None, noise_keys: Tensor | None, noise_std: float
+) -> Tensor:
+    return kept.new_empty(checks.check_restore_tokens(kept, restore, fill, noise_keys, noise_std))
+
+
+def _restore_tokens_backward(grad: Tensor, restore: Tensor, visible: int, fill_rows: int) -> tuple[Tensor, Tensor]:
+    checks.check_restore_tokens_backward(grad, restore, visible, fill_rows)
+    body = implementation("restore_tokens_backward", grad.device.type, (grad.dtype,))
+    result: tuple[Tensor, Tensor] = body(grad, restore, visible, fill_rows)
+    return result
+
+
+def _restore_tokens_backward_fake(grad: Tensor, restore: Tensor, visible: int, fill_rows: int) -> tuple[Tensor, Tensor]:
+    kept, fill = checks.check_restore_tokens_backward(grad, restore, visible, fill_rows)
+    return grad.new_empty(kept), grad.new_empty(fill)
+
+
+def _masked_regression_loss(
+    prediction: Tensor, target: Tensor, prediction_rows: Tensor | None, target_rows: Tensor | None, beta: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    op = "masked_regression_loss"
+    checks.check_masked_regression_loss(op, prediction, target, prediction_rows, target_rows, beta)
+    body = implementation(op, prediction.device.type, (prediction.dtype, target.dtype))
+    result: tuple[Tensor, Tensor, Tensor] = body(prediction, target, prediction_rows, target_rows, beta, scale)
+    return result
+
+
+def _masked_regression_loss_fake(
+    prediction: Tensor, target: Tensor, prediction_rows: Tensor | None, target_rows: Tensor | None, beta: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    op = "masked_regression_loss"
+    dtype = checks.check_masked_regression_loss(op, prediction, target, prediction_rows, target_rows, beta)
+    loss, prediction_std, target_std = (prediction.new_empty((), dtype=dtype) for _ in range(3))
+    return loss, prediction_std, target_std
+
+
+def _masked_regression_loss_backward(
+    grad: Tensor, prediction: Tensor, target: Tensor, prediction_rows: Tensor | None, target_rows: Tensor | None,
+    beta: float, scale: float,
+) -> Tensor:  # fmt: skip
+    op = "masked_regression_loss_backward"
+    checks.check_masked_regression_loss(op, prediction, target, prediction_rows, target_rows, beta)
+    body = implementation(op, prediction.device.type, (prediction.dtype, target.dtype))
+    result: Tensor = body(grad, prediction, target, prediction_rows, target_rows, beta, scale)
+    return result
+
+
+def _masked_regression_loss_backward_fake(
+    grad: Tensor, prediction: Tensor, target: Tensor, prediction_rows: Tensor | None, target_rows: Tensor | None,
+    beta: float, scale: float,
+) -> Tensor:  # fmt: skip
+    op = "masked_regression_loss_backward"
+    checks.check_masked_regression_loss(op, prediction, target, prediction_rows, target_rows, beta)
+    return prediction.new_empty(prediction.shape)
+
+
+def _rows_with_unit_stride(grad: Tensor) -> Tensor:
+    """A gradient may arrive expanded or transposed; the operators need channels side by side."""
+    return grad if grad.stride(-1) == 1 else grad.contiguous()
+
+
+def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    return None
+
+
+def _refuse(name: str, why: str) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{name}: {why}")
+
+    return backward
+
+
+def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, index, ctx.clones = inputs
+    ctx.tokens = x.shape[1]
+    ctx.save_for_backward(index)
+
+
+def _gather_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+    (index,) = ctx.saved_tensors
+    grad = _rows_with_unit_stride(grad)
+    return torch.ops.d2v.gather_tokens_backward(grad, index, ctx.clones, ctx.tokens), None, None
+
+
+def _restore_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    kept, restore, fill, _, _ = inputs
+    ctx.visible = kept.shape[1]
+    ctx.fill_rows = checks.NO_FILL
+    if fill is not None and ctx.needs_input_grad[2]:
+        ctx.fill_rows = checks.VECTOR_FILL if fill.dim() == 1 else fill.shape[1]
+    ctx.save_for_backward(restore)
+
+
+def _restore_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+    (restore,) = ctx.saved_tensors
+    grad = _rows_with_unit_stride(grad)
+    kept, fill = torch.ops.d2v.restore_tokens_backward(grad, restore, ctx.visible, ctx.fill_rows)
+    return kept, None, None if ctx.fill_rows == checks.NO_FILL else fill, None, None
+
+
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    prediction, target, prediction_rows, target_rows, ctx.beta, ctx.scale = inputs
+    ctx.save_for_backward(prediction, target, prediction_rows, target_rows)
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _loss_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    prediction, target, prediction_rows, target_rows = ctx.saved_tensors
+    if ctx.needs_input_grad[1]:
+        raise NotImplementedError("masked_regression_loss: no gradient for target: detach it")
+    result = torch.ops.d2v.masked_regression_loss_backward(
+        grad, prediction, target, prediction_rows, target_rows, ctx.beta, ctx.scale
+    )
+    return result, None, None, None, None, None
+
+
+_BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "average_layers": (_average_layers, _average_layers_fake),
+    "update_ema_": (_update_ema, _update_ema_fake),
+    "gather_tokens": (_gather_tokens, _gather_tokens_fake),
+    "gather_tokens_backward": (_gather_tokens_backward, _gather_tokens_backward_fake),
+    "restore_tokens": (_restore_tokens, _restore_tokens_fake),
+    "restore_tokens_backward": (_restore_tokens_backward, _restore_tokens_backward_fake),
+    "masked_regression_loss": (_masked_regression_loss, _masked_regression_loss_fake),
+    "masked_regression_loss_backward": (_masked_regression_loss_backward, _masked_regression_loss_backward_fake),
+}
+_GRADIENTS = {
+    "average_layers": (_refuse("average_layers", "not differentiable; detach the layers"), _no_setup),
+    "gather_tokens": (_gather_gradient, _gather_setup),
+    "gather_tokens_backward": (_refuse("gather_tokens", "double backward is not supported"), _no_setup),
+    "restore_tokens": (_restore_gradient, _restore_setup),
+    "restore_tokens_backward": (_refuse("restore_tokens", "double backward is not supported"), _no_setup),
+    "masked_regression_loss": (_loss_gradient, _loss_setup),
+    "masked_regression_loss_backward": (
+        _refuse("masked_regression_loss", "double backward is not supported"),
+        _no_setup,
+    ),
+}
+
+
+def register_operators() -> None:
+    """Defines every operator; called once, when the package is imported."""
+    for schema in SCHEMAS:
+        name = schema.split("(", 1)[0]
+        body, fake = _BODIES[name]
+        _library.define(schema)
+        _library.impl(name, body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"d2v::{name}", fake, lib=_library)
+        if name in _GRADIENTS:
+            backward, setup = _GRADIENTS[name]
+            torch.library.register_autograd(f"d2v::{name}", backward, setup_context=setup, lib=_library)

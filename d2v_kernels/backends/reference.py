@@ -1,0 +1,258 @@
+"""Plain PyTorch bodies: the definition of every operator, right in float64, on any device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._checks import NO_FILL, VECTOR_FILL, check_index_range
+from ..registry import Backend, Case
+
+_NORM_DIMS = {"layer": (2,), "instance": (1,), "batch": (0, 1), "group": (1, 2)}
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _normalise(x: Tensor, norm: str, valid: Tensor | None, eps: float) -> Tensor:
+    """Standardises x (B,T,C) over the dims of `norm`, biased variance, statistics over valid positions."""
+    if norm == "none":
+        return x
+    dims = _NORM_DIMS[norm]
+    if valid is None:
+        centred = x - x.mean(dim=dims, keepdim=True)
+        return centred / torch.sqrt((centred * centred).mean(dim=dims, keepdim=True) + eps)
+    count = valid.expand(x.shape).sum(dim=dims, keepdim=True, dtype=x.dtype).clamp(min=1)
+    zero = x.new_zeros(())
+    mean = torch.where(valid, x, zero).sum(dim=dims, keepdim=True) / count
+    centred = x - mean
+    variance = torch.where(valid, centred * centred, zero).sum(dim=dims, keepdim=True) / count
+    return centred / torch.sqrt(variance + eps)
+
+
+def average_layers(
+    layers: Sequence[Tensor], norm: str, out_norm: str, lengths: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> Tensor:
+    first = layers[0]
+    compute = _compute_dtype(first.dtype)
+    valid = None
+    if lengths is not None:
+        positions = torch.arange(first.shape[1], device=first.device)
+        valid = (positions < lengths.to(first.device)[:, None])[:, :, None]
+    total = torch.zeros(first.shape, dtype=compute, device=first.device)
+    for layer in layers:
+        x = layer.to(compute)
+        for name in norm.split(","):
+            x = _normalise(x, name, valid, eps)
+        total += x
+    average = total / len(layers)
+    for name in out_norm.split(","):
+        average = _normalise(average, name, valid, eps)
+    if valid is not None:
+        average = torch.where(valid, average, average.new_zeros(()))
+    return average.to(out_dtype)
+
+
+def update_ema_(
+    averages: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    weight: float,
+    weight_tensor: Tensor | None,
+) -> None:
+    for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
+        compute = _compute_dtype(average.dtype)
+        a = average.to(compute)
+        if weight_tensor is not None:
+            w = weight_tensor.to(device=a.device, dtype=compute)
+            a = torch.where(w == 0, a, a + w * (source.to(compute) - a))
+        elif weight != 0.0:
+            a = a + weight * (source.to(compute) - a)
+        average.copy_(a)
+        if copies:
+            copies[i].copy_(average)
+
+
+def _sample_of_row(rows: int, clones: int, device: torch.device) -> Tensor:
+    return torch.arange(rows, device=device)[:, None] // clones
+
+
+def gather_tokens(x: Tensor, index: Tensor, clones: int) -> Tensor:
+    check_index_range("gather_tokens", "index", index, x.shape[1])
+    return x[_sample_of_row(index.shape[0], clones, x.device), index.long()]
+
+
+def gather_tokens_backward(grad: Tensor, index: Tensor, clones: int, tokens: int) -> Tensor:
+    check_index_range("gather_tokens_backward", "index", index, tokens)
+    shape = (grad.shape[0] // clones, tokens, grad.shape[2])
+    total = torch.zeros(shape, dtype=_compute_dtype(grad.dtype), device=grad.device)
+    # index_put_ with accumulate adds in ascending order and, unlike index_add_, is deterministic on GPUs too.
+    rows = _sample_of_row(grad.shape[0], clones, grad.device).expand_as(index)
+    total.index_put_((rows, index.long()), grad.to(total.dtype), accumulate=True)
+    return total.to(grad.dtype)
+
+
+_LOW32 = 0xFFFFFFFF
+
+
+def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a product of 32-bit numbers held in int64 (the wrapped product has the right bits)."""
+    product = b * a
+    return (product >> 32) & _LOW32, product & _LOW32
+
+
+def philox(key: Tensor, counter: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011) with counter (c0, c1, 0, 0); 32-bit numbers held in int64."""
+    x0, x1 = torch.broadcast_tensors(*counter)
+    x2, x3 = torch.zeros_like(x0), torch.zeros_like(x0)
+    k0, k1 = key & _LOW32, (key >> 32) & _LOW32
+    for _ in range(10):
+        high0, low0 = _multiply(0xD2511F53, x0)
+        high1, low1 = _multiply(0xCD9E8D57, x2)
+        x0, x1, x2, x3 = high1 ^ x1 ^ k0, low1, high0 ^ x3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
+    return x0, x1, x2, x3
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    return ((bits >> 8).to(torch.float32) + 0.5) * 2.0**-24
+
+
+def noise_rows(keys: Tensor, rows: Tensor, channels: int, std: float, dtype: torch.dtype) -> Tensor:
+    """Normal noise (N, n, channels): element (r, i, c) depends on keys[r], rows[r, i] and c alone."""
+    groups = torch.arange((channels + 3) // 4, device=keys.device)
+    x0, x1, x2, x3 = philox(keys[:, None, None], (groups, rows[:, :, None].long()))
+    pairs = []
+    for bits_r, bits_a in ((x0, x1), (x2, x3)):
+        radius = torch.sqrt(-2.0 * torch.log(_uniform(bits_r)))
+        angle = (2.0 * math.pi) * _uniform(bits_a)
+        pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    z = torch.stack(pairs, dim=-1).flatten(2)[:, :, :channels]
+    return (z * std).to(dtype)
+
+
+def restore_tokens(
+    kept: Tensor, restore: Tensor, fill: Tensor | None, noise_keys: Tensor | None, noise_std: float
+) -> Tensor:
+    n, visible, c = kept.shape
+    limit = visible + fill.shape[1] if fill is not None and fill.dim() == 3 else None
+    check_index_range("restore_tokens", "restore", restore, limit)
+    restore = restore.long()
+    fill_row = (restore - visible).clamp(min=0)
+    if noise_keys is not None:
+        filled = noise_rows(noise_keys, fill_row, c, noise_std, kept.dtype)
+    else:
+        assert fill is not None
+        filled = _rows_of(fill, fill_row) if fill.dim() == 3 else fill.expand(n, restore.shape[1], c)
+    return torch.where((restore < visible)[:, :, None], _rows_of(kept, restore), filled)
+
+
+def _rows_of(x: Tensor, row: Tensor) -> Tensor:
+    """Row row[r, t] of x[r], any row where that one does not exist, zeros where there is none."""
+    if x.shape[1] == 0:
+        return x.new_zeros((1, 1, x.shape[2]))
+    sample = torch.arange(x.shape[0], device=x.device)[:, None]
+    return x[sample, row.clamp(max=x.shape[1] - 1)]
+
+
+def restore_tokens_backward(grad: Tensor, restore: Tensor, visible: int, fill_rows: int) -> tuple[Tensor, Tensor]:
+    rows_of_fill = max(fill_rows, 0)
+    limit = visible + fill_rows if fill_rows >= 0 else None
+    check_index_range("restore_tokens_backward", "restore", restore, limit)
+    n, _, c = grad.shape
+    compute = _compute_dtype(grad.dtype)
+    restore = restore.long()
+    # One more row takes what belongs to no wanted gradient.
+    slots = visible + rows_of_fill
+    total = torch.zeros((n, slots + 1, c), dtype=compute, device=grad.device)
+    rows = torch.arange(n, device=grad.device)[:, None].expand_as(restore)
+    total.index_put_((rows, restore.clamp(max=slots)), grad.to(compute), accumulate=True)
+    kept = _copy(total[:, :visible], grad.dtype)
+    if fill_rows == NO_FILL:
+        return kept, grad.new_empty((0,))
+    if fill_rows == VECTOR_FILL:
+        return kept, total[:, visible].sum(dim=0).to(grad.dtype)
+    return kept, _copy(total[:, visible : visible + fill_rows], grad.dtype)
+
+
+def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _select(op: str, name: str, x: Tensor, rows: Tensor | None) -> Tensor:
+    if rows is None:
+        return x
+    check_index_range(op, name, rows, x.shape[0])
+    return x[rows.long()]
+
+
+def _mean_std(x: Tensor) -> Tensor:
+    if x.shape[0] < 2:
+        return x.new_full((), math.nan)
+    return torch.sqrt(torch.var(x, dim=0, correction=1) + 1e-6).mean()
+
+
+def masked_regression_loss(
+    prediction: Tensor,
+    target: Tensor,
+    prediction_rows: Tensor | None,
+    target_rows: Tensor | None,
+    beta: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "masked_regression_loss"
+    compute = _compute_dtype(prediction.dtype)
+    x = _select(op, "prediction_rows", prediction, prediction_rows).to(compute)
+    y = _select(op, "target_rows", target, target_rows).to(compute)
+    d = x - y
+    if beta == 0.0:
+        error = d * d
+    else:
+        error = torch.where(d.abs() < beta, d * d / (2.0 * beta), d.abs() - beta / 2.0)
+    return error.sum() * scale, _mean_std(x), _mean_std(y)
+
+
+def masked_regression_loss_backward(
+    grad: Tensor,
+    prediction: Tensor,
+    target: Tensor,
+    prediction_rows: Tensor | None,
+    target_rows: Tensor | None,
+    beta: float,
+    scale: float,
+) -> Tensor:
+    op = "masked_regression_loss_backward"
+    compute = _compute_dtype(prediction.dtype)
+    x = _select(op, "prediction_rows", prediction, prediction_rows).to(compute)
+    d = x - _select(op, "target_rows", target, target_rows).to(compute)
+    slope = 2.0 * d if beta == 0.0 else (d / beta).clamp(-1.0, 1.0)
+    selected = (slope * (grad.to(compute) * scale)).to(prediction.dtype)
+    if prediction_rows is None:
+        return selected
+    result = torch.zeros(prediction.shape, dtype=prediction.dtype, device=prediction.device)
+    result[prediction_rows.long()] = selected
+    return result
+
+
+def _limits(case: Case) -> list[str]:
+    return []
+
+
+BACKEND = Backend(
+    "reference",
+    {
+        "average_layers": average_layers,
+        "update_ema_": update_ema_,
+        "gather_tokens": gather_tokens,
+        "gather_tokens_backward": gather_tokens_backward,
+        "restore_tokens": restore_tokens,
+        "restore_tokens_backward": restore_tokens_backward,
+        "masked_regression_loss": masked_regression_loss,
+        "masked_regression_loss_backward": masked_regression_loss_backward,
+    },
+    _limits,
+)

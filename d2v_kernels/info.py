@@ -1,0 +1,108 @@
+"""`python -m d2v_kernels.info [--probe] [--json]`: which backend each operator takes here, or why not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from typing import Any
+
+import torch
+
+from . import _env, _library, registry
+from ._probe import PROBES
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _case(op: str, device: str, dtype: torch.dtype) -> registry.Case:
+    if op == "average_layers":
+        out = torch.float64 if dtype == torch.float64 else torch.float32
+        return registry.Case(op, device, (dtype, out), ("instance", "none"))
+    if op.startswith("masked_regression_loss"):
+        return registry.Case(op, device, (dtype, dtype))
+    return registry.Case(op, device, (dtype,))
+
+
+def _probe(op: str, device: str, dtype: torch.dtype, backend: str) -> str:
+    try:
+        with registry.use_backend(backend):
+            PROBES[op](device, dtype)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {error}"
+    return "ran"
+
+
+def collect(probe: bool = False) -> dict[str, Any]:
+    """Versions, build record, and for every operator, device, dtype and backend "chosen", "usable" or the reasons."""
+    operators: list[dict[str, Any]] = []
+    for op in registry.OPERATORS:
+        for device in _devices():
+            for dtype in _DTYPES:
+                case = _case(op, device, dtype)
+                chosen = registry.choose(case).name
+                row: dict[str, Any] = {"op": op, "device": device, "dtype": str(dtype).removeprefix("torch.")}
+                for backend in registry.backends():
+                    reasons = backend.why_not(case)
+                    state = "; ".join(reasons) or ("chosen" if backend.name == chosen else "usable")
+                    if probe and not reasons:
+                        state += f" ({_probe(op, device, dtype, backend.name)})"
+                    row[backend.name] = state
+                operators.append(row)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "backend": registry.forced_backend(),
+        "highest_isa_allowed": _env.highest_isa(),
+        "build": _library.build_record(),
+        "not_loaded": _library.load_errors(),
+        "operators": operators,
+    }
+
+
+def _print_text(report: dict[str, Any]) -> None:
+    for key, value in report.items():
+        if key == "operators":
+            continue
+        if isinstance(value, dict):
+            print(f"{key}:" + ("" if value else " -"))
+            for name, item in value.items():
+                print(f"  {name}: {item}")
+        else:
+            print(f"{key}: {value if value is not None else '-'}")
+    print("operators:")
+    names = [backend.name for backend in registry.backends()]
+    last = ""
+    for row in report["operators"]:
+        title = f"{row['op']} on {row['device']}"
+        if title != last:
+            print(f"  {title}")
+            last = title
+        print(f"    {row['dtype']:<9}" + "  ".join(f"{name}: {row[name]}" for name in names))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the report; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m d2v_kernels.info", description=__doc__)
+    parser.add_argument("--probe", action="store_true", help="run a tiny case of every usable operator")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    options = parser.parse_args(arguments)
+    report = collect(options.probe)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_text(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Which backend runs an operator, and why another one does not.
+
+Every backend answers `why_not(case)` with a list of reasons; the first backend whose list is empty runs. A forced
+backend that cannot run raises with its reasons: nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import _env
+
+OPERATORS = (
+    "average_layers",
+    "update_ema_",
+    "gather_tokens",
+    "gather_tokens_backward",
+    "restore_tokens",
+    "restore_tokens_backward",
+    "masked_regression_loss",
+    "masked_regression_loss_backward",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is known about a call before it runs: operator, device type, dtypes, and op-specific traits."""
+
+    op: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    traits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of operator bodies with the limits they have."""
+
+    name: str
+    implementations: dict[str, Callable[..., Any]] = field(repr=False)
+    limits: Callable[[Case], list[str]] = field(repr=False)
+
+    def why_not(self, case: Case) -> list[str]:
+        """Reasons why this backend cannot run the case; empty when it can."""
+        if case.op not in self.implementations:
+            return [f"{self.name} has no {case.op}"]
+        return self.limits(case)
+
+
+_backends: dict[str, Backend] = {}
+_chosen: dict[tuple[Case, str], Callable[..., Any]] = {}
+_forced = "auto"
+
+
+def register_backend(backend: Backend) -> None:
+    """Adds a backend; earlier ones are preferred."""
+    _backends[backend.name] = backend
+    _chosen.clear()
+
+
+def backends() -> tuple[Backend, ...]:
+    """All backends in order of preference."""
+    return tuple(_backends.values())
+
+
+def forced_backend() -> str:
+    """Name forced by `use_backend` or the environment; `auto` when the registry chooses."""
+    return _forced if _forced != "auto" else _env.default_backend()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces the backend of every operator called inside, in all threads (a backward pass may run in another one).
+
+    Args:
+        name: "reference", "native", "triton", or "auto" for the registry's own choice.
+
+    Raises:
+        ValueError: unknown name. An operator that the forced backend cannot run raises `NotImplementedError` with
+            the reasons when it is called.
+    """
+    if name not in _env.BACKEND_NAMES:
+        raise ValueError(f"use_backend: expected one of {', '.join(_env.BACKEND_NAMES)}, got {name!r}")
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(case: Case, forced: str | None = None) -> Backend:
+    """The backend that runs a case.
+
+    Raises:
+        NotImplementedError: the forced backend, or every backend, cannot run it; the text lists all reasons.
+    """
+    name = forced if forced is not None else forced_backend()
+    reasons: list[str] = []
+    for backend in _backends.values():
+        if name not in ("auto", backend.name):
+            continue
+        why_not = backend.why_not(case)
+        if not why_not:
+            return backend
+        reasons += why_not
+    if name != "auto" and name not in _backends:
+        reasons = [f"backend {name} is not part of this installation"]
+    dtypes = ", ".join(str(d).removeprefix("torch.") for d in case.dtypes)
+    wanted = "no backend" if name == "auto" else f"backend {name}"
+    raise NotImplementedError(f"{case.op}: {wanted} can run ({case.device}; {dtypes}): " + "; ".join(reasons))
+
+
+def implementation(op: str, device: str, dtypes: tuple[torch.dtype, ...], *traits: str) -> Callable[..., Any]:
+    """The body to call for this case; remembered, so that a repeated call costs one dictionary look-up."""
+    key = (Case(op, device, dtypes, traits), forced_backend())
+    body = _chosen.get(key)
+    if body is None:
+        body = choose(key[0]).implementations[op]
+        _chosen[key] = body
+    return body

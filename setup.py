@@ -1,0 +1,134 @@
+"""Builds the native libraries with CMake and Ninja; project metadata is in pyproject.toml.
+
+Environment variables:
+    D2V_TORCH       folder of the torch package to take headers from (default: the installed one)
+    D2V_BUILD_CUDA  auto (where nvcc is found), 0 (never) or 1 (fail without nvcc)
+    D2V_CUDA_ARCHS  for example "90-real;100"
+    D2V_BUILD_TYPE  Release (default), RelWithDebInfo or Debug
+
+A missing tool (C++ compiler, CMake, Ninja, torch) does not fail the installation: it leaves the Python sources, which
+run on the reference backend, and a record that `python -m d2v_kernels.info` shows. An error of the compiler does fail.
+
+A wheel without the pybind11 module serves every Python: `pip wheel . -C--build-option=--python-tag=py3`.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "d2v_kernels"
+
+
+class MissingTool(Exception):
+    """Something that the native build needs is not on this machine."""
+
+
+def find_tool(what: str, *names: str) -> str:
+    """A program on PATH or beside this Python (a virtual environment that is not activated)."""
+    for name in names:
+        if path := shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts")):
+            return path
+    raise MissingTool(f"{what}: none of {', '.join(names)} found on PATH")
+
+
+def find_compiler() -> str:
+    """The C++ compiler that CMake would take."""
+    if named := os.environ.get("CXX"):
+        return named
+    return find_tool("C++ compiler", "c++", "g++", "clang++")
+
+
+def find_torch() -> Path:
+    """The torch package's folder, without importing it (slow, and absent in an isolated build)."""
+    folders = []
+    if named := os.environ.get("D2V_TORCH"):
+        folders = [Path(named)]
+    else:
+        spec = importlib.util.find_spec("torch")
+        if spec and spec.origin:
+            folders.append(Path(spec.origin).parent)
+        # pip's build isolation changes sys.path only: the environment to install into is still this interpreter's.
+        folders += [Path(sysconfig.get_path(key)) / "torch" for key in ("purelib", "platlib")]
+    for folder in folders:
+        if (folder / "include/torch/csrc/stable/library.h").is_file():
+            return folder
+    where = ", ".join(str(f) for f in dict.fromkeys(folders))
+    raise MissingTool(f"torch 2.10 or newer: no headers under {where}; install torch first, or set D2V_TORCH")
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs into d2v_kernels/lib."""
+
+    def run(self) -> None:
+        base = ROOT if self.editable_mode or self.inplace else Path(self.build_lib).resolve()
+        lib = base / PACKAGE / "lib"
+        shutil.rmtree(lib, ignore_errors=True)
+        lib.mkdir(parents=True)
+        try:
+            self.build_native(lib)
+        except MissingTool as error:
+            print(f"d2v: native code is not built: {error}", file=sys.stderr)
+            record = {"built": [], "missing": [str(error)]}
+            (lib / "build.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    def build_native(self, lib: Path) -> None:
+        torch = find_torch()
+        cmake, ninja = find_tool("CMake", "cmake"), find_tool("Ninja", "ninja")
+        find_compiler()
+        portable = wants_portable_wheel(self.distribution)
+        build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        # CMake remembers what it found: start afresh when the torch, the interpreter or a tool is another one.
+        key = "\n".join([str(torch), sys.executable, cmake, ninja, os.environ.get("CXX", "")])
+        stamp = build / "environment.txt"
+        if not stamp.is_file() or stamp.read_text() != key:
+            shutil.rmtree(build, ignore_errors=True)
+            build.mkdir(parents=True)
+        arguments = [
+            cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DCMAKE_BUILD_TYPE={os.environ.get('D2V_BUILD_TYPE') or 'Release'}",
+            f"-DCMAKE_INSTALL_PREFIX={lib}", f"-DD2V_TORCH={torch}", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DD2V_BUILD_CUDA={os.environ.get('D2V_BUILD_CUDA') or 'auto'}",
+            f"-DD2V_BUILD_PYBIND={'OFF' if portable else 'ON'}",
+        ]  # fmt: skip
+        if archs := os.environ.get("D2V_CUDA_ARCHS"):
+            arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={archs}")
+        subprocess.run([str(a) for a in arguments], check=True)
+        stamp.write_text(key)
+        subprocess.run([cmake, "--build", str(build)], check=True)
+        subprocess.run([cmake, "--install", str(build)], check=True)
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+def wants_portable_wheel(distribution: object) -> bool:
+    """True for a wheel whose Python tag was set to py3."""
+    command = distribution.get_command_obj("bdist_wheel", create=False)  # type: ignore[attr-defined]
+    return command is not None and getattr(command, "python_tag", "") == "py3"
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags py3-none-<platform> without the pybind11 module: the libraries use no Python API."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if wants_portable_wheel(self.distribution) else (python, abi, platform)
+
+
+setup(
+    ext_modules=[Extension(f"{PACKAGE}.lib._native", [])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+)

@@ -1,0 +1,90 @@
+"""Backend choice: forced means forced, reasons are told, info tells the truth."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.tensors import random_rows
+
+from d2v_kernels import _library, average_layers, info, registry, use_backend
+from d2v_kernels._probe import PROBES
+
+
+def test_native_is_built_where_a_compiler_is() -> None:
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    assert not _library.load_errors().get("d2v_cpu"), _library.load_errors()
+
+
+def test_forced_backend_that_cannot_run_says_why() -> None:
+    layers = [random_rows((1, 4, 3), torch.float32, 0)]
+    with use_backend("triton"), pytest.raises(NotImplementedError, match=r"average_layers: backend triton.*triton"):
+        average_layers(layers)
+    with use_backend("native"), pytest.raises(NotImplementedError, match="average_layers: backend native"):
+        average_layers(layers, norm=("batch", "layer"))
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match=r"use_backend: expected one of auto.*got 'cuda'"), use_backend("cuda"):
+        pass
+
+
+def test_use_backend_nests_and_restores() -> None:
+    assert registry.forced_backend() == "auto"
+    with use_backend("reference"):
+        with use_backend("native"):
+            assert registry.forced_backend() == "native"
+        assert registry.forced_backend() == "reference"
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert registry.forced_backend() == "auto"
+
+
+@pytest.mark.parametrize("op", registry.OPERATORS)
+def test_no_silent_fallback(op, monkeypatch) -> None:
+    """A native body that raises is not replaced by another backend."""
+    native = next(b for b in registry.backends() if b.name == "native")
+    if op not in native.implementations:
+        pytest.skip(f"native has no {op}: {_library.load_errors()}")
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setitem(native.implementations, op, broken)
+    monkeypatch.setattr(registry, "_chosen", {})
+    with pytest.raises(RuntimeError, match="planted"):
+        PROBES[op]("cpu", torch.float32)
+    monkeypatch.undo()
+    registry._chosen.clear()
+
+
+def test_every_operator_is_probed() -> None:
+    assert set(PROBES) == set(registry.OPERATORS)
+
+
+def test_info_runs_every_usable_operator() -> None:
+    report = info.collect(probe=True)
+    assert {row["op"] for row in report["operators"]} == set(registry.OPERATORS)
+    for row in report["operators"]:
+        states = [row[b.name] for b in registry.backends()]
+        assert sum(s.startswith("chosen") for s in states) == 1, row
+        assert not any("failed" in s for s in states), row
+
+
+def test_info_command_prints_json() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "d2v_kernels.info", "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(run.stdout)["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("name", ["D2V_KERNELS_BACKEND", "D2V_KERNELS_ISA"])
+def test_bad_environment_is_named(name, monkeypatch) -> None:
+    monkeypatch.setenv(name, "fastest")
+    with pytest.raises(ValueError, match=f"{name}: expected one of .*got 'fastest'"):
+        info.collect()

@@ -1,0 +1,151 @@
+"""`interop.fairseq.build` over the options of the published image model, against the step written out in torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.published import PublishedStep, make_config, make_teacher, make_tensors
+from support.tensors import BACKENDS
+from torch import Tensor
+
+from d2v.interop import fairseq
+from d2v_kernels import use_backend
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "pre_norm": {"layer_norm_first": True, "prenet_depth": 2},
+    "pre_norm_block_targets": {"layer_norm_first": True, "end_of_block_targets": True},
+    "block_targets": {"end_of_block_targets": True},
+    "one_of_four_layers": {"depth": 4, "average_top_k_layers": 1, "prenet_depth": 0},
+    "three_of_four_layers": {"depth": 4, "average_top_k_layers": 3},
+    "layer_then_instance": {
+        "instance_norm_target_layer": False, "layer_norm_target_layer": True, "layer_norm_targets": False,
+        "instance_norm_targets": True,
+    },
+    "batch": {"instance_norm_target_layer": False, "batch_norm_target_layer": True},
+    "every_norm": {
+        "batch_norm_target_layer": True, "layer_norm_target_layer": True, "instance_norm_targets": True,
+    },
+    "no_norm": {"instance_norm_target_layer": False, "layer_norm_targets": False},
+    "even_kernel": {"decoder_kernel": 4, "decoder_layers": 3},
+    "kernel_2": {"decoder_kernel": 2},
+    "wide_decoder": {"decoder_dim": 24, "decoder_kernel": 5, "decoder_layers": 3, "decoder_groups": 8},
+    "narrow_decoder_without_residual": {"decoder_dim": 8, "decoder_residual": False, "decoder_groups": 1},
+    "no_extra_token": {"num_extra_tokens": 0, "cls_loss": 0},
+    "three_extra_tokens": {"num_extra_tokens": 3, "cls_loss": 0.5},
+    "extra_token_without_loss": {"cls_loss": 0},
+    "smooth_l1": {"loss_beta": 0.5, "loss_scale": 2.0, "d2v_loss": 0.5},
+    "one_copy": {"clone_batch": 1},
+    "three_copies": {"clone_batch": 3},
+    "norm_without_affine": {"norm_affine": False, "norm_eps": 1e-3},
+    "teacher_of_blocks": {"ema_encoder_only": True},
+    "teacher_of_blocks_pre_norm": {"ema_encoder_only": True, "layer_norm_first": True},
+    "teacher_without_stem": {"ema_local_encoder": False},
+    "no_positions": {"fixed_positions": False},
+    "widths": {"embed_dim": 24, "num_heads": 3, "mlp_ratio": 2.5, "decoder_groups": 2, "decoder_dim": 24},
+    "one_head_odd_grid": {"num_heads": 1, "input_size": 20, "in_chans": 1},
+    "constant_decay": {"ema_decay": 0.95, "ema_end_decay": 0.95},
+}  # fmt: skip
+
+
+def make_inputs(config: dict[str, Any], samples: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, masks with equal counts, noise; float64."""
+    image = config["modalities"]["image"]
+    tokens = (image["input_size"] // image["patch_size"]) ** 2
+    rows, masked = samples * config["clone_batch"], int(tokens * image["mask_prob"])
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randn(
+        samples, image["in_chans"], image["input_size"], image["input_size"], generator=generator, dtype=torch.float64
+    )
+    mask = torch.rand(rows, tokens, generator=generator).argsort(dim=1) < masked
+    noise = torch.randn(rows, masked, config["embed_dim"], generator=generator, dtype=torch.float64)
+    return images, mask, 0.01 * noise
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str, floor: float = 1e-6) -> None:
+    assert actual.shape == expected.shape, name
+    actual, expected = actual.detach().double(), expected.detach().double()
+    limit = tolerance * max(float(expected.abs().max()), floor)
+    error = float((actual - expected).abs().max())
+    assert error <= limit, f"{name}: expected at most {limit:.3g}, got {error:.3g}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_step(name: str, backend: str) -> None:
+    config = make_config(**OPTIONS[name])
+    student = make_tensors(config, seed=1)
+    teacher = make_teacher(config, student, seed=2)
+    images, mask, noise = make_inputs(config)
+    model = fairseq.build(config, student, teacher, family="d2v2_image")
+    leaves = {n: t.clone().requires_grad_("positions" not in n) for n, t in student.items()}
+    expected = PublishedStep(config, leaves, teacher).run(images, mask, noise)
+    expected["loss"].backward()
+    # Several norms in a row exist on the reference backend only; "auto" picks it for that one operator.
+    several = "," in model.config.target.norm + model.config.target.out_norm
+    with use_backend("auto" if several and backend == "native" else backend):
+        out = model(images.float(), masks=mask, noise=noise.float())
+        out.loss.backward()
+        for key in ("prediction", "target", "targets", "class_prediction", "class_target"):
+            if key in expected:
+                # An instance-normed target has mean 0: its class target is rounding noise.
+                assert_near(getattr(out, key), expected[key], 5e-5, key, floor=0.02)
+        assert out.losses.keys() == expected.keys() & {"regression", "cls"}
+        for key in out.losses:
+            assert_near(out.losses[key], expected[key], 1e-5, key)
+        assert_near(out.loss, expected["loss"], 1e-5, "loss")
+        gradients = fairseq.gradients(model)
+        assert gradients.keys() == {n for n, t in leaves.items() if t.grad is not None}
+        largest = max(float(g.abs().max()) for g in gradients.values())
+        for key, gradient in gradients.items():
+            # A gradient that is mathematically zero is rounding noise of the largest one.
+            assert_near(gradient, leaves[key].grad, 1e-4, key, floor=0.01 * largest)
+        model.teacher.update(decay := model.config.ema.decay(1, 1000))
+    own = {f"blocks.{n}" if config["ema_encoder_only"] else n: n for n in teacher}
+    averaged = fairseq.teacher_parameters(model)
+    assert averaged.keys() == teacher.keys()
+    for ours, theirs in own.items():
+        assert_near(averaged[theirs], decay * teacher[theirs] + (1 - decay) * student[ours], 1e-6, theirs)
+
+
+def test_unequal_counts_follow_row_0() -> None:
+    """Rows that mask fewer lose visible tokens; rows that mask more keep masked ones visible."""
+    config = make_config(clone_batch=1)
+    student = make_tensors(config, seed=1)
+    images, mask, noise = make_inputs(config, samples=3)
+    mask[1] = mask[0]
+    mask[1, mask[1].nonzero()[0]] = False
+    mask[2] = mask[0]
+    mask[2, (~mask[2]).nonzero()[0]] = True
+    model = fairseq.build(config, student, None, family="d2v2_image")
+    expected = PublishedStep(config, student, make_teacher(config, student, 0) | student).run(images, mask, noise)
+    out = model(images.float(), masks=mask, noise=noise.float())
+    assert_near(out.prediction, expected["prediction"], 5e-5, "prediction")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("keep_masked_pct", 0.1),
+        ("use_alibi_encoder", True),
+        ("transformer_decoder", True),
+        ("prenet_layerdrop", 0.1),
+        ("local_grad_mult", 0.5),
+        ("mask_prob_min", 0.2),
+    ],
+)
+def test_unsupported_modality_option_is_named(option: str, value: Any) -> None:
+    config = make_config()
+    config["modalities"]["image"][option] = value
+    with pytest.raises(NotImplementedError, match=f"modalities.image.{option}"):
+        fairseq.build(config, {}, None, family="d2v2_image")
+
+
+@pytest.mark.parametrize("option", ["add_positions_masked", "add_positions_all"])
+def test_unsupported_decoder_option_is_named(option: str) -> None:
+    config = make_config()
+    config["modalities"]["image"]["decoder"][option] = True
+    with pytest.raises(NotImplementedError, match=option):
+        fairseq.build(config, {}, None, family="d2v2_image")

@@ -1,0 +1,245 @@
+"""The published data2vec 2.0 image step written out in plain torch, from the description of the golden cases.
+
+Independent of the package: tensors by their published names, no operators, any dtype. For tests that vary options
+beyond the golden case.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IMAGE = "modality_encoders.IMAGE."
+
+DEFAULTS: dict[str, Any] = {
+    "loss_beta": 0, "loss_scale": None, "depth": 2, "start_drop_path_rate": 0, "end_drop_path_rate": 0, "num_heads": 2,
+    "norm_eps": 1e-6, "norm_affine": True, "encoder_dropout": 0.0, "post_mlp_drop": 0.0, "attention_dropout": 0.0,
+    "activation_dropout": 0.0, "dropout_input": 0.0, "layerdrop": 0.0, "embed_dim": 16, "mlp_ratio": 4,
+    "layer_norm_first": False, "average_top_k_layers": 2, "end_of_block_targets": False, "clone_batch": 2,
+    "layer_norm_target_layer": False, "batch_norm_target_layer": False, "instance_norm_target_layer": True,
+    "instance_norm_targets": False, "layer_norm_targets": True, "ema_decay": 0.9, "ema_end_decay": 0.99,
+    "ema_anneal_end_step": 10, "ema_encoder_only": False, "max_update": 1000, "shared_decoder": None,
+    "cls_loss": 0.01, "recon_loss": 0, "d2v_loss": 1, "mae_init": False, "skip_ema": False,
+}  # fmt: skip
+IMAGE_DEFAULTS: dict[str, Any] = {
+    "prenet_depth": 1, "num_extra_tokens": 1, "mask_noise_std": 0.01, "mask_prob": 0.75, "inverse_mask": True,
+    "mask_prob_adjust": 0.07, "mask_length": 2, "ema_local_encoder": True, "input_size": 16, "in_chans": 3,
+    "patch_size": 4, "embed_dim": 16, "fixed_positions": True, "prenet_dropout": 0,
+}  # fmt: skip
+DECODER_DEFAULTS: dict[str, Any] = {
+    "decoder_dim": 16, "decoder_groups": 4, "decoder_kernel": 3, "decoder_layers": 2, "input_dropout": 0.0,
+    "decoder_residual": True,
+}  # fmt: skip
+
+
+def make_config(**options: Any) -> dict[str, Any]:
+    """A small configuration; each option replaces the default of its name in whichever section has it."""
+    config, image, decoder = copy.deepcopy(DEFAULTS), copy.deepcopy(IMAGE_DEFAULTS), copy.deepcopy(DECODER_DEFAULTS)
+    for name, value in options.items():
+        sections = [s for s in (config, image, decoder) if name in s]
+        assert sections, name
+        for section in sections:
+            section[name] = value
+    config["modalities"] = {"image": {**image, "decoder": decoder}}
+    return config
+
+
+def make_tensors(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    """Random student tensors (float64) under their published names."""
+    image = config["modalities"]["image"]
+    decoder = image["decoder"]
+    width, hidden, kernel = (
+        config["embed_dim"],
+        int(config["embed_dim"] * config["mlp_ratio"]),
+        decoder["decoder_kernel"],
+    )
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def norm(name: str) -> None:
+        if config["norm_affine"]:
+            shapes.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
+
+    def layer(name: str, *shape: int) -> None:
+        shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
+
+    blocks = [f"{IMAGE}context_encoder.blocks.{i}." for i in range(image["prenet_depth"])]
+    blocks += [f"blocks.{i}." for i in range(config["depth"])]
+    for block in blocks:
+        norm(block + "norm1")
+        norm(block + "norm2")
+        layer(block + "attn.qkv", 3 * width, width)
+        layer(block + "attn.proj", width, width)
+        layer(block + "mlp.fc1", hidden, width)
+        layer(block + "mlp.fc2", width, hidden)
+    norm("norm" if config["layer_norm_first"] else IMAGE + "context_encoder.norm")
+    layer(IMAGE + "local_encoder.proj", width, image["in_chans"], image["patch_size"], image["patch_size"])
+    inputs = width
+    for i in range(decoder["decoder_layers"]):
+        layer(
+            f"{IMAGE}decoder.blocks.{i}.0", decoder["decoder_dim"], inputs // decoder["decoder_groups"], kernel, kernel
+        )
+        inputs = decoder["decoder_dim"]
+    layer(IMAGE + "decoder.proj", width, inputs)
+    if image["num_extra_tokens"]:
+        shapes[IMAGE + "extra_tokens"] = (1, image["num_extra_tokens"], width)
+    if image["fixed_positions"]:
+        shapes[IMAGE + "fixed_positional_encoder.positions"] = (
+            1,
+            (image["input_size"] // image["patch_size"]) ** 2,
+            width,
+        )
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        gain = name.endswith("weight") and "norm" in name
+        tensors[name] = 0.2 * torch.randn(shape, generator=generator, dtype=torch.float64) + float(gain)
+    return tensors
+
+
+def make_teacher(config: dict[str, Any], student: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """A teacher near the student, under the names of the published `_ema` entry."""
+    image = config["modalities"]["image"]
+    if config["ema_encoder_only"]:
+        names = {n: n.removeprefix("blocks.") for n in student if n.startswith("blocks.")}
+    else:
+        names = {n: n for n in student if not n.startswith(IMAGE + "decoder")}
+        if not image["ema_local_encoder"]:
+            names = {n: n for n in names if not n.startswith(IMAGE + "local_encoder")}
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        theirs: student[ours] if "positions" in ours
+        else student[ours] + 0.05 * torch.randn(student[ours].shape, generator=generator, dtype=torch.float64)
+        for ours, theirs in names.items()
+    }  # fmt: skip
+
+
+class PublishedStep:
+    """One training forward of the published code."""
+
+    def __init__(self, config: dict[str, Any], student: dict[str, Tensor], teacher: dict[str, Tensor]) -> None:
+        self.config, self.image = config, config["modalities"]["image"]
+        self.decoder = self.image["decoder"]
+        self.student = student
+        blocks_only = config["ema_encoder_only"]
+        self.teacher = {**student, **({f"blocks.{n}": t for n, t in teacher.items()} if blocks_only else teacher)}
+
+    def norm(self, p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], p.get(name + ".weight"), p.get(name + ".bias"), self.config["norm_eps"])
+
+    def block(self, p: dict[str, Tensor], name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        def linear(part: str, x: Tensor) -> Tensor:
+            return F.linear(x, p[f"{name}{part}.weight"], p[f"{name}{part}.bias"])
+
+        def attend(x: Tensor) -> Tensor:
+            n, t, c = x.shape
+            heads = self.config["num_heads"]
+            q, k, v = (y.view(n, t, heads, c // heads).transpose(1, 2) for y in linear("attn.qkv", x).split(c, dim=2))
+            weights = (q * (c // heads) ** -0.5 @ k.transpose(2, 3)).softmax(dim=3)
+            return linear("attn.proj", (weights @ v).transpose(1, 2).reshape(n, t, c))
+
+        def mlp(x: Tensor) -> Tensor:
+            return linear("mlp.fc2", F.gelu(linear("mlp.fc1", x)))
+
+        if self.config["layer_norm_first"]:
+            x = x + attend(self.norm(p, name + "norm1", x))
+            f = mlp(self.norm(p, name + "norm2", x))
+            out = f + f
+        else:
+            x = self.norm(p, name + "norm1", x + attend(x))
+            f = mlp(x)
+            out = self.norm(p, name + "norm2", x + f)
+        return out, out if self.config["end_of_block_targets"] else f
+
+    def context(self, p: dict[str, Tensor], images: Tensor, keep: Tensor | None, clones: int) -> Tensor:
+        name = IMAGE + "local_encoder.proj"
+        x = F.conv2d(images, p[name + ".weight"], p[name + ".bias"], stride=self.image["patch_size"])
+        x = x.flatten(2).transpose(1, 2)
+        if self.image["fixed_positions"]:
+            x = x + p[IMAGE + "fixed_positional_encoder.positions"]
+        x = x.repeat_interleave(clones, dim=0)
+        if keep is not None:
+            x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
+        if self.image["num_extra_tokens"]:
+            x = torch.cat([p[IMAGE + "extra_tokens"].expand(len(x), -1, -1), x], dim=1)
+        if not self.config["layer_norm_first"]:
+            x = self.norm(p, IMAGE + "context_encoder.norm", x)
+        for i in range(self.image["prenet_depth"]):
+            x, _ = self.block(p, f"{IMAGE}context_encoder.blocks.{i}.", x)
+        return x
+
+    def targets(self, images: Tensor) -> Tensor:
+        x = self.context(self.teacher, images, None, 1)
+        tensors = []
+        for i in range(self.config["depth"]):
+            x, target = self.block(self.teacher, f"blocks.{i}.", x)
+            tensors.append(target[:, self.image["num_extra_tokens"] :])
+        tensors = tensors[-self.config["average_top_k_layers"] :]
+        if self.config["batch_norm_target_layer"]:
+            tensors = [_standardise(t, (0, 1)) for t in tensors]
+        if self.config["instance_norm_target_layer"]:
+            tensors = [_standardise(t, (1,)) for t in tensors]
+        if self.config["layer_norm_target_layer"]:
+            tensors = [_standardise(t, (2,)) for t in tensors]
+        y = torch.stack(tensors).mean(dim=0)
+        if self.config["layer_norm_targets"]:
+            y = _standardise(y, (2,))
+        return _standardise(y, (1,)) if self.config["instance_norm_targets"] else y
+
+    def decode(self, x: Tensor) -> Tensor:
+        p, side = self.student, self.image["input_size"] // self.image["patch_size"]
+        n, tokens, c = x.shape
+        x = x.transpose(1, 2).reshape(n, c, side, side)
+        kernel = self.decoder["decoder_kernel"]
+        for i in range(self.decoder["decoder_layers"]):
+            name = f"{IMAGE}decoder.blocks.{i}.0"
+            y = F.conv2d(
+                x, p[name + ".weight"], p[name + ".bias"], padding=kernel // 2, groups=self.decoder["decoder_groups"]
+            )
+            y = y[:, :, :side, :side]
+            y = F.gelu(_standardise(y, (1,)))
+            x = x + y if self.decoder["decoder_residual"] and x.shape == y.shape else y
+        x = x.flatten(2).transpose(1, 2)
+        return F.linear(x, p[IMAGE + "decoder.proj.weight"], p[IMAGE + "decoder.proj.bias"])
+
+    def run(self, images: Tensor, mask: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Predictions, targets and losses; noise rows in ascending order of row 0's rule (see `order`)."""
+        config, p = self.config, self.student
+        clones = config["clone_batch"]
+        visible = int((~mask[0]).sum())
+        order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+        x = self.context(p, images, order[:, :visible], clones)
+        for i in range(config["depth"]):
+            x, _ = self.block(p, f"blocks.{i}.", x)
+        if config["layer_norm_first"]:
+            x = self.norm(p, "norm", x)
+        extra = self.image["num_extra_tokens"]
+        full = torch.cat([x[:, extra:], noise], dim=1)
+        full = full.gather(1, order.argsort(dim=1)[..., None].expand_as(full))
+        prediction = self.decode(full)[mask]
+        with torch.no_grad():
+            y = self.targets(images)
+        target = y.repeat_interleave(clones, dim=0)[mask]
+        scale = config["loss_scale"] if config["loss_scale"] is not None else x.shape[2] ** -0.5
+        count = int(mask.sum())
+        result = {"prediction": prediction, "target": target, "targets": y}
+        result["regression"] = self.error(prediction, target) * scale * config["d2v_loss"]
+        if config["cls_loss"]:
+            result["class_prediction"] = x[:, extra - 1]
+            result["class_target"] = y.mean(dim=1).repeat_interleave(clones, dim=0)
+            error = self.error(result["class_prediction"], result["class_target"])
+            result["cls"] = error * scale * config["cls_loss"] * count
+        result["loss"] = (result["regression"] + result.get("cls", 0.0)) / count
+        return result
+
+    def error(self, x: Tensor, y: Tensor) -> Tensor:
+        beta = self.config["loss_beta"]
+        return F.mse_loss(x, y, reduction="sum") if beta == 0 else F.smooth_l1_loss(x, y, reduction="sum", beta=beta)
+
+
+def _standardise(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    variance, mean = torch.var_mean(x, dim=axes, correction=0, keepdim=True)
+    return (x - mean) / (variance + 1e-5).sqrt()

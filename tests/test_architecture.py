@@ -1,0 +1,81 @@
+"""Who may use whom, as CONTRIBUTING.md draws it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "d2v_kernels").rglob("*.py")) + sorted((ROOT / "d2v").rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of everything a module imports."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def uses(names: set[str], package: str) -> set[str]:
+    return {n for n in names if n == package or n.startswith(package + ".")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_import_rules(path: Path) -> None:
+    names, where = imports(path), path.relative_to(ROOT).as_posix()
+    for outside in ("benchmarks", "tests", "support"):
+        assert not uses(names, outside)
+    if where.startswith("d2v_kernels/"):
+        assert not uses(names, "d2v")
+    else:
+        deep = {n for n in uses(names, "d2v_kernels") if n.count(".") > 1}
+        assert not deep, f"only top-level names of d2v_kernels: {deep}"
+    if where.startswith("d2v_kernels/backends/"):
+        own = where.removeprefix("d2v_kernels/backends/").split("/")[0].removesuffix(".py")
+        others = {n for n in uses(names, "d2v_kernels.backends") if n.split(".")[2] != own}
+        assert not others, f"backends do not import each other: {others}"
+    if where != "d2v_kernels/attention.py":
+        assert not uses(names, "xformers")
+    if "triton" not in where:
+        assert not uses(names, "triton")
+    assert not uses(names, "pickle")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_env_reads_the_environment(path: Path) -> None:
+    if path.name != "_env.py":
+        assert not re.search(r"os\.(environ|getenv|putenv)|import (environ|getenv)", path.read_text())
+
+
+def test_include_rules() -> None:
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix not in (".h", ".cpp", ".cu", ".cuh"):
+            continue
+        found = re.findall(r'#include\s+[<"]([^>"]+)[>"]', path.read_text())
+        room = path.relative_to(ROOT / "csrc").parts[0]
+        torch = [f for f in found if f.startswith(("torch/", "ATen/", "c10/"))]
+        python = [f for f in found if f.startswith(("pybind11/", "Python.h"))]
+        assert room == "torch" or not torch, (path, torch)
+        assert room == "python" or not python, (path, python)
+        for forbidden in {"torch": "python/", "python": "torch/", "core": "../torch"}.get(room, "?"), "../../":
+            assert not any(forbidden in f and not f.startswith("torch/") for f in found), (path, found)
+
+
+def test_sizes() -> None:
+    """A person can read the library in a day: short files, short functions."""
+    for path in SOURCES:
+        text = path.read_text()
+        assert text.count("\n") <= 500, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                assert node.end_lineno - node.lineno < 70, f"{path}: {node.name}"
