@@ -59,6 +59,8 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
+    if final.is_dir():
+        return final  # the same step of the same run: the same state
     temporary = folder / f"{_PARTIAL}{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -73,8 +75,6 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if final.exists():  # the same step again: it held the same state
-        _remove(final)
     temporary.rename(final)
     _flush(folder)
     for old in list_checkpoints(folder)[: -max(keep, 1)]:
@@ -126,15 +126,13 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def find_checkpoint(path: str, option: str = "checkpoint") -> Path:
-    """The folder with `config.json` and `model.safetensors` that `path` means: a run, a checkpoint, an exported folder."""
+    """The folder with `config.json` and `model.safetensors` that `path` means: of a run, a checkpoint or an export."""
     folder = Path(path)
     if not path or not folder.is_dir():
         raise ValueError(f"{option}: expected a run folder, a checkpoint or an exported folder, found none at {path!r}")
     if (folder / MODEL).is_file() and (folder / CONFIG).is_file():
         return folder
     newest = latest_checkpoint(folder)
-    if newest is None and list_checkpoints(folder):
-        newest = list_checkpoints(folder)[-1]
     if newest is None:
         raise ValueError(f"{option}: expected a checkpoint in {path!r}, found neither {MODEL} nor checkpoints/step-*")
     return newest

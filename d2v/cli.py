@@ -246,8 +246,8 @@ def _settings_class() -> Any:
     for f in dataclasses.fields(Config):
         if dataclasses.is_dataclass(hints[f.name]):
             sections.append((f.name, hints[f.name], field(default_factory=typing.cast(Any, hints[f.name]))))
-    behaviours = Literal[tuple(sorted(PUBLISHED_BEHAVIOURS))]  # type: ignore[valid-type]
-    text = "Behaviours of the published code reproduced on purpose."
+    text = "Behaviours of the published code reproduced on purpose (docs/parity.md)."
+    behaviours: Any = Literal[tuple(sorted(PUBLISHED_BEHAVIOURS))]
     sections.append(("published", Annotated[tuple[behaviours, ...], tyro.conf.arg(help=text)], ()))
     sections.append(("model", Init, Init()))
     text = "Build everything, run one update without writing anything, print shapes and sizes."
@@ -282,11 +282,13 @@ def _pretrain(arguments: list[str]) -> int:
     default = kind(**{**start, "published": tuple(sorted(base.published))})
     settings = parse_options(kind, arguments[1:], f"d2v pretrain {arguments[0]}", default)
     config = settings_to_config(settings, base)
-    from d2v.train import dry_run, pretrain
-
     if settings.dry_run:
+        from d2v.dryrun import dry_run
+
         print(f"recipe       {config.recipe}\n{dry_run(config, init=settings.model.init)}")
         return 0
+    from d2v.train import pretrain
+
     try:
         pretrain(config, init=settings.model.init)
     except SystemExit as stop:
@@ -358,5 +360,3 @@ def _no_options(command: str, arguments: list[str]) -> None:
         raise SystemExit(0)
     if arguments:
         raise UsageError(f"{command}: expected no options, got {arguments[0]!r}")
-
-

@@ -193,9 +193,7 @@ class Data2Vec(nn.Module):
         selected = gather_tokens(hidden.reshape(1, rows * tokens, hidden.shape[-1]), masks.rows[None])
         return self.decoder.project(selected[0])
 
-    def _make_fill(
-        self, kept: Tensor, masked: int, noise: Tensor | None, noise_keys: Tensor | None
-    ) -> Tensor | Noise:
+    def _make_fill(self, kept: Tensor, masked: int, noise: Tensor | None, noise_keys: Tensor | None) -> Tensor | Noise:
         rows, _, width = kept.shape
         if noise is not None:
             if tuple(noise.shape) != (rows, masked, width):

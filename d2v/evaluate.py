@@ -22,7 +22,7 @@ from d2v.data2vec import Data2Vec
 from d2v.train import build_model, choose_device
 
 PIXEL_SIDE = 32
-"""Pixel baselines see larger images averaged down to at most this side: a linear probe on 150 528 pixels says little."""
+"""Pixel baselines see larger images averaged down to this side: a linear probe on 150 528 pixels says little."""
 
 
 def load_model(checkpoint: str, device: str = "auto") -> tuple[Data2Vec, Config, torch.device]:
@@ -38,7 +38,8 @@ def load_model(checkpoint: str, device: str = "auto") -> tuple[Data2Vec, Config,
 
 def read_images(config: Config, source: Source, option: str, batch: int = 64) -> tuple[Tensor, np.ndarray]:
     """All images of a labelled source: (uint8 (n,c,H,W), labels int64 (n,)) without those that cannot be decoded."""
-    images, bad = [], set()
+    images: list[Tensor] = []
+    bad: set[int] = set()
     for part in evaluation_batches(config, source, torch.device("cpu"), batch=batch):
         images.append(part.images)
         bad.update(note.sample_id for note in part.notes)
@@ -234,8 +235,8 @@ def print_table(result: dict[str, Any]) -> None:
     """Accuracies in percent, a row per kind of features."""
     chance = 100 / result["classes"]
     print(
-        f"test accuracy in %, {result['classes']} classes (chance {chance:.1f}), {result['train_samples']} training and "
-        f"{result['test_samples']} test images"
+        f"test accuracy in %, {result['classes']} classes (chance {chance:.1f}), "
+        f"{result['train_samples']} training and {result['test_samples']} test images"
     )
     neighbours = f"kNN (k={result['neighbours']})"
     few = f"{result['labels_per_class']} labels per class"

@@ -107,7 +107,7 @@ class MetricsFile:
     """`metrics.jsonl`: one JSON object a line, flushed at once; NaN and infinity are written as null."""
 
     def __init__(self, path: Path, after: int) -> None:
-        """Keeps the lines of updates up to `after`, drops later ones (of a run that was killed after its checkpoint)."""
+        """Keeps the lines of updates up to `after`, drops later ones (of a run killed after its checkpoint)."""
         kept = [line for line in read_metrics(path) if line["step"] <= after] if after else []
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")

@@ -26,9 +26,7 @@ def vision_base() -> Config:
         target=Target(source="ffn", top_k=10, norm="instance", out_norm="layer"),
         loss=Loss(beta=0.0, scale=None, class_weight=0.01, class_rows=16 * 16),
         ema=Ema(start=0.9998, end=0.99999, anneal_steps=100_000),
-        optim=Optim(
-            learning_rate=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, clip=4.0, warmup_steps=50_040
-        ),
+        optim=Optim(learning_rate=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, clip=4.0, warmup_steps=50_040),
         data=Data(global_batch=256, micro_batch=16, workers=8, crop_scale=(0.2, 1.0), flip=True),
         run=Run(steps=375_300, precision="bf16"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -31,10 +32,10 @@ class Encoded(NamedTuple):
 class Teacher(nn.Module):
     """Averages of the student's weights in float32, and a forward with them that keeps no gradient.
 
-    Parts in the scope that have parameters are copied; the rest (the fixed positions, and what the scope leaves out)
-    are the student's own. Averages are parameters with `requires_grad=False`: an optimiser that takes the trainable
-    ones never sees them, and `state_dict` holds them. With a working dtype, the forward runs on copies in that dtype,
-    which the averaging pass writes along (data2vec section 3.2).
+    Parts in the scope are copied; what it leaves out is the student's own. Parameters are averaged, buffers (fixed
+    positions) copied. Averages are parameters with `requires_grad=False`: an optimiser that takes the trainable ones
+    never sees them, and `state_dict` holds them. With a working dtype, the forward runs on copies whose matrix products
+    have that dtype, written by the averaging pass itself (data2vec section 3.2).
     """
 
     def __init__(self, student: Mapping[str, nn.Module], scope: str, working_dtype: torch.dtype | None = None) -> None:
@@ -52,13 +53,12 @@ class Teacher(nn.Module):
         self._written: tuple[tuple[int, int], ...] = ()
         self._plan: EmaPlan | None = None
         for name in SCOPES[scope]:
-            if any(True for _ in student[name].parameters()):
-                self.add_module(name, copy.deepcopy(student[name]).requires_grad_(False))
+            self.add_module(name, copy.deepcopy(student[name]).requires_grad_(False))
         self.train(False)
 
     @property
     def owned(self) -> tuple[str, ...]:
-        """Names of the averaged parts."""
+        """Names of the parts in the scope."""
         return tuple(self._modules)
 
     def train(self, mode: bool = True) -> Teacher:
@@ -79,11 +79,18 @@ class Teacher(nn.Module):
             copies = [p for part in self._working.values() for p in part.parameters()]
             self._plan = EmaPlan(list(self.parameters()), sources, copies or None)
         self._plan.step(decay)
+        for name in self.owned:
+            source = dict(self._student[name].named_buffers())
+            for part in [self.get_submodule(name), *([self._working[name]] if self._working else [])]:
+                for key, buffer in part.named_buffers():
+                    buffer.copy_(source[key])
         if self._working:
             self._written = self._versions()
 
     @torch.no_grad()
-    def collect(self, inputs: Tensor, features: Tensor, lengths: Tensor | None, top_k: int, source: str) -> list[Tensor]:
+    def collect(
+        self, inputs: Tensor, features: Tensor, lengths: Tensor | None, top_k: int, source: str
+    ) -> list[Tensor]:
         """Target tensors of the top K main blocks on the full input, extra tokens cut off.
 
         Args:
@@ -116,21 +123,22 @@ class Teacher(nn.Module):
         return torch.autocast(device.type, dtype=self.working_dtype)
 
     def _parts(self) -> dict[str, nn.Module]:
-        own = self._modules if self.working_dtype is None else self._working_parts()
-        return {name: own.get(name) or self._student[name] for name in PARTS}
+        own = dict(self.named_children()) if self.working_dtype is None else self._working_parts()
+        return {**self._student, **own}
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
-        return tuple((p.data_ptr(), p._version) for p in self.parameters())
+        return tuple((t.data_ptr(), t._version) for t in itertools.chain(self.parameters(), self.buffers()))
 
     def _working_parts(self) -> dict[str, nn.Module]:
         """Working copies, made on first use and rewritten when an average was changed from outside (a checkpoint)."""
         if not self._working:
-            self._working = {n: copy.deepcopy(m).to(self.working_dtype) for n, m in self.named_children()}
+            self._working = {name: copy.deepcopy(part) for name, part in self.named_children()}
+            for part in self._working.values():
+                _cast_products(part, self.working_dtype)
             self._plan = None
         elif self._written != self._versions():
             for name, part in self._working.items():
-                for working, average in zip(part.parameters(), self._modules[name].parameters(), strict=True):
-                    working.copy_(average)
+                part.load_state_dict(self.get_submodule(name).state_dict())
         self._written = self._versions()
         return self._working
 
@@ -152,10 +160,15 @@ class Teacher(nn.Module):
         return super()._apply(keep_precision, recurse)
 
 
+def _cast_products(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Weights of matrix products to a lower precision; norms and tokens stay, as under autocast."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            part.to(dtype)
+
+
 @torch.no_grad()
-def encode_parts(
-    parts: Mapping[str, nn.Module], inputs: Tensor, lengths: Tensor | None, layer: int | None
-) -> Encoded:
+def encode_parts(parts: Mapping[str, nn.Module], inputs: Tensor, lengths: Tensor | None, layer: int | None) -> Encoded:
     """Features of an unmasked input in evaluation mode; see `Data2Vec.encode`."""
     context: Any = parts["context"]
     main: Any = parts["blocks"]

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import json
 import math
-import resource
 import signal
 import sys
 import threading
@@ -214,7 +213,12 @@ class Trainer:
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {"window": self.window.state(), "pending": self.pending, "bad": bad.state(), "data": self.data_identity()}
+        state = {
+            "window": self.window.state(),
+            "pending": self.pending,
+            "bad": bad.state(),
+            "data": self.data_identity(),
+        }
         return save_checkpoint(
             folder / "checkpoints", self.update, config=self.config, model=self.model.state_dict(), trainer=tensors,
             state=state, keep=self.config.run.keep_checkpoints,
@@ -356,8 +360,8 @@ def _save(trainer: Trainer, folder: Path, bad: BadSamples) -> None:
 def _leave(trainer: Trainer, folder: Path, bad: BadSamples, number: int) -> None:
     if trainer.update:
         _save(trainer, folder, bad)
-    name = signal.Signals(number).name
-    print(f"{name}: saved update {trainer.update} in {folder}; the same command resumes it", file=sys.stderr)
+    done = f"saved update {trainer.update} in {folder}; the same command resumes it"
+    print(f"{signal.Signals(number).name}: {done if trainer.update else 'nothing to save yet'}", file=sys.stderr)
     raise SystemExit(128 + number)
 
 
@@ -397,62 +401,13 @@ def check_run_folder(config: Config) -> Path:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of the run folder; the lock goes with the process, however that ends."""
+    """Keeps a second process out of the run folder; the lock goes with the process, however that ends.
+
+    A POSIX record lock: unlike flock, loader workers do not inherit it and so cannot keep it after a kill.
+    """
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise ValueError(f"run.dir: another process is training in {str(folder)!r}") from None
         yield
-
-
-def dry_run(config: Config, *, init: str | None = None) -> str:
-    """Builds everything and runs one update on real data without writing; returns a description."""
-    source, _ = open_data(config)
-    device = choose_device(config)
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
-    trainer = Trainer(config, source, device)
-    if init is not None:
-        load_weights(trainer.model, init, "model.init")
-    batches = next(train_updates(_without_workers(config), source, 0, device))
-    shapes = _describe_shapes(trainer, batches[0])
-    trainer.run_update(batches)
-    bad = BadSamples(source, config.data.bad_fraction, None)
-    for batch in batches:
-        bad.add(batch.notes)
-    bad.check(config.data.global_batch)
-    return "\n".join([f"data         {len(source)} samples, {len(bad.entries)} bad in the first batch", *shapes])
-
-
-def _without_workers(config: Config) -> Config:
-    from dataclasses import replace
-
-    steps = max(config.run.steps, 1)
-    return replace(config, data=replace(config.data, workers=0), run=replace(config.run, steps=steps))
-
-
-@torch.no_grad()
-def _describe_shapes(trainer: Trainer, batch: Batch) -> list[str]:
-    assert batch.masks is not None
-    out = trainer.forward(batch)
-    trainable = sum(p.numel() for p in trainer.parameters)
-    total = sum(p.numel() for p in trainer.model.parameters())
-    masks = batch.masks
-    rows, tokens = masks.mask.shape
-    visible = masks.keep.shape[1] if masks.keep is not None else -1
-    static = 4 * (4 * trainable + (total - trainable))
-    if trainer.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(trainer.device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    mib = float(1 << 20)
-    return [
-        f"inputs       {tuple(trainer.inputs_of(batch).shape)} per micro-batch, "
-        f"{trainer.config.data.global_batch} samples per update",
-        f"student      {rows} rows of {tokens} tokens, {visible} visible, {len(masks.rows)} masked positions",
-        f"prediction   {tuple(out.prediction.shape)}, targets {tuple(out.targets.shape)}, loss {float(out.loss):.4f}",
-        f"parameters   {trainable:,} trained, {total - trainable:,} averaged",
-        f"memory       {static / mib:.1f} MiB for weights, gradients, Adam moments and teacher; "
-        f"{peak / mib:.0f} MiB peak {'on the GPU' if trainer.device.type == 'cuda' else 'of the process'} so far",
-    ]

@@ -1,23 +1,200 @@
-"""PLACEHOLDER by the lead until the native colleague writes this file."""
+"""Loads the native libraries of `d2v_kernels/lib` and keeps the reason when one does not load.
 
-from typing import Any
+`libd2v_cpu` brings the operators `torch.ops.d2v_native.*`, `libd2v_cuda` their CUDA kernels, and the module `_native`
+the objects that live longer than a call. Each is optional: without them the reference backend runs.
+"""
 
-Module = Any
-NativePlan = Any
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.machinery
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+LIB = Path(__file__).resolve().parent / "lib"
+CPU_LIBRARY, CUDA_LIBRARY, MODULE = "libd2v_cpu", "libd2v_cuda", "_native"
+TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # of csrc/core/dtype.h
+NO_COPY = -1
 
 
-def load() -> None: ...
-def native_module() -> Any:
-    return None
+class Module(Protocol):
+    """The pybind11 module: csrc/python/module.cpp."""
+
+    EmaPlan: Any
+    MaskSampler: Any
+
+    def build_info(self) -> dict[str, Any]:
+        """Compiler and flags."""
+
+    def mask_lists(
+        self, mask: int, rows: int, tokens: int, visible: int, keep: int, restore: int, numbers: int
+    ) -> None:
+        """Fills keep, restore and numbers at the given addresses."""
 
 
-def make_ema_plan(averages, sources, copies):
-    return None
+_libraries: dict[str, ctypes.CDLL] = {}
+_errors: dict[str, str] = {}
+_module: Module | None = None
 
 
-def load_errors():
-    return {"libd2v_cpu": "not built"}
+def load() -> None:
+    """Loads what there is; called once, when the package is imported."""
+    global _module
+    _errors.clear()
+    _load_library(CPU_LIBRARY)
+    if torch.version.cuda is None:
+        _errors[CUDA_LIBRARY] = f"torch {torch.__version__} has no CUDA"
+    elif CPU_LIBRARY not in _libraries:
+        _errors[CUDA_LIBRARY] = f"{CPU_LIBRARY}, which has the schemas, is not loaded"
+    else:
+        _load_library(CUDA_LIBRARY)
+    try:
+        _module = importlib.import_module(f"{__package__}.lib.{MODULE}")
+    except ImportError as error:
+        _errors[MODULE] = _not_built(MODULE) or str(error)
 
 
-def build_record():
-    return {}
+def _load_library(name: str) -> None:
+    if name in _libraries:
+        return
+    # CMake's MODULE libraries end in .so on macOS, too.
+    path = LIB / f"{name}.so"
+    if not path.is_file():
+        _errors[name] = _not_built(name)
+        return
+    try:
+        _libraries[name] = ctypes.CDLL(str(path))
+    except OSError as error:
+        _errors[name] = str(error)
+
+
+def _not_built(name: str) -> str:
+    """Reasons of the build why a file is not there; empty when it is there."""
+    if any(LIB.glob(f"{name}*.so")):
+        tag = sys.implementation.cache_tag
+        return f"no file for this Python ({tag}) in {LIB}" if name == MODULE and not _files_for_this_python() else ""
+    record = build_record()
+    if not record:
+        return f"not built: {LIB} has no build record; install the package with pip from its sources"
+    reasons = record.get("missing", [])
+    kind = {CUDA_LIBRARY: "CUDA library", MODULE: "pybind11 module"}.get(name, "")
+    own = [r for r in reasons if kind and r.startswith(kind)]
+    return "not built: " + "; ".join(own or reasons or ["no reason recorded"])
+
+
+def _files_for_this_python() -> list[Path]:
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    return [p for suffix in suffixes if (p := LIB / f"{MODULE}{suffix}").is_file()]
+
+
+def native_module() -> Module | None:
+    """The pybind11 module, or None where it is not built or does not load."""
+    return _module
+
+
+def load_errors() -> dict[str, str]:
+    """Reason for each native part that is not loaded."""
+    return dict(_errors)
+
+
+def is_loaded(library: str) -> bool:
+    """True once a library (`CPU_LIBRARY`, `CUDA_LIBRARY`) is loaded."""
+    return library in _libraries
+
+
+def build_record() -> dict[str, Any]:
+    """What the build wrote: parts built and missing, compiler, instruction levels, CUDA version and architectures."""
+    try:
+        record: dict[str, Any] = json.loads((LIB / "build.json").read_text())
+    except FileNotFoundError:
+        return {}
+    if CPU_LIBRARY in _libraries:
+        _libraries[CPU_LIBRARY].d2v_cpu_isa.restype = ctypes.c_char_p
+        record["isa"] = _libraries[CPU_LIBRARY].d2v_cpu_isa().decode()
+    return record
+
+
+def function_address(library: str, name: str) -> int:
+    """Address of an exported C function."""
+    address = ctypes.cast(getattr(_libraries[library], name), ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+class NativePlan:
+    """Tables of `update_ema_` for fixed tensors, whose addresses the caller guards; see `EmaPlan`."""
+
+    def __init__(self, module: Module, entries: Sequence[tuple[int, ...]], device: torch.device) -> None:
+        self._device = device
+        self._plan = module.EmaPlan(entries, function_address(CPU_LIBRARY, "d2v_update_ema"))
+        if device.type == "cuda":
+            table = bytearray(self._plan.device_table())
+            self._table = torch.frombuffer(table, dtype=torch.uint8).to(device) if table else None
+            self._launch = function_address(CUDA_LIBRARY, "d2v_launch_ema")
+
+    def step(self, weight: float, weight_tensor: Tensor | None) -> None:
+        """One update; `weight_tensor`, a 0-D float64 tensor on the device, replaces `weight`."""
+        if weight_tensor is not None:
+            _checks.check_update_ema([], [], [], weight_tensor)
+            _checks.require(
+                weight_tensor.device == self._device, "update_ema_", "device of weight", self._device,
+                weight_tensor.device,
+            )  # fmt: skip
+        if self._device.type == "cpu":
+            self._plan.step(weight if weight_tensor is None else float(weight_tensor))
+        elif self._table is not None:
+            address = 0 if weight_tensor is None else weight_tensor.data_ptr()
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            index = self._device.index
+            self._plan.step_device(weight, self._launch, self._table.data_ptr(), address, index, stream)
+
+
+def make_ema_plan(averages: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor]) -> NativePlan | None:
+    """A plan for tensors that `update_ema_` has accepted; None where it needs the list operator.
+
+    That is without the module or the device's library, and for tensors of different layouts.
+    """
+    if _module is None or not averages:
+        return None
+    device = averages[0].device
+    library = {"cpu": CPU_LIBRARY, "cuda": CUDA_LIBRARY}.get(device.type, "")
+    if library not in _libraries:
+        return None
+    entries = []
+    for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
+        copy = copies[i] if copies else None
+        if not _flat(average, source, copy) or (average.dtype == torch.float64) != (source.dtype == torch.float64):
+            return None
+        if average.numel() == 0:
+            continue
+        entries.append(
+            (
+                average.data_ptr(), source.data_ptr(), 0 if copy is None else copy.data_ptr(), average.numel(),
+                TYPE_NUMBERS[average.dtype], TYPE_NUMBERS[source.dtype],
+                NO_COPY if copy is None else TYPE_NUMBERS[copy.dtype],
+            )
+        )  # fmt: skip
+    return NativePlan(_module, entries, device)
+
+
+def _flat(average: Tensor, source: Tensor, copy: Tensor | None) -> bool:
+    """True if the tensors lie in memory in one order without gaps."""
+    tensors = [average, source] if copy is None else [average, source, copy]
+    if all(t.is_contiguous() for t in tensors):
+        return True
+    sizes, strides = average.shape, average.stride()
+    expected = 1
+    for stride, size in sorted((st, n) for st, n in zip(strides, sizes, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return all(st == other for t in tensors for st, other, n in zip(strides, t.stride(), sizes, strict=True) if n > 1)

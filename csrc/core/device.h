@@ -1,4 +1,5 @@
-// What kernels include: CUDA under nvcc; under a host compiler the engine of csrc/tests, which runs the same source.
+// What kernels include: CUDA under nvcc; under a host compiler the engine of csrc/tests, which runs the same source
+// and which the test that wants it has included before.
 //
 // (Not cuda.h: with this folder on the include path that name would hide the toolkit's <cuda.h>.)
 #pragma once
@@ -13,9 +14,11 @@
 // Shared memory of a block: D2V_SHARED(float, tile, [8][33]) declares `tile`, D2V_DYNAMIC_SHARED(float, row) a
 // pointer to what the launch asked for.
 #define D2V_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
-#define D2V_DYNAMIC_SHARED(T, name)                                   \
+#define D2V_DYNAMIC_SHARED(T, name)                                    \
   extern __shared__ __align__(128) unsigned char d2v_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(d2v_dynamic_shared)
+// A parameter too large to be copied for every thread.
+#define D2V_PARAMETER(...) const __grid_constant__ __VA_ARGS__
 
 namespace d2v {
 
@@ -59,11 +62,12 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
 inline const char* error_text(cudaError_t error) { return cudaGetErrorString(error); }
 
 }  // namespace d2v
-#else
-#include "engine/engine.h"
+#elif defined(D2V_ENGINE)
 namespace d2v {
 using engine::DeviceScope;
 using engine::error_text;
 using engine::launch;
 }  // namespace d2v
+#else
+#error "nvcc, or csrc/tests/engine/engine.h included before"
 #endif

@@ -11,7 +11,7 @@
 
 namespace d2v {
 
-#define D2V_DECLARE(isa)                       \
+#define D2V_DECLARE(isa)                           \
   extern const EmaKernels ema_kernels_##isa;       \
   extern const LayersKernels layers_kernels_##isa; \
   extern const LossKernels loss_kernels_##isa;     \
@@ -39,7 +39,10 @@ struct Tables {
 Tables pick() {
 #if defined(D2V_X86_LEVELS)
   const char* highest = std::getenv("D2V_KERNELS_ISA");  // tests ask for less than the machine has
-  const int level = !highest || !*highest ? 2 : !std::strcmp(highest, "base") ? 0 : !std::strcmp(highest, "avx2") ? 1 : 2;
+  const int level = !highest || !*highest           ? 2
+                    : !std::strcmp(highest, "base") ? 0
+                    : !std::strcmp(highest, "avx2") ? 1
+                                                    : 2;
   __builtin_cpu_init();  // also looks at what the operating system saves
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -18,7 +18,9 @@ namespace d2v {
 enum DType : int32_t { kNone = -1, kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 constexpr int kDTypes = 4;
 
-D2V_HOST_DEVICE constexpr int64_t size_of(DType t) { return t == kFloat64 ? 8 : t == kFloat32 ? 4 : t == kNone ? 0 : 2; }
+D2V_HOST_DEVICE constexpr int64_t size_of(DType t) {
+  return t == kFloat64 ? 8 : t == kFloat32 ? 4 : t == kNone ? 0 : 2;
+}
 
 // Row numbers of 32 or 64 bits behind one pointer; `stride` counts elements.
 struct Indices {

@@ -5,9 +5,6 @@
 // threads of a warp always touch one unbroken piece of memory. Every element is computed by the same fused operation
 // on every path, so that a result does not depend on alignment.
 #include "ema.h"
-
-#include <algorithm>
-
 #include "ema_table.h"
 #include "vec.cuh"
 
@@ -127,13 +124,14 @@ __device__ __forceinline__ int count_leading(const EmaChunk& chunk) {
   const int past = static_cast<int>(reinterpret_cast<uintptr_t>(average) % alignof(Vec<TA, N>) / sizeof(TA));
   const int lead = (N - past) % N;
   const bool fits = is_vec_aligned<N>(average + lead) &&
-                    is_vec_aligned<N>(static_cast<const TS*>(chunk.source) + lead) && is_copy_aligned<N, TA>(chunk, lead);
+                    is_vec_aligned<N>(static_cast<const TS*>(chunk.source) + lead) &&
+                    is_copy_aligned<N, TA>(chunk, lead);
   return fits && lead < chunk.count ? lead : chunk.count;
 }
 
 template <class TA, class TS, class Table>
 __global__ void __launch_bounds__(kThreads)
-    update_ema_kernel(const __grid_constant__ Table table, double host_weight, const double* device_weight) {
+    update_ema_kernel(D2V_PARAMETER(Table) table, double host_weight, const double* device_weight) {
   constexpr int N = kAccessBytes / (sizeof(TA) > sizeof(TS) ? sizeof(TA) : sizeof(TS));
   const Acc<TA> weight = static_cast<Acc<TA>>(device_weight ? *device_weight : host_weight);
   const EmaChunk chunk = table.chunk(static_cast<int32_t>(blockIdx.x), sizeof(TA), sizeof(TS));
@@ -207,6 +205,7 @@ int64_t append(EmaList& list, int64_t blocks, const EmaTensor& t) {
 
 int d2v_launch_ema(const EmaChunk* chunks, const EmaGroup* groups, int64_t group_count, double weight,
                    const double* device_weight, int32_t device, void* stream) {
+  if (group_count == 0) return cudaSuccess;
   const DeviceScope scope(device);
   if (scope.status != cudaSuccess) return scope.status;
   for (int64_t i = 0; i < group_count; ++i) {

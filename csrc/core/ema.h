@@ -24,9 +24,19 @@ struct EmaKernels {
 };
 const EmaKernels& ema_kernels();
 
-// first_chunk[i] = number of chunks before tensor i; count + 1 entries. Returns the total.
-int64_t index_ema_chunks(const EmaTensor* tensors, int64_t count, int64_t* first_chunk);
+constexpr int64_t kEmaChunk = 16384;  // elements; a multiple of every vector, so that chunks stay aligned
+
+// first_chunk[i] = number of chunks before tensor i; count + 1 entries. Inline: a plan indexes in another library.
+inline void index_ema_chunks(const EmaTensor* tensors, int64_t count, int64_t* first_chunk) {
+  first_chunk[0] = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    first_chunk[i + 1] = first_chunk[i] + (tensors[i].count + kEmaChunk - 1) / kEmaChunk;
+  }
+}
 void update_ema(const EmaTensor* tensors, int64_t count, const int64_t* first_chunk, double weight, Parallel parallel);
+
+// update_ema on torch's threads; libd2v_cpu exports it as the C function d2v_update_ema, for plans.
+typedef void (*EmaUpdate)(const EmaTensor* tensors, int64_t count, const int64_t* first_chunk, double weight);
 
 // ---- CUDA: ema.cu, in the library d2v_cuda ----
 

@@ -5,91 +5,76 @@
 namespace d2v {
 namespace {
 
-struct NoCopy {};
-
-// The average as it reads back from memory; for fp32 and fp64 that is the number itself.
-template <class A, class T>
-D2V_INLINE Vec<A> as_stored(Vec<A> v) {
-  if (sizeof(T) == sizeof(A)) return v;
-  T lanes[kLanes<A>];
-  store<A>(lanes, v);
-  return load<A>(lanes);
-}
-
-template <class TA, class TS, class TC, bool UPDATE, bool STREAM>
-D2V_INLINE void step_vector(TA* average, const TS* source, TC* copy, Acc<TA> w, int64_t i) {
-  typedef Acc<TA> A;
-  Vec<A> a = load<A>(average + i);
-  if constexpr (UPDATE) {
-    a += (load<A>(source + i) - a) * w;
-    store<A>(average + i, a);
-  }
-  if constexpr (!__is_same(TC, NoCopy)) {
-    const Vec<A> stored = UPDATE ? as_stored<A, TA>(a) : a;
-    if constexpr (STREAM) {
-      Convert<A, TC>::stream(copy + i, stored);
-    } else {
-      store<A>(copy + i, stored);
-    }
-  }
-}
-
-template <class TA, class TS, class TC, bool UPDATE>
-void step(TA* average, const TS* source, TC* copy, int64_t n, double weight) {
-  typedef Acc<TA> A;
-  constexpr int L = kLanes<A>;
-  const A w = static_cast<A>(weight);
-  int64_t i = 0;
-  if constexpr (!__is_same(TC, NoCopy)) {
-    if (is_aligned(copy, 64)) {
-      for (; i + 2 * L <= n; i += 2 * L) {  // two: a whole line of a 16-bit copy
-        step_vector<TA, TS, TC, UPDATE, true>(average, source, copy, w, i);
-        step_vector<TA, TS, TC, UPDATE, true>(average, source, copy, w, i + L);
-      }
-      finish_streaming();
-    }
-  }
-  for (; i + L <= n; i += L) step_vector<TA, TS, TC, UPDATE, false>(average, source, copy, w, i);
-  for (; i < n; ++i) {
-    TA stored = average[i];
-    if constexpr (UPDATE) {
-      const A a = static_cast<A>(widen(stored));
-      stored = narrow<TA>(a + (static_cast<A>(widen(source[i])) - a) * w);
-      average[i] = stored;
-    }
-    if constexpr (!__is_same(TC, NoCopy)) copy[i] = narrow<TC>(static_cast<A>(widen(stored)));
-  }
-}
-
-template <class TA, class TS, class TC>
-void step_piece(const EmaTensor* e, TC* copy, int64_t begin, int64_t n, double weight) {
-  TA* average = static_cast<TA*>(e->average) + begin;
-  const TS* source = static_cast<const TS*>(e->source) + begin;
-  if (weight != 0) {
-    step<TA, TS, TC, true>(average, source, copy, n, weight);
-  } else if constexpr (!__is_same(TC, NoCopy)) {
-    step<TA, TS, TC, false>(average, source, copy, n, weight);
-  }
-}
+constexpr int64_t kBlock = 2048;  // elements that stay in the nearest cache between the update and the copy
 
 template <class TA, class TS>
-void with_copy(const EmaTensor* e, int64_t begin, int64_t n, double weight) {
-  if (e->copy_type == kNone) return step_piece<TA, TS>(e, static_cast<NoCopy*>(nullptr), begin, n, weight);
-  with_type(e->copy_type, [&](auto zero) {
-    typedef decltype(zero) TC;
-    step_piece<TA, TS>(e, static_cast<TC*>(e->copy) + begin, begin, n, weight);
-  });
+void update_block(TA* average, const TS* source, int64_t n, Acc<TA> w) {
+  typedef Acc<TA> A;
+  constexpr int L = kLanes<A>;
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    const Vec<A> a0 = load<A>(average + i), a1 = load<A>(average + i + L);
+    store<A>(average + i, a0 + (load<A>(source + i) - a0) * w);
+    store<A>(average + i + L, a1 + (load<A>(source + i + L) - a1) * w);
+  }
+  for (; i < n; ++i) {
+    const A a = static_cast<A>(widen(average[i]));
+    average[i] = narrow<TA>(a + (static_cast<A>(widen(source[i])) - a) * w);
+  }
 }
 
+// Written past the caches where the address allows: nobody reads the copies before the next forward pass.
+template <class TA, class TC>
+void copy_block(TC* copy, const TA* average, int64_t n) {
+  typedef Acc<TA> A;
+  constexpr int L = kLanes<A>;
+  int64_t i = 0;
+  if (is_aligned(copy, 64)) {
+    for (; i + 2 * L <= n; i += 2 * L) {  // two: a whole line of a 16-bit copy
+      Convert<A, TC>::stream(copy + i, load<A>(average + i));
+      Convert<A, TC>::stream(copy + i + L, load<A>(average + i + L));
+    }
+  }
+  for (; i + L <= n; i += L) store<A>(copy + i, load<A>(average + i));
+  for (; i < n; ++i) copy[i] = narrow<TC>(static_cast<A>(widen(average[i])));
+}
+
+typedef void (*UpdateBlock)(void* average, const void* source, int64_t n, double weight);
+typedef void (*CopyBlock)(void* copy, const void* average, int64_t n);
+
+template <class TA, class TS>
+void update_types(void* average, const void* source, int64_t n, double weight) {
+  update_block(static_cast<TA*>(average), static_cast<const TS*>(source), n, static_cast<Acc<TA>>(weight));
+}
+template <class TA, class TC>
+void copy_types(void* copy, const void* average, int64_t n) {
+  copy_block(static_cast<TC*>(copy), static_cast<const TA*>(average), n);
+}
+
+// By average type and source type, in the order of DType; fp64 goes with fp64 alone.
+constexpr UpdateBlock kUpdates[kDTypes][kDTypes] = {
+    {update_types<float, float>, update_types<float, BF16>, update_types<float, F16>, nullptr},
+    {update_types<BF16, float>, update_types<BF16, BF16>, update_types<BF16, F16>, nullptr},
+    {update_types<F16, float>, update_types<F16, BF16>, update_types<F16, F16>, nullptr},
+    {nullptr, nullptr, nullptr, update_types<double, double>}};
+// By average type and copy type.
+constexpr CopyBlock kCopies[kDTypes][kDTypes] = {
+    {copy_types<float, float>, copy_types<float, BF16>, copy_types<float, F16>, copy_types<float, double>},
+    {copy_types<BF16, float>, copy_types<BF16, BF16>, copy_types<BF16, F16>, copy_types<BF16, double>},
+    {copy_types<F16, float>, copy_types<F16, BF16>, copy_types<F16, F16>, copy_types<F16, double>},
+    {copy_types<double, float>, copy_types<double, BF16>, copy_types<double, F16>, copy_types<double, double>}};
+
 void update(const EmaTensor* e, int64_t begin, int64_t end, double weight) {
-  if (e->average_type == kFloat64) return with_copy<double, double>(e, begin, end - begin, weight);
-  with_type(e->average_type, [&](auto average) {
-    with_type(e->source_type, [&](auto source) {
-      typedef decltype(average) TA;
-      typedef decltype(source) TS;
-      if constexpr (!__is_same(TA, double) && !__is_same(TS, double)) with_copy<TA, TS>(e, begin, end - begin, weight);
-    });
-  });
+  const UpdateBlock update_one = kUpdates[e->average_type][e->source_type];
+  const CopyBlock copy_one = e->copy_type == kNone ? nullptr : kCopies[e->average_type][e->copy_type];
+  const int64_t a = size_of(e->average_type), s = size_of(e->source_type), c = size_of(e->copy_type);
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = end - i < kBlock ? end - i : kBlock;
+    char* const average = static_cast<char*>(e->average) + i * a;
+    if (weight != 0) update_one(average, static_cast<const char*>(e->source) + i * s, n, weight);
+    if (copy_one) copy_one(static_cast<char*>(e->copy) + i * c, average, n);
+  }
+  if (copy_one) finish_streaming();
 }
 
 }  // namespace

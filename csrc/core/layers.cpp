@@ -80,7 +80,8 @@ class Average {
   void run_rows() {
     const int64_t rows = block_rows(), blocks = (a_.T + rows - 1) / rows;
     parallel_for(parallel_, a_.B * blocks, grain_of(a_.K * rows * row_bytes_), [&](int64_t i0, int64_t i1) {
-      std::vector<char> block(static_cast<size_t>(rows * a_.C * acc_)), stats(static_cast<size_t>(2 * a_.K * rows * acc_));
+      std::vector<char> block(static_cast<size_t>(rows * a_.C * acc_)),
+          stats(static_cast<size_t>(2 * a_.K * rows * acc_));
       for (int64_t i = i0; i < i1; ++i) {
         const int64_t b = i / blocks, t0 = (i % blocks) * rows, t1 = t0 + rows < a_.T ? t0 + rows : a_.T;
         const int64_t n = (length(b) < t1 ? length(b) : t1) - t0;
@@ -176,14 +177,16 @@ class Average {
         std::memset(stats.data(), 0, stats.size());
         int64_t seen = 0;
         for (int64_t b = g * per_group; b < (g + 1) * per_group; ++b) {
-          kernels_.column_stats(acc_type_, mean_out_ + b * sample * acc_, a_.C, length(b), a_.C, seen, stats.data(), m2);
+          kernels_.column_stats(acc_type_, mean_out_ + b * sample * acc_, a_.C, length(b), a_.C, seen, stats.data(),
+                                m2);
           seen += length(b);
         }
         kernels_.column_scale(acc_type_, m2, a_.C, seen, a_.eps, 1.0);
         for (int64_t b = g * per_group; b < (g + 1) * per_group; ++b) {
           char* mean = mean_out_ + b * sample * acc_;
           kernels_.normalise_columns(acc_type_, mean, length(b), a_.C, stats.data(), m2);
-          if (mean != out_row(b, 0)) kernels_.emit(acc_type_, a_.out_type, out_row(b, 0), mean, length(b) * a_.C, stream_);
+          if (mean != out_row(b, 0))
+            kernels_.emit(acc_type_, a_.out_type, out_row(b, 0), mean, length(b) * a_.C, stream_);
         }
       }
     });

@@ -10,7 +10,7 @@ namespace d2v {
 enum Norm : int32_t { kNormNone, kNormLayer, kNormInstance, kNormBatch };
 
 struct LayersArgs {
-  const void* const* layers;  // K addresses of (B, T, C), last stride 1
+  const void* const* layers;    // K addresses of (B, T, C), last stride 1
   const int64_t* batch_stride;  // K each, in elements
   const int64_t* time_stride;
   int64_t K, B, T, C;

@@ -71,7 +71,8 @@ void column_scale_of(A* m2, int64_t n, int64_t count, double eps, double factor)
   const A inverse = A(1) / static_cast<A>(count > 0 ? count : 1), e = static_cast<A>(eps), f = static_cast<A>(factor);
   for (int64_t i = 0; i < n; ++i) {
     const A v = m2[i] * inverse + e;
-    m2[i] = f / (sizeof(A) == 4 ? static_cast<A>(__builtin_sqrtf(static_cast<float>(v))) : static_cast<A>(__builtin_sqrt(v)));
+    m2[i] = f / (sizeof(A) == 4 ? static_cast<A>(__builtin_sqrtf(static_cast<float>(v)))
+                                : static_cast<A>(__builtin_sqrt(v)));
   }
 }
 
@@ -272,7 +273,7 @@ void emit(DType type, DType out_type, void* out, const void* block, int64_t n, b
 }  // namespace
 
 extern const LayersKernels D2V_TABLE(layers_kernels);
-const LayersKernels D2V_TABLE(layers_kernels) = {column_stats, column_scale,      row_stats, combine,
+const LayersKernels D2V_TABLE(layers_kernels) = {column_stats,      column_scale,   row_stats, combine,
                                                  normalise_columns, normalise_rows, emit};
 
 }  // namespace d2v

@@ -66,7 +66,7 @@ void masked_regression_loss_backward(const LossArgs& a, double grad, int64_t row
     selected.assign(static_cast<size_t>(rows), -1);
     for (int64_t p = 0; p < a.P; ++p) {
       const int64_t at = p * a.prediction_index.stride;
-      const int64_t r = !a.prediction_index.data ? p
+      const int64_t r = !a.prediction_index.data  ? p
                         : a.prediction_index.wide ? static_cast<const int64_t*>(a.prediction_index.data)[at]
                                                   : static_cast<const int32_t*>(a.prediction_index.data)[at];
       selected[static_cast<size_t>(r)] = p;

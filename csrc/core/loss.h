@@ -8,8 +8,8 @@ struct LossArgs {
   const void* prediction;  // (prediction_rows, C), last stride 1
   const void* target;
   int64_t prediction_stride, target_stride;  // of a row, in elements
-  DType prediction_type, target_type;
-  Indices prediction_index, target_index;  // data null: row p
+  DType prediction_type, target_type;        // both fp64 or neither
+  Indices prediction_index, target_index;    // data null: row p
   int64_t P, C;
   double beta, scale;
 };

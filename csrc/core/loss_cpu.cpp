@@ -1,6 +1,5 @@
 // The regression loss, compiled once per instruction level.
 #include "loss.h"
-
 #include "simd.h"
 
 namespace d2v {
@@ -16,6 +15,19 @@ D2V_INLINE int64_t row_at(const Indices& index, int64_t p) {
 
 D2V_INLINE Vec<float> magnitude(VF d) { return bit_cast<VF>(bit_cast<VU>(d) & 0x7fffffffu); }
 D2V_INLINE VD magnitude(VD d) { return bit_cast<VD>(bit_cast<VU64>(d) & 0x7fffffffffffffffull); }
+
+// Calls body(TP{}, TT{}) with the types of prediction and target: both fp64 or neither.
+template <class F>
+D2V_INLINE void with_types(const LossArgs* a, F body) {
+  if (a->prediction_type == kFloat64) return body(double{}, double{});
+  with_type(a->prediction_type, [&](auto prediction) {
+    with_type(a->target_type, [&](auto target) {
+      if constexpr (!__is_same(decltype(prediction), double) && !__is_same(decltype(target), double)) {
+        body(prediction, target);
+      }
+    });
+  });
+}
 
 // Smooth-L1 without a branch: m (|d| - m / 2) / beta with m = min(|d|, beta); NaN comes through.
 template <class A>
@@ -38,11 +50,11 @@ struct Chunk {
   A inverse, merge_mean, merge_m2, beta, inverse_beta;
 };
 
-template <class A>
-D2V_INLINE void merge_into(A* mean, A* m2, Vec<A> m, Vec<A> q, A w_mean, A w_m2) {
-  const Vec<A> old = load<A>(mean), delta = m - old;
-  store<A>(mean, old + delta * w_mean);
-  store<A>(m2, load<A>(m2) + (q + delta * delta * w_m2));
+template <class A, class P>
+D2V_INLINE void merge_into(A* mean, A* m2, Vec<A> m, Vec<A> q, const Chunk<A>& k, int lanes) {
+  const Vec<A> old = load_lanes<A, P>(mean, lanes), delta = m - old;
+  store_lanes<A, P>(mean, old + delta * k.merge_mean, lanes);
+  store_lanes<A, P>(m2, load_lanes<A, P>(m2, lanes) + (q + delta * delta * k.merge_m2), lanes);
 }
 
 // One vector of channels over the rows of a chunk. N: rows where known at compile time, else 0.
@@ -55,7 +67,7 @@ D2V_INLINE Vec<A> chunk_column(const Chunk<A>& k, const TP* const* x, const TT* 
     const Vec<A> a = load_lanes<A, P>(x[i] + c, lanes), b = load_lanes<A, P>(y[i] + c, lanes);
     sx += a;
     sy += b;
-    error += error_of<A>(a - b, k.beta, k.inverse_beta);
+    error += error_of<A>(a - b, k.beta, k.inverse_beta);  // lanes past the row: 0 - 0
   }
   const Vec<A> mx = sx * k.inverse, my = sy * k.inverse;
   for (int64_t i = 0; i < rows; ++i) {
@@ -63,21 +75,8 @@ D2V_INLINE Vec<A> chunk_column(const Chunk<A>& k, const TP* const* x, const TT* 
     qx += a * a;
     qy += b * b;
   }
-  if (P::value) {
-    merge_into<A>(xm + c, xq + c, mx, qx, k.merge_mean, k.merge_m2);
-    merge_into<A>(ym + c, yq + c, my, qy, k.merge_mean, k.merge_m2);
-  } else {  // rest of the channels
-    A whole[4][kLanes<A>] = {};
-    A* const into[4] = {xm + c, xq + c, ym + c, yq + c};
-    for (int j = 0; j < 4; ++j) memcpy(whole[j], into[j], static_cast<size_t>(lanes) * sizeof(A));
-    merge_into<A>(whole[0], whole[1], mx, qx, k.merge_mean, k.merge_m2);
-    merge_into<A>(whole[2], whole[3], my, qy, k.merge_mean, k.merge_m2);
-    for (int j = 0; j < 4; ++j) memcpy(into[j], whole[j], static_cast<size_t>(lanes) * sizeof(A));
-    A* const e = whole[0];  // lanes beyond the row are 0 - 0, no error
-    store<A>(e, error);
-    for (int j = lanes; j < kLanes<A>; ++j) e[j] = 0;
-    error = load<A>(e);
-  }
+  merge_into<A, P>(xm + c, xq + c, mx, qx, k, lanes);
+  merge_into<A, P>(ym + c, yq + c, my, qy, k, lanes);
   return error;
 }
 
@@ -93,8 +92,9 @@ double forward_of(const LossArgs* a, int64_t begin, int64_t end, const LossMomen
     const int64_t n = end - p < kChunk ? end - p : kChunk, seen = p - begin;
     const double share = static_cast<double>(n) / static_cast<double>(seen + n);
     const A beta = static_cast<A>(a->beta);
-    const Chunk<A> k{n, A(1) / static_cast<A>(n), static_cast<A>(share), static_cast<A>(share * static_cast<double>(seen)),
-                     beta, A(1) / (beta == 0 ? A(1) : beta)};
+    const Chunk<A> k{
+        n,    A(1) / static_cast<A>(n),        static_cast<A>(share), static_cast<A>(share * static_cast<double>(seen)),
+        beta, A(1) / (beta == 0 ? A(1) : beta)};
     const TP* x[kChunk];
     const TT* y[kChunk];
     for (int64_t i = 0; i < n; ++i) {
@@ -102,11 +102,15 @@ double forward_of(const LossArgs* a, int64_t begin, int64_t end, const LossMomen
       y[i] = static_cast<const TT*>(a->target) + row_at(a->target_index, p + i) * a->target_stride;
     }
     Vec<A> error{};
-    for_vectors<A>(a->C, [&](auto part, int64_t c, int lanes) __attribute__((always_inline)) {
-      typedef decltype(part) P;
-      error += n == kChunk ? chunk_column<A, P, kChunk>(k, x, y, c, lanes, xm, xq, ym, yq)
-                           : chunk_column<A, P, 0>(k, x, y, c, lanes, xm, xq, ym, yq);
-    });
+    constexpr int L = kLanes<A>;
+    int64_t c = 0;
+    if (n == kChunk) {
+      for (; c + L <= a->C; c += L) error += chunk_column<A, Full, kChunk>(k, x, y, c, L, xm, xq, ym, yq);
+    }
+    for (; c < a->C; c += L) {
+      const int lanes = a->C - c < L ? static_cast<int>(a->C - c) : L;
+      error += chunk_column<A, Part, 0>(k, x, y, c, lanes, xm, xq, ym, yq);
+    }
     total += static_cast<double>(sum_lanes<A>(error));
   }
   return total;
@@ -114,10 +118,8 @@ double forward_of(const LossArgs* a, int64_t begin, int64_t end, const LossMomen
 
 double forward(const LossArgs* a, int64_t begin, int64_t end, const LossMoments* moments) {
   double total = 0;
-  with_type(a->prediction_type, [&](auto prediction) {
-    with_type(a->target_type, [&](auto target) {
-      total = forward_of<decltype(prediction), decltype(target)>(a, begin, end, moments);
-    });
+  with_types(a, [&](auto prediction, auto target) {
+    total = forward_of<decltype(prediction), decltype(target)>(a, begin, end, moments);
   });
   return total;
 }
@@ -160,11 +162,11 @@ D2V_INLINE void gradient_row(const TP* x, const TT* y, int64_t C, Acc<TP> w, Acc
       store<A>(out + c + L, g1);
     }
   }
-  for_vectors<A>(C - c, [&](auto part, int64_t i, int lanes) __attribute__((always_inline)) {
-    typedef decltype(part) P;
-    const Vec<A> d = load_lanes<A, P>(x + c + i, lanes) - load_lanes<A, P>(y + c + i, lanes);
-    store_lanes<A, P>(out + c + i, slope_of<A>(d, beta, inverse) * w, lanes);
-  });
+  for (; c < C; c += L) {
+    const int lanes = C - c < L ? static_cast<int>(C - c) : L;
+    const Vec<A> d = load_part<A>(x + c, lanes) - load_part<A>(y + c, lanes);
+    store_part<A>(out + c, slope_of<A>(d, beta, inverse) * w, lanes);
+  }
 }
 
 template <class TP, class TT>
@@ -193,11 +195,9 @@ void backward_of(const LossArgs* a, double grad, const int64_t* selected, TP* ou
 
 void backward(const LossArgs* a, double grad, const int64_t* selected, void* out, int64_t begin, int64_t end,
               bool stream) {
-  with_type(a->prediction_type, [&](auto prediction) {
-    with_type(a->target_type, [&](auto target) {
-      typedef decltype(prediction) TP;
-      backward_of<TP, decltype(target)>(a, grad, selected, static_cast<TP*>(out), begin, end, stream);
-    });
+  with_types(a, [&](auto prediction, auto target) {
+    typedef decltype(prediction) TP;
+    backward_of<TP, decltype(target)>(a, grad, selected, static_cast<TP*>(out), begin, end, stream);
   });
 }
 

@@ -185,8 +185,8 @@ void draw_masks(const MaskRule& rule, const int64_t* sample_ids, int64_t samples
     return Row(rule, streams[static_cast<size_t>(r)], mask + r * tokens, length, list.data());
   };
   for (int64_t r = 0; r < rows; ++r) {
-    streams[static_cast<size_t>(r)] = Stream(rule.seed, epoch, static_cast<uint64_t>(sample_ids[r / copies]),
-                                             static_cast<uint64_t>(r % copies));
+    streams[static_cast<size_t>(r)] =
+        Stream(rule.seed, epoch, static_cast<uint64_t>(sample_ids[r / copies]), static_cast<uint64_t>(r % copies));
     if (lengths && lengths[r / copies] == 0) {
       counts[r] = 0;
       continue;

@@ -23,8 +23,8 @@ struct MaskRule {
 void draw_masks(const MaskRule& rule, const int64_t* sample_ids, int64_t samples, uint64_t epoch, int64_t copies,
                 const int64_t* lengths, uint8_t* mask, int64_t* counts);
 
-// numbers: flat numbers r * tokens + t of the masked positions, ascending. With visible >= 0 (every row leaves that many
-// visible) also keep (rows, visible) and restore (rows, tokens); else both are null.
+// numbers: flat numbers r * tokens + t of the masked positions, ascending. With visible >= 0 (every row leaves that
+// many visible) also keep (rows, visible) and restore (rows, tokens); else both are null.
 void list_masks(const uint8_t* mask, int64_t rows, int64_t tokens, int64_t visible, int32_t* keep, int32_t* restore,
                 int64_t* numbers);
 

@@ -37,9 +37,7 @@ D2V_INLINE Words philox(VU64 counter0, uint32_t counter1, uint64_t key) {
 }
 
 // ((x >> 8) + 0.5) * 2^-24, rounded to fp32 after the addition.
-D2V_INLINE VF to_uniform(VU x) {
-  return (__builtin_convertvector(bit_cast<VI>(x >> 8), VF) + 0.5f) * 0x1p-24f;
-}
+D2V_INLINE VF to_uniform(VU x) { return (__builtin_convertvector(bit_cast<VI>(x >> 8), VF) + 0.5f) * 0x1p-24f; }
 
 // ln u for u in (0, 1]: u = 2^e m with m in [1/sqrt(2), sqrt(2)), ln m by a polynomial in m - 1, exact near 1.
 D2V_INLINE VF log_vector(VF u) {
@@ -77,7 +75,8 @@ D2V_INLINE VF sqrt_vector(VF v) {
 D2V_INLINE void turn(VF u, VF* cosine, VF* sine) {
   const VI quarter = __builtin_convertvector(u * 4.0f + 0.5f, VI);
   const VF r = u - __builtin_convertvector(quarter, VF) * 0.25f, z = r * r;
-  const VF s = r * ((((0x1.4bc89ap5f * z - 0x1.32ca9ep6f) * z + 0x1.466bbap6f) * z - 0x1.4abbcep5f) * z + 0x1.921fb6p2f);
+  const VF s =
+      r * ((((0x1.4bc89ap5f * z - 0x1.32ca9ep6f) * z + 0x1.466bbap6f) * z - 0x1.4abbcep5f) * z + 0x1.921fb6p2f);
   const VF c = (((0x1.d9f892p5f * z - 0x1.55c668p6f) * z + 0x1.03c1dep6f) * z - 0x1.3bd3ccp4f) * z + 1.0f;
   const VI odd = (quarter & 1) != 0;
   const VU sign_c = bit_cast<VU>(((quarter + 1) & 2) << 30), sign_s = bit_cast<VU>((quarter & 2) << 30);
@@ -109,7 +108,8 @@ D2V_INLINE void normal_pair(int64_t first, uint32_t row, uint64_t key, VF* low, 
     counter[2 * g + 1] = static_cast<uint64_t>(first / 4 + kGroups + g);
   }
   const Words w = philox(counter, row, key);
-  const VU radius = bit_cast<VU>((w.x0 & 0xffffffffu) | (w.x2 << 32)), angle = bit_cast<VU>((w.x1 & 0xffffffffu) | (w.x3 << 32));
+  const VU radius = bit_cast<VU>((w.x0 & 0xffffffffu) | (w.x2 << 32)),
+           angle = bit_cast<VU>((w.x1 & 0xffffffffu) | (w.x3 << 32));
   const VF length = sqrt_vector(log_vector(to_uniform(radius)) * -2.0f);
   VF cosine, sine;
   turn(to_uniform(angle), &cosine, &sine);

@@ -245,7 +245,7 @@ D2V_INLINE void store(T* p, Vec<A> v) {
   Convert<A, T>::store(p, v);
 }
 
-// The first n lanes, 0 < n < kLanes<A>; the others read as 0 and are not written.
+// The first n lanes, 0 < n <= kLanes<A>; the others read as 0 and are not written.
 template <class A, class T>
 D2V_INLINE Vec<A> load_part(const T* p, int n) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)

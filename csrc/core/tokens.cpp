@@ -97,8 +97,9 @@ void sum_slots(const Inverse& inverse, int64_t groups, int64_t first, int64_t co
 bool find_bad_index(const Indices& index, int64_t rows, int64_t columns, int64_t limit, BadIndex* bad) {
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = r * index.row_stride;
-    const bool good = index.wide ? row_in_range(static_cast<const int64_t*>(index.data) + at, index.stride, columns, limit)
-                                 : row_in_range(static_cast<const int32_t*>(index.data) + at, index.stride, columns, limit);
+    const bool good = index.wide
+                          ? row_in_range(static_cast<const int64_t*>(index.data) + at, index.stride, columns, limit)
+                          : row_in_range(static_cast<const int32_t*>(index.data) + at, index.stride, columns, limit);
     if (good || columns == 0) continue;
     for (int64_t c = 0; c < columns; ++c) {
       const int64_t value = index_at(index, r, c);
@@ -156,7 +157,8 @@ void restore_tokens_backward(const RestoreBackwardArgs& a, Parallel parallel) {
   });
   std::vector<int64_t> rows(static_cast<size_t>(a.N));
   for (int64_t r = 0; r < a.N; ++r) rows[static_cast<size_t>(r)] = r * a.C;
-  tokens_kernels().add_rows(a.type == kFloat64 ? kFloat64 : kFloat32, total.data(), a.C, partial.data(), rows.data(), a.N);
+  tokens_kernels().add_rows(a.type == kFloat64 ? kFloat64 : kFloat32, total.data(), a.C, partial.data(), rows.data(),
+                            a.N);
   tokens_kernels().cast_row(a.type, a.fill, total.data(), a.C);
 }
 

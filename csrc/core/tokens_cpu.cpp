@@ -1,8 +1,7 @@
 // Row copies, row sums and noise rows, compiled once per instruction level.
-#include "tokens.h"
-
 #include "noise.h"
 #include "simd.h"
+#include "tokens.h"
 
 namespace d2v {
 namespace {
@@ -84,7 +83,7 @@ void restore_of(const RestoreArgs* a, int64_t begin, int64_t end, bool stream) {
       noise_row(out, a->C, static_cast<uint32_t>(beyond), static_cast<uint64_t>(a->keys[row * a->key_stride]),
                 a->noise_std, stream);
     } else {
-      const T* in = beyond < 0                      ? kept + row * a->kept.stride0 + from * a->kept.stride1
+      const T* in = beyond < 0                    ? kept + row * a->kept.stride0 + from * a->kept.stride1
                     : a->fill_kind == kFillVector ? fill
                                                   : fill + row * a->fill.stride0 + beyond * a->fill.stride1;
       copy_row(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(in), bytes, stream);

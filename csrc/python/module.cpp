@@ -8,8 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../core/dispatch.h"
-#include "../core/ema.h"
+#include "../core/ema_table.h"
 #include "../core/masks.h"
 
 namespace py = pybind11;
@@ -22,15 +21,14 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void run_here(int64_t n, int64_t, ParallelBody body, void* context) { body(context, 0, n); }
-
 // update_ema_ of fixed tensors with the tables built once.
 class EmaPlan {
  public:
   // Each entry: (average, source, copy or 0, elements, average type, source type, copy type or -1).
   using Entry = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int, int, int>;
 
-  EmaPlan(const std::vector<Entry>& entries, uintptr_t parallel_for) {
+  // update: address of d2v_update_ema of libd2v_cpu, which has the kernels and torch's threads.
+  EmaPlan(const std::vector<Entry>& entries, uintptr_t update) : update_(reinterpret_cast<EmaUpdate>(update)) {
     for (const auto& [average, source, copy, count, average_type, source_type, copy_type] : entries) {
       tensors_.push_back({pointer<void>(average), pointer<void>(source), pointer<void>(copy), count,
                           static_cast<DType>(average_type), static_cast<DType>(source_type),
@@ -39,10 +37,9 @@ class EmaPlan {
     }
     first_chunk_.resize(tensors_.size() + 1);
     index_ema_chunks(tensors_.data(), size(), first_chunk_.data());
-    parallel_ = {parallel_for ? reinterpret_cast<ParallelFor>(parallel_for) : run_here, 0};
   }
 
-  void step(double weight) const { update_ema(tensors_.data(), size(), first_chunk_.data(), weight, parallel_); }
+  void step(double weight) const { update_(tensors_.data(), size(), first_chunk_.data(), weight); }
 
   // CUDA: the chunk table, to be copied to the device by the caller, who keeps that memory.
   py::bytes device_table() {
@@ -59,9 +56,9 @@ class EmaPlan {
   // address of a double that replaces the weight, or 0.
   void step_device(double weight, uintptr_t launch, uintptr_t table, uintptr_t weight_address, int32_t device,
                    uintptr_t stream) const {
-    const int error = reinterpret_cast<EmaLaunch>(launch)(pointer<EmaChunk>(table), groups_.data(),
-                                                          static_cast<int64_t>(groups_.size()), weight,
-                                                          pointer<double>(weight_address), device, pointer<void>(stream));
+    const int error = reinterpret_cast<EmaLaunch>(launch)(
+        pointer<EmaChunk>(table), groups_.data(), static_cast<int64_t>(groups_.size()), weight,
+        pointer<double>(weight_address), device, pointer<void>(stream));
     if (error != 0) throw std::runtime_error("update_ema_: launch failed with CUDA error " + std::to_string(error));
   }
 
@@ -71,7 +68,8 @@ class EmaPlan {
     const bool wide = t.average_type == kFloat64;
     if (!known(t.average_type) || !known(t.source_type) || (t.source_type == kFloat64) != wide ||
         (t.copy ? !known(t.copy_type) : t.copy_type != kNone) || t.count < 0) {
-      throw std::invalid_argument("EmaPlan: entry: expected known types, float64 for both of average and source or neither");
+      throw std::invalid_argument(
+          "EmaPlan: entry: expected known types, float64 for both of average and source or neither");
     }
   }
   int64_t size() const { return static_cast<int64_t>(tensors_.size()); }
@@ -79,7 +77,7 @@ class EmaPlan {
   std::vector<EmaTensor> tensors_;
   std::vector<int64_t> first_chunk_;
   std::vector<EmaGroup> groups_;
-  Parallel parallel_{};
+  EmaUpdate update_;
 };
 
 MaskKind mask_kind(const std::string& name) {
@@ -103,7 +101,8 @@ class MaskSampler {
   MaskSampler(const std::string& kind, int64_t height, int64_t width, double ratio, int64_t span, double adjust,
               bool inverse, bool equal_counts, const py::int_& seed)
       : rule_{mask_kind(kind), height, width, ratio, span, adjust, inverse, equal_counts, low_bits(seed)} {
-    if (height < 0 || width < 1 || rule_.tokens() > INT32_MAX || span < 1 || span > INT32_MAX || !(ratio >= 0 && ratio <= 1)) {
+    if (height < 0 || width < 1 || rule_.tokens() > INT32_MAX || span < 1 || span > INT32_MAX ||
+        !(ratio >= 0 && ratio <= 1)) {
       throw std::invalid_argument("MaskSampler: expected 1 to 2^31 - 1 tokens, span of 1 or more, ratio 0 to 1");
     }
   }
@@ -124,12 +123,6 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = D2V_COMPILER;
   info["flags"] = D2V_FLAGS;
-  info["isa"] = cpu_isa();
-#if defined(D2V_X86_LEVELS)
-  info["isa_levels"] = py::make_tuple("base", "avx2", "avx512");
-#else
-  info["isa_levels"] = py::make_tuple("base");
-#endif
   return info;
 }
 
@@ -137,7 +130,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "EMA tables, mask samplers and the build record of the native code.";
-  m.def("build_info", &build_info, "Compiler, flags and instruction levels of this module.");
+  m.def("build_info", &build_info, "Compiler and flags of the kernels.");
   m.def(
       "mask_lists",
       [](uintptr_t mask, int64_t rows, int64_t tokens, int64_t visible, uintptr_t keep, uintptr_t restore,
@@ -146,10 +139,11 @@ PYBIND11_MODULE(_native, m) {
                    pointer<int64_t>(numbers));
       },
       py::call_guard<py::gil_scoped_release>(),
-      "Lists of a mask: addresses of mask (rows, tokens) uint8, keep (rows, visible) int32, restore (rows, tokens) int32, "
+      "Lists of a mask: addresses of mask (rows, tokens) uint8, keep (rows, visible) int32, restore (rows, tokens) "
+      "int32, "
       "numbers int64; visible -1 and addresses 0 where rows mask different counts.");
   py::class_<EmaPlan>(m, "EmaPlan")
-      .def(py::init<const std::vector<EmaPlan::Entry>&, uintptr_t>(), py::arg("entries"), py::arg("parallel_for"))
+      .def(py::init<const std::vector<EmaPlan::Entry>&, uintptr_t>(), py::arg("entries"), py::arg("update"))
       .def("step", &EmaPlan::step, py::arg("weight"), py::call_guard<py::gil_scoped_release>())
       .def("device_table", &EmaPlan::device_table)
       .def("step_device", &EmaPlan::step_device, py::arg("weight"), py::arg("launch"), py::arg("table"),

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -31,8 +32,8 @@ inline DType element_type(const char* op, const char* name, ScalarType type) {
     case ScalarType::Double:
       return kFloat64;
     default:
-      STD_TORCH_CHECK(false, op, ": dtype of ", name, ": expected float32, bfloat16, float16 or float64, got type number ",
-                      static_cast<int>(type));
+      STD_TORCH_CHECK(false, op, ": dtype of ", name,
+                      ": expected float32, bfloat16, float16 or float64, got type number ", static_cast<int>(type));
   }
   return kNone;
 }
@@ -76,6 +77,32 @@ Parallel torch_parallel();
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes,
                          std::optional<ScalarType> type = std::nullopt) {
   return torch::stable::new_empty(like, sizes, type);
+}
+
+// ---- layouts ----
+
+// One contiguous piece of memory, in whatever order of dimensions.
+inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  std::vector<int64_t> dims;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) > 1) dims.push_back(d);
+  }
+  std::sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return t.stride(a) < t.stride(b); });
+  int64_t expected = 1;
+  for (const int64_t d : dims) {
+    if (t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
 }
 
 // ---- the operators; contracts in d2v_kernels ----

@@ -1,6 +1,4 @@
 // update_ema_ on CPU tensors.
-#include <algorithm>
-
 #include "../core/ema.h"
 #include "common.h"
 
@@ -8,30 +6,6 @@ namespace d2v {
 namespace {
 
 constexpr const char* kOp = "update_ema_";
-
-// One contiguous piece of memory, in whatever order of dimensions.
-bool is_dense(const Tensor& t) {
-  if (t.is_contiguous()) return true;
-  std::vector<int64_t> dims;
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) > 1) dims.push_back(d);
-  }
-  std::sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return t.stride(a) < t.stride(b); });
-  int64_t expected = 1;
-  for (const int64_t d : dims) {
-    if (t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-
-bool same_layout(const Tensor& a, const Tensor& b) {
-  if (a.is_contiguous() && b.is_contiguous()) return true;
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
-  }
-  return true;
-}
 
 class Tables {
  public:
@@ -61,7 +35,8 @@ class Tables {
  private:
   static void check(const Tensor& average, const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.is_cpu(), kOp, ": ", name, ": expected a tensor on the CPU");
-    STD_TORCH_CHECK(t.dim() == average.dim(), kOp, ": ", name, ": expected ", average.dim(), " dimensions, got ", t.dim());
+    STD_TORCH_CHECK(t.dim() == average.dim(), kOp, ": ", name, ": expected ", average.dim(), " dimensions, got ",
+                    t.dim());
     for (int64_t d = 0; d < t.dim(); ++d) check_size(kOp, name, average.size(d), t.size(d));
   }
 
@@ -106,7 +81,8 @@ void update_ema_cpu(const std::vector<Tensor>& averages, const std::vector<Tenso
     weight = *weight_tensor->const_data_ptr<double>();
   }
   Tables tables;
-  for (size_t i = 0; i < averages.size(); ++i) tables.add(averages[i], sources[i], copies.empty() ? nullptr : &copies[i]);
+  for (size_t i = 0; i < averages.size(); ++i)
+    tables.add(averages[i], sources[i], copies.empty() ? nullptr : &copies[i]);
   const int64_t count = static_cast<int64_t>(tables.tensors().size());
   std::vector<int64_t> first_chunk(static_cast<size_t>(count + 1));
   index_ema_chunks(tables.tensors().data(), count, first_chunk.data());

@@ -49,10 +49,20 @@ Tensor average_layers_cpu(const std::vector<Tensor>& layers, const std::string& 
     }
   }
   Tensor out = new_tensor(first, {B, T, C}, out_dtype);
-  const LayersArgs args{data.data(), batch_stride.data(), time_stride.data(), static_cast<int64_t>(layers.size()),
-                        B, T, C, element_type(kOp, "layers", first), norm_of("norm", norm),
-                        norm_of("out_norm", out_norm), lengths.has_value() ? valid.data() : nullptr, eps,
-                        out.mutable_data_ptr(), element_type(kOp, "out_dtype", out_dtype)};
+  const LayersArgs args{data.data(),
+                        batch_stride.data(),
+                        time_stride.data(),
+                        static_cast<int64_t>(layers.size()),
+                        B,
+                        T,
+                        C,
+                        element_type(kOp, "layers", first),
+                        norm_of("norm", norm),
+                        norm_of("out_norm", out_norm),
+                        lengths.has_value() ? valid.data() : nullptr,
+                        eps,
+                        out.mutable_data_ptr(),
+                        element_type(kOp, "out_dtype", out_dtype)};
   average_layers(args, torch_parallel());
   return out;
 }

@@ -12,9 +12,11 @@ Indices rows_or_all(const char* op, const char* name, const OptionalTensor& rows
   return index;
 }
 
-LossArgs loss_args(const char* op, const Tensor& prediction, const Tensor& target, const OptionalTensor& prediction_rows,
-                   const OptionalTensor& target_rows, double beta, double scale) {
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor*>{"prediction", &prediction}, {"target", &target}}) {
+LossArgs loss_args(const char* op, const Tensor& prediction, const Tensor& target,
+                   const OptionalTensor& prediction_rows, const OptionalTensor& target_rows, double beta,
+                   double scale) {
+  for (const auto& [name, t] :
+       {std::pair<const char*, const Tensor*>{"prediction", &prediction}, {"target", &target}}) {
     check_dims(op, name, *t, 2);
     check_last_stride(op, name, *t);
   }
@@ -35,6 +37,13 @@ LossArgs loss_args(const char* op, const Tensor& prediction, const Tensor& targe
   a.beta = beta;
   a.scale = scale;
   return a;
+}
+
+// The kernels take fp64 for both tensors or for neither; another mixture of types is rare enough to be converted.
+Tensor matched_target(const Tensor& prediction, const Tensor& target) {
+  const bool wide = prediction.scalar_type() == ScalarType::Double;
+  if ((target.scalar_type() == ScalarType::Double) == wide) return target;
+  return torch::stable::to(target, wide ? ScalarType::Double : ScalarType::Float);
 }
 
 Tensor scalar_like(const Tensor& prediction, double value) {
@@ -68,16 +77,19 @@ std::tuple<Tensor, Tensor, Tensor> masked_regression_loss_cpu(const Tensor& pred
                                                               const OptionalTensor& target_rows, double beta,
                                                               double scale) {
   constexpr const char* op = "masked_regression_loss";
-  const LossArgs a = loss_args(op, prediction, target, prediction_rows, target_rows, beta, scale);
+  const Tensor matched = matched_target(prediction, target);
+  const LossArgs a = loss_args(op, prediction, matched, prediction_rows, target_rows, beta, scale);
   const LossResult r = masked_regression_loss(a, torch_parallel());
-  return {scalar_like(prediction, r.loss), scalar_like(prediction, r.prediction_std), scalar_like(prediction, r.target_std)};
+  return {scalar_like(prediction, r.loss), scalar_like(prediction, r.prediction_std),
+          scalar_like(prediction, r.target_std)};
 }
 
 Tensor masked_regression_loss_backward_cpu(const Tensor& grad, const Tensor& prediction, const Tensor& target,
                                            const OptionalTensor& prediction_rows, const OptionalTensor& target_rows,
                                            double beta, double scale) {
   constexpr const char* op = "masked_regression_loss_backward";
-  const LossArgs a = loss_args(op, prediction, target, prediction_rows, target_rows, beta, scale);
+  const Tensor matched = matched_target(prediction, target);
+  const LossArgs a = loss_args(op, prediction, matched, prediction_rows, target_rows, beta, scale);
   const double upstream = scalar_value(op, grad);
   Tensor out = new_tensor(prediction, {prediction.size(0), a.C});
   masked_regression_loss_backward(a, upstream, prediction.size(0), out.mutable_data_ptr(), torch_parallel());

@@ -2,23 +2,20 @@
 #include <torch/csrc/stable/c/shim.h>
 
 #include "../core/dispatch.h"
+#include "../core/ema.h"
 #include "../core/tokens.h"
 #include "common.h"
 
-#define D2V_EXPORT extern "C" __attribute__((visibility("default")))
+namespace d2v {
+namespace {
 
-// For the pybind11 module, which knows nothing of torch: the address of this goes to EmaPlan.
-D2V_EXPORT void d2v_parallel_for(int64_t n, int64_t grain, d2v::ParallelBody body, void* context) {
+void run_on_torch(int64_t n, int64_t grain, ParallelBody body, void* context) {
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-D2V_EXPORT const char* d2v_cpu_isa() { return d2v::cpu_isa(); }
+}  // namespace
 
-namespace d2v {
-
-Parallel torch_parallel() {
-  return {d2v_parallel_for, static_cast<int>(torch::stable::get_num_threads())};
-}
+Parallel torch_parallel() { return {run_on_torch, static_cast<int>(torch::stable::get_num_threads())}; }
 
 void check_index_range(const char* op, const char* name, const Indices& index, int64_t rows, int64_t columns,
                        int64_t limit) {
@@ -33,6 +30,16 @@ void check_index_range(const char* op, const char* name, const Indices& index, i
 }
 
 }  // namespace d2v
+
+extern "C" {
+// An EmaUpdate, for plans of the pybind11 module, which knows nothing of torch.
+D2V_EXPORT void d2v_update_ema(const d2v::EmaTensor* tensors, int64_t count, const int64_t* first_chunk,
+                               double weight) {
+  d2v::update_ema(tensors, count, first_chunk, weight, d2v::torch_parallel());
+}
+
+D2V_EXPORT const char* d2v_cpu_isa() { return d2v::cpu_isa(); }
+}
 
 STABLE_TORCH_LIBRARY(d2v_native, m) {
   m.def(

@@ -143,9 +143,10 @@ class BadSamples:
         share = len(self.entries) / max(tried, 1)
         if self._fatal is None and (tried < min(FIRST_VERDICT, total) or share <= self.allowed):
             return
+        fatal = f"; {self._fatal}" if self._fatal else ""
         raise ValueError(
             f"data.bad_fraction: expected at most {self.allowed:.1%} of the samples to be undecodable, got "
-            f"{len(self.entries)} of {tried} ({share:.1%}){f'; {self._fatal}' if self._fatal else ''}; {self.examples()}"
+            f"{len(self.entries)} of {tried} ({share:.1%}){fatal}; {self.examples()}"
         )
 
     def examples(self, count: int = 3) -> str:

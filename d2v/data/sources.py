@@ -92,7 +92,7 @@ class FolderSource(Source):
         if labelled:
             loose = next((name for name in images if os.sep not in name), None)
             if loose is not None:
-                raise ValueError(f"{option}: expected a folder per class under {str(root)!r}, found {loose!r} outside any")
+                raise ValueError(f"{option}: expected class folders under {str(root)!r}, got {loose!r} outside any")
             folders = [name.split(os.sep, 1)[0] for name in images]
             self.labels, self.classes = number_classes(folders)
         self.names = NameTable(images)
@@ -124,7 +124,7 @@ class ShardSource(Source):
                 rows.append((number, image.offset_data, image.size))
                 names.append(f"{shard.name}:{image.name}")
                 if label is None and labelled:
-                    raise ValueError(f"{option}: expected {key}.cls beside {image.name!r} in {str(shard)!r}, found none")
+                    raise ValueError(f"{option}: expected {key}.cls in {str(shard)!r}, found none")
                 texts.append(label or "")
         if not rows:
             raise ValueError(f"{option}: expected images in {len(self.shards)} .tar shards, found none")
@@ -164,9 +164,7 @@ class ShardSource(Source):
             for descriptor in self._open.values():
                 os.close(descriptor)
 
-    def _index_shard(
-        self, shard: Path, labelled: bool, option: str
-    ) -> list[tuple[str, tarfile.TarInfo, str | None]]:
+    def _index_shard(self, shard: Path, labelled: bool, option: str) -> list[tuple[str, tarfile.TarInfo, str | None]]:
         images: dict[str, tarfile.TarInfo] = {}
         labels: dict[str, str] = {}
         with shard.open("rb") as file:
@@ -197,7 +195,7 @@ class ShardSource(Source):
                 break  # cut off inside the last member, which is rejected below by its size
             if member is None:
                 break
-            archive.members = []  # tarfile would keep every header of a large shard
+            vars(archive)["members"] = []  # tarfile would keep every header of a large shard
             if not member.isreg() or member.sparse is not None:
                 if not member.isdir():
                     self.rejected.append(Rejected(f"{shard}:{member.name}", "not a regular file"))
@@ -234,7 +232,7 @@ def open_source(path: str, *, labelled: bool = False, option: str = "data.path")
     if not path:
         raise ValueError(f"{option}: expected a folder of images or .tar shards, got nothing")
     if path.startswith("pipe:"):
-        raise ValueError(f"{option}: expected a folder or .tar shards, got the shell command {path!r}, which is not run")
+        raise ValueError(f"{option}: expected a folder or .tar shards, got the shell command {path!r}")
     if Path(path).is_dir():
         return FolderSource(Path(path), labelled=labelled, option=option)
     files: list[Path] = []
@@ -282,7 +280,8 @@ def walk_files(root: Path) -> Iterator[str]:
             entries = sorted((e for e in scan if not e.name.startswith(".")), key=lambda e: e.name)
         stack.extend(e.path for e in reversed(entries) if e.is_dir())
         # A dangling link stays in: it is reported when it is read. Pipes and devices are not files.
-        yield from (os.path.relpath(e.path, root) for e in entries if e.is_file() or (e.is_symlink() and not e.is_dir()))
+        files = (e for e in entries if e.is_file() or (e.is_symlink() and not e.is_dir()))
+        yield from (os.path.relpath(e.path, root) for e in files)
 
 
 def number_classes(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:

@@ -32,7 +32,7 @@ def load_photographs() -> dict[str, np.ndarray]:
     try:
         from skimage import data
     except ImportError:
-        raise ValueError("data textures: expected the scikit-image package, found none; pip install scikit-image") from None
+        raise ValueError("data textures: expected the scikit-image package, which is not installed") from None
     images = {}
     for name in PHOTOGRAPHS:
         image = Image.fromarray(getattr(data, name)())
@@ -44,8 +44,9 @@ def cut_crops(image: np.ndarray, split: str, size: int, count: int, rng: np.rand
     """Random crops (size,size) of one photograph (H,W) from the region of `split`, turned and mirrored."""
     height, width = image.shape
     low, high = (round(width * edge) for edge in REGIONS[split])
-    if height < size or high - low < size:
-        raise ValueError(f"data textures: size: expected at most {min(height, high - low)} for split {split}, got {size}")
+    largest = min(height, high - low)
+    if not 1 <= size <= largest:
+        raise ValueError(f"size: expected 1 to {largest} pixels for split {split}, got {size}")
     crops = []
     for _ in range(count):
         top, left = int(rng.integers(height - size + 1)), int(rng.integers(low, high - size + 1))

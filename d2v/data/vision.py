@@ -129,9 +129,9 @@ class ImageSettings(NamedTuple):
         low, high = config.data.crop_scale
         if not 0.0 < low <= high <= 1.0:
             raise ValueError(f"data.crop_scale: expected 0 < low <= high <= 1, got {config.data.crop_scale}")
-        grey = config.data.grey or config.stem.channels == 1
-        data = config.data
-        return ImageSettings(config.stem.image_size, config.stem.channels, grey, data.crop_scale, data.flip, data.rotate)
+        stem, data = config.stem, config.data
+        grey = data.grey or stem.channels == 1
+        return ImageSettings(stem.image_size, stem.channels, grey, data.crop_scale, data.flip, data.rotate)
 
 
 def to_pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:

@@ -42,9 +42,7 @@ LAYOUTS = {
             ("decoder.proj.", _IMAGE + "decoder.proj."),
         ),
         teacher_blocks_only=(("blocks.blocks.", ""),),
-        published=frozenset(
-            {"class-loss-per-micro-batch", "pre-norm-without-residual", "visible-count-of-row-0"}
-        ),
+        published=frozenset({"class-loss-per-micro-batch", "pre-norm-without-residual", "visible-count-of-row-0"}),
     ),
 }
 
@@ -124,8 +122,7 @@ def gradients(model: Data2Vec) -> dict[str, Tensor]:
 
 
 def teacher_parameters(model: Data2Vec) -> dict[str, Tensor]:
-    """The teacher's tensors by the names of the published `_ema` entry: live views of the averages, and of what the
-    teacher shares with the student."""
+    """The teacher's tensors by the names of the published `_ema` entry: live views of averages and fixed tables."""
     layout = _layout(_family(model))
     if model.config.ema.scope == "blocks":
         blocks = model.teacher.get_submodule("blocks.blocks")
@@ -133,16 +130,11 @@ def teacher_parameters(model: Data2Vec) -> dict[str, Tensor]:
             _rename("blocks.blocks." + name, layout.teacher_blocks_only): t.detach()
             for name, t in blocks.named_parameters()
         }
-    result = {}
-    for part in PARTS:
-        owned = part in model.teacher.owned
-        # Positions without parameters stand in the published teacher too; a stem outside the scope does not.
-        if not owned and part != "positions":
-            continue
-        module = model.teacher.get_submodule(part) if owned else model.get_submodule(part)
-        for name, t in _tensors(part, module):
-            result[_rename(name, layout.student)] = t.detach()
-    return result
+    return {
+        _rename(name, layout.student): t.detach()
+        for part in model.teacher.owned
+        for name, t in _tensors(part, model.teacher.get_submodule(part))
+    }
 
 
 def _layout(family: str) -> Layout:
@@ -187,7 +179,9 @@ def _rename(name: str, prefixes: tuple[tuple[str, str], ...]) -> str:
 def _load(what: str, own: dict[str, Tensor], given: Mapping[str, Tensor]) -> None:
     missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if missing or unexpected:
-        raise ValueError(f"{what}: expected the tensors of the configuration; missing {missing}, unexpected {unexpected}")
+        raise ValueError(
+            f"{what}: expected the tensors of the configuration; missing {missing}, unexpected {unexpected}"
+        )
     for name, tensor in own.items():
         if given[name].shape != tensor.shape:
             raise ValueError(f"{what}: {name}: expected shape {tuple(tensor.shape)}, got {tuple(given[name].shape)}")

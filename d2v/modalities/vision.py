@@ -77,7 +77,7 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 class SinCosPositions(nn.Module):
-    """Adds fixed 2-D sin-cos positions; no parameters, so the teacher shares it."""
+    """Adds fixed 2-D sin-cos positions; no parameters."""
 
     table: Tensor
 

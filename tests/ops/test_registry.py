@@ -18,7 +18,7 @@ from d2v_kernels._probe import PROBES
 def test_native_is_built_where_a_compiler_is() -> None:
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("no C++ compiler here")
-    assert not _library.load_errors().get("d2v_cpu"), _library.load_errors()
+    assert not _library.load_errors().get("libd2v_cpu"), _library.load_errors()
 
 
 def test_forced_backend_that_cannot_run_says_why() -> None:

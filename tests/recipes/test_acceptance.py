@@ -35,8 +35,8 @@ def small(class_weight: float = 0.0) -> Config:
 
 def test_positions_equal_the_published_table() -> None:
     tensors, record = load_case("kernel_positions")
-    side = record["config"]["grid"]
-    assert torch.allclose(sincos_positions(record["config"]["dim"], (side, side)), tensors["sincos2d"], rtol=0, atol=1e-12)
+    width, side = record["config"]["dim"], record["config"]["grid"]
+    torch.testing.assert_close(sincos_positions(width, (side, side)), tensors["sincos2d"], rtol=0.0, atol=1e-12)
 
 
 def test_position_quarters() -> None:

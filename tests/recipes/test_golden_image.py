@@ -167,6 +167,8 @@ def test_unsupported_family_is_named() -> None:
         fairseq.build(RECORD["config"], {}, None, family="d2v2_audio")
     with pytest.raises(ValueError, match="d2v3_smell"):
         fairseq.build(RECORD["config"], {}, None, family="d2v3_smell")
+    with pytest.raises(ValueError, match="mask_token: expected None for d2v2_image, got 3"):
+        fairseq.build(RECORD["config"], {}, None, family="d2v2_image", mask_token=3)
 
 
 def test_tensors_that_do_not_fit_are_named() -> None:

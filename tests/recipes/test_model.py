@@ -10,7 +10,8 @@ import pytest
 import torch
 from support.tensors import BACKENDS
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functional_call
 
 import d2v_kernels._schema as schema
 from d2v import Config, Data2Vec, Output, recipes
@@ -96,13 +97,16 @@ def test_step_fails_without_operator(broken: str, monkeypatch: pytest.MonkeyPatc
 
 def test_forward_reads_nothing_from_the_device() -> None:
     """Under fake tensors, which have no values, any read of a value raises."""
-    config = with_class_token()
-    masks = make_mask_sampler(config).draw(range(2), 0, copies=4)
-    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        model = build(config)
-        fake = type(masks)(*(mode.from_tensor(t) for t in masks))
-        out = model(torch.empty(2, 3, 32, 32), masks=fake, noise_keys=torch.empty(8, dtype=torch.int64))
+    model = build(with_class_token())
+    masks = make_mask_sampler(model.config).draw(range(2), 0, copies=4)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with FakeTensorMode() as mode:
+        fake_state = {name: mode.from_tensor(t) for name, t in state.items()}
+        fake_masks = type(masks)(*(mode.from_tensor(t) for t in masks))
+        keys = torch.empty(8, dtype=torch.int64)
+        out = functional_call(model, fake_state, (torch.empty(2, 3, 32, 32), None, fake_masks, None, keys))
         out.loss.backward()
+    assert isinstance(out.prediction, FakeTensor)
     assert out.prediction.shape == (8 * 48, 64)
     assert out.sample_size == 8 * 48
 
@@ -251,8 +255,8 @@ def test_copies_of_a_model_are_independent() -> None:
 @pytest.mark.parametrize("scope", ["all", "encoder", "blocks"])
 def test_teacher_owns_what_its_scope_says(scope: str) -> None:
     model = build(tiny(ema={"scope": scope}))
-    expected = {"all": ("stem", "blocks"), "encoder": ("blocks",), "blocks": ("blocks",)}[scope]
-    assert model.teacher.owned == expected  # positions, and here the context, have no parameters
+    parts = ("stem", "positions", "context", "blocks")
+    assert model.teacher.owned == {"all": parts, "encoder": parts[1:], "blocks": parts[3:]}[scope]
     run_step(model)
 
 
@@ -284,8 +288,11 @@ class TestWorkingCopies:
                 p.add_(torch.randn_like(p))
         model.teacher.update(0.0)
         working = model.teacher._working["blocks"].state_dict()
+        dtypes = set()
         for name, p in model.teacher.blocks.state_dict().items():
-            assert torch.equal(working[name], p.bfloat16()), name
+            dtypes.add(working[name].dtype)
+            assert torch.equal(working[name], p.to(working[name].dtype)), name
+        assert dtypes == {torch.bfloat16, torch.float32}  # products, norms
         assert not torch.equal(before, self.targets(model))
 
     def test_loaded_averages_reach_the_copies(self) -> None:
@@ -331,12 +338,12 @@ def test_drop_path_and_layer_drop_train() -> None:
 def test_initialisation_is_the_published_one() -> None:
     model = build(with_class_token())
     qkv = model.blocks.blocks[0].attn.qkv
-    assert float(qkv.weight.std()) == pytest.approx(0.02, rel=0.05)
+    assert float(qkv.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
     assert not qkv.bias.any()
-    assert float(model.context.extra_tokens.std()) == pytest.approx(1.0, rel=0.3)
+    assert float(model.context.extra_tokens.detach().std()) == pytest.approx(1.0, rel=0.3)
     bound = (6.0 / (3 * 16 + 64)) ** 0.5
-    assert float(model.stem.proj.weight.abs().max()) == pytest.approx(bound, rel=0.01)
-    assert float(model.decoder.proj.weight.std()) == pytest.approx((1 / 64 / 3) ** 0.5, rel=0.05)
+    assert float(model.stem.proj.weight.detach().abs().max()) == pytest.approx(bound, rel=0.01)
+    assert float(model.decoder.proj.weight.detach().std()) == pytest.approx((1 / 64 / 3) ** 0.5, rel=0.05)
 
 
 MASK = torch.zeros(4, 64, dtype=torch.bool)
@@ -350,16 +357,16 @@ EQUAL[:, :48] = True
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"inputs": torch.zeros(2, 3, 32, 28)}, ValueError, r"inputs: expected shape \(B, 3, 32, 32\), got \(2, 3, 32, 28\)"),
+        ({"inputs": torch.zeros(2, 3, 32, 28)}, ValueError, r"inputs: expected shape \(B, 3, 32, 32\), got \(2, 3,"),
         ({"inputs": torch.zeros(2, 1, 32, 32)}, ValueError, r"inputs: .*got \(2, 1, 32, 32\)"),
-        ({"inputs": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, TypeError, "inputs: expected floating images, got uint8"),
+        ({"inputs": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, TypeError, "inputs: expected floating .* got uint8"),
         ({"lengths": torch.tensor([3, 4])}, ValueError, "lengths: expected None for images"),
-        ({"masks": MASK[:3]}, ValueError, r"masks: expected \(N, 64\) with N a multiple of the 2 samples, got \(3, 64\)"),
+        ({"masks": MASK[:3]}, ValueError, r"masks: .*N a multiple of the 2 samples, got \(3, 64\)"),
         ({"masks": MASK[:, :60]}, ValueError, r"masks: expected \(N, 64\)"),
         ({"masks": MASK.float()}, ValueError, "masks: expected bool"),
         ({"masks": MASK[:0]}, ValueError, "masks: expected"),
         ({"masks": UNEQUAL}, ValueError, r"row 0 has 10; got \[11\] in rows \[2\]"),
-        ({"masks": EQUAL, "noise": torch.zeros(4, 47, 64)}, ValueError, r"noise: expected shape \(4, 48, 64\), got \(4, 47, 64\)"),
+        ({"masks": EQUAL, "noise": torch.zeros(4, 47, 64)}, ValueError, r"noise: expected shape \(4, 48, 64\)"),
         ({"noise_keys": torch.zeros(3, dtype=torch.int64)}, ValueError, "noise keys"),
         ({"inputs": torch.zeros(0, 3, 32, 32)}, ValueError, "masks|inputs"),
     ],

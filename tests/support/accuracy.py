@@ -36,7 +36,8 @@ def assert_accurate(actual: Tensor, careful: Tensor, truth: Tensor, *, factor: f
 
 
 def _room(dtype: torch.dtype) -> float:
-    return 1e-7 if dtype == torch.float64 else 1.0
+    """Rounding noise allowed in any case; the truth of a float64 result is no better than the result itself."""
+    return 1e-5 if dtype == torch.float64 else 1.0
 
 
 def _assert_unbiased(actual: Tensor, truth: Tensor, allowed: float) -> None:

@@ -191,7 +191,7 @@ class PublishedStep:
 
     def decode(self, x: Tensor) -> Tensor:
         p, side = self.student, self.image["input_size"] // self.image["patch_size"]
-        n, tokens, c = x.shape
+        n, _, c = x.shape
         x = x.transpose(1, 2).reshape(n, c, side, side)
         kernel = self.decoder["decoder_kernel"]
         for i in range(self.decoder["decoder_layers"]):

@@ -15,7 +15,7 @@ BACKENDS = [
     "reference",
     pytest.param(
         "native",
-        marks=pytest.mark.skipif(bool(_library.load_errors().get("d2v_cpu")), reason=str(_library.load_errors())),
+        marks=pytest.mark.skipif(bool(_library.load_errors().get("libd2v_cpu")), reason=str(_library.load_errors())),
     ),
 ]
 

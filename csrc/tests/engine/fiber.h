@@ -60,8 +60,8 @@ inline void prepare(Fiber& fiber, void (*entry)()) {
   makecontext(&fiber.context, entry, 0);
 #else
   void** top = reinterpret_cast<void**>(static_cast<char*>(fiber.stack) + fiber.stack_bytes);
-  *--top = nullptr;                          // aligns the frame of entry as a call would
-  *--top = reinterpret_cast<void*>(entry);   // where the switch returns to
+  *--top = nullptr;                         // aligns the frame of entry as a call would
+  *--top = reinterpret_cast<void*>(entry);  // where the switch returns to
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   fiber.stack_pointer = top;
 #endif
@@ -70,7 +70,7 @@ inline void prepare(Fiber& fiber, void (*entry)()) {
 #if !defined(D2V_ENGINE_PORTABLE)
 // noipa: from the asm alone g++ would conclude that the call changes no memory.
 __attribute__((naked, noipa, no_sanitize("thread"), no_sanitize("address"))) inline void swap_stacks(void** /*save*/,
-                                                                                                  void* /*load*/) {
+                                                                                                     void* /*load*/) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"

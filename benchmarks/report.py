@@ -1,0 +1,115 @@
+"""Tables and plots of stored benchmark rows: `python -m benchmarks.report FILE.jsonl [--markdown]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def missed_goals(row: Row) -> list[str]:
+    """Goals of this row that were not reached, as text."""
+    missed = []
+    for name, goal in row["goals"].items():
+        if name == "floor":
+            # Two threads share what one cannot hide: the published goal is tighter there.
+            limit = min(goal, 2.0) if row["threads"] > 1 else goal
+            if row["over_floor"] > limit:
+                missed.append(f"{row['over_floor']:.2f} of floor > {limit:g}")
+        elif row["ratios"][name] < goal:
+            missed.append(f"{row['ratios'][name]:.2f}x {name} < {goal:g}")
+    return missed
+
+
+def text_row(row: Row) -> str:
+    """One line for the terminal."""
+    ours = row["seconds"]["d2v"]["minimum"]
+    ratios = "  ".join(f"{v:5.2f}x {k}" for k, v in row["ratios"].items())
+    missed = missed_goals(row)
+    return (
+        f"{row['op']:<23} {row['case']:<46} {row['dtype']:<8} {row['threads']}t  {row['bytes'] / 1e6:7.1f} MB "
+        f"{ours * 1e3:8.3f} ms  {row['over_floor']:5.2f} of floor  {ratios}"
+        + (f"   missed: {'; '.join(missed)}" if missed else "")
+    )
+
+
+def summary(rows: list[Row]) -> str:
+    """Last line of a run: goals reached, and where the numbers come from."""
+    with_goals = [row for row in rows if row["goals"]]
+    reached = sum(not missed_goals(row) for row in with_goals)
+    machine = rows[0]["machine"]
+    backends = sorted({row["backend"] for row in rows})
+    return (
+        f"goals reached in {reached} of {len(with_goals)} rows; backend {', '.join(backends)}, ISA {machine['isa']}, "
+        f"{machine['cpu']} ({machine['cores']} cores), torch {machine['torch']}, commit {machine['commit']}"
+    )
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """The README's table."""
+    lines = [
+        "| operator | case | dtype | threads | MB | ms | time / floor | faster than |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratios = ", ".join(f"{name} {ratio:.1f}x" for name, ratio in row["ratios"].items())
+        ours = row["seconds"]["d2v"]["minimum"] * 1e3
+        lines.append(
+            f"| `{row['op']}` | {row['case']} | {row['dtype']} | {row['threads']} | {row['bytes'] / 1e6:.1f} | "
+            f"{ours:.3f} | {row['over_floor']:.2f} | {ratios} |"
+        )
+    return "\n".join(lines)
+
+
+def roofline_plot(rows: list[Row], path: Path) -> None:
+    """Bytes per second of each case against its size, with the measured floor of the same run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    threads = sorted({row["threads"] for row in rows})
+    figure, axes = plt.subplots(1, len(threads), figsize=(6.4 * len(threads), 4.8), squeeze=False, sharey=True)
+    colours = {op: f"C{i}" for i, op in enumerate(sorted({row["op"] for row in rows}))}
+    for axis, count in zip(axes[0], threads, strict=True):
+        for row in (r for r in rows if r["threads"] == count):
+            size = row["bytes"] / 1e6
+            ours = row["bytes"] / row["seconds"]["d2v"]["minimum"] / 1e9
+            floor = row["bytes"] / row["floor_s"] / 1e9
+            axis.plot([size, size], [ours, floor], color=colours[row["op"]], alpha=0.4, linewidth=1)
+            axis.plot(size, floor, "_", color="black", markersize=9)
+            axis.plot(size, ours, "o" if row["dtype"] == "float32" else "s", color=colours[row["op"]], markersize=5)
+        axis.set(xscale="log", yscale="log", xlabel="bytes read once + written once (MB)", title=f"{count} thread(s)")
+        axis.grid(True, which="both", alpha=0.25)
+    axes[0][0].set_ylabel("GB/s")
+    handles = [plt.Line2D([], [], color=c, marker="o", linestyle="", label=op) for op, c in colours.items()]
+    handles.append(plt.Line2D([], [], color="black", marker="_", linestyle="", label="floor of the same run"))
+    axes[0][0].legend(handles=handles, fontsize=8)
+    machine = rows[0]["machine"]
+    title = f"{machine['cpu']}, ISA {machine['isa']}, torch {machine['torch']}, {machine['date'][:10]}"
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Prints a stored run again, as text or Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("file", type=Path, help="JSON lines of a benchmark run")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    options = parser.parse_args()
+    rows = read_rows(options.file)
+    print(markdown_table(rows) if options.markdown else "\n".join([*map(text_row, rows), summary(rows)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The engine that runs CUDA sources on the CPU: right kernels pass in silence, planted defects are reported.
+
+And the kernels themselves on it, under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Fibers that an error abandoned keep what they held.
+ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "", "UBSAN_OPTIONS": ""}
+
+# defect: sanitizer, what the report must say
+REPORTED = {
+    "read-past-the-end": ("address", "heap-buffer-overflow engine_test.cpp:{copy_rows}"),
+    "shared-index-too-large": ("address", "index 32 out of bounds for type 'float [32]'"),
+    "misaligned-vector": ("address", "misaligned address"),
+    "barrier-missing-after-write": ("thread", "data race engine_test.cpp:{sum_twice}"),
+    "barrier-missing-before-reuse": ("thread", "data race engine_test.cpp:{sum_twice}"),
+    "addition-not-atomic": ("thread", "data race engine_test.cpp:{sum_columns}"),
+    "fence-missing": ("thread", "data race engine_test.cpp:{sum_by_last_block}"),
+}
+# defect: what the engine itself must say
+REFUSED = {
+    "barrier-in-both-branches": "divergent barrier: thread (32,0,0) in __syncthreads at engine_test.cpp:",
+    "barrier-not-reached": "divergent barrier: a thread has returned while others wait at engine_test.cpp:",
+    "lane-gone": "cannot go on: 1 of 32 threads have returned",
+    "lane-outside-mask": "reads a lane that the mask leaves out",
+    "shuffle-at-two-places": "divergent warp collective: thread (16,0,0) in __shfl_xor_sync",
+    "half-a-warp": "cannot go on: 0 of 16 threads have returned",
+    "too-much-shared": "more shared memory than a block has",
+    "too-many-threads": "invalid launch: a grid of (1,1,1) blocks of 1025 threads",
+    "grid-too-high": "invalid launch: a grid of (1,65536,1) blocks",
+}
+
+
+def start(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(program), *arguments]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "env": ENVIRONMENT, "timeout": 300}
+    done = subprocess.run(command, check=False, **options)
+    if "unexpected memory mapping" in done.stderr:
+        # Older ThreadSanitizers cannot live with the address randomisation of newer kernels.
+        done = subprocess.run(["setarch", "-R", *command], check=False, **options)
+    return done
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "portable-switch", "address", "thread"])
+def test_right_kernels_pass(builds, sanitizer: str) -> None:
+    done = start(builds[f"engine_test-{sanitizer}"])
+    assert done.stdout == "all right\n", done.stdout + done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("defect", REPORTED)
+def test_sanitizer_reports(builds, defect: str) -> None:
+    sanitizer, message = REPORTED[defect]
+    done = start(builds[f"engine_test-{sanitizer}"], defect)
+    assert done.returncode != 0, "nothing was reported"
+    if "{" not in message:
+        assert message in done.stderr
+        return
+    what, _, kernel = message.rstrip("}").partition(" engine_test.cpp:{")
+    summaries = [line for line in done.stderr.splitlines() if line.startswith("SUMMARY:")]
+    assert summaries, done.stderr
+    assert all(what in s and "engine_test.cpp" in s and s.endswith(f"in {kernel}") for s in summaries), summaries
+
+
+@pytest.mark.parametrize("build", ["plain", "portable-switch", "address"])
+@pytest.mark.parametrize("defect", REFUSED)
+def test_engine_refuses(builds, defect: str, build: str) -> None:
+    done = start(builds[f"engine_test-{build}"], defect)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("engine: "), done.stdout
+    assert REFUSED[defect] in done.stdout
+
+
+def test_a_missing_barrier_changes_the_result(builds) -> None:
+    """Shared memory begins as NaN, so what nobody wrote shows without any sanitizer."""
+    done = start(builds["engine_test-plain"], "barrier-missing-after-write")
+    assert done.stdout == "wrong result: sum_twice\n"
+    silent = start(builds["engine_test-plain"], "barrier-missing-before-reuse")
+    assert silent.stdout == "", "if this one shows as well, ThreadSanitizer is no longer the only one to find it"
+
+
+def test_unknown_defect_is_no_success(builds) -> None:
+    assert start(builds["engine_test-plain"], "no-such-thing").returncode == 2
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_ema_is_clean(builds, sanitizer: str) -> None:
+    done = start(builds[f"ema_test-{sanitizer}"])
+    assert done.stdout == "all right\n", done.stdout[-4000:] + done.stderr[-4000:]
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "defect", "message"),
+    [("address", "count-too-large", "heap-buffer-overflow"), ("thread", "tensor-listed-twice", "data race")],
+)
+def test_ema_with_a_defect_is_reported(builds, sanitizer: str, defect: str, message: str) -> None:
+    done = start(builds[f"ema_test-{sanitizer}"], defect)
+    assert done.returncode != 0
+    assert f"{message} " in done.stderr
+    assert "vec.cuh" in done.stderr

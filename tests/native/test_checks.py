@@ -1,0 +1,85 @@
+"""`torch.ops.d2v_native` called directly: what would touch foreign memory is refused, with expected and got."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+op: Any = torch.ops.d2v_native
+X = torch.ones(2, 3, 4)
+INDEX = torch.zeros(2, 3, dtype=torch.int64)
+ROWS = torch.ones(5, 4)
+ONE = torch.ones(())
+HALF = torch.ones(2, 3, 4, dtype=torch.float16)
+
+CASES: dict[str, tuple[Callable[[], object], str]] = {
+    "layer shape": (
+        lambda: op.average_layers([X, torch.ones(2, 3, 5)], "none", "none", None, 1e-5, X.dtype),
+        "expected 4, got 5",
+    ),
+    "layer stride": (
+        lambda: op.average_layers([X.transpose(1, 2)], "none", "none", None, 1e-5, X.dtype),
+        "last stride of layer: expected 1, got 4",
+    ),
+    "norm": (lambda: op.average_layers([X], "group", "none", None, 1e-5, X.dtype), "got group"),
+    "lengths": (
+        lambda: op.average_layers([X], "none", "none", torch.tensor([1, 4]), 1e-5, X.dtype),
+        "lengths: expected 0 to 3, got 4",
+    ),
+    "out dtype": (lambda: op.average_layers([X], "none", "none", None, 1e-5, torch.int32), "out_dtype"),
+    "average shape": (lambda: op.update_ema_([X], [X[:1]], [], 0.5, None), "expected 2, got 1"),
+    "average count": (lambda: op.update_ema_([X], [], [], 0.5, None), "number of sources: expected 1, got 0"),
+    "average dtype": (lambda: op.update_ema_([X.double()], [X], [], 0.5, None), "float64 for both"),
+    "average overlaps": (lambda: op.update_ema_([X[:, :1].expand(2, 3, 4)], [X], [], 0.5, None), "overlapping"),
+    "gather range": (lambda: op.gather_tokens(X, INDEX + 3, 1), "index: expected 0 to 2, got 3 at row 0, column 0"),
+    "gather negative": (lambda: op.gather_tokens(X, INDEX - 1, 1), "expected 0 to 2, got -1"),
+    "gather rows": (lambda: op.gather_tokens(X, INDEX, 2), "rows of index: expected 4, got 2"),
+    "gather index": (lambda: op.gather_tokens(X, INDEX.short(), 1), "dtype of index: expected int32 or int64"),
+    "gather dtype": (lambda: op.gather_tokens(X.int(), INDEX, 1), "dtype of x: expected float32"),
+    "gather backward": (lambda: op.gather_tokens_backward(X, INDEX + 7, 1, 7), "expected 0 to 6, got 7"),
+    "restore range": (lambda: op.restore_tokens(X, INDEX + 5, X[:, :2], None, 0.0), "expected 0 to 4, got 5"),
+    "restore negative": (lambda: op.restore_tokens(X, INDEX - 2, None, INDEX[:, 0], 1.0), "expected 0 or more, got -2"),
+    "restore fill": (
+        lambda: op.restore_tokens(X, INDEX, torch.ones(5), None, 0.0),
+        "channels of fill: expected 4, got 5",
+    ),
+    "restore fill dtype": (lambda: op.restore_tokens(X, INDEX, HALF, None, 0.0), "dtype of fill"),
+    "restore both": (lambda: op.restore_tokens(X, INDEX, X, INDEX[:, 0], 0.0), "got both"),
+    "restore backward": (lambda: op.restore_tokens_backward(X, INDEX + 3, 2, 1), "expected 0 to 2, got 3"),
+    "loss rows": (
+        lambda: op.masked_regression_loss(ROWS, ROWS, torch.tensor([5]), torch.tensor([0]), 0.0, 1.0),
+        "prediction_rows: expected 0 to 4, got 5",
+    ),
+    "loss count": (
+        lambda: op.masked_regression_loss(ROWS, ROWS, torch.tensor([1]), None, 0.0, 1.0),
+        "selected target rows: expected 1, got 5",
+    ),
+    "loss channels": (lambda: op.masked_regression_loss(ROWS, ROWS[:, :3], None, None, 0.0, 1.0), "expected 4, got 3"),
+    "loss gradient": (
+        lambda: op.masked_regression_loss_backward(ROWS, ROWS, ROWS, None, None, 0.0, 1.0),
+        "grad: expected 0 dimensions, got 2",
+    ),
+    "loss gradient dtype": (
+        lambda: op.masked_regression_loss_backward(ONE.half(), ROWS, ROWS, None, None, 0.0, 1.0),
+        "dtype of grad: expected float32 or float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refuses(cpu_library: Path, name: str) -> None:
+    call, text = CASES[name]
+    with pytest.raises(RuntimeError) as caught:
+        call()
+    assert text in str(caught.value)
+
+
+def test_value_error_through_the_public_operator(cpu_library: Path) -> None:
+    import d2v_kernels
+
+    with d2v_kernels.use_backend("native"), pytest.raises(ValueError, match=r"^gather_tokens: index: .* got 3"):
+        d2v_kernels.gather_tokens(X, INDEX + 3)

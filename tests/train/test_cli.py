@@ -1,0 +1,192 @@
+"""The command line: one sentence and exit code 2 for whatever cannot be used."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from d2v import cli, recipes
+from d2v.cli import main, option_names
+from d2v.config import Config
+
+from .conftest import tiny_options
+
+ROOT = Path(cli.__file__).parents[1]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Sentence of a refused command line."""
+    capsys.readouterr()
+    assert main(arguments) == 2, arguments
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("d2v: ")
+    assert printed.err.count("\n") == 1
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+def test_misspelt_names_are_answered_with_the_nearest(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cases = {
+        ("pretrian",): "did you mean 'pretrain'?",
+        ("evaluate", "prob"): "did you mean 'probe'?",
+        ("evaluate",): "did you mean 'probe'?",
+        ("data", "texture"): "did you mean 'textures'?",
+        ("pretrain", "vision-tyny"): "did you mean 'vision-tiny'?",
+        ("pretrain", "vision_base2"): "did you mean 'vision-base'?",
+        ("pretrain", "vision-tiny", "--run.stepps", "3"): "did you mean '--run.steps'?",
+        ("pretrain", "vision-tiny", "--optim.learning_rat=3"): "did you mean '--optim.learning-rate'?",
+        ("pretrain", "vision-tiny", "--dryrun"): "did you mean '--dry-run'?",
+        ("evaluate", "probe", "--chekpoint", "x"): "did you mean '--checkpoint'?",
+        ("info", "--jsn"): "did you mean '--json'?",
+        ("plot", "x", "--cont", "3"): "did you mean '--count'?",
+    }
+    for arguments, text in cases.items():
+        assert text in refused(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ("pretrain", "vision-tiny")
+    cases = {
+        (): "expected one of pretrain",
+        ("pretrain",): "recipe: expected one of",
+        (*tiny, "--run.steps", "abc"): "--run.steps",
+        (*tiny, "--run.steps"): "Missing value for argument '--run.steps'",
+        (*tiny, "--run.precision", "fp8"): "invalid choice 'fp8' for argument '--run.precision'",
+        (*tiny, "--published", "nonsense"): "invalid choice 'nonsense'",
+        (*tiny, "extra"): "extra",
+        (*tiny, "--encoder.heads", "7"): "encoder.width: expected a multiple of encoder.heads",
+        (*tiny, "--run.steps", "-1"): "run.steps: expected 0 or more, got -1",
+        ("recipes", "--all"): "recipes: expected no options",
+        ("plot",): "Run folder",
+    }
+    for arguments, text in cases.items():
+        assert text in refused(capsys, *arguments), arguments
+
+
+def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path, images: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    run, missing = str(tmp_path / "run"), str(tmp_path / "missing")
+    tiny = ("pretrain", "vision-tiny")
+    cases = {
+        (*tiny, "--data.path", str(images)): "run.dir: expected a folder for the run, got nothing",
+        (*tiny, "--run.dir", run): "data.path: expected a folder of images or .tar shards, got nothing",
+        (*tiny, "--run.dir", run, "--data.path", missing): "found nothing at",
+        (*tiny, "--run.dir", run, "--data.path", str(tmp_path / "empty")): "found none in 0 files",
+        (*tiny, "--run.dir", run, "--data.path", str(images), "--model.init", missing): "model.init: expected",
+        (*tiny, "--dry-run", "--data.path", missing): "found nothing at",
+        (
+            "evaluate",
+            "probe",
+            "--checkpoint",
+            missing,
+            "--train",
+            str(images),
+            "--test",
+            str(images),
+        ): "checkpoint: exp",
+        ("evaluate", "probe", "--checkpoint", missing, "--train", missing, "--test", missing): "train: expected",
+        ("plot", missing): "dir: expected a run folder",
+        ("data", "textures", "--output", str(images)): "output: expected an absent or empty folder",
+    }
+    for arguments, text in cases.items():
+        assert text in refused(capsys, *arguments), arguments
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "images"]
+
+
+def test_too_many_bad_images_end_with_a_summary(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, images: Path
+) -> None:
+    for file in list(images.rglob("*.png"))[:6]:
+        file.write_bytes(b"broken")
+    run = tmp_path / "run"
+    arguments = ["pretrain", "vision-tiny", *tiny_options(), "--data.path", str(images), "--run.dir", str(run)]
+    text = refused(capsys, *arguments)
+    assert "data.bad_fraction: expected at most 5.0%" in text
+    assert "got 6 of 12" in text
+    assert len((run / "bad_samples.jsonl").read_text().splitlines()) == 6
+
+
+def test_pretrain_probe_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path, images: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["pretrain", "vision-tiny", *tiny_options(), "--data.path", str(images), "--run.dir", str(run)]
+    assert main([*arguments, "--data.no-flip", "--published", "equal-mask-counts", "--ema.anneal-steps", "3"]) == 0
+    config = Config.from_json((run / "config.json").read_text())
+    assert config.recipe == "vision-tiny"
+    assert config.encoder.width == 16
+    assert not config.data.flip
+    assert config.data.crop_scale == (0.4, 1.0)
+    assert config.published == {"equal-mask-counts"}
+    assert config.ema.anneal_steps == 3
+    capsys.readouterr()
+    probe = ["evaluate", "probe", "--checkpoint", str(run), "--train", str(images), "--test", str(images)]
+    assert main([*probe, "--baselines", "random_init", "pixels", "--draws", "2", "--weights", "student"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["knn"]) == {"pretrained", "random_init", "pixels"}
+    assert main(["plot", str(run)]) == 0
+    assert (run / "report.png").is_file()
+    capsys.readouterr()
+    other = [*arguments, "--optim.weight-decay", "0.5"]
+    text = refused(capsys, *other)
+    assert "optim.weight_decay (stored 0.05, given 0.5)" in text
+
+
+def test_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path, images: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["pretrain", "vision-tiny", *tiny_options(), "--data.path", str(images), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "(4, 3, 16, 16)" in out
+    assert "8 rows of 16 tokens, 4 visible, 96 masked" in out
+    assert "MiB" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in recipes.RECIPES)
+    assert main(["--version"]) == 0
+    assert main(["info", "--json"]) == 0
+    assert "operators" in json.loads(capsys.readouterr().out.split("\n", 1)[1])
+
+
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in cli.COMMANDS)
+    for name in cli.COMMANDS:
+        try:
+            code = main([*name.split(), "--help"])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        assert code == 0, name
+        assert "usage" in capsys.readouterr().out.lower()
+
+
+def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["pretrain", "vision-tiny", "--help"])
+    text = capsys.readouterr().out
+    names = option_names(cli._settings_class())
+    assert {"--run.steps", "--data.global-batch", "--data.no-flip", "--model.init", "--dry-run"} <= set(names)
+    for name in names:
+        assert name in text, name
+    rows = [line for line in text.splitlines() if line.strip("│ ").startswith("--")]
+    assert len(rows) > 60
+    for kind in (cli.Probe, cli.Plot, cli.Textures):
+        for option in option_names(kind):
+            assert option.startswith("--")
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "d2v", "pretrain", "nonsense"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1

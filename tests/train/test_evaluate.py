@@ -1,0 +1,150 @@
+"""Probes and the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.images import make_image
+
+from d2v.config import Config
+from d2v.data.sources import open_source
+from d2v.evaluate import (
+    align_labels,
+    extract_features,
+    load_model,
+    pixel_features,
+    power_spectrum_features,
+    probe,
+    read_images,
+    score_features,
+    sorted_pixel_features,
+    standardise_features,
+)
+from d2v.plot import compare_patches, draw_report
+from d2v.train import build_model, pretrain
+
+OPTIONS = {"neighbours": 3, "labels_per_class": 5, "draws": 3, "seed": 0}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(make_config: Callable[..., Config]) -> Path:
+    return pretrain(make_config())
+
+
+def test_scores_know_signal_from_noise() -> None:
+    rng = np.random.default_rng(0)
+    labels, truth = np.repeat(np.arange(4), 30), np.repeat(np.arange(4), 20)
+    means = rng.normal(size=(4, 8)) * 5
+    noise = [rng.normal(size=(len(y), 8)) for y in (labels, truth)]
+    good = score_features((means[labels] + noise[0], labels), (means[truth] + noise[1], truth), **OPTIONS)
+    assert all(good[k] > 0.95 for k in ("linear_probe", "knn", "few_label"))
+    poor = score_features((noise[0], labels), (noise[1], truth), **OPTIONS)
+    assert all(poor[k] < 0.45 for k in ("linear_probe", "knn", "few_label"))
+    assert good == score_features((means[labels] + noise[0], labels), (means[truth] + noise[1], truth), **OPTIONS)
+
+
+def test_standardisation_uses_the_training_set_only() -> None:
+    train = np.array([[1.0, 5.0], [3.0, 5.0]])
+    x, z = standardise_features(train, np.array([[5.0, 9.0]]))
+    assert np.array_equal(x, [[-1.0, 0.0], [1.0, 0.0]])
+    assert np.array_equal(z, [[3.0, 0.0]])
+
+
+def test_pixel_baselines(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    images = torch.randint(0, 256, (5, 1, 16, 16), dtype=torch.uint8)
+    assert pixel_features(images, config).shape == (5, 256)
+    ordered = sorted_pixel_features(images, config)
+    assert (np.diff(ordered) >= 0).all()
+    turned = images.rot90(1, (2, 3))
+    assert np.array_equal(sorted_pixel_features(turned, config), ordered)
+    shifted = images.roll((3, 5), (2, 3))
+    spectrum = power_spectrum_features(images, config)
+    np.testing.assert_allclose(power_spectrum_features(shifted, config), spectrum, atol=1e-2)
+    large = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
+    assert pixel_features(large, config).shape == (2, 32 * 32)
+
+
+def test_features_of_student_and_teacher(run: Path, images: Path) -> None:
+    model, config, device = load_model(str(run), "cpu")
+    data, labels = read_images(config, open_source(str(images), labelled=True), "train")
+    assert data.shape == (12, 1, 16, 16)
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    teacher = extract_features(model.teacher, data, config, device, batch=5)
+    student = extract_features(model, data, config, device)
+    assert teacher.shape == student.shape == (12, 16)
+    assert not np.allclose(teacher, student)
+    assert np.allclose(teacher, extract_features(model.teacher, data, config, device), atol=1e-6)
+    fresh = build_model(config)
+    assert np.allclose(*(extract_features(e, data, config, device) for e in (fresh, fresh.teacher)), atol=1e-6)
+
+
+def test_probe_prints_a_table_and_one_json_line(run: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["random_init", "pixels", "sorted_pixels", "power_spectrum"]
+    result = probe(str(run), str(images), str(images), baselines=names, labels_per_class=2, draws=2, device="cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == result
+    assert json.loads((run / "probe.json").read_text()) == result
+    for key in ("linear_probe", "knn", "few_label"):
+        assert set(result[key]) == {"pretrained", *names}
+        assert all(0.0 <= v <= 1.0 for v in result[key].values())
+    assert [line.split()[0] for line in lines[2:-1]] == ["pretrained", *names]
+    inside = next((run / "checkpoints").iterdir())
+    assert probe(str(inside), str(images), str(images), draws=1, device="cpu")["weights"] == "teacher"
+    assert not (inside / "probe.json").exists()
+
+
+def test_probe_refusals(run: Path, images: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "dog"
+    other.mkdir(parents=True)
+    make_image(0).save(other / "0.png")
+    train, odd = (open_source(str(p), labelled=True) for p in (images, tmp_path / "other"))
+    with pytest.raises(ValueError, match="test: expected the classes ant, bee, cat, got 'dog'"):
+        align_labels(train, odd)
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        probe(str(run), str(tmp_path / "other"), str(tmp_path / "other"))
+    for i in range(4):
+        (images / "ant" / ("deep" if i % 2 else "") / f"{i}.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="train: expected decodable images, got 4 of 12"):
+        probe(str(run), str(images), str(images))
+
+
+def test_labels_follow_the_training_classes(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "test" / "cat").mkdir(parents=True)
+    make_image(0).save(tmp_path / "test" / "cat" / "0.png")
+    train, test = (open_source(str(p), labelled=True) for p in (images, tmp_path / "test"))
+    assert align_labels(train, test).tolist() == [2]
+
+
+def test_patch_similarity(make_config: Callable[..., Config]) -> None:
+    config = make_config()
+    features = torch.zeros(16, 4)
+    features[5], features[6] = torch.tensor([9.0, 0, 0, 0]), torch.tensor([8.0, 0, 0, 0])
+    patch, similarity = compare_patches(features, config)
+    assert patch == (1, 1)
+    assert similarity.shape == (4, 4)
+    assert similarity[1, 1] == pytest.approx(1.0)
+    assert similarity[1, 2] == pytest.approx(1.0)
+    assert similarity[0, 0] == pytest.approx(-1.0)
+
+
+def test_report(run: Path, images: Path, tmp_path: Path) -> None:
+    assert "left out: no probe.json" in draw_report(run)
+    probe(str(run), str(images), str(images), baselines=["pixels"], draws=2, device="cpu")
+    elsewhere = tmp_path / "other.png"
+    assert draw_report(run, count=2, output=str(elsewhere)) == str(elsewhere)
+    with Image.open(elsewhere) as full, Image.open(run / "report.png") as part:
+        assert full.height > part.height
+    images.rename(tmp_path / "moved")
+    assert "found nothing at" in draw_report(run)
+    with pytest.raises(ValueError, match="images: expected"):
+        draw_report(run, images=str(images))
+    with pytest.raises(ValueError, match="dir: expected a run folder"):
+        draw_report(tmp_path)
