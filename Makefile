@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 NATIVE := setup.py CMakeLists.txt pyproject.toml requirements.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST := $(RUN) -m pytest
 
-.PHONY: help setup quickstart test test-all soak lint format clean
+.PHONY: help setup quickstart test test-all soak bench bench-check lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,15 @@ test-all: setup  ## the long tests too
 
 soak: setup  ## the endurance tests
 	$(PYTEST) -m soak
+
+bench: setup  ## CPU operators against eager and torch.compile: table, JSON lines, roofline plot
+	$(RUN) -m benchmarks.kernels
+	$(PYTEST) benchmarks/host.py --benchmark-columns=min,median,stddev --benchmark-sort=name -q
+	$(RUN) -m benchmarks.instructions
+
+bench-check: setup  ## compare ratios and instruction counts with the stored ones
+	$(RUN) -m benchmarks.check
+	$(RUN) -m benchmarks.instructions
 
 lint: setup  ## ruff, mypy, clang-format
 	$(PYTEST) tests/test_style.py

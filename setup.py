@@ -21,7 +21,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -114,10 +114,9 @@ class CMakeBuild(build_ext):
         return {}
 
 
-def wants_portable_wheel(distribution: object) -> bool:
-    """True for a wheel whose Python tag was set to py3."""
-    command = distribution.get_command_obj("bdist_wheel", create=False)  # type: ignore[attr-defined]
-    return command is not None and getattr(command, "python_tag", "") == "py3"
+def wants_portable_wheel(distribution: Distribution) -> bool:
+    """True where the Python tag py3 is asked for by name (it also is the option's default value)."""
+    return distribution.get_option_dict("bdist_wheel").get("python_tag", ("", ""))[1] == "py3"
 
 
 class PlatformWheel(bdist_wheel):

@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import d2v_kernels as dk
 
+from . import numpy_masks
 from .floor import make_floor
 
 Call = Callable[[], Any]
@@ -286,6 +288,43 @@ def _loss_case(
     return Case("masked_regression_loss", label, dtype, size, build, goals, tolerance=tolerance, compare=lambda r: r)
 
 
+# ---- MaskSampler
+
+
+def _mask_case(name: str, rows: int, copies: int, rule: dict[str, Any]) -> Case:
+    shape = rule.get("grid") or (rule["tokens"],)
+    tokens = math.prod(shape)
+
+    def build() -> dict[str, Call]:
+        sampler = dk.MaskSampler(**rule)
+        ids = list(range(rows // copies))
+        rng = np.random.default_rng(0)
+
+        def by_numpy(style: str) -> Call:
+            spans = getattr(numpy_masks, f"{style}_span_masks")
+            blocks = getattr(numpy_masks, f"{style}_block_masks")
+
+            def draw() -> Tensor:
+                if rule["kind"] == "span":
+                    return torch.from_numpy(spans(rows, tokens, rule["ratio"], rule["span"], rng))
+                inverse = rule.get("inverse", False)
+                mask = blocks(rows, shape, rule["ratio"], rule["adjust"], rule["span"], inverse, rng)
+                numpy_masks.list_masks(mask)
+                return torch.from_numpy(mask)
+
+            return draw
+
+        return {
+            "d2v": lambda: sampler.draw(ids, 0, copies=copies).mask,
+            "plain numpy": by_numpy("plain"),
+            "vector numpy": by_numpy("vector"),
+        }
+
+    label = f"{rule['kind']} {name} {rows} x {tokens}"
+    return Case("MaskSampler", label, torch.bool, rows * tokens, build, {"plain numpy": 50.0}, tolerance=0.02,
+                compare=lambda mask: [mask.float().mean()])  # fmt: skip
+
+
 def all_cases() -> list[Case]:
     """Every case of `make bench`, with the goals of this project."""
     fp32, bf16 = torch.float32, torch.bfloat16
@@ -318,4 +357,11 @@ def all_cases() -> list[Case]:
             _loss_case("images", 64 * 157, 16 * 196, 768, dtype, 0.0, {"compile": 2.7, "floor": 1.5}),
             _loss_case("images", 64 * 157, 16 * 196, 768, dtype, 2.0, {"compile": 2.7, "floor": 1.5}),
         ]
-    return cases
+    speech = {"kind": "block", "tokens": 999, "ratio": 0.5, "adjust": 0.05, "span": 5}
+    images = {"kind": "block", "grid": (14, 14), "ratio": 0.8, "adjust": 0.07, "span": 3, "inverse": True}
+    return [
+        *cases,
+        _mask_case("speech 1.0", 11, 1, {"kind": "span", "tokens": 999, "ratio": 0.65, "span": 10}),
+        _mask_case("speech 2.0", 24, 8, speech),
+        _mask_case("images", 256, 16, images),
+    ]

@@ -33,11 +33,11 @@ def text_row(row: Row) -> str:
     """One line for the terminal."""
     ours = row["seconds"]["d2v"]["minimum"]
     ratios = "  ".join(f"{v:5.2f}x {k}" for k, v in row["ratios"].items())
+    floor = f"{row['over_floor']:5.2f} of floor" if row["over_floor"] else " " * 14
     missed = missed_goals(row)
     return (
         f"{row['op']:<23} {row['case']:<46} {row['dtype']:<8} {row['threads']}t  {row['bytes'] / 1e6:7.1f} MB "
-        f"{ours * 1e3:8.3f} ms  {row['over_floor']:5.2f} of floor  {ratios}"
-        + (f"   missed: {'; '.join(missed)}" if missed else "")
+        f"{ours * 1e3:8.3f} ms  {floor}  {ratios}" + (f"   missed: {'; '.join(missed)}" if missed else "")
     )
 
 
@@ -62,9 +62,10 @@ def markdown_table(rows: list[Row]) -> str:
     for row in rows:
         ratios = ", ".join(f"{name} {ratio:.1f}x" for name, ratio in row["ratios"].items())
         ours = row["seconds"]["d2v"]["minimum"] * 1e3
+        floor = f"{row['over_floor']:.2f}" if row["over_floor"] else ""
         lines.append(
             f"| `{row['op']}` | {row['case']} | {row['dtype']} | {row['threads']} | {row['bytes'] / 1e6:.1f} | "
-            f"{ours:.3f} | {row['over_floor']:.2f} | {ratios} |"
+            f"{ours:.3f} | {floor} | {ratios} |"
         )
     return "\n".join(lines)
 
@@ -80,7 +81,7 @@ def roofline_plot(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(1, len(threads), figsize=(6.4 * len(threads), 4.8), squeeze=False, sharey=True)
     colours = {op: f"C{i}" for i, op in enumerate(sorted({row["op"] for row in rows}))}
     for axis, count in zip(axes[0], threads, strict=True):
-        for row in (r for r in rows if r["threads"] == count):
+        for row in (r for r in rows if r["threads"] == count and r["floor_s"]):
             size = row["bytes"] / 1e6
             ours = row["bytes"] / row["seconds"]["d2v"]["minimum"] / 1e9
             floor = row["bytes"] / row["floor_s"] / 1e9

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
-import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -211,12 +210,12 @@ def option_names(kind: Any) -> list[str]:
         hint, name = hints[f.name], f.name.replace("_", "-")
         if dataclasses.is_dataclass(hint):
             names += [f"--{name}.{inner[2:]}" for inner in option_names(hint)]
+            # tyro negates the last part (--data.no-flip); the commands' own switches have no negative.
+            flags = [n for n, h in typing.get_type_hints(hint).items() if h is bool]
+            names += [f"--{name}.no-{flag.replace('_', '-')}" for flag in flags]
         else:
             names.append(f"--{name}")
-            if hint is bool:
-                names.append(f"--no-{name}")
-    # tyro negates the last part: --data.no-flip
-    return [re.sub(r"^--(.+)\.no-", r"--\1.no-", n) for n in names]
+    return names
 
 
 def _check_names(kind: Any, arguments: list[str]) -> None:

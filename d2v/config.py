@@ -72,6 +72,8 @@ class Encoder:
     """Layer norms have a learned gain and bias."""
     extra_tokens: int = 0
     """Learned tokens put before the others; they have no position and are never masked. The last is the class token."""
+    init_std: float | None = 0.02
+    """Standard deviation of the linear layers' initial weights (published: 0.02); unset: PyTorch's default."""
     dropout: float = 0.0
     """Dropout after attention projection and MLP."""
     attention_dropout: float = 0.0

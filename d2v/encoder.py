@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from .config import Encoder
 
-INIT_STD = 0.02
-
 
 class Attention(nn.Module):
     """Multi-head self-attention over (N,T,C); query, key and value from one projection."""
@@ -114,7 +112,7 @@ class Context(nn.Module):
         self.norm = make_norm(config) if config.norm_order == "post" else None
         self.dropout = nn.Dropout(config.prenet_dropout)
         self.blocks = nn.ModuleList(Block(config, 0.0, keep_residual) for _ in range(config.prenet_depth))
-        initialise_linears(self)
+        initialise_linears(self, config.init_std)
 
     def embed(self, x: Tensor) -> Tensor:
         """Input (N,E+T,C) of the first block from tokens (N,T,C)."""
@@ -143,7 +141,7 @@ class MainBlocks(nn.Module):
         self.layer_drop = config.layer_drop
         self.blocks = nn.ModuleList(Block(config, rate, keep_residual) for rate in rates)
         self.norm = make_norm(config) if config.norm_order == "pre" else None
-        initialise_linears(self)
+        initialise_linears(self, config.init_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N,T,C) to (N,T,C); in training a block is skipped with probability `layer_drop`."""
@@ -179,9 +177,10 @@ class MainBlocks(nn.Module):
         return tensors
 
 
-def initialise_linears(module: nn.Module) -> None:
-    """Every linear layer N(0, 0.02^2) with bias 0, as published; norms and convolutions keep their defaults."""
+def initialise_linears(module: nn.Module, std: float | None) -> None:
+    """Every linear layer N(0, std^2) with bias 0, as published; norms and convolutions keep PyTorch's defaults, and so
+    do the linear layers for std None."""
     for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=INIT_STD)
+        if std is not None and isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=std)
             nn.init.zeros_(part.bias)

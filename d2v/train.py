@@ -135,14 +135,16 @@ class Trainer:
             return self.model(self.inputs_of(batch), masks=batch.masks, noise_keys=batch.noise_keys)
 
     def run_update(self, batches: list[Batch]) -> Output:
-        """One optimiser update from its micro-batches; returns the output of the last one."""
+        """One optimiser update from its micro-batches; returns the output of the first, which is never the rest."""
         config = self.config
         # Masks are drawn on the host, so the denominator is known before the first backward pass.
         masked = sum(len(b.masks.rows) for b in batches if b.masks is not None)
         self.model.train()
         sums: dict[str, Tensor] = {}
+        first: Output | None = None
         for batch in batches:
             out = self.forward(batch)
+            first = first or out
             parts = {name: value / masked for name, value in out.losses.items()}
             loss = torch.stack(list(parts.values())).sum()
             loss.backward()
@@ -160,7 +162,8 @@ class Trainer:
         self.decay = config.ema.decay(self.update, config.run.steps)
         self.model.teacher.update(self.decay)
         self.window.add(sums)
-        return out
+        assert first is not None
+        return first
 
     def is_log_step(self, update: int) -> bool:
         """Whether a line of metrics follows this update."""
@@ -171,7 +174,7 @@ class Trainer:
         return update % self.config.run.checkpoint_every == 0 or update == self.config.run.steps
 
     def make_line(self, out: Output) -> dict[str, Any]:
-        """A line of metrics: means over the window; spread and explained variance of the last micro-batch."""
+        """A line of metrics: means over the window; spread and explained variance of one micro-batch."""
         means = self.window.means()
         step_seconds = self.window.step_seconds()
         with torch.no_grad():
@@ -290,7 +293,7 @@ def _loop(trainer: Trainer, folder: Path, bad: BadSamples, valid: Source | None,
     try:
         batches = train_updates(config, trainer.source, trainer.update, trainer.device)
         trainer.window.resume_clock()
-        for micro_batches in _until_stopped(batches, stop):
+        for micro_batches in batches:
             for batch in micro_batches:
                 bad.add(batch.notes)
             bad.write()
@@ -315,20 +318,6 @@ def _loop(trainer: Trainer, folder: Path, bad: BadSamples, valid: Source | None,
         board.close()
         progress.close()
     _summarise(trainer, folder, bad)
-
-
-def _until_stopped(batches: Iterator[list[Batch]], stop: StopRequest) -> Iterator[list[Batch]]:
-    """The batches, ending early where a signal that stopped the run also killed the loader's workers."""
-    while stop.signal is None:
-        try:
-            item = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError:
-            if stop.signal is None:
-                raise
-            return
-        yield item
 
 
 def _record(line: dict[str, Any], metrics: MetricsFile, board: Board, progress: Progress) -> None:

@@ -3,7 +3,9 @@
 from . import _library, _schema
 from .backends import native as _native
 from .backends import reference as _reference
+from .backends import triton as _triton
 from .ema import EmaPlan, update_ema_
+from .gelu import layer_norm_gelu
 from .layers import average_layers
 from .loss import RegressionLoss, masked_regression_loss
 from .masks import Masks, MaskSampler, masks_from_bool
@@ -13,6 +15,7 @@ from .tokens import Noise, gather_tokens, restore_tokens
 _library.load()
 _schema.register_operators()
 register_backend(_native.BACKEND)
+register_backend(_triton.BACKEND)
 register_backend(_reference.BACKEND)
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "RegressionLoss",
     "average_layers",
     "gather_tokens",
+    "layer_norm_gelu",
     "masked_regression_loss",
     "masks_from_bool",
     "restore_tokens",

@@ -229,6 +229,32 @@ def check_masked_regression_loss(
     return torch.float64 if prediction.dtype == torch.float64 else torch.float32
 
 
+def check_layer_norm_gelu(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    """The result looks like x, contiguous."""
+    _require_dims(op, "x", x, "rows, C")
+    _require_float(op, "x", x)
+    _require_rows(op, "x", x)
+    _require_device(op, x, weight=weight, bias=bias)
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            _require_float(op, name, t)
+            require(tuple(t.shape) == (x.shape[1],), op, f"shape of {name}", (x.shape[1],), tuple(t.shape))
+            _require_rows(op, name, t)
+    require(eps > 0.0, op, "eps", "above 0", eps)
+
+
+def check_layer_norm_gelu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> None:
+    """The results look like x, weight and bias; shape (0,) for one that is None."""
+    op = "layer_norm_gelu_backward"
+    check_layer_norm_gelu(op, x, weight, bias, eps)
+    _require_float(op, "grad", grad)
+    _require_rows(op, "grad", grad)
+    _require_device(op, x, grad=grad)
+    require(grad.shape == x.shape, op, "shape of grad", tuple(x.shape), tuple(grad.shape))
+
+
 def check_index_range(op: str, name: str, index: Tensor, high: int | None) -> None:
     """On the CPU, every index lies in [0, high); device values are never read."""
     if index.device.type != "cpu" or index.numel() == 0:

@@ -27,3 +27,8 @@ def default_backend() -> str:
 def highest_isa() -> str:
     """Value of `D2V_KERNELS_ISA`, `avx512` when unset; `ValueError` for an unknown name."""
     return _choice("D2V_KERNELS_ISA", ISA_NAMES, "avx512")
+
+
+def triton_interpreter() -> bool:
+    """True where Triton runs kernels in its interpreter (its own variable, `TRITON_INTERPRET`)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

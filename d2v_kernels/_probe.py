@@ -54,6 +54,16 @@ def _loss_backward(device: str, dtype: torch.dtype) -> None:
     _op.masked_regression_loss_backward(grad, x, x, None, None, 0.0, 1.0)
 
 
+def _gelu(device: str, dtype: torch.dtype) -> None:
+    x = _rows(device, dtype).flatten(0, 1)
+    _op.layer_norm_gelu(x, x[0], None, 1e-5)
+
+
+def _gelu_backward(device: str, dtype: torch.dtype) -> None:
+    x = _rows(device, dtype).flatten(0, 1)
+    _op.layer_norm_gelu_backward(x, x, x[0], None, 1e-5)
+
+
 PROBES: dict[str, Callable[[str, torch.dtype], None]] = {
     "average_layers": _average_layers,
     "update_ema_": _update_ema,
@@ -63,4 +73,6 @@ PROBES: dict[str, Callable[[str, torch.dtype], None]] = {
     "restore_tokens_backward": _restore_backward,
     "masked_regression_loss": _loss,
     "masked_regression_loss_backward": _loss_backward,
+    "layer_norm_gelu": _gelu,
+    "layer_norm_gelu_backward": _gelu_backward,
 }

@@ -28,6 +28,9 @@ SCHEMAS = (
     " float beta, float scale) -> (Tensor, Tensor, Tensor)",
     "masked_regression_loss_backward(Tensor grad, Tensor prediction, Tensor target, Tensor? prediction_rows,"
     " Tensor? target_rows, float beta, float scale) -> Tensor",
+    "layer_norm_gelu(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    "layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 
 _library = torch.library.Library("d2v", "DEF")
@@ -157,6 +160,39 @@ def _masked_regression_loss_backward_fake(
     return prediction.new_empty(prediction.shape)
 
 
+def _layer_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    checks.check_layer_norm_gelu("layer_norm_gelu", x, weight, bias, eps)
+    body = implementation("layer_norm_gelu", x.device.type, _dtypes(x, weight, bias))
+    result: Tensor = body(x, weight, bias, eps)
+    return result
+
+
+def _layer_norm_gelu_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    checks.check_layer_norm_gelu("layer_norm_gelu", x, weight, bias, eps)
+    return x.new_empty(x.shape)
+
+
+def _layer_norm_gelu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_layer_norm_gelu_backward(grad, x, weight, bias, eps)
+    body = implementation("layer_norm_gelu_backward", x.device.type, _dtypes(grad, x, weight, bias))
+    result: tuple[Tensor, Tensor, Tensor] = body(grad, x, weight, bias, eps)
+    return result
+
+
+def _layer_norm_gelu_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_layer_norm_gelu_backward(grad, x, weight, bias, eps)
+    affine = [x.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (weight, bias)]
+    return x.new_empty(x.shape), affine[0], affine[1]
+
+
+def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype, ...]:
+    return tuple(dict.fromkeys(t.dtype for t in tensors if t is not None))
+
+
 def _rows_with_unit_stride(grad: Tensor) -> Tensor:
     """A gradient may arrive expanded or transposed; the operators need channels side by side."""
     return grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -217,6 +253,18 @@ def _loss_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]
     return result, None, None, None, None, None
 
 
+def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _gelu_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    grad = _rows_with_unit_stride(grad)
+    of_x, of_weight, of_bias = torch.ops.d2v.layer_norm_gelu_backward(grad, x, weight, bias, ctx.eps)
+    return of_x, None if weight is None else of_weight, None if bias is None else of_bias, None
+
+
 _BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "average_layers": (_average_layers, _average_layers_fake),
     "update_ema_": (_update_ema, _update_ema_fake),
@@ -226,6 +274,8 @@ _BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "restore_tokens_backward": (_restore_tokens_backward, _restore_tokens_backward_fake),
     "masked_regression_loss": (_masked_regression_loss, _masked_regression_loss_fake),
     "masked_regression_loss_backward": (_masked_regression_loss_backward, _masked_regression_loss_backward_fake),
+    "layer_norm_gelu": (_layer_norm_gelu, _layer_norm_gelu_fake),
+    "layer_norm_gelu_backward": (_layer_norm_gelu_backward, _layer_norm_gelu_backward_fake),
 }
 _GRADIENTS = {
     "average_layers": (_refuse("average_layers", "not differentiable; detach the layers"), _no_setup),
@@ -238,6 +288,8 @@ _GRADIENTS = {
         _refuse("masked_regression_loss", "double backward is not supported"),
         _no_setup,
     ),
+    "layer_norm_gelu": (_gelu_gradient, _gelu_setup),
+    "layer_norm_gelu_backward": (_refuse("layer_norm_gelu", "double backward is not supported"), _no_setup),
 }
 
 

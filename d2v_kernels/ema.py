@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _library
-from .registry import forced_backend
+from .backends import triton as _triton
+from .registry import Case, choose, forced_backend
 
 
 def update_ema_(
@@ -44,8 +46,8 @@ def update_ema_(
 class EmaPlan:
     """`update_ema_` of fixed lists with the pointer tables built once: one launch, no per-tensor host work.
 
-    Falls back to the list operator where the native module is missing or cannot take the tensors. Addresses are
-    compared at every step and the tables rebuilt when a tensor has moved.
+    The backend is the list operator's; one without a plan for these tensors runs that operator. Addresses are compared
+    at every step and the tables rebuilt when a tensor has moved or another backend is forced.
     """
 
     def __init__(
@@ -57,18 +59,21 @@ class EmaPlan:
         self._copies = list(copies or ())
         self._tensors: list[Tensor] = []
         self._addresses: list[int] = []
-        self._plan: _library.NativePlan | None = None
+        self._plan: Any = None
+        self._forced = ""
         self._build()
 
     @property
     def native(self) -> bool:
         """True when steps run through the native plan rather than the list operator."""
-        return self._plan is not None
+        return isinstance(self._plan, _library.NativePlan)
 
     def step(self, decay: float | Tensor) -> None:
         """One update with this decay; see `update_ema_`."""
+        if self._forced != forced_backend():
+            self._build()
         plan = self._plan
-        if plan is None or forced_backend() not in ("auto", "native"):
+        if plan is None:
             update_ema_(self._averages, self._sources, decay, copies=self._copies)
             return
         if list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses:
@@ -84,7 +89,13 @@ class EmaPlan:
         averages, sources, copies = _local(self._averages, self._sources, self._copies)
         self._tensors = [*averages, *sources, *copies]
         self._addresses = [t.data_ptr() for t in self._tensors]
-        self._plan = _library.make_ema_plan(averages, sources, copies)
+        self._forced = forced_backend()
+        self._plan = None
+        if averages:
+            dtypes = tuple(sorted({t.dtype for t in self._tensors}, key=str))
+            backend = choose(Case("update_ema_", averages[0].device.type, dtypes)).name
+            make = {"native": _library.make_ema_plan, "triton": _triton.make_ema_plan}.get(backend)
+            self._plan = make(averages, sources, copies) if make else None
 
 
 def _weight(decay: float | Tensor) -> tuple[float, Tensor | None]:

@@ -24,7 +24,12 @@ OPERATORS = (
     "restore_tokens_backward",
     "masked_regression_loss",
     "masked_regression_loss_backward",
+    "layer_norm_gelu",
+    "layer_norm_gelu_backward",
 )
+# Backends from the preferred one, by device type; and for an operator whose measurements say otherwise, by both.
+PREFERENCES = {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")}
+EXCEPTIONS: dict[tuple[str, str], tuple[str, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,20 @@ _forced = "auto"
 
 
 def register_backend(backend: Backend) -> None:
-    """Adds a backend; earlier ones are preferred."""
+    """Adds a backend; `PREFERENCES` says where it is preferred, and one that is not named there comes last."""
     _backends[backend.name] = backend
     _chosen.clear()
 
 
 def backends() -> tuple[Backend, ...]:
-    """All backends in order of preference."""
+    """All backends in order of registration."""
     return tuple(_backends.values())
+
+
+def preferred(op: str, device: str) -> list[Backend]:
+    """All backends in the order in which `auto` tries them."""
+    order = EXCEPTIONS.get((device, op), PREFERENCES.get(device, ()))
+    return sorted(_backends.values(), key=lambda b: order.index(b.name) if b.name in order else len(order))
 
 
 def forced_backend() -> str:
@@ -102,7 +113,7 @@ def choose(case: Case, forced: str | None = None) -> Backend:
     """
     name = forced if forced is not None else forced_backend()
     reasons: list[str] = []
-    for backend in _backends.values():
+    for backend in preferred(case.op, case.device):
         if name not in ("auto", backend.name):
             continue
         why_not = backend.why_not(case)

@@ -9,7 +9,7 @@
 namespace d2v {
 namespace {
 
-constexpr int64_t kStatRows = 32;  // rows of one layer before the next layer's turn, in the statistics pass
+constexpr int64_t kStatRows = 128;  // rows of one layer before the next layer's turn, in the statistics pass
 
 class Average {
  public:
@@ -52,11 +52,12 @@ class Average {
   char* out_row(int64_t b, int64_t t) const {
     return static_cast<char*>(a_.out) + (b * a_.T + t) * a_.C * size_of(a_.out_type);
   }
-  // Rows whose K layers together stay in the second-level cache while they are combined.
-  int64_t block_rows() const {
-    const int64_t rows = (1 << 18) / (a_.K * row_bytes_ > 0 ? a_.K * row_bytes_ : 1);
-    return rows < 8 ? 8 : rows > 64 ? 64 : rows & ~int64_t{7};
+  // Rows whose K layers together take about `bytes`; they are gone through twice, or in several places at once.
+  int64_t rows_of(int64_t bytes, int64_t most) const {
+    const int64_t rows = bytes / (a_.K * row_bytes_);
+    return rows < 8 ? 8 : rows > most ? most : rows & ~int64_t{7};
   }
+  int64_t block_rows() const { return a_.norm == kNormLayer ? rows_of(640 << 10, 48) : rows_of(384 << 10, 32); }
 
   // Rows [t0, t1) of sample b: combine, normalise if that is over C, cast, write. Rows past the length become 0.
   void write_rows(int64_t b, int64_t t0, int64_t t1, const char* mean, const char* scale, bool per_row, char* block) {
@@ -65,7 +66,9 @@ class Average {
       std::vector<const void*> x(static_cast<size_t>(a_.K));
       for (int64_t k = 0; k < a_.K; ++k) x[static_cast<size_t>(k)] = row(k, b, t0);
       char* into = mean_out_ ? mean_out_ + (b * a_.T + t0) * a_.C * acc_ : block;
-      const CombineArgs c{x.data(), a_.time_stride, a_.type, a_.K, end - t0, a_.C, mean, scale, per_row, into};
+      const CombineArgs c{x.data(), a_.time_stride, a_.type, a_.K,    end - t0,
+                          a_.C,     mean,           scale,   per_row, per_row ? 0 : -block_rows(),
+                          into};
       kernels_.combine(&c);
       if (!mean_out_) {
         if (a_.out_norm == kNormLayer) kernels_.normalise_rows(acc_type_, block, end - t0, a_.C, a_.eps);

@@ -36,6 +36,7 @@ struct CombineArgs {
   const void* mean;   // per_row: (K, rows); else (K, C); null: 0
   const void* scale;  // likewise; null: 1 / K
   bool per_row;
+  int64_t next;  // the rows so many further on are the ones to combine after these: they are asked for meanwhile
   void* block;
 };
 

@@ -5,7 +5,8 @@
 namespace d2v {
 namespace {
 
-constexpr int kChunk = 16;  // rows of one two-pass chunk: they stay in registers with 32 of them
+constexpr int kChunk = 16;  // rows that are gone through twice while they are in the nearest cache
+constexpr int kSums = 2;    // of a column: an addition need not wait for the one before it
 constexpr int kRows = kVectorBytes == 64 ? 8 : 4;
 
 struct Merge {  // weights of Chan's merge of `rows` new rows into `seen` old ones
@@ -14,46 +15,83 @@ struct Merge {  // weights of Chan's merge of `rows` new rows into `seen` old on
       : mean(static_cast<double>(rows) / static_cast<double>(seen + rows)), m2(mean * static_cast<double>(seen)) {}
 };
 
-template <class T, class P>
-D2V_INLINE void chunk_column(const T* x, int64_t stride, int64_t rows, int lanes, Acc<T> inverse, Acc<T> merge_mean,
-                             Acc<T> merge_m2, Acc<T>* mean, Acc<T>* m2) {
+template <class A>
+struct Chunk {
+  int64_t rows;
+  A inverse, mean, m2;  // 1 / rows and the weights of the merge
+};
+
+template <class A>
+D2V_INLINE void merge_vector(A* mean, A* m2, Vec<A> m, Vec<A> q, const Chunk<A>& k) {
+  const Vec<A> old = load<A>(mean), delta = m - old;
+  store<A>(mean, old + delta * k.mean);
+  store<A>(m2, load<A>(m2) + (q + delta * delta * k.m2));
+}
+
+// Two vectors of channels. N: rows where known at compile time, else 0; a whole chunk meanwhile asks for the next one,
+// which keeps memory busy during the arithmetic.
+template <class T, int N>
+D2V_INLINE void chunk_pair(const T* x, int64_t stride, const T* next, const Chunk<Acc<T>>& k, Acc<T>* mean,
+                           Acc<T>* m2) {
   typedef Acc<T> A;
-  Vec<A> sum{}, m{}, q{};
-  if (rows == kChunk) {
-    Vec<A> v[kChunk];
-    for (int i = 0; i < kChunk; ++i) v[i] = load_lanes<A, P>(x + i * stride, lanes);
-    for (int i = 0; i < kChunk; i += 4) sum += (v[i] + v[i + 1]) + (v[i + 2] + v[i + 3]);
-    m = sum * inverse;
-    for (int i = 0; i < kChunk; ++i) {
-      const Vec<A> d = v[i] - m;
-      q += d * d;
-    }
-  } else {
-    for (int64_t i = 0; i < rows; ++i) sum += load_lanes<A, P>(x + i * stride, lanes);
-    m = sum * inverse;
-    for (int64_t i = 0; i < rows; ++i) {
-      const Vec<A> d = load_lanes<A, P>(x + i * stride, lanes) - m;
-      q += d * d;
-    }
+  typedef PairOrder<A, T> Order;
+  constexpr int L = kLanes<A>;
+  const int64_t rows = N ? N : k.rows;
+  const Pair<A> first = Order::load(x);  // taken off, so that the mean of equal numbers is that number exactly
+  Pair<A> sum[kSums] = {}, square[kSums] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    if (N) prefetch_pair(next + i * stride);
+    const Pair<A> v = Order::load(x + i * stride);
+    sum[i % kSums].a += v.a - first.a;
+    sum[i % kSums].b += v.b - first.b;
   }
-  const Vec<A> old = load_lanes<A, P>(mean, lanes);
-  const Vec<A> delta = m - old;
-  store_lanes<A, P>(mean, old + delta * merge_mean, lanes);
-  store_lanes<A, P>(m2, load_lanes<A, P>(m2, lanes) + (q + delta * delta * merge_m2), lanes);
+  const Vec<A> ma = first.a + (sum[0].a + sum[1].a) * k.inverse, mb = first.b + (sum[0].b + sum[1].b) * k.inverse;
+  for (int64_t i = 0; i < rows; ++i) {
+    const Pair<A> v = Order::load(x + i * stride);
+    const Vec<A> da = v.a - ma, db = v.b - mb;
+    square[i % kSums].a += da * da;
+    square[i % kSums].b += db * db;
+  }
+  merge_vector<A>(mean, m2, ma, square[0].a + square[1].a, k);
+  merge_vector<A>(mean + L, m2 + L, mb, square[0].b + square[1].b, k);
+}
+
+// The channels that do not fill two vectors.
+template <class T>
+void chunk_rest(const T* x, int64_t stride, int lanes, const Chunk<Acc<T>>& k, Acc<T>* mean, Acc<T>* m2) {
+  typedef Acc<T> A;
+  const Vec<A> first = load_part<A>(x, lanes);
+  Vec<A> sum{}, q{};
+  for (int64_t i = 0; i < k.rows; ++i) sum += load_part<A>(x + i * stride, lanes) - first;
+  const Vec<A> m = first + sum * k.inverse;
+  for (int64_t i = 0; i < k.rows; ++i) {
+    const Vec<A> d = load_part<A>(x + i * stride, lanes) - m;
+    q += d * d;
+  }
+  const Vec<A> old = load_part<A>(mean, lanes), delta = m - old;
+  store_part<A>(mean, old + delta * k.mean, lanes);
+  store_part<A>(m2, load_part<A>(m2, lanes) + (q + delta * delta * k.m2), lanes);
 }
 
 template <class T>
 void column_stats_of(const T* x, int64_t stride, int64_t rows, int64_t C, int64_t seen, Acc<T>* mean, Acc<T>* m2) {
   typedef Acc<T> A;
+  constexpr int L = kLanes<A>;
   for (int64_t t = 0; t < rows; t += kChunk) {
     const int64_t n = rows - t < kChunk ? rows - t : kChunk;
     const Merge merge(seen + t, n);
-    const A inverse = A(1) / static_cast<A>(n), w = static_cast<A>(merge.mean), w2 = static_cast<A>(merge.m2);
+    const Chunk<A> k{n, A(1) / static_cast<A>(n), static_cast<A>(merge.mean), static_cast<A>(merge.m2)};
     const T* p = x + t * stride;
-    for (int64_t i = 0; i < n; ++i) touch(p + i * stride, C * static_cast<int64_t>(sizeof(T)));
-    for_vectors<A>(C, [&](auto part, int64_t c, int lanes) __attribute__((always_inline)) {
-      chunk_column<T, decltype(part)>(p + c, stride, n, lanes, inverse, w, w2, mean + c, m2 + c);
-    });
+    const T* next = t + 2 * kChunk <= rows ? p + kChunk * stride : p;
+    int64_t c = 0;
+    for (; c + 2 * L <= C; c += 2 * L) {
+      if (n == kChunk) {
+        chunk_pair<T, kChunk>(p + c, stride, next + c, k, mean + c, m2 + c);
+      } else {
+        chunk_pair<T, 0>(p + c, stride, next + c, k, mean + c, m2 + c);
+      }
+    }
+    for (; c < C; c += L) chunk_rest(p + c, stride, C - c < L ? static_cast<int>(C - c) : L, k, mean + c, m2 + c);
   }
 }
 
@@ -88,32 +126,36 @@ void column_scale(DType type, void* m2, int64_t n, int64_t count, double eps, do
 template <class T>
 D2V_INLINE void row_moments(const T* x, int64_t C, Acc<T> inverse, Acc<T>* mean, Acc<T>* variance) {
   typedef Acc<T> A;
+  typedef PairOrder<A, T> Order;
   constexpr int L = kLanes<A>;
-  Vec<A> s[4] = {}, q[4] = {};
-  int64_t c = 0;
-  for (; c + 4 * L <= C; c += 4 * L) {
-    for (int j = 0; j < 4; ++j) s[j] += load<A>(x + c + j * L);
-  }
-  for (; c + L <= C; c += L) s[0] += load<A>(x + c);
-  if (c < C) s[1] += load_part<A>(x + c, static_cast<int>(C - c));
-  const A m = sum_lanes<A>((s[0] + s[1]) + (s[2] + s[3])) * inverse;
-  for (c = 0; c + 4 * L <= C; c += 4 * L) {
-    for (int j = 0; j < 4; ++j) {
-      const Vec<A> d = load<A>(x + c + j * L) - m;
-      q[j] += d * d;
+  const int64_t whole = C / (4 * L) * (4 * L);
+  const A first = static_cast<A>(widen(x[0]));  // taken off, so that the mean of equal numbers is that number exactly
+  Pair<A> s[2] = {}, q[2] = {};
+  for (int64_t c = 0; c < whole; c += 4 * L) {
+    for (int j = 0; j < 2; ++j) {
+      const Pair<A> v = Order::load(x + c + 2 * j * L);
+      s[j].a += v.a - first;
+      s[j].b += v.b - first;
     }
   }
-  for (; c + L <= C; c += L) {
-    const Vec<A> d = load<A>(x + c) - m;
-    q[0] += d * d;
-  }
   A rest = 0;
-  for (; c < C; ++c) {
+  for (int64_t c = whole; c < C; ++c) rest += static_cast<A>(widen(x[c])) - first;
+  const A m = first + (sum_lanes<A>((s[0].a + s[0].b) + (s[1].a + s[1].b)) + rest) * inverse;
+  for (int64_t c = 0; c < whole; c += 4 * L) {
+    for (int j = 0; j < 2; ++j) {
+      const Pair<A> v = Order::load(x + c + 2 * j * L);
+      const Vec<A> da = v.a - m, db = v.b - m;
+      q[j].a += da * da;
+      q[j].b += db * db;
+    }
+  }
+  rest = 0;
+  for (int64_t c = whole; c < C; ++c) {
     const A d = static_cast<A>(widen(x[c])) - m;
     rest += d * d;
   }
   *mean = m;
-  *variance = (sum_lanes<A>((q[0] + q[1]) + (q[2] + q[3])) + rest) * inverse;
+  *variance = (sum_lanes<A>((q[0].a + q[0].b) + (q[1].a + q[1].b)) + rest) * inverse;
 }
 
 D2V_INLINE float root(float x) { return __builtin_sqrtf(x); }
@@ -126,64 +168,113 @@ void row_stats(DType type, const void* x, int64_t stride, int64_t rows, int64_t 
     typedef Acc<T> A;
     for (int64_t t = 0; t < rows; ++t) {
       A m, v;
-      row_moments(static_cast<const T*>(x) + t * stride, C, A(1) / static_cast<A>(C), &m, &v);
+      const T* row = static_cast<const T*>(x) + t * stride;
+      row_moments(row, C, A(1) / static_cast<A>(C), &m, &v);
       static_cast<A*>(mean)[t] = m;
       static_cast<A*>(scale)[t] = static_cast<A>(factor) / root(v + static_cast<A>(eps));
     }
   });
 }
 
-// N rows at one vector of channels: one load of mean and scale serves them all.
-template <class T, class P, int N>
-D2V_INLINE void combine_column(const CombineArgs* a, int64_t t, int64_t c, int lanes) {
+// N rows at two vectors of channels: one load of mean and scale serves them all.
+template <class T, int N>
+D2V_INLINE void combine_pair(const CombineArgs* a, int64_t t, int64_t c) {
+  typedef Acc<T> A;
+  typedef PairOrder<A, T> Order;
+  constexpr int L = kLanes<A>;
+  const A* mean = static_cast<const A*>(a->mean) + c;
+  const A* scale = static_cast<const A*>(a->scale) + c;
+  Pair<A> sum[N] = {};
+  for (int64_t k = 0; k < a->K; ++k) {
+    const int64_t stride = a->stride[k];
+    const T* x = static_cast<const T*>(a->x[k]) + t * stride + c;
+    const Vec<A> ma = load<A>(mean + k * a->C), mb = load<A>(mean + k * a->C + L);
+    const Vec<A> wa = load<A>(scale + k * a->C), wb = load<A>(scale + k * a->C + L);
+    for (int j = 0; j < N; ++j) {
+      if (N > 1) prefetch_pair(x + (j + a->next) * stride);
+      const Pair<A> v = Order::load(x + j * stride);
+      sum[j].a += (v.a - ma) * wa;
+      sum[j].b += (v.b - mb) * wb;
+    }
+  }
+  A* out = static_cast<A*>(a->block) + t * a->C + c;
+  for (int j = 0; j < N; ++j) {
+    const Pair<A> v = Order::to_natural(sum[j]);
+    store<A>(out + j * a->C, v.a);
+    store<A>(out + j * a->C + L, v.b);
+  }
+}
+
+// The channels that do not fill two vectors.
+template <class T, int N>
+D2V_INLINE void combine_rest(const CombineArgs* a, int64_t t, int64_t c, int lanes) {
   typedef Acc<T> A;
   const A* mean = static_cast<const A*>(a->mean) + c;
   const A* scale = static_cast<const A*>(a->scale) + c;
   Vec<A> sum[N] = {};
   for (int64_t k = 0; k < a->K; ++k) {
-    const int64_t stride = a->stride[k];
-    const T* x = static_cast<const T*>(a->x[k]) + t * stride + c;
-    const Vec<A> m = load_lanes<A, P>(mean + k * a->C, lanes), s = load_lanes<A, P>(scale + k * a->C, lanes);
-    for (int j = 0; j < N; ++j) sum[j] += (load_lanes<A, P>(x + j * stride, lanes) - m) * s;
+    const T* x = static_cast<const T*>(a->x[k]) + t * a->stride[k] + c;
+    const Vec<A> m = load_part<A>(mean + k * a->C, lanes), w = load_part<A>(scale + k * a->C, lanes);
+    for (int j = 0; j < N; ++j) sum[j] += (load_part<A>(x + j * a->stride[k], lanes) - m) * w;
   }
   A* out = static_cast<A*>(a->block) + t * a->C + c;
-  for (int j = 0; j < N; ++j) store_lanes<A, P>(out + j * a->C, sum[j], lanes);
+  for (int j = 0; j < N; ++j) store_part<A>(out + j * a->C, sum[j], lanes);
+}
+
+template <class T, int N>
+D2V_INLINE void combine_columns_block(const CombineArgs* a, int64_t t) {
+  constexpr int L = kLanes<Acc<T>>;
+  int64_t c = 0;
+  for (; c + 2 * L <= a->C; c += 2 * L) combine_pair<T, N>(a, t, c);
+  for (; c < a->C; c += L) combine_rest<T, N>(a, t, c, a->C - c < L ? static_cast<int>(a->C - c) : L);
 }
 
 template <class T>
 void combine_columns(const CombineArgs* a) {
   int64_t t = 0;
-  for (; t + kRows <= a->rows; t += kRows) {
-    for (int64_t k = 0; k < a->K; ++k) {
-      const T* x = static_cast<const T*>(a->x[k]) + t * a->stride[k];
-      for (int j = 0; j < kRows; ++j) touch(x + j * a->stride[k], a->C * static_cast<int64_t>(sizeof(T)));
-    }
-    for_vectors<Acc<T>>(a->C, [&](auto part, int64_t c, int lanes) __attribute__((always_inline)) {
-      combine_column<T, decltype(part), kRows>(a, t, c, lanes);
-    });
-  }
-  for (; t < a->rows; ++t) {
-    for_vectors<Acc<T>>(a->C, [&](auto part, int64_t c, int lanes) __attribute__((always_inline)) {
-      combine_column<T, decltype(part), 1>(a, t, c, lanes);
-    });
-  }
+  for (; t + kRows <= a->rows; t += kRows) combine_columns_block<T, kRows>(a, t);
+  for (; t < a->rows; ++t) combine_columns_block<T, 1>(a, t);
 }
 
-// One row, N vectors of channels; mean and scale are one number per layer.
-template <class T, class P, int N>
-D2V_INLINE void combine_row(const CombineArgs* a, int64_t t, int64_t c, int lanes) {
+// One row, N pairs of vectors of channels; mean and scale are one number per layer.
+template <class T, int N>
+D2V_INLINE void combine_row(const CombineArgs* a, int64_t t, int64_t c) {
   typedef Acc<T> A;
+  typedef PairOrder<A, T> Order;
+  constexpr int L = kLanes<A>;
   const A* mean = static_cast<const A*>(a->mean);
   const A* scale = static_cast<const A*>(a->scale);
   const A even = A(1) / static_cast<A>(a->K);
-  Vec<A> sum[N] = {};
+  Pair<A> sum[N] = {};
   for (int64_t k = 0; k < a->K; ++k) {
     const T* x = static_cast<const T*>(a->x[k]) + t * a->stride[k] + c;
     const A m = mean ? mean[k * a->rows + t] : A(0), s = scale ? scale[k * a->rows + t] : even;
-    for (int j = 0; j < N; ++j) sum[j] += (load_lanes<A, P>(x + j * kLanes<A>, lanes) - m) * s;
+    for (int j = 0; j < N; ++j) {
+      const Pair<A> v = Order::load(x + 2 * j * L);
+      sum[j].a += (v.a - m) * s;
+      sum[j].b += (v.b - m) * s;
+    }
   }
   A* out = static_cast<A*>(a->block) + t * a->C + c;
-  for (int j = 0; j < N; ++j) store_lanes<A, P>(out + j * kLanes<A>, sum[j], lanes);
+  for (int j = 0; j < N; ++j) {
+    const Pair<A> v = Order::to_natural(sum[j]);
+    store<A>(out + 2 * j * L, v.a);
+    store<A>(out + (2 * j + 1) * L, v.b);
+  }
+}
+
+template <class T>
+D2V_INLINE void combine_row_part(const CombineArgs* a, int64_t t, int64_t c, int lanes) {
+  typedef Acc<T> A;
+  const A* mean = static_cast<const A*>(a->mean);
+  const A* scale = static_cast<const A*>(a->scale);
+  Vec<A> sum{};
+  for (int64_t k = 0; k < a->K; ++k) {
+    const T* x = static_cast<const T*>(a->x[k]) + t * a->stride[k] + c;
+    const A m = mean ? mean[k * a->rows + t] : A(0), s = scale ? scale[k * a->rows + t] : A(1) / static_cast<A>(a->K);
+    sum += (load_part<A>(x, lanes) - m) * s;
+  }
+  store_part<A>(static_cast<A*>(a->block) + t * a->C + c, sum, lanes);
 }
 
 template <class T>
@@ -191,9 +282,9 @@ void combine_rows(const CombineArgs* a) {
   constexpr int L = kLanes<Acc<T>>;
   for (int64_t t = 0; t < a->rows; ++t) {
     int64_t c = 0;
-    for (; c + 4 * L <= a->C; c += 4 * L) combine_row<T, Full, 4>(a, t, c, L);
-    for (; c + L <= a->C; c += L) combine_row<T, Full, 1>(a, t, c, L);
-    if (c < a->C) combine_row<T, Part, 1>(a, t, c, static_cast<int>(a->C - c));
+    for (; c + 8 * L <= a->C; c += 8 * L) combine_row<T, 4>(a, t, c);
+    for (; c + 2 * L <= a->C; c += 2 * L) combine_row<T, 1>(a, t, c);
+    for (; c < a->C; c += L) combine_row_part<T>(a, t, c, a->C - c < L ? static_cast<int>(a->C - c) : L);
   }
 }
 

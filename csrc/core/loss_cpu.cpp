@@ -30,16 +30,16 @@ D2V_INLINE void with_types(const LossArgs* a, F body) {
 }
 
 // Smooth-L1 without a branch: m (|d| - m / 2) / beta with m = min(|d|, beta); NaN comes through.
-template <class A>
+template <class A, bool SQUARED>
 D2V_INLINE Vec<A> error_of(Vec<A> d, A beta, A inverse_beta) {
-  if (beta == 0) return d * d;
+  if (SQUARED) return d * d;
   const Vec<A> size = magnitude(d);
   const Vec<A> m = size < beta ? size : splat(beta);
   return m * (size - m * A(0.5)) * inverse_beta;
 }
-template <class A>
+template <class A, bool SQUARED>
 D2V_INLINE Vec<A> slope_of(Vec<A> d, A beta, A inverse_beta) {
-  if (beta == 0) return d + d;
+  if (SQUARED) return d + d;
   const Vec<A> low = d < -beta ? splat(-beta) : d;
   return (low > beta ? splat(beta) : low) * inverse_beta;
 }
@@ -50,6 +50,17 @@ struct Chunk {
   A inverse, merge_mean, merge_m2, beta, inverse_beta;
 };
 
+template <class A>
+struct Moments {
+  A *xm, *xq, *ym, *yq;  // mean and m2 of prediction and target, C each
+};
+
+template <class TP, class TT>
+struct Rows {
+  const TP* x[kChunk];
+  const TT* y[kChunk];
+};
+
 template <class A, class P>
 D2V_INLINE void merge_into(A* mean, A* m2, Vec<A> m, Vec<A> q, const Chunk<A>& k, int lanes) {
   const Vec<A> old = load_lanes<A, P>(mean, lanes), delta = m - old;
@@ -57,59 +68,91 @@ D2V_INLINE void merge_into(A* mean, A* m2, Vec<A> m, Vec<A> q, const Chunk<A>& k
   store_lanes<A, P>(m2, load_lanes<A, P>(m2, lanes) + (q + delta * delta * k.merge_m2), lanes);
 }
 
-// One vector of channels over the rows of a chunk. N: rows where known at compile time, else 0.
-template <class A, class P, int N, class TP, class TT>
-D2V_INLINE Vec<A> chunk_column(const Chunk<A>& k, const TP* const* x, const TT* const* y, int64_t c, int lanes, A* xm,
-                               A* xq, A* ym, A* yq) {
+// Two vectors of channels over the rows of a chunk, while the rows of the next one are asked for.
+template <bool SQUARED, class TP, class TT>
+D2V_INLINE Vec<Acc<TP>> chunk_pair(const Chunk<Acc<TP>>& k, const Rows<TP, TT>& rows, const Rows<TP, TT>& next,
+                                   int64_t c, const Moments<Acc<TP>>& into) {
+  typedef Acc<TP> A;
+  typedef SameOrder<A, TP, TP, TT> X;
+  typedef SameOrder<A, TT, TP, TT> Y;
+  constexpr int L = kLanes<A>;
+  Pair<A> sx{}, sy{}, error{}, qx{}, qy{};
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < k.rows; ++i) {
+    prefetch_pair(next.x[i] + c);
+    prefetch_pair(next.y[i] + c);
+    const Pair<A> x = X::load(rows.x[i] + c), y = Y::load(rows.y[i] + c);
+    sx = {sx.a + x.a, sx.b + x.b};
+    sy = {sy.a + y.a, sy.b + y.b};
+    error.a += error_of<A, SQUARED>(x.a - y.a, k.beta, k.inverse_beta);
+    error.b += error_of<A, SQUARED>(x.b - y.b, k.beta, k.inverse_beta);
+  }
+  const Pair<A> mx{sx.a * k.inverse, sx.b * k.inverse}, my{sy.a * k.inverse, sy.b * k.inverse};
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < k.rows; ++i) {
+    const Pair<A> x = X::load(rows.x[i] + c), y = Y::load(rows.y[i] + c);
+    const Vec<A> xa = x.a - mx.a, xb = x.b - mx.b, ya = y.a - my.a, yb = y.b - my.b;
+    qx = {qx.a + xa * xa, qx.b + xb * xb};
+    qy = {qy.a + ya * ya, qy.b + yb * yb};
+  }
+  merge_into<A, Full>(into.xm + c, into.xq + c, mx.a, qx.a, k, L);
+  merge_into<A, Full>(into.xm + c + L, into.xq + c + L, mx.b, qx.b, k, L);
+  merge_into<A, Full>(into.ym + c, into.yq + c, my.a, qy.a, k, L);
+  merge_into<A, Full>(into.ym + c + L, into.yq + c + L, my.b, qy.b, k, L);
+  return error.a + error.b;
+}
+
+// The channels that do not fill two vectors.
+template <bool SQUARED, class TP, class TT>
+D2V_INLINE Vec<Acc<TP>> chunk_rest(const Chunk<Acc<TP>>& k, const Rows<TP, TT>& rows, int64_t c, int lanes,
+                                   const Moments<Acc<TP>>& into) {
+  typedef Acc<TP> A;
   Vec<A> sx{}, sy{}, error{}, qx{}, qy{};
-  const int64_t rows = N ? N : k.rows;
-  for (int64_t i = 0; i < rows; ++i) {
-    const Vec<A> a = load_lanes<A, P>(x[i] + c, lanes), b = load_lanes<A, P>(y[i] + c, lanes);
-    sx += a;
-    sy += b;
-    error += error_of<A>(a - b, k.beta, k.inverse_beta);  // lanes past the row: 0 - 0
+  for (int64_t i = 0; i < k.rows; ++i) {
+    const Vec<A> x = load_part<A>(rows.x[i] + c, lanes), y = load_part<A>(rows.y[i] + c, lanes);
+    sx += x;
+    sy += y;
+    error += error_of<A, SQUARED>(x - y, k.beta, k.inverse_beta);  // lanes past the row: 0 - 0
   }
   const Vec<A> mx = sx * k.inverse, my = sy * k.inverse;
-  for (int64_t i = 0; i < rows; ++i) {
-    const Vec<A> a = load_lanes<A, P>(x[i] + c, lanes) - mx, b = load_lanes<A, P>(y[i] + c, lanes) - my;
-    qx += a * a;
-    qy += b * b;
+  for (int64_t i = 0; i < k.rows; ++i) {
+    const Vec<A> x = load_part<A>(rows.x[i] + c, lanes) - mx, y = load_part<A>(rows.y[i] + c, lanes) - my;
+    qx += x * x;
+    qy += y * y;
   }
-  merge_into<A, P>(xm + c, xq + c, mx, qx, k, lanes);
-  merge_into<A, P>(ym + c, yq + c, my, qy, k, lanes);
+  merge_into<A, Part>(into.xm + c, into.xq + c, mx, qx, k, lanes);
+  merge_into<A, Part>(into.ym + c, into.yq + c, my, qy, k, lanes);
   return error;
 }
 
+// Addresses of rows [p, p + n).
 template <class TP, class TT>
-double forward_of(const LossArgs* a, int64_t begin, int64_t end, const LossMoments* moments) {
+D2V_INLINE void find_rows(const LossArgs* a, int64_t p, int64_t n, Rows<TP, TT>* rows) {
+  for (int64_t i = 0; i < n; ++i) {
+    rows->x[i] = static_cast<const TP*>(a->prediction) + row_at(a->prediction_index, p + i) * a->prediction_stride;
+    rows->y[i] = static_cast<const TT*>(a->target) + row_at(a->target_index, p + i) * a->target_stride;
+  }
+}
+
+template <bool SQUARED, class TP, class TT>
+double forward_of(const LossArgs* a, int64_t begin, int64_t end, const Moments<Acc<TP>>& into) {
   typedef Acc<TP> A;
-  A* const xm = static_cast<A*>(moments->prediction_mean);
-  A* const xq = static_cast<A*>(moments->prediction_m2);
-  A* const ym = static_cast<A*>(moments->target_mean);
-  A* const yq = static_cast<A*>(moments->target_m2);
+  constexpr int L = kLanes<A>;
+  const A beta = static_cast<A>(a->beta);
   double total = 0;
+  Rows<TP, TT> rows, next;
   for (int64_t p = begin; p < end; p += kChunk) {
     const int64_t n = end - p < kChunk ? end - p : kChunk, seen = p - begin;
-    const double share = static_cast<double>(n) / static_cast<double>(seen + n);
-    const A beta = static_cast<A>(a->beta);
-    const Chunk<A> k{
-        n,    A(1) / static_cast<A>(n),        static_cast<A>(share), static_cast<A>(share * static_cast<double>(seen)),
-        beta, A(1) / (beta == 0 ? A(1) : beta)};
-    const TP* x[kChunk];
-    const TT* y[kChunk];
-    for (int64_t i = 0; i < n; ++i) {
-      x[i] = static_cast<const TP*>(a->prediction) + row_at(a->prediction_index, p + i) * a->prediction_stride;
-      y[i] = static_cast<const TT*>(a->target) + row_at(a->target_index, p + i) * a->target_stride;
-    }
+    const double share = static_cast<double>(n) / static_cast<double>(seen + n), m2 = share * static_cast<double>(seen);
+    const Chunk<A> k{n,    A(1) / static_cast<A>(n),      static_cast<A>(share), static_cast<A>(m2),
+                     beta, A(1) / (SQUARED ? A(1) : beta)};
+    find_rows(a, p, n, &rows);
+    find_rows(a, p + 2 * kChunk <= end ? p + kChunk : p, n, &next);
     Vec<A> error{};
-    constexpr int L = kLanes<A>;
     int64_t c = 0;
-    if (n == kChunk) {
-      for (; c + L <= a->C; c += L) error += chunk_column<A, Full, kChunk>(k, x, y, c, L, xm, xq, ym, yq);
-    }
+    for (; c + 2 * L <= a->C; c += 2 * L) error += chunk_pair<SQUARED>(k, rows, next, c, into);
     for (; c < a->C; c += L) {
-      const int lanes = a->C - c < L ? static_cast<int>(a->C - c) : L;
-      error += chunk_column<A, Part, 0>(k, x, y, c, lanes, xm, xq, ym, yq);
+      error += chunk_rest<SQUARED>(k, rows, c, a->C - c < L ? static_cast<int>(a->C - c) : L, into);
     }
     total += static_cast<double>(sum_lanes<A>(error));
   }
@@ -119,7 +162,13 @@ double forward_of(const LossArgs* a, int64_t begin, int64_t end, const LossMomen
 double forward(const LossArgs* a, int64_t begin, int64_t end, const LossMoments* moments) {
   double total = 0;
   with_types(a, [&](auto prediction, auto target) {
-    total = forward_of<decltype(prediction), decltype(target)>(a, begin, end, moments);
+    typedef decltype(prediction) TP;
+    typedef decltype(target) TT;
+    typedef Acc<TP> A;
+    const Moments<A> into{static_cast<A*>(moments->prediction_mean), static_cast<A*>(moments->prediction_m2),
+                          static_cast<A*>(moments->target_mean), static_cast<A*>(moments->target_m2)};
+    total =
+        a->beta == 0 ? forward_of<true, TP, TT>(a, begin, end, into) : forward_of<false, TP, TT>(a, begin, end, into);
   });
   return total;
 }
@@ -146,48 +195,50 @@ void merge(DType type, int64_t C, int64_t seen, int64_t rows, void* mean, void* 
   }
 }
 
-template <class TP, class TT, bool STREAM>
-D2V_INLINE void gradient_row(const TP* x, const TT* y, int64_t C, Acc<TP> w, Acc<TP> beta, Acc<TP> inverse, TP* out) {
+template <class A>
+struct Slope {
+  A weight, beta, inverse_beta;
+};
+
+template <bool SQUARED, bool STREAM, class TP, class TT>
+D2V_INLINE void gradient_row(const TP* x, const TT* y, int64_t C, const Slope<Acc<TP>>& k, TP* out) {
   typedef Acc<TP> A;
+  typedef SameOrder<A, TP, TP, TT> X;
+  typedef SameOrder<A, TT, TP, TT> Y;
   constexpr int L = kLanes<A>;
   int64_t c = 0;
+#pragma GCC unroll 2
   for (; c + 2 * L <= C; c += 2 * L) {
-    const Vec<A> g0 = slope_of<A>(load<A>(x + c) - load<A>(y + c), beta, inverse) * w;
-    const Vec<A> g1 = slope_of<A>(load<A>(x + c + L) - load<A>(y + c + L), beta, inverse) * w;
-    if (STREAM) {
-      Convert<A, TP>::stream(out + c, g0);
-      Convert<A, TP>::stream(out + c + L, g1);
-    } else {
-      store<A>(out + c, g0);
-      store<A>(out + c + L, g1);
-    }
+    const Pair<A> p = X::load(x + c), t = Y::load(y + c);
+    X::template store<STREAM>(out + c, {slope_of<A, SQUARED>(p.a - t.a, k.beta, k.inverse_beta) * k.weight,
+                                        slope_of<A, SQUARED>(p.b - t.b, k.beta, k.inverse_beta) * k.weight});
   }
   for (; c < C; c += L) {
     const int lanes = C - c < L ? static_cast<int>(C - c) : L;
     const Vec<A> d = load_part<A>(x + c, lanes) - load_part<A>(y + c, lanes);
-    store_part<A>(out + c, slope_of<A>(d, beta, inverse) * w, lanes);
+    store_part<A>(out + c, slope_of<A, SQUARED>(d, k.beta, k.inverse_beta) * k.weight, lanes);
   }
 }
 
-template <class TP, class TT>
+template <bool SQUARED, class TP, class TT>
 void backward_of(const LossArgs* a, double grad, const int64_t* selected, TP* out, int64_t begin, int64_t end,
                  bool stream) {
   typedef Acc<TP> A;
-  const A w = static_cast<A>(grad) * static_cast<A>(a->scale), beta = static_cast<A>(a->beta);
-  const A inverse = A(1) / (beta == 0 ? A(1) : beta);
+  const A beta = static_cast<A>(a->beta);
+  const Slope<A> k{static_cast<A>(grad) * static_cast<A>(a->scale), beta, A(1) / (SQUARED ? A(1) : beta)};
   for (int64_t r = begin; r < end; ++r) {
     TP* const row = out + r * a->C;
     const int64_t p = selected ? selected[r] : r;
     if (p < 0) {
-      memset(row, 0, static_cast<size_t>(a->C) * sizeof(TP));
+      zero_row(row, a->C * static_cast<int64_t>(sizeof(TP)), stream);
       continue;
     }
     const TP* x = static_cast<const TP*>(a->prediction) + r * a->prediction_stride;
     const TT* y = static_cast<const TT*>(a->target) + row_at(a->target_index, p) * a->target_stride;
     if (stream && is_aligned(row, 64)) {
-      gradient_row<TP, TT, true>(x, y, a->C, w, beta, inverse, row);
+      gradient_row<SQUARED, true>(x, y, a->C, k, row);
     } else {
-      gradient_row<TP, TT, false>(x, y, a->C, w, beta, inverse, row);
+      gradient_row<SQUARED, false>(x, y, a->C, k, row);
     }
   }
   if (stream) finish_streaming();
@@ -197,7 +248,13 @@ void backward(const LossArgs* a, double grad, const int64_t* selected, void* out
               bool stream) {
   with_types(a, [&](auto prediction, auto target) {
     typedef decltype(prediction) TP;
-    backward_of<TP, decltype(target)>(a, grad, selected, static_cast<TP*>(out), begin, end, stream);
+    typedef decltype(target) TT;
+    TP* const rows = static_cast<TP*>(out);
+    if (a->beta == 0) {
+      backward_of<true, TP, TT>(a, grad, selected, rows, begin, end, stream);
+    } else {
+      backward_of<false, TP, TT>(a, grad, selected, rows, begin, end, stream);
+    }
   });
 }
 

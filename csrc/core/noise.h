@@ -99,14 +99,20 @@ D2V_INLINE void interleave(VF a, VF b, VF* low, VF* high) {
 #endif
 }
 
-// 2 * kLanes<float> normal numbers for channels first .. (first a multiple of 4).
-D2V_INLINE void normal_pair(int64_t first, uint32_t row, uint64_t key, VF* low, VF* high) {
+// First words of the counters of 2 * kLanes<float> channels from 0 on, so ordered that interleaving leaves the channels
+// in ascending order. The next ones are kLanes<float> / 2 higher.
+D2V_INLINE VU64 first_counters() {
   constexpr int kGroups = kLanes<float> / 4;  // 128-bit groups
   VU64 counter{};
-  for (int g = 0; g < kGroups; ++g) {  // so ordered that interleaving leaves channels in ascending order
-    counter[2 * g] = static_cast<uint64_t>(first / 4 + g);
-    counter[2 * g + 1] = static_cast<uint64_t>(first / 4 + kGroups + g);
+  for (int g = 0; g < kGroups; ++g) {
+    counter[2 * g] = static_cast<uint64_t>(g);
+    counter[2 * g + 1] = static_cast<uint64_t>(kGroups + g);
   }
+  return counter;
+}
+
+// 2 * kLanes<float> normal numbers.
+D2V_INLINE void normal_pair(VU64 counter, uint32_t row, uint64_t key, VF* low, VF* high) {
   const Words w = philox(counter, row, key);
   const VU radius = bit_cast<VU>((w.x0 & 0xffffffffu) | (w.x2 << 32)),
            angle = bit_cast<VU>((w.x1 & 0xffffffffu) | (w.x3 << 32));

@@ -135,17 +135,16 @@ D2V_INLINE double narrow<double, double>(double x) {
 // ---- vectors: Convert<A, T> reads and writes kLanes<A> elements of T as a Vec<A>; no alignment is assumed ----
 
 template <class A, class T>
-struct Convert {  // pairs that only the mixed-precision corners meet
-  static D2V_INLINE Vec<A> load(const T* p) {
+struct Convert {  // pairs that are rare, or have no instruction: calls, which keep the callers small
+  static __attribute__((noinline)) Vec<A> load(const T* p) {
     A lanes[kLanes<A>];
     for (int i = 0; i < kLanes<A>; ++i) lanes[i] = static_cast<A>(widen(p[i]));
     return bit_cast<Vec<A>>(lanes);
   }
-  static D2V_INLINE void store(T* p, Vec<A> v) {
+  static __attribute__((noinline)) void store(T* p, Vec<A> v) {
     for (int i = 0; i < kLanes<A>; ++i) p[i] = narrow<T>(v[i]);
   }
   static D2V_INLINE void stream(T* p, Vec<A> v) { store(p, v); }
-  static constexpr int kAlign = 1;
 };
 
 template <class A>
@@ -167,7 +166,6 @@ struct Convert<A, A> {
     store(p, v);
 #endif
   }
-  static constexpr int kAlign = kVectorBytes;
 };
 
 D2V_INLINE void stream_half(uint16_t* p, VH v) {
@@ -201,7 +199,6 @@ struct Convert<float, BF16> {
     memcpy(p, &h, sizeof(h));
   }
   static D2V_INLINE void stream(BF16* p, VF v) { stream_half(&p->bits, round(v)); }
-  static constexpr int kAlign = kVectorBytes / 2;
 };
 
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__)) || defined(__aarch64__)
@@ -232,9 +229,75 @@ struct Convert<float, F16> {
     memcpy(p, &h, sizeof(h));
   }
   static D2V_INLINE void stream(F16* p, VF v) { stream_half(&p->bits, round(v)); }
-  static constexpr int kAlign = kVectorBytes / 2;
 };
 #endif
+
+// Two vectors at once, in whatever order of lanes is quickest; to_natural puts them back into memory order. Sums over
+// rows do not mind the order, as long as every operand has the same.
+template <class A>
+struct Pair {
+  Vec<A> a, b;
+};
+template <class A, class T>
+struct NaturalOrder {
+  static D2V_INLINE Pair<A> load(const T* p) { return {Convert<A, T>::load(p), Convert<A, T>::load(p + kLanes<A>)}; }
+  static D2V_INLINE Pair<A> to_natural(Pair<A> v) { return v; }
+  template <bool STREAM>
+  static D2V_INLINE void store(T* p, Pair<A> v) {
+    if (STREAM) {
+      Convert<A, T>::stream(p, v.a);
+      Convert<A, T>::stream(p + kLanes<A>, v.b);
+    } else {
+      Convert<A, T>::store(p, v.a);
+      Convert<A, T>::store(p + kLanes<A>, v.b);
+    }
+  }
+};
+template <class A, class T>
+struct PairOrder : NaturalOrder<A, T> {};
+#if defined(__AVX512F__) || defined(__AVX2__)
+template <>
+struct PairOrder<float, BF16> {  // even and odd elements: a shift and a mask instead of two widening permutes
+  static D2V_INLINE Pair<float> load(const BF16* p) {
+    VU u;
+    memcpy(&u, p, sizeof(u));
+    return {bit_cast<VF>(u << 16), bit_cast<VF>(u & 0xffff0000u)};
+  }
+  static D2V_INLINE VU round(VF v) {  // into the upper halves
+    const VU u = bit_cast<VU>(v);
+    const VU mask = bit_cast<VU>(bit_cast<VI>(u & 0x7fffffffu) > 0x7f800000);
+    return ((u + 0x7fffu + ((u >> 16) & 1u)) & ~mask) | (0x7fc00000u & mask);
+  }
+  template <bool STREAM>
+  static D2V_INLINE void store(BF16* p, Pair<float> v) {
+    const VF both = bit_cast<VF>((round(v.a) >> 16) | (round(v.b) & 0xffff0000u));
+    if (STREAM) {
+      Convert<float, float>::stream(reinterpret_cast<float*>(p), both);
+    } else {
+      memcpy(p, &both, sizeof(both));
+    }
+  }
+  static D2V_INLINE Pair<float> to_natural(Pair<float> v) {
+#if defined(__AVX512F__)
+    const __m512 a = bit_cast<__m512>(v.a), b = bit_cast<__m512>(v.b);
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return {bit_cast<VF>(_mm512_permutex2var_ps(a, low, b)), bit_cast<VF>(_mm512_permutex2var_ps(a, high, b))};
+#else
+    const __m256 a = bit_cast<__m256>(v.a), b = bit_cast<__m256>(v.b);
+    const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    return {bit_cast<VF>(_mm256_permute2f128_ps(low, high, 0x20)),
+            bit_cast<VF>(_mm256_permute2f128_ps(low, high, 0x31))};
+#endif
+  }
+};
+#endif
+
+// How to go through T beside others: in the quickest order where types T1 and T2 agree on one.
+template <class A, class T, class T1, class T2>
+struct SameOrder : NaturalOrder<A, T> {};
+template <class A, class T>
+struct SameOrder<A, T, T, T> : PairOrder<A, T> {};
 
 template <class A, class T>
 D2V_INLINE Vec<A> load(const T* p) {
@@ -322,14 +385,24 @@ D2V_INLINE void finish_streaming() {
 #endif
 }
 
-// Reads one word of each cache line, in order, so that the loop that follows, which goes through several rows at
-// once, finds its lines near. One run of addresses is what hardware prefetchers follow best.
-D2V_INLINE void touch(const void* p, int64_t bytes) {
-  const char* c = static_cast<const char*>(p);
-  for (int64_t i = 0; i < bytes; i += 64) {
-    char byte = *reinterpret_cast<const volatile char*>(c + i);
-    __asm__ volatile("" ::"r"(byte));
+D2V_INLINE void zero_row(void* out, int64_t bytes, bool stream) {
+  char* const p = static_cast<char*>(out);
+  int64_t i = 0;
+  if (stream && is_aligned(p, 64)) {
+    for (; i + kVectorBytes <= bytes; i += kVectorBytes) {
+      Convert<float, float>::stream(reinterpret_cast<float*>(p + i), VF{});
+    }
   }
+  memset(p + i, 0, static_cast<size_t>(bytes - i));
+}
+
+// Asks for a line that is read some hundred instructions later.
+D2V_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// The lines of a pair of vectors.
+template <class T>
+D2V_INLINE void prefetch_pair(const T* p) {
+  for (int64_t i = 0; i < 2 * kLanes<Acc<T>>; i += 64 / static_cast<int>(sizeof(T))) prefetch(p + i);
 }
 
 // Calls body(T{}) with the element type that t names.

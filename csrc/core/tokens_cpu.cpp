@@ -44,30 +44,21 @@ void gather(const GatherArgs* a, int64_t begin, int64_t end, bool stream) {
   if (stream) finish_streaming();
 }
 
-template <class T>
-D2V_INLINE void noise_row(T* out, int64_t C, uint32_t row, uint64_t key, float std, bool stream) {
+template <class T, bool STREAM>
+D2V_INLINE void noise_row(T* out, int64_t C, uint32_t row, uint64_t key, float std) {
   constexpr int L = kLanes<float>;
+  VU64 counter = first_counters();
   int64_t c = 0;
   VF low, high;
-  if (stream && is_aligned(out, 64)) {
-    for (; c + 2 * L <= C; c += 2 * L) {
-      normal_pair(c, row, key, &low, &high);
-      Convert<float, T>::stream(out + c, low * std);
-      Convert<float, T>::stream(out + c + L, high * std);
-    }
+  for (; c + 2 * L <= C; c += 2 * L, counter += static_cast<uint64_t>(L / 2)) {
+    normal_pair(counter, row, key, &low, &high);
+    NaturalOrder<float, T>::template store<STREAM>(out + c, {low * std, high * std});
   }
-  for (; c + 2 * L <= C; c += 2 * L) {
-    normal_pair(c, row, key, &low, &high);
-    store<float>(out + c, low * std);
-    store<float>(out + c + L, high * std);
-  }
-  if (c < C) {
-    T rest[2 * L];
-    normal_pair(c, row, key, &low, &high);
-    store<float>(rest, low * std);
-    store<float>(rest + L, high * std);
-    memcpy(out + c, rest, static_cast<size_t>(C - c) * sizeof(T));
-  }
+  if (c == C) return;
+  T rest[2 * L];
+  normal_pair(counter, row, key, &low, &high);
+  NaturalOrder<float, T>::template store<false>(rest, {low * std, high * std});
+  memcpy(out + c, rest, static_cast<size_t>(C - c) * sizeof(T));
 }
 
 template <class T>
@@ -80,8 +71,12 @@ void restore_of(const RestoreArgs* a, int64_t begin, int64_t end, bool stream) {
   for (int64_t i = begin; i < end; ++i, out += a->C) {
     const int64_t from = index_at(a->restore, row, t), beyond = from - a->V;
     if (beyond >= 0 && a->fill_kind == kFillNoise) {
-      noise_row(out, a->C, static_cast<uint32_t>(beyond), static_cast<uint64_t>(a->keys[row * a->key_stride]),
-                a->noise_std, stream);
+      const uint64_t key = static_cast<uint64_t>(a->keys[row * a->key_stride]);
+      if (stream && is_aligned(out, 64)) {
+        noise_row<T, true>(out, a->C, static_cast<uint32_t>(beyond), key, a->noise_std);
+      } else {
+        noise_row<T, false>(out, a->C, static_cast<uint32_t>(beyond), key, a->noise_std);
+      }
     } else {
       const T* in = beyond < 0                    ? kept + row * a->kept.stride0 + from * a->kept.stride1
                     : a->fill_kind == kFillVector ? fill
@@ -126,16 +121,6 @@ D2V_INLINE void sum_row(T* out, int64_t C, const T* base, const int64_t* entries
   }
 }
 
-void zero_row(char* out, int64_t bytes, bool stream) {
-  int64_t i = 0;
-  if (stream && is_aligned(out, 64)) {
-    for (; i + kVectorBytes <= bytes; i += kVectorBytes) {
-      Convert<float, float>::stream(reinterpret_cast<float*>(out + i), VF{});
-    }
-  }
-  memset(out + i, 0, static_cast<size_t>(bytes - i));
-}
-
 template <class T>
 void sum_rows_of(T* out, int64_t count, int64_t C, const T* base, const int64_t* start, const int64_t* entries,
                  bool stream) {
@@ -143,7 +128,7 @@ void sum_rows_of(T* out, int64_t count, int64_t C, const T* base, const int64_t*
   for (int64_t i = 0; i < count; ++i, out += C) {
     const int64_t n = start[i + 1] - start[i];
     if (n == 0) {
-      zero_row(reinterpret_cast<char*>(out), bytes, stream);
+      zero_row(out, bytes, stream);
     } else if (n == 1) {
       copy_row(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(base + entries[start[i]]), bytes, stream);
     } else {

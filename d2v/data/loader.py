@@ -67,9 +67,14 @@ class UpdateSampler:
                 yield indices[start : start + self.micro]
 
 
-def ignore_interrupt(_worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process alone decides what follows."""
+def ignore_signals(_worker: int) -> None:
+    """Ctrl-C and a job scheduler's SIGTERM reach the whole process group; the main process alone decides what follows.
+
+    A worker that died of them would raise in the main process in the middle of an update. Workers leave when told to,
+    or within seconds of their parent's end.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _loader(dataset: Any, collate: Any, workers: int, device: torch.device, **kwargs: Any) -> DataLoader[Batch]:
@@ -79,7 +84,7 @@ def _loader(dataset: Any, collate: Any, workers: int, device: torch.device, **kw
         collate_fn=collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # its own: the loader must not advance the run's random state
         **more,
         **kwargs,

@@ -238,6 +238,43 @@ def masked_regression_loss_backward(
     return result
 
 
+def _normal_cdf(z: Tensor) -> Tensor:
+    return 0.5 * (1.0 + torch.erf(z * math.sqrt(0.5)))
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight.to(x.dtype)
+    return x if bias is None else x + bias.to(x.dtype)
+
+
+def _standardise_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows with mean 0 and variance 1, and what they were multiplied by."""
+    centred = x - x.mean(dim=1, keepdim=True)
+    scale = torch.rsqrt((centred * centred).mean(dim=1, keepdim=True) + eps)
+    return centred * scale, scale
+
+
+def layer_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    normal, _ = _standardise_rows(x.to(_compute_dtype(x.dtype)), eps)
+    z = _affine(normal, weight, bias)
+    return (z * _normal_cdf(z)).to(x.dtype).contiguous()
+
+
+def layer_norm_gelu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute = _compute_dtype(x.dtype)
+    normal, scale = _standardise_rows(x.to(compute), eps)
+    z = _affine(normal, weight, bias)
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
+    g = grad.to(compute) * (_normal_cdf(z) + z * density)
+    of_weight = x.new_empty((0,)) if weight is None else (g * normal).sum(dim=0).to(weight.dtype)
+    of_bias = x.new_empty((0,)) if bias is None else g.sum(dim=0).to(bias.dtype)
+    g = _affine(g, weight, None)
+    along = g.mean(dim=1, keepdim=True) + normal * (g * normal).mean(dim=1, keepdim=True)
+    return ((g - along) * scale).to(x.dtype).contiguous(), of_weight, of_bias
+
+
 def _limits(case: Case) -> list[str]:
     return []
 
@@ -253,6 +290,8 @@ BACKEND = Backend(
         "restore_tokens_backward": restore_tokens_backward,
         "masked_regression_loss": masked_regression_loss,
         "masked_regression_loss_backward": masked_regression_loss_backward,
+        "layer_norm_gelu": layer_norm_gelu,
+        "layer_norm_gelu_backward": layer_norm_gelu_backward,
     },
     _limits,
 )

@@ -29,7 +29,7 @@ def tiny(**sections: dict[str, Any]) -> Config:
 
 def with_class_token() -> Config:
     return tiny(
-        encoder={"extra_tokens": 1, "norm_order": "post", "prenet_depth": 1},
+        encoder={"extra_tokens": 1, "norm_order": "post", "prenet_depth": 1, "init_std": 0.02},
         loss={"class_weight": 0.01},
         target={"norm": "instance"},
     )
@@ -341,6 +341,8 @@ def test_initialisation_is_the_published_one() -> None:
     assert float(qkv.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
     assert not qkv.bias.any()
     assert float(model.context.extra_tokens.detach().std()) == pytest.approx(1.0, rel=0.3)
+    plain = build().blocks.blocks[0].attn.qkv
+    assert float(plain.weight.detach().std()) == pytest.approx((1 / 64 / 3) ** 0.5, rel=0.05)
     bound = (6.0 / (3 * 16 + 64)) ** 0.5
     assert float(model.stem.proj.weight.detach().abs().max()) == pytest.approx(bound, rel=0.01)
     assert float(model.decoder.proj.weight.detach().std()) == pytest.approx((1 / 64 / 3) ** 0.5, rel=0.05)

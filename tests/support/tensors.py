@@ -7,9 +7,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from d2v_kernels import _library
+from d2v_kernels import _env, _library
 
-FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# In Triton's interpreter the operators' tests run once more, in a process of their own: see tests/triton.
+INTERPRETED = _env.triton_interpreter()
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, *([] if INTERPRETED else [torch.float64])]
 LAYOUTS = ["contiguous", "offset", "sliced", "rows_apart", "transposed"]
 BACKENDS = [
     "reference",
@@ -17,6 +19,7 @@ BACKENDS = [
         "native",
         marks=pytest.mark.skipif(bool(_library.load_errors().get("libd2v_cpu")), reason=str(_library.load_errors())),
     ),
+    *(["triton"] if INTERPRETED else []),
 ]
 
 dtypes = st.sampled_from(FLOATS)

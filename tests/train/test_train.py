@@ -186,6 +186,29 @@ def test_a_killed_run_resumes_exactly(make_config: Make, tmp_path: Path, images:
     assert_same_run(tmp_path / "whole", folder)
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_whole_process_group_saves(name: str, tmp_path: Path, images: Path) -> None:
+    """As job schedulers and Ctrl-C send it: loader workers get it too."""
+    folder, number = tmp_path / "run", getattr(signal, name)
+    command = [
+        sys.executable, "-m", "d2v", "pretrain", "vision-tiny", *tiny_options(), "--data.path", str(images),
+        "--run.dir", str(folder), "--run.steps", "100000", "--run.log-every", "1", "--data.workers", "2",
+        "--run.checkpoint-every", "100000",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=Path(train.__file__).parents[1], start_new_session=True
+    )
+    while process.poll() is None and len(metrics_of(folder)) < 3:
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, text
+    assert f"{name}: saved update" in text
+    newest = latest_checkpoint(folder)
+    assert newest is not None
+    assert int(newest.name[5:]) == metrics_of(folder)[-1]["step"]
+
+
 def test_results_do_not_depend_on_workers(make_config: Make, tmp_path: Path) -> None:
     for workers in (0, 2):
         pretrain(make_config(data={"workers": workers}, run={"dir": str(tmp_path / str(workers))}))

@@ -1,0 +1,85 @@
+"""Triton kernels for NVIDIA GPUs; on the CPU only in Triton's interpreter, for tests.
+
+Nothing here imports Triton before a kernel is asked for: `import d2v_kernels` works without it and pays nothing for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _env
+from ...registry import Backend, Case
+
+_MODULES = {
+    "average_layers": "layers",
+    "update_ema_": "ema",
+    "gather_tokens": "tokens",
+    "gather_tokens_backward": "tokens",
+    "restore_tokens": "tokens",
+    "restore_tokens_backward": "tokens",
+    "masked_regression_loss": "loss",
+    "masked_regression_loss_backward": "loss",
+    "layer_norm_gelu": "gelu",
+    "layer_norm_gelu_backward": "gelu",
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NORMS = ("none", "layer", "instance", "batch")
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+@functools.cache
+def import_error() -> str:
+    """Why the kernels cannot be imported; empty when they can. The first call imports Triton."""
+    try:
+        _module("runtime")
+    except Exception as error:  # a broken Triton fails in many ways, and each of them is a reason not to use it
+        return f"triton cannot be imported ({type(error).__name__}: {error})"
+    return ""
+
+
+class _Lazy:
+    """A body whose module is imported by the first call."""
+
+    def __init__(self, op: str) -> None:
+        self._op = op
+        self._call: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._call is None:
+            self._call = getattr(_module(_MODULES[self._op]), self._op)
+        return self._call(*arguments)
+
+
+def _limits(case: Case) -> list[str]:
+    interpreted = _env.triton_interpreter()
+    if case.device not in ("cpu", "cuda"):
+        return [f"triton runs on cuda, not on {case.device}"]
+    if case.device == "cpu" and not interpreted:
+        return ["triton runs on cuda; on the cpu only in its interpreter (TRITON_INTERPRET=1 before the first use)"]
+    reasons = [f"triton has no {str(d).removeprefix('torch.')} kernels" for d in case.dtypes if d not in _DTYPES]
+    reasons += [f"triton normalises by {', '.join(_NORMS)}, not by {n}" for n in case.traits if n not in _NORMS]
+    if not reasons and import_error():
+        reasons.append(import_error())
+    if not reasons and _module("runtime").IS_INTERPRETED != (case.device == "cpu"):
+        kind = "the interpreter" if case.device == "cuda" else "a GPU"
+        reasons.append(f"triton's kernels were imported for {kind} (TRITON_INTERPRET), this call is on {case.device}")
+    return reasons
+
+
+def make_ema_plan(averages: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor]) -> Any:
+    """A `TritonPlan` for tensors that `update_ema_` has accepted and this backend can take."""
+    return _module("ema").TritonPlan(averages, sources, copies)
+
+
+BACKEND = Backend("triton", {op: _Lazy(op) for op in _MODULES}, _limits)

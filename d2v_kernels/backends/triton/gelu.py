@@ -1,0 +1,121 @@
+# mypy: allow-untyped-defs
+"""layer_norm_gelu over channels-last rows, forward and backward.
+
+Forward: each row read and written once, 2*s bytes an element (4 in bfloat16; layer norm and GELU one after the other
+move 38 in eager mixed precision). Backward: x and the gradient read, the gradient of x written, 3*s bytes; mean and
+deviation are computed again from the row, which is in registers anyway. Gradients of weight and bias: up to 512 fixed
+parts of the rows, whose float32 sums a second kernel adds up in one order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .runtime import OPTIONS, column_sums, divide_up, on_device, rounded, standardised
+
+
+@triton.jit
+def _affine(x, weight, bias, c, inside, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+    if HAS_WEIGHT:
+        x = x * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x = x + tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _normal_cdf(z):
+    return 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    x, weight, bias, out, rows, channels, x_row, eps,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    c = tl.arange(0, BLOCK_C)[None, :]
+    mask = (r < rows) & (c < channels)
+    values = tl.load(x + r * x_row + c, mask=mask, other=0.0).to(tl.float32)
+    z, _ = standardised(values, mask, channels, eps, 1)
+    z = _affine(z, weight, bias, c, c < channels, HAS_WEIGHT, HAS_BIAS)
+    tl.store(out + r * channels + c, rounded(z * _normal_cdf(z), out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "per_split"])
+def _backward_kernel(
+    grad, x, weight, bias, out, weight_sums, bias_sums, rows, per_split, channels, grad_row, x_row, eps,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
+    c = tl.arange(0, BLOCK_C)[None, :]
+    inside = c < channels
+    end = tl.minimum(rows, (split + 1) * per_split)
+    weight_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    bias_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for start in range(split * per_split, end, BLOCK_R):
+        r = start + lane
+        mask = (r < end) & inside
+        values = tl.load(x + r * x_row + c, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + r * grad_row + c, mask=mask, other=0.0).to(tl.float32)
+        normal, scale = standardised(values, mask, channels, eps, 1)
+        z = _affine(normal, weight, bias, c, inside, HAS_WEIGHT, HAS_BIAS)
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        g = g * (_normal_cdf(z) + z * density)
+        if HAS_WEIGHT:
+            weight_sum += g * normal
+        if HAS_BIAS:
+            bias_sum += g
+        if HAS_WEIGHT:
+            g = g * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+        g_mean = tl.sum(g, 1, keep_dims=True) / channels
+        dot = tl.sum(g * normal, 1, keep_dims=True) / channels
+        tl.store(out + r * channels + c, rounded((g - g_mean - normal * dot) * scale, out.dtype.element_ty), mask=mask)
+    if HAS_WEIGHT:
+        tl.store(weight_sums + split * channels + c, tl.sum(weight_sum, 0, keep_dims=True), mask=inside)
+    if HAS_BIAS:
+        tl.store(bias_sums + split * channels + c, tl.sum(bias_sum, 0, keep_dims=True), mask=inside)
+
+
+def layer_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    rows, channels = x.shape
+    out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    tile = launch.gelu_rows(channels)
+    with on_device(x):
+        _forward_kernel[(divide_up(rows, tile.rows),)](
+            x, x if weight is None else weight, x if bias is None else bias, out, rows, channels, x.stride(0), eps,
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, BLOCK_R=tile.rows, BLOCK_C=tile.channels,
+            num_warps=tile.warps, **OPTIONS,
+        )  # fmt: skip
+    return out
+
+
+def layer_norm_gelu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, channels = x.shape
+    out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
+    affine = [torch.empty((0,) if t is None else (channels,), dtype=(x if t is None else t).dtype, device=x.device)
+              for t in (weight, bias)]  # fmt: skip
+    if out.numel() == 0:
+        return out, affine[0].zero_(), affine[1].zero_()
+    tile = launch.gelu_backward_rows(channels)
+    per_split = launch.gelu_rows_per_split(rows, tile)
+    splits = divide_up(rows, per_split)
+    sums = [out if t is None else torch.empty((splits, channels), dtype=torch.float32, device=x.device)
+            for t in (weight, bias)]  # fmt: skip
+    with on_device(x):
+        _backward_kernel[(splits,)](
+            grad, x, x if weight is None else weight, x if bias is None else bias, out, *sums, rows, per_split,
+            channels, grad.stride(0), x.stride(0), eps, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+            BLOCK_R=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
+        )  # fmt: skip
+        for t, part, result in zip((weight, bias), sums, affine, strict=True):
+            if t is not None:
+                column_sums(part, result)
+    return out, affine[0], affine[1]
