@@ -17,7 +17,6 @@ import d2v_kernels._schema as schema
 from d2v import Config, Data2Vec, Output, recipes
 from d2v.data2vec import make_mask_sampler
 from d2v_kernels import MaskSampler, use_backend
-from d2v_kernels.registry import OPERATORS
 
 
 def tiny(**sections: dict[str, Any]) -> Config:
@@ -79,7 +78,13 @@ def _require_native() -> None:
         pytest.skip(marks.kwargs["reason"])
 
 
-@pytest.mark.parametrize("broken", OPERATORS)
+STEP_OPERATORS = (
+    "average_layers", "update_ema_", "gather_tokens", "gather_tokens_backward", "restore_tokens",
+    "restore_tokens_backward", "masked_regression_loss", "masked_regression_loss_backward",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", STEP_OPERATORS)
 def test_step_fails_without_operator(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each memory-bound step runs through its operator: none has a way around it."""
     choose = schema.implementation

@@ -1,8 +1,9 @@
 """Compiles the Triton kernels for GPUs that are not there, through the launchers themselves.
 
-Run as `python -m support.triton_compile FOLDER ARCHITECTURE...` in a process of its own (another Triton on PYTHONPATH if
-wanted). The launchers are called with CPU tensors; what would be launched is compiled instead, with exactly the
-specialisation and the constants of that call. FOLDER gets report.json, and the PTX and the cubin of every kernel.
+Run as `python -m support.triton_compile FOLDER ARCHITECTURE...` in a process of its own (another Triton on PYTHONPATH
+if wanted). The launchers are called with CPU tensors; what would be launched is compiled instead, with exactly the
+specialisation and the constants of that call. FOLDER gets report.json, and the PTX and the cubin of every kernel. With
+`count` for FOLDER it prints, as JSON, how many kernels each family compiles for one size and for many.
 """
 
 from __future__ import annotations
@@ -82,35 +83,41 @@ def average(shape: tuple[int, int, int], count: int, norm: str, out_norm: str, d
     layers.average_layers([rows(*shape, dtype=dtype) for _ in range(count)], norm, out_norm, None, 1e-5, out)
 
 
-def update_ema(average: torch.dtype, source: torch.dtype, copy: torch.dtype | None) -> None:
-    lists = [[rows(5000, dtype=d)] if d else [] for d in (average, source, copy)]
+def update_ema(average: torch.dtype, source: torch.dtype, copy: torch.dtype | None, sizes=(5000,)) -> None:
+    lists = [[rows(n, dtype=d) for n in sizes] if d else [] for d in (average, source, copy)]
     ema.update_ema_(*lists, 0.1, None)
 
 
-def regression(dtype: torch.dtype, target: torch.dtype, selected: bool) -> None:
-    x, y = rows(300, 768, dtype=dtype), rows(300, 768, dtype=target)
-    index = numbers(300) if selected else None
+def regression(dtype: torch.dtype, target: torch.dtype, selected: bool, count: int = 300, width: int = 768) -> None:
+    x, y = rows(count, width, dtype=dtype), rows(count, width, dtype=target)
+    index = numbers(count) if selected else None
     loss.masked_regression_loss(x, y, index, index, 0.0, 1.0)
     loss.masked_regression_loss_backward(torch.ones(()), x, y, index, index, 0.5, 1.0)
 
 
-def front_end(dtype: torch.dtype, affine: torch.dtype | None) -> None:
-    x = rows(100, 512, dtype=dtype)
+def front_end(dtype: torch.dtype, affine: torch.dtype | None, count: int = 100) -> None:
+    x = rows(count, 512, dtype=dtype)
     weight = None if affine is None else rows(512, dtype=affine)
     gelu.layer_norm_gelu(x, weight, weight, 1e-5)
     gelu.layer_norm_gelu_backward(x, x, weight, weight, 1e-5)
 
 
-def restore(dtype: torch.dtype, noise: bool) -> None:
-    kept = rows(4, 39, 768, dtype=dtype)
-    fill, keys = (None, torch.zeros(4, dtype=torch.int64)) if noise else (rows(4, 157, 768, dtype=dtype), None)
-    tokens.restore_tokens(kept, numbers(4, 196), fill, keys, 0.01)
-    tokens.restore_tokens_backward(rows(4, 196, 768, dtype=dtype), numbers(4, 196), 39, -1)
+def gather_backward(dtype: torch.dtype) -> None:
+    tokens.gather_tokens_backward(rows(32, 39, 768, dtype=dtype), numbers(32, 39), 16, 196)
+
+
+def restore(dtype: torch.dtype, noise: bool, n: int = 4, visible: int = 39, length: int = 196) -> None:
+    kept, order = rows(n, visible, 768, dtype=dtype), numbers(n, length)
+    fill = None if noise else rows(n, length - visible, 768, dtype=dtype)
+    tokens.restore_tokens(kept, order, fill, torch.zeros(n, dtype=torch.int64) if noise else None, 0.01)
+    tokens.restore_tokens_backward(rows(n, length, 768, dtype=dtype), order, visible, -1)
 
 
 # The published settings, one call each; every kernel and every form occurs.
 CASES: dict[str, Callable[[], object]] = {
     "images: instance, layer": lambda: average((2, 196, 768), 10, "instance", "layer", out=BF16),
+    "images: instance, float32": lambda: average((2, 196, 768), 10, "instance", "none", F32),
+    "text: instance": lambda: average((2, 512, 768), 12, "instance", "none"),
     "speech: instance": lambda: average((2, 999, 768), 8, "instance", "none"),
     "speech: instance, layer": lambda: average((2, 999, 768), 8, "instance", "layer"),
     "text: layer": lambda: average((2, 512, 768), 12, "layer", "none"),
@@ -120,7 +127,8 @@ CASES: dict[str, Callable[[], object]] = {
     "ema, bfloat16 student": lambda: update_ema(F32, BF16, BF16),
     "ema, no copy": lambda: update_ema(F32, F32, None),
     "gather": lambda: tokens.gather_tokens(rows(2, 196, 768), numbers(32, 39), 16),
-    "gather backward": lambda: tokens.gather_tokens_backward(rows(32, 39, 768), numbers(32, 39), 16, 196),
+    "gather backward": lambda: gather_backward(BF16),
+    "gather backward, float32": lambda: gather_backward(F32),
     "restore with noise": lambda: restore(BF16, True),
     "restore with rows": lambda: restore(F32, False),
     "loss": lambda: regression(BF16, F32, False),
@@ -130,23 +138,73 @@ CASES: dict[str, Callable[[], object]] = {
 }
 
 
-def main(folder: Path, architectures: list[int]) -> None:
+def write_report(folder: Path, architectures: list[int]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"triton": triton.__version__, "kernels": []}
+    kernels: list[dict[str, Any]] = []
     for architecture in architectures:
         written: dict[int, str] = {}
         for case, call in CASES.items():
-            with Compilations(architecture) as done, torch.no_grad():
+            with Compilations(architecture) as done:
                 call()
             for key, (name, kernel) in done.kernels.items():
-                if key not in written:
-                    written[key] = f"sm_{architecture}-{len(written):02}-{name}"
-                    (folder / f"{written[key]}.ptx").write_text(kernel.asm["ptx"])
-                    (folder / f"{written[key]}.cubin").write_bytes(kernel.asm["cubin"])
-                    entry = {"architecture": architecture, "case": case, "name": name, "file": written[key]}
-                    report["kernels"].append({**entry, "warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared})
-    (folder / "report.json").write_text(json.dumps(report, indent=1))
+                if key in written:
+                    continue
+                written[key] = f"sm_{architecture}-{len(written):02}-{name}"
+                (folder / f"{written[key]}.ptx").write_text(kernel.asm["ptx"])
+                (folder / f"{written[key]}.cubin").write_bytes(kernel.asm["cubin"])
+                kernels.append({"architecture": architecture, "case": case, "name": name, "file": written[key]})
+    (folder / "report.json").write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1))
+
+
+# A call at a first size, then the same at others: batches of other sizes, other lengths in the same power of two.
+VARIED: dict[str, tuple[Callable[[int, int], object], list[tuple[int, int]]]] = {
+    "instance, one read": (
+        lambda b, t: average((b, t, 768), 3, "instance", "layer"),
+        [(2, 200), (1, 129), (3, 256), (7, 255), (16, 192)],
+    ),
+    "instance, two passes": (
+        lambda b, t: average((b, t, 768), 3, "instance", "none"),
+        [(2, 999), (1, 513), (3, 1024), (5, 2048), (16, 1500)],
+    ),
+    "batch": (lambda b, t: average((b, t, 768), 3, "batch", "none"), [(2, 99), (1, 1), (3, 16), (16, 100), (33, 7)]),
+    "layer": (lambda b, t: average((b, t, 768), 3, "layer", "none"), [(2, 99), (1, 1), (3, 16), (16, 100), (33, 7)]),
+    "odd width": (lambda b, t: average((b, t, 100), 3, "layer", "none"), [(2, 99), (3, 7), (5, 13), (11, 21)]),
+    "ema": (
+        lambda n, size: update_ema(F32, F32, BF16, [size] * n),
+        [(2, 5000), (1, 1), (5, 16), (40, 8192), (3, 8193)],
+    ),
+    "gather": (
+        lambda b, n: tokens.gather_tokens(rows(b, 196, 768), numbers(2 * b, n), 2),
+        [(2, 39), (1, 1), (3, 16), (16, 48), (5, 196)],
+    ),
+    "gather backward": (
+        lambda b, n: tokens.gather_tokens_backward(rows(2 * b, n, 768), numbers(2 * b, n), 2, 196),
+        [(2, 150), (1, 129), (3, 144), (16, 192), (5, 250)],
+    ),
+    "restore with noise": (lambda n, t: restore(BF16, True, n, 7, t), [(2, 150), (1, 129), (16, 160), (5, 250)]),
+    "restore with rows": (lambda n, t: restore(BF16, False, n, 16, t), [(2, 150), (1, 129), (16, 160), (5, 250)]),
+    "loss": (lambda n, _: regression(BF16, F32, True, n), [(300, 0), (1, 0), (2, 0), (16, 0), (4096, 0), (70001, 0)]),
+    "front-end": (lambda n, _: front_end(BF16, F32, n), [(100, 0), (1, 0), (16, 0), (4097, 0), (70000, 0)]),
+}
+
+
+def count_compilations() -> dict[str, tuple[int, int]]:
+    """Kernels compiled for the first size, and for all sizes."""
+    counts = {}
+    for name, (call, sizes) in VARIED.items():
+        found: set[int] = set()
+        first = 0
+        for size in sizes:
+            with Compilations(90) as done:
+                call(*size)
+            found |= set(done.kernels)
+            first = first or len(found)
+        counts[name] = (first, len(found))
+    return counts
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(a) for a in sys.argv[2:]])
+    if sys.argv[1] == "count":
+        print(json.dumps(count_compilations()))
+    else:
+        write_report(Path(sys.argv[1]), [int(a) for a in sys.argv[2:]])

@@ -71,7 +71,7 @@ def _limits(case: Case) -> list[str]:
     reasons += [f"triton normalises by {', '.join(_NORMS)}, not by {n}" for n in case.traits if n not in _NORMS]
     if not reasons and import_error():
         reasons.append(import_error())
-    if not reasons and _module("runtime").IS_INTERPRETED != (case.device == "cpu"):
+    if not reasons and (case.device == "cpu") != _module("runtime").IS_INTERPRETED:
         kind = "the interpreter" if case.device == "cuda" else "a GPU"
         reasons.append(f"triton's kernels were imported for {kind} (TRITON_INTERPRET), this call is on {case.device}")
     return reasons

@@ -19,12 +19,12 @@ GELU_SPLITS = 512  # the same for the gradients of weight and bias
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's block of rows x channels, its warps, and the most registers a thread may use (0: as many as it likes)."""
+    """A program's block of rows x channels, its warps, and the most registers a thread may use (None: no bound)."""
 
     rows: int
     channels: int
     warps: int
-    registers: int = 0
+    registers: int | None = None
 
     @property
     def per_thread(self) -> int:
@@ -89,9 +89,12 @@ def instance_one_read(tokens: int, channels: int) -> Tile | None:
 
 
 def statistics(channels: int) -> Tile:
-    """Mean and squared deviations over time: three float32 values per element of the block."""
+    """Mean and squared deviations over time: three float32 values per element of the block.
+
+    Left to itself the compiler takes 64 registers for float32 input, and spills for it.
+    """
     width = min(INSTANCE_CHANNELS, power_of_two(channels, 16))
-    return Tile(2048 // width, width, 4)
+    return Tile(2048 // width, width, 4, registers=80)
 
 
 def merge(channels: int) -> Tile:
@@ -123,9 +126,9 @@ def noise_row(channels: int) -> Tile:
     return Tile(1, width, 1)
 
 
-def inverse_gather(channels: int, entries: int) -> InverseGather:
-    """One output row a warp; the index is searched in blocks."""
-    width = min(1024, power_of_two(channels, 16))
+def inverse_gather(channels: int, entries: int, element_size: int) -> InverseGather:
+    """One output row, up to 2 KB of it, a warp; the index is searched in blocks."""
+    width = min(2048 // element_size, power_of_two(channels, 16))
     return InverseGather(min(256, power_of_two(entries, 32)), width, _warps(width, 32))
 
 

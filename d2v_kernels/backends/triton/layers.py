@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs
 """average_layers: four kernels that read [B,T,C] as it lies, without a transpose.
 
-- `_row_kernel` (norm none or layer): one warp holds a row (some rows, if short), K rows read once. K*s + s_o bytes an element.
+- `_row_kernel` (norm none or layer): one warp holds a row (some rows, if short), K rows read once. K*s + s_o bytes an
+  element.
 - `_one_read_kernel` (instance, up to 512 tokens): all of a sample's time x 32 channels in registers. K*s + s_o bytes.
 - `_statistics_kernel`, then `_combine_kernel` (instance of longer samples, batch): 2*K*s + s_o bytes, of which the
   second read comes from L2 as far as it reaches: the second kernel walks the samples backwards, so that it begins with
@@ -209,20 +210,25 @@ class _Round:
         )  # fmt: skip
         return out
 
+    def _two(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Not one allocation: the alignment of its second half would follow the batch, and with it a compilation."""
+        empty = (torch.empty(shape, dtype=torch.float32, device=self.device) for _ in range(2))
+        return next(empty), next(empty)
+
     def statistics(self, norm: str) -> tuple[Tensor, Tensor, int]:
         """Means, 1 / sqrt(var + eps), and the step from one sample's to the next one's."""
         tile, final, columns = launch.statistics(self.channels), norm == "instance", self.count * self.channels
-        means, spreads = torch.empty((2, self.samples, columns), dtype=torch.float32, device=self.device)
+        means, spreads = self._two(self.samples, columns)
         tiles = divide_up(self.channels, tile.channels)
         _statistics_kernel[(self.samples * self.count * tiles,)](
             *self.inputs, self.lengths, means, spreads, self.tokens, self.channels, tiles, self.eps,
             HAS_LENGTHS=self.has_lengths, FINAL=final, BLOCK_T=tile.rows, BLOCK_C=tile.channels,
-            num_warps=tile.warps, **OPTIONS,
+            num_warps=tile.warps, maxnreg=tile.registers, **OPTIONS,
         )  # fmt: skip
         if final:
             return means, spreads, columns
         tile = launch.merge(columns)
-        batch_means, batch_spreads = torch.empty((2, columns), dtype=torch.float32, device=self.device)
+        batch_means, batch_spreads = self._two(columns)
         _merge_kernel[(divide_up(columns, tile.channels),)](
             means, spreads, self.lengths, batch_means, batch_spreads, self.samples, self.tokens, columns, self.eps,
             HAS_LENGTHS=self.has_lengths, BLOCK_B=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,

@@ -171,9 +171,9 @@ class _Selection:
                 check_index_range(op, name, rows, x.shape[0])
         self.count = prediction.shape[0] if prediction_rows is None else prediction_rows.shape[0]
         self.channels = prediction.shape[1]
-        rows = [x if r is None else r for r, x in ((prediction_rows, prediction), (target_rows, target))]
+        numbers = [x if r is None else r for r, x in ((prediction_rows, prediction), (target_rows, target))]
         steps = [1 if r is None else r.stride(0) for r in (prediction_rows, target_rows)]
-        self.arguments = (prediction, target, *rows, *steps, prediction.stride(0), target.stride(0))
+        self.arguments = (prediction, target, *numbers, *steps, prediction.stride(0), target.stride(0))
         self.flags = {
             "HAS_PREDICTION_ROWS": prediction_rows is not None,
             "HAS_TARGET_ROWS": target_rows is not None,

@@ -53,8 +53,8 @@ def pick(values, k):
 
 @triton.jit
 def rounded(x, TYPE: tl.constexpr):
-    """float32 to the stored type, to nearest even. The interpreter truncates to bfloat16, so there it is done on bits."""
-    if INTERPRETED and TYPE == tl.bfloat16:
+    """float32 to the stored type, to nearest even; on bits in the interpreter, which truncates to bfloat16."""
+    if INTERPRETED and tl.bfloat16 == TYPE:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)

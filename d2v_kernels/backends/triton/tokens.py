@@ -6,10 +6,11 @@ only; their cost is arithmetic, so a row that is copied does not pay for it.
 
 Backward: out[b, t] = sum over (r, i) of sample b with index[r, i] == t, ascending. One warp makes one output row: it
 holds the row in float32, looks through the index of its sample in blocks of up to 256 entries (4 bytes each, in L1 or
-L2), and takes the smallest match that is left until none is. Reasons, in estimated instructions of a warp: a block costs
-about 40 (compare, minimum) and so does each match, which for 16 masks of 39 patches, 3 matches a token, is some 250;
-16 samples of 196 tokens are then about 1 us on 132 SMs, beside 5 us for the bytes, and 256 samples 20 us beside 75 us.
-Wider blocks need more registers (115 a thread at 1024 entries, 72 at 256) and fewer warps then hide the loads.
+L2), and takes the smallest match that is left until none is. Reasons, in estimated instructions of a warp: a block
+costs about 40 (compare, minimum by `redux`) and so does each match, which for 16 masks of 39 patches, 3 matches a
+token, is some 250; 16 samples of 196 tokens are then about 1 us on 132 SMs, beside 5 us for the bytes, and 256 samples
+20 us beside 75 us. Wider blocks need more registers (115 a thread at 1024 entries, 72 at 256), so that fewer warps hide
+the loads.
 A sorted list for each token would save these, but is itself a launch that compares every entry with every token, and
 needs scratch memory; a table of the inverse needs a fill and cannot hold an index that repeats within a row.
 Each gradient row is read once and each output row written once: s + k*M*s bytes.
@@ -27,7 +28,7 @@ from .runtime import OPTIONS, column_sums, divide_up, on_device, rounded
 _NONE = tl.constexpr(2**31 - 1)
 
 
-@triton.jit(do_not_specialize=["rows", "clones", "blocks", "tiles"])
+@triton.jit(do_not_specialize=["rows", "clones", "blocks", "tiles", "index_row"])
 def _gather_kernel(
     x, index, out, rows, channels, clones, blocks, tiles, x_batch, x_token, index_row, index_entry,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -43,7 +44,7 @@ def _gather_kernel(
     tl.store(out + (r * rows + i) * channels + c, row, mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "first", "outer", "inner", "tiles"])
+@triton.jit(do_not_specialize=["tokens", "first", "outer", "inner", "tiles", "index_row"])
 def _inverse_gather_kernel(
     grad, index, out, tokens, first, outer, inner, channels, tiles, grad_row, grad_entry, index_row, index_entry,
     BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -70,7 +71,7 @@ def _inverse_gather_kernel(
     tl.store(out + slot * channels + c, rounded(total, out.dtype.element_ty), mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["tokens", "visible", "blocks", "tiles"])
+@triton.jit(do_not_specialize=["tokens", "visible", "blocks", "tiles", "restore_row"])
 def _restore_kernel(
     kept, restore, fill, out, tokens, visible, channels, blocks, tiles, kept_row, kept_token, restore_row,
     restore_entry, fill_row, fill_entry, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -89,16 +90,37 @@ def _restore_kernel(
 
 
 @triton.jit
+def _cos_sin(angle):
+    """Both for an angle in [0, 2 pi], to about an ulp: pi/2 in three parts, then polynomials on [-pi/4, pi/4].
+
+    The library's functions reduce any angle: twice the work, and an array in local memory.
+    """
+    quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
+    r = angle - quarter * 1.5703125
+    r = r - quarter * 4.837512969970703125e-4
+    r = r - quarter * 7.549789954891882e-8
+    z = r * r
+    sin = r + r * z * ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1)
+    cos = 1.0 - 0.5 * z + z * z * ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2)
+    odd = (quarter == 1.0) | (quarter == 3.0)
+    cos_size, sin_size = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    return (
+        tl.where((quarter == 1.0) | (quarter == 2.0), -cos_size, cos_size),
+        tl.where((quarter == 2.0) | (quarter == 3.0), -sin_size, sin_size),
+    )
+
+
+@triton.jit
 def _normal(bits_radius, bits_angle):
     """Box-Muller: two normal numbers of two 32-bit ones."""
     u = ((bits_radius >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
     v = ((bits_angle >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
     radius = tl.sqrt_rn(-2.0 * tl.log(u))
-    angle = 6.283185307179586 * v
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    cos, sin = _cos_sin(6.283185307179586 * v)
+    return radius * cos, radius * sin
 
 
-@triton.jit(do_not_specialize=["tokens", "visible"])
+@triton.jit(do_not_specialize=["tokens", "visible", "restore_row"])
 def _restore_noise_kernel(
     kept, restore, keys, out, std, tokens, visible, channels, kept_row, kept_token, restore_row, restore_entry,
     keys_stride, BLOCK: tl.constexpr,
@@ -128,7 +150,7 @@ def _restore_noise_kernel(
             tl.store(place + start + c, rounded(z, out.dtype.element_ty), mask=start + c < channels)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "visible", "splits", "tiles"])
+@triton.jit(do_not_specialize=["rows", "tokens", "visible", "splits", "tiles", "restore_row"])
 def _fill_sums_kernel(
     grad, restore, sums, rows, tokens, visible, channels, splits, tiles, grad_row, grad_token, restore_row,
     restore_entry, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -176,7 +198,7 @@ def _inverse_gather(grad: Tensor, index: Tensor, clones: int, tokens: int, first
     outer = clones
     if all(t.stride(0) == inner * t.stride(1) for t in (grad, index)):
         outer, inner = 1, clones * inner  # the rows of a sample follow each other: one long row
-    config = launch.inverse_gather(channels, inner)
+    config = launch.inverse_gather(channels, inner, grad.element_size())
     tiles = divide_up(channels, config.channels)
     scale = clones // outer
     with on_device(grad):
