@@ -10,12 +10,12 @@ PYTEST := $(RUN) -m pytest
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.ready: $(NATIVE)
-	PYTHON=$(PYTHON) VENV=$(VENV) scripts/setup_env.sh
+$(VENV)/.ready-%: $(NATIVE) scripts/setup_env.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) scripts/setup_env.sh $*
 
-setup: $(VENV)/.ready  ## environment, pinned dependencies, native build
+setup: $(VENV)/.ready-test  ## environment, pinned dependencies, native build
 
-quickstart: setup  ## pre-train vision-tiny on real photographs, evaluate it, draw the picture
+quickstart: $(VENV)/.ready-quickstart  ## pre-train vision-tiny on real photographs, evaluate it, draw the picture
 	$(RUN) scripts/quickstart.py
 
 test: setup  ## every test this machine can run, in under 25 minutes on two cores

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Distribution, Extension, setup
@@ -72,14 +73,18 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         base = ROOT if self.editable_mode or self.inplace else Path(self.build_lib).resolve()
         lib = base / PACKAGE / "lib"
-        shutil.rmtree(lib, ignore_errors=True)
-        lib.mkdir(parents=True)
-        try:
-            self.build_native(lib)
-        except MissingTool as error:
-            print(f"d2v: native code is not built: {error}", file=sys.stderr)
-            record = {"built": [], "missing": [str(error)]}
-            (lib / "build.json").write_text(json.dumps(record, indent=2) + "\n")
+        lib.mkdir(parents=True, exist_ok=True)
+        # Beside the place, so that a file moves there in one step: until the build has succeeded the old libraries
+        # stay, and programs that have them open keep them.
+        with tempfile.TemporaryDirectory(prefix=".lib-", dir=lib.parent) as folder:
+            new = Path(folder)
+            try:
+                self.build_native(new)
+            except MissingTool as error:
+                print(f"d2v: native code is not built: {error}", file=sys.stderr)
+                record = {"built": [], "missing": [str(error)]}
+                (new / "build.json").write_text(json.dumps(record, indent=2) + "\n")
+            replace_files(new, lib)
 
     def build_native(self, lib: Path) -> None:
         torch = find_torch()
@@ -96,7 +101,7 @@ class CMakeBuild(build_ext):
         arguments = [
             cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('D2V_BUILD_TYPE') or 'Release'}",
-            f"-DCMAKE_INSTALL_PREFIX={lib}", f"-DD2V_TORCH={torch}", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DD2V_TORCH={torch}", f"-DPython_EXECUTABLE={sys.executable}",
             f"-DD2V_BUILD_CUDA={os.environ.get('D2V_BUILD_CUDA') or 'auto'}",
             f"-DD2V_BUILD_PYBIND={'OFF' if portable else 'ON'}",
         ]  # fmt: skip
@@ -105,13 +110,23 @@ class CMakeBuild(build_ext):
         subprocess.run([str(a) for a in arguments], check=True)
         stamp.write_text(key)
         subprocess.run([cmake, "--build", str(build)], check=True)
-        subprocess.run([cmake, "--install", str(build)], check=True)
+        subprocess.run([cmake, "--install", str(build), "--prefix", str(lib)], check=True)
 
     def get_outputs(self) -> list[str]:
         return []
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
+
+
+def replace_files(new: Path, old: Path) -> None:
+    """Moves the files of `new` into `old` and removes what else `old` holds."""
+    names = {path.name for path in new.iterdir()}
+    for name in sorted(names):
+        (new / name).replace(old / name)
+    for path in old.iterdir():
+        if path.name not in names:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def wants_portable_wheel(distribution: Distribution) -> bool:

@@ -200,8 +200,9 @@ class Trainer:
         total, masked = torch.zeros((), dtype=torch.float64, device=self.device), 0
         self.model.eval()
         self.window.pause_clock()
-        with torch.no_grad():
-            for batch in validation_batches(self.config, source, self.device):
+        held_out = validation_batches(self.config, source, self.device)
+        with torch.no_grad(), contextlib.closing(held_out):
+            for batch in held_out:
                 out = self.forward(batch)
                 total += torch.stack(list(out.losses.values())).sum()
                 masked += out.sample_size
@@ -290,8 +291,8 @@ def _loop(trainer: Trainer, folder: Path, bad: BadSamples, valid: Source | None,
     progress = Progress(trainer.update, config.run.steps)
     if trainer.update < config.run.steps and config.optim.warmup_steps >= config.run.steps:
         progress.say(f"note: optim.warmup_steps ({config.optim.warmup_steps}) covers all of run.steps")
+    batches = train_updates(config, trainer.source, trainer.update, trainer.device)
     try:
-        batches = train_updates(config, trainer.source, trainer.update, trainer.device)
         trainer.window.resume_clock()
         for micro_batches in batches:
             for batch in micro_batches:
@@ -314,6 +315,7 @@ def _loop(trainer: Trainer, folder: Path, bad: BadSamples, valid: Source | None,
         if stop.signal is not None:
             _leave(trainer, folder, bad, stop.signal)
     finally:
+        batches.close()  # ends the loader's workers, also when an error is on its way out
         metrics.close()
         board.close()
         progress.close()

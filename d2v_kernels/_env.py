@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 BACKEND_NAMES = ("auto", "reference", "native", "triton")
@@ -19,6 +20,7 @@ def _choice(name: str, allowed: tuple[str, ...], default: str) -> str:
     return value
 
 
+@functools.cache  # asked for at every call of an operator
 def default_backend() -> str:
     """Value of `D2V_KERNELS_BACKEND`, `auto` when unset; `ValueError` for an unknown name."""
     return _choice("D2V_KERNELS_BACKEND", BACKEND_NAMES, "auto")

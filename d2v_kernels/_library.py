@@ -11,7 +11,7 @@ import importlib
 import importlib.machinery
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -131,11 +131,17 @@ def function_address(library: str, name: str) -> int:
 
 
 class NativePlan:
-    """Tables of `update_ema_` for fixed tensors, whose addresses the caller guards; see `EmaPlan`."""
+    """Tables of `update_ema_` for fixed tensors, which it holds; see `EmaPlan`."""
 
-    def __init__(self, module: Module, entries: Sequence[tuple[int, ...]], device: torch.device) -> None:
-        self._device = device
-        self._plan = module.EmaPlan(entries, function_address(CPU_LIBRARY, "d2v_update_ema"))
+    def __init__(
+        self, module: Module, entries: Sequence[tuple[int, ...]], tensors: list[Tensor], device: torch.device
+    ) -> None:
+        self._device, self._on_host = device, device.type == "cpu"
+        names = ("d2v_update_ema", "d2v_tensors_moved", "d2v_release_tensors")
+        functions = [function_address(CPU_LIBRARY, name) for name in names]
+        self._plan = module.EmaPlan(entries, *functions, torch.ops.d2v_native.hold_tensors(tensors))
+        self.moved: Callable[[], bool] = self._plan.moved
+        """True when the memory of a tensor lies elsewhere than when the plan was made."""
         if device.type == "cuda":
             table = bytearray(self._plan.device_table())
             self._table = torch.frombuffer(table, dtype=torch.uint8).to(device) if table else None
@@ -149,7 +155,7 @@ class NativePlan:
                 weight_tensor.device == self._device, "update_ema_", "device of weight", self._device,
                 weight_tensor.device,
             )  # fmt: skip
-        if self._device.type == "cpu":
+        if self._on_host:
             self._plan.step(weight if weight_tensor is None else float(weight_tensor))
         elif self._table is not None:
             address = 0 if weight_tensor is None else weight_tensor.data_ptr()
@@ -183,7 +189,7 @@ def make_ema_plan(averages: Sequence[Tensor], sources: Sequence[Tensor], copies:
                 NO_COPY if copy is None else TYPE_NUMBERS[copy.dtype],
             )
         )  # fmt: skip
-    return NativePlan(_module, entries, device)
+    return NativePlan(_module, entries, [*averages, *sources, *copies], device)
 
 
 def _flat(average: Tensor, source: Tensor, copy: Tensor | None) -> bool:

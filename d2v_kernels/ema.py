@@ -76,7 +76,7 @@ class EmaPlan:
         if plan is None:
             update_ema_(self._averages, self._sources, decay, copies=self._copies)
             return
-        if list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses:
+        if self._moved():
             if self._tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("EmaPlan: a tensor has moved; step once outside the graph capture to rebuild")
             self._build()
@@ -88,7 +88,7 @@ class EmaPlan:
     def _build(self) -> None:
         averages, sources, copies = _local(self._averages, self._sources, self._copies)
         self._tensors = [*averages, *sources, *copies]
-        self._addresses = [t.data_ptr() for t in self._tensors]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._forced = forced_backend()
         self._plan = None
         if averages:
@@ -96,6 +96,10 @@ class EmaPlan:
             backend = choose(Case("update_ema_", averages[0].device.type, dtypes)).name
             make = {"native": _library.make_ema_plan, "triton": _triton.make_ema_plan}.get(backend)
             self._plan = make(averages, sources, copies) if make else None
+        self._moved = self._plan.moved if self.native else self._has_moved
+
+    def _has_moved(self) -> bool:
+        return list(map(Tensor.data_ptr, self._tensors)) != self._addresses
 
 
 def _weight(decay: float | Tensor) -> tuple[float, Tensor | None]:

@@ -58,7 +58,7 @@ class Backend:
 
 
 _backends: dict[str, Backend] = {}
-_chosen: dict[tuple[Case, str], Callable[..., Any]] = {}
+_chosen: dict[tuple[object, ...], Callable[..., Any]] = {}
 _forced = "auto"
 
 
@@ -123,15 +123,15 @@ def choose(case: Case, forced: str | None = None) -> Backend:
     if name != "auto" and name not in _backends:
         reasons = [f"backend {name} is not part of this installation"]
     dtypes = ", ".join(str(d).removeprefix("torch.") for d in case.dtypes)
-    wanted = "no backend" if name == "auto" else f"backend {name}"
-    raise NotImplementedError(f"{case.op}: {wanted} can run ({case.device}; {dtypes}): " + "; ".join(reasons))
+    outcome = "no backend can" if name == "auto" else f"backend {name} cannot"
+    raise NotImplementedError(f"{case.op}: {outcome} run ({case.device}; {dtypes}): " + "; ".join(reasons))
 
 
 def implementation(op: str, device: str, dtypes: tuple[torch.dtype, ...], *traits: str) -> Callable[..., Any]:
     """The body to call for this case; remembered, so that a repeated call costs one dictionary look-up."""
-    key = (Case(op, device, dtypes, traits), forced_backend())
+    key = (op, device, dtypes, traits, forced_backend())
     body = _chosen.get(key)
     if body is None:
-        body = choose(key[0]).implementations[op]
+        body = choose(Case(op, device, dtypes, traits)).implementations[op]
         _chosen[key] = body
     return body

@@ -19,8 +19,19 @@
   T* name = reinterpret_cast<T*>(d2v_dynamic_shared)
 // A parameter too large to be copied for every thread.
 #define D2V_PARAMETER(...) const __grid_constant__ __VA_ARGS__
+// Stops the kernel with a device-side assertion, in release builds too, as torch's own kernels do: the way in which
+// a value that only the device knows can be refused.
+#define D2V_CHECK(condition, text)                                            \
+  do {                                                                        \
+    if (!(condition)) ::d2v::stop_kernel(text, __FILE__, __LINE__, __func__); \
+  } while (0)
 
 namespace d2v {
+
+__device__ __forceinline__ void stop_kernel(const char* text, const char* file, unsigned line, const char* function) {
+  __assert_fail(text, file, line, function);
+  __builtin_unreachable();
+}
 
 // Makes a device current, and the one before it again at the end.
 class DeviceScope {
@@ -59,14 +70,34 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
 }
 
+// Lets a kernel have that much dynamic shared memory; beyond 48 KiB it must be asked for.
+template <class... P>
+cudaError_t allow_shared(void (*kernel)(P...), int64_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
+
+// What a block may have at most, and how many multiprocessors there are.
+inline cudaError_t query_device(int device, int64_t* shared_bytes, int* multiprocessors) {
+  int bytes = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *shared_bytes = bytes;
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, device);
+}
+
 inline const char* error_text(cudaError_t error) { return cudaGetErrorString(error); }
 
 }  // namespace d2v
 #elif defined(D2V_ENGINE)
 namespace d2v {
+using engine::allow_shared;
+using engine::AsIs;
 using engine::DeviceScope;
 using engine::error_text;
 using engine::launch;
+using engine::query_device;
 }  // namespace d2v
 #else
 #error "nvcc, or csrc/tests/engine/engine.h included before"

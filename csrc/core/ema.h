@@ -21,10 +21,13 @@ struct EmaTensor {
 // Elements [begin, end) of one tensor.
 struct EmaKernels {
   void (*update)(const EmaTensor* tensor, int64_t begin, int64_t end, double weight);
+  void (*finish)();  // after the last update of a thread: what it wrote past the caches becomes visible
 };
 const EmaKernels& ema_kernels();
 
-constexpr int64_t kEmaChunk = 16384;  // elements; a multiple of every vector, so that chunks stay aligned
+// The unit in which work is shared out: a multiple of every vector, so that pieces stay aligned, and about as many
+// elements as take the time that a tensor costs whatever its size.
+constexpr int64_t kEmaChunk = 512;
 
 // first_chunk[i] = number of chunks before tensor i; count + 1 entries. Inline: a plan indexes in another library.
 inline void index_ema_chunks(const EmaTensor* tensors, int64_t count, int64_t* first_chunk) {
@@ -37,6 +40,9 @@ void update_ema(const EmaTensor* tensors, int64_t count, const int64_t* first_ch
 
 // update_ema on torch's threads; libd2v_cpu exports it as the C function d2v_update_ema, for plans.
 typedef void (*EmaUpdate)(const EmaTensor* tensors, int64_t count, const int64_t* first_chunk, double weight);
+// d2v_tensors_moved and d2v_release_tensors of libd2v_cpu: about the tensors that its operator hold_tensors took.
+typedef int (*TensorsMoved)(const void* held);
+typedef void (*ReleaseTensors)(void* held);
 
 // ---- CUDA: ema.cu, in the library d2v_cuda ----
 

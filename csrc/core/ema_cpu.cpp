@@ -5,7 +5,8 @@
 namespace d2v {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // elements that stay in the nearest cache between the update and the copy
+constexpr int64_t kBlock = 2048;   // elements that stay in the nearest cache between the update and the copy
+constexpr int64_t kLarge = 65536;  // elements of a tensor whose copy has left the caches when it is read
 
 template <class TA, class TS>
 void update_block(TA* average, const TS* source, int64_t n, Acc<TA> w) {
@@ -23,13 +24,13 @@ void update_block(TA* average, const TS* source, int64_t n, Acc<TA> w) {
   }
 }
 
-// Written past the caches where the address allows: nobody reads the copies before the next forward pass.
+// stream: past the caches where the address allows: nobody reads the copies before the next forward pass.
 template <class TA, class TC>
-void copy_block(TC* copy, const TA* average, int64_t n) {
+void copy_block(TC* copy, const TA* average, int64_t n, bool stream) {
   typedef Acc<TA> A;
   constexpr int L = kLanes<A>;
   int64_t i = 0;
-  if (is_aligned(copy, 64)) {
+  if (stream && is_aligned(copy, 64)) {
     for (; i + 2 * L <= n; i += 2 * L) {  // two: a whole line of a 16-bit copy
       Convert<A, TC>::stream(copy + i, load<A>(average + i));
       Convert<A, TC>::stream(copy + i + L, load<A>(average + i + L));
@@ -40,15 +41,15 @@ void copy_block(TC* copy, const TA* average, int64_t n) {
 }
 
 typedef void (*UpdateBlock)(void* average, const void* source, int64_t n, double weight);
-typedef void (*CopyBlock)(void* copy, const void* average, int64_t n);
+typedef void (*CopyBlock)(void* copy, const void* average, int64_t n, bool stream);
 
 template <class TA, class TS>
 void update_types(void* average, const void* source, int64_t n, double weight) {
   update_block(static_cast<TA*>(average), static_cast<const TS*>(source), n, static_cast<Acc<TA>>(weight));
 }
 template <class TA, class TC>
-void copy_types(void* copy, const void* average, int64_t n) {
-  copy_block(static_cast<TC*>(copy), static_cast<const TA*>(average), n);
+void copy_types(void* copy, const void* average, int64_t n, bool stream) {
+  copy_block(static_cast<TC*>(copy), static_cast<const TA*>(average), n, stream);
 }
 
 // By average type and source type, in the order of DType; fp64 goes with fp64 alone.
@@ -72,14 +73,15 @@ void update(const EmaTensor* e, int64_t begin, int64_t end, double weight) {
     const int64_t n = end - i < kBlock ? end - i : kBlock;
     char* const average = static_cast<char*>(e->average) + i * a;
     if (weight != 0) update_one(average, static_cast<const char*>(e->source) + i * s, n, weight);
-    if (copy_one) copy_one(static_cast<char*>(e->copy) + i * c, average, n);
+    if (copy_one) copy_one(static_cast<char*>(e->copy) + i * c, average, n, e->count >= kLarge);
   }
-  if (copy_one) finish_streaming();
 }
+
+void finish() { finish_streaming(); }
 
 }  // namespace
 
 extern const EmaKernels D2V_TABLE(ema_kernels);
-const EmaKernels D2V_TABLE(ema_kernels) = {update};
+const EmaKernels D2V_TABLE(ema_kernels) = {update, finish};
 
 }  // namespace d2v

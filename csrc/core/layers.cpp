@@ -57,7 +57,7 @@ class Average {
     const int64_t rows = bytes / (a_.K * row_bytes_);
     return rows < 8 ? 8 : rows > most ? most : rows & ~int64_t{7};
   }
-  int64_t block_rows() const { return a_.norm == kNormLayer ? rows_of(640 << 10, 48) : rows_of(384 << 10, 32); }
+  int64_t block_rows() const { return a_.norm == kNormLayer ? rows_of(384 << 10, 48) : rows_of(384 << 10, 32); }
 
   // Rows [t0, t1) of sample b: combine, normalise if that is over C, cast, write. Rows past the length become 0.
   void write_rows(int64_t b, int64_t t0, int64_t t1, const char* mean, const char* scale, bool per_row, char* block) {
@@ -103,11 +103,12 @@ class Average {
 
   // Statistics of sample b over time for layers [k0, k1), added to (mean, m2), each (K, C).
   void add_sample(int64_t b, int64_t k0, int64_t k1, int64_t seen, char* mean, char* m2) {
+    std::vector<char> scratch(static_cast<size_t>(2 * a_.C * acc_));
     for (int64_t t = 0; t < length(b); t += kStatRows) {
       const int64_t n = length(b) - t < kStatRows ? length(b) - t : kStatRows;
       for (int64_t k = k0; k < k1; ++k) {
         kernels_.column_stats(a_.type, row(k, b, t), a_.time_stride[k], n, a_.C, seen + t, mean + k * a_.C * acc_,
-                              m2 + k * a_.C * acc_);
+                              m2 + k * a_.C * acc_, scratch.data());
       }
     }
   }
@@ -174,14 +175,17 @@ class Average {
     const int64_t groups = a_.out_norm == kNormInstance ? a_.B : 1, per_group = a_.B / (groups > 0 ? groups : 1);
     const int64_t sample = a_.T * a_.C;
     parallel_for(parallel_, groups, grain_of(per_group * sample * acc_), [&](int64_t g0, int64_t g1) {
-      std::vector<char> stats(static_cast<size_t>(2 * a_.C * acc_));
+      std::vector<char> stats(static_cast<size_t>(2 * a_.C * acc_)), scratch(stats.size());
       char* m2 = stats.data() + a_.C * acc_;
       for (int64_t g = g0; g < g1; ++g) {
         std::memset(stats.data(), 0, stats.size());
         int64_t seen = 0;
         for (int64_t b = g * per_group; b < (g + 1) * per_group; ++b) {
-          kernels_.column_stats(acc_type_, mean_out_ + b * sample * acc_, a_.C, length(b), a_.C, seen, stats.data(),
-                                m2);
+          for (int64_t t = 0; t < length(b); t += kStatRows) {
+            const int64_t n = length(b) - t < kStatRows ? length(b) - t : kStatRows;
+            kernels_.column_stats(acc_type_, mean_out_ + (b * sample + t * a_.C) * acc_, a_.C, n, a_.C, seen + t,
+                                  stats.data(), m2, scratch.data());
+          }
           seen += length(b);
         }
         kernels_.column_scale(acc_type_, m2, a_.C, seen, a_.eps, 1.0);

@@ -41,9 +41,9 @@ struct CombineArgs {
 };
 
 struct LayersKernels {
-  // Merges `rows` rows into (mean, m2) per channel, which hold `seen` rows before.
+  // Merges `rows` rows into (mean, m2) per channel, which hold `seen` rows before. scratch: 2 C numbers of A.
   void (*column_stats)(DType type, const void* x, int64_t stride, int64_t rows, int64_t C, int64_t seen, void* mean,
-                       void* m2);
+                       void* m2, void* scratch);
   // m2 -> factor / sqrt(m2 / count + eps), n numbers.
   void (*column_scale)(DType type, void* m2, int64_t n, int64_t count, double eps, double factor);
   // mean and scale of each row over C.

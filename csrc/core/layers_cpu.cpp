@@ -5,9 +5,10 @@
 namespace d2v {
 namespace {
 
-constexpr int kChunk = 16;  // rows that are gone through twice while they are in the nearest cache
-constexpr int kSums = 2;    // of a column: an addition need not wait for the one before it
+constexpr int kChunk = 8;  // rows that are gone through twice while they are in the nearest cache
+constexpr int kSums = 2;   // of a column: an addition need not wait for the one before it
 constexpr int kRows = kVectorBytes == 64 ? 8 : 4;
+constexpr int kStatRows = kVectorBytes == 64 ? 8 : 2;  // whose statistics over channels are formed together
 
 struct Merge {  // weights of Chan's merge of `rows` new rows into `seen` old ones
   double mean, m2;
@@ -73,13 +74,14 @@ void chunk_rest(const T* x, int64_t stride, int lanes, const Chunk<Acc<T>>& k, A
   store_part<A>(m2, load_part<A>(m2, lanes) + (q + delta * delta * k.m2), lanes);
 }
 
+// Statistics of rows by themselves, into (mean, m2) that are 0.
 template <class T>
-void column_stats_of(const T* x, int64_t stride, int64_t rows, int64_t C, int64_t seen, Acc<T>* mean, Acc<T>* m2) {
+void block_stats(const T* x, int64_t stride, int64_t rows, int64_t C, Acc<T>* mean, Acc<T>* m2) {
   typedef Acc<T> A;
   constexpr int L = kLanes<A>;
   for (int64_t t = 0; t < rows; t += kChunk) {
     const int64_t n = rows - t < kChunk ? rows - t : kChunk;
-    const Merge merge(seen + t, n);
+    const Merge merge(t, n);
     const Chunk<A> k{n, A(1) / static_cast<A>(n), static_cast<A>(merge.mean), static_cast<A>(merge.m2)};
     const T* p = x + t * stride;
     const T* next = t + 2 * kChunk <= rows ? p + kChunk * stride : p;
@@ -95,12 +97,30 @@ void column_stats_of(const T* x, int64_t stride, int64_t rows, int64_t C, int64_
   }
 }
 
+// In two levels, chunks into a block and the block into what was seen: few merges, few roundings.
+template <class T>
+void column_stats_of(const T* x, int64_t stride, int64_t rows, int64_t C, int64_t seen, Acc<T>* mean, Acc<T>* m2,
+                     Acc<T>* scratch) {
+  typedef Acc<T> A;
+  A *const block_mean = scratch, *const block_m2 = scratch + C;
+  memset(scratch, 0, static_cast<size_t>(2 * C) * sizeof(A));
+  block_stats(x, stride, rows, C, block_mean, block_m2);
+  const Merge merge(seen, rows);
+  const A w = static_cast<A>(merge.mean), w2 = static_cast<A>(merge.m2);
+  for (int64_t c = 0; c < C; ++c) {
+    const A delta = block_mean[c] - mean[c];
+    mean[c] += delta * w;
+    m2[c] += block_m2[c] + delta * delta * w2;
+  }
+}
+
 void column_stats(DType type, const void* x, int64_t stride, int64_t rows, int64_t C, int64_t seen, void* mean,
-                  void* m2) {
+                  void* m2, void* scratch) {
   with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
     typedef Acc<T> A;
-    column_stats_of(static_cast<const T*>(x), stride, rows, C, seen, static_cast<A*>(mean), static_cast<A*>(m2));
+    column_stats_of(static_cast<const T*>(x), stride, rows, C, seen, static_cast<A*>(mean), static_cast<A*>(m2),
+                    static_cast<A*>(scratch));
   });
 }
 
@@ -122,40 +142,54 @@ void column_scale(DType type, void* m2, int64_t n, int64_t count, double eps, do
   }
 }
 
-// Two passes over a row that the first one brings into the nearest cache.
-template <class T>
-D2V_INLINE void row_moments(const T* x, int64_t C, Acc<T> inverse, Acc<T>* mean, Acc<T>* variance) {
+// d with the lanes from `lanes` on set to 0.
+template <class A>
+D2V_INLINE Vec<A> first_lanes(Vec<A> d, int lanes) {
+  Vec<A> number;
+  for (int i = 0; i < kLanes<A>; ++i) number[i] = static_cast<A>(i);
+  return number < static_cast<A>(lanes) ? d : Vec<A>{};
+}
+
+// Sums of x - from, or of its square, over N rows at once: no row's additions wait for another's. The first pass asks
+// for the rows after these.
+template <class T, int N, bool SQUARE>
+D2V_INLINE void sum_rows(const T* x, int64_t stride, int64_t C, const Acc<T>* from, Acc<T>* total) {
   typedef Acc<T> A;
   typedef PairOrder<A, T> Order;
   constexpr int L = kLanes<A>;
-  const int64_t whole = C / (4 * L) * (4 * L);
-  const A first = static_cast<A>(widen(x[0]));  // taken off, so that the mean of equal numbers is that number exactly
-  Pair<A> s[2] = {}, q[2] = {};
-  for (int64_t c = 0; c < whole; c += 4 * L) {
-    for (int j = 0; j < 2; ++j) {
-      const Pair<A> v = Order::load(x + c + 2 * j * L);
-      s[j].a += v.a - first;
-      s[j].b += v.b - first;
+  Pair<A> sum[N] = {};
+  int64_t c = 0;
+  for (; c + 2 * L <= C; c += 2 * L) {
+    for (int j = 0; j < N; ++j) {
+      if (!SQUARE) prefetch_pair(x + (j + N) * stride + c);
+      const Pair<A> v = Order::load(x + j * stride + c);
+      const Vec<A> da = v.a - from[j], db = v.b - from[j];
+      sum[j].a += SQUARE ? da * da : da;
+      sum[j].b += SQUARE ? db * db : db;
     }
   }
-  A rest = 0;
-  for (int64_t c = whole; c < C; ++c) rest += static_cast<A>(widen(x[c])) - first;
-  const A m = first + (sum_lanes<A>((s[0].a + s[0].b) + (s[1].a + s[1].b)) + rest) * inverse;
-  for (int64_t c = 0; c < whole; c += 4 * L) {
-    for (int j = 0; j < 2; ++j) {
-      const Pair<A> v = Order::load(x + c + 2 * j * L);
-      const Vec<A> da = v.a - m, db = v.b - m;
-      q[j].a += da * da;
-      q[j].b += db * db;
+  for (; c < C; c += L) {
+    const int lanes = C - c < L ? static_cast<int>(C - c) : L;
+    for (int j = 0; j < N; ++j) {
+      const Vec<A> d = first_lanes<A>(load_part<A>(x + j * stride + c, lanes) - from[j], lanes);
+      sum[j].a += SQUARE ? d * d : d;
     }
   }
-  rest = 0;
-  for (int64_t c = whole; c < C; ++c) {
-    const A d = static_cast<A>(widen(x[c])) - m;
-    rest += d * d;
-  }
-  *mean = m;
-  *variance = (sum_lanes<A>((q[0].a + q[0].b) + (q[1].a + q[1].b)) + rest) * inverse;
+  for (int j = 0; j < N; ++j) total[j] = sum_lanes<A>(sum[j].a + sum[j].b);
+}
+
+// Mean and variance of N rows in two passes. The first number of a row is taken off, so that the mean of equal numbers
+// is that number exactly.
+template <class T, int N>
+D2V_INLINE void row_moments(const T* x, int64_t stride, int64_t C, Acc<T>* mean, Acc<T>* variance) {
+  typedef Acc<T> A;
+  const A inverse = A(1) / static_cast<A>(C);
+  A first[N], sum[N];
+  for (int j = 0; j < N; ++j) first[j] = static_cast<A>(widen(x[j * stride]));
+  sum_rows<T, N, false>(x, stride, C, first, sum);
+  for (int j = 0; j < N; ++j) mean[j] = first[j] + sum[j] * inverse;
+  sum_rows<T, N, true>(x, stride, C, mean, sum);
+  for (int j = 0; j < N; ++j) variance[j] = sum[j] * inverse;
 }
 
 D2V_INLINE float root(float x) { return __builtin_sqrtf(x); }
@@ -166,13 +200,12 @@ void row_stats(DType type, const void* x, int64_t stride, int64_t rows, int64_t 
   with_type(type, [&](auto zero) {
     typedef decltype(zero) T;
     typedef Acc<T> A;
-    for (int64_t t = 0; t < rows; ++t) {
-      A m, v;
-      const T* row = static_cast<const T*>(x) + t * stride;
-      row_moments(row, C, A(1) / static_cast<A>(C), &m, &v);
-      static_cast<A*>(mean)[t] = m;
-      static_cast<A*>(scale)[t] = static_cast<A>(factor) / root(v + static_cast<A>(eps));
-    }
+    const T* const row = static_cast<const T*>(x);
+    A *const m = static_cast<A*>(mean), *const s = static_cast<A*>(scale);
+    int64_t t = 0;
+    for (; t + kStatRows <= rows; t += kStatRows) row_moments<T, kStatRows>(row + t * stride, stride, C, m + t, s + t);
+    for (; t < rows; ++t) row_moments<T, 1>(row + t * stride, stride, C, m + t, s + t);
+    for (t = 0; t < rows; ++t) s[t] = static_cast<A>(factor) / root(s[t] + static_cast<A>(eps));
   });
 }
 
@@ -321,7 +354,7 @@ void normalise_rows_of(A* block, int64_t rows, int64_t C, double eps) {
   for (int64_t t = 0; t < rows; ++t) {
     A* row = block + t * C;
     A m, v;
-    row_moments(row, C, A(1) / static_cast<A>(C), &m, &v);
+    row_moments<A, 1>(row, C, C, &m, &v);
     const A s = A(1) / root(v + static_cast<A>(eps));
     for (int64_t c = 0; c < C; ++c) row[c] = (row[c] - m) * s;
   }

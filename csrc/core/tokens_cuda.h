@@ -5,14 +5,10 @@
 // assertion, as torch's own indexing does. `workspace` is device memory, 16-byte aligned, of the size that the
 // function beside it tells.
 #pragma once
+#include "stream.h"
 #include "tokens.h"
 
 namespace d2v {
-
-struct Stream {
-  int32_t device;
-  void* stream;
-};
 
 int launch_gather_tokens(const GatherArgs& args, int64_t tokens, Stream on);
 
@@ -30,16 +26,17 @@ constexpr int64_t kMaxIndexColumns = INT32_MAX;
 
 // ---- launch choice: functions of shapes and addresses alone ----
 
-// Rows of bytes are copied `width` bytes at a time by `lanes` threads each, kRowsInFlight rows per thread at once.
+// Rows are accessed `width` bytes at a time by `lanes` threads each, with `rows_at_once` rows per thread.
 struct RowPlan {
   int width;        // 16, 8, 4, 2 or 1
   int64_t vectors;  // accesses in a row
   int lanes;        // a power of two, 1 to 32
   int64_t blocks;
 };
-constexpr int kTokenThreads = 256, kRowsInFlight = 4;
+constexpr int kTokenThreads = 256;
+constexpr int kRowsInFlight = 4;
 // `joined` is the bitwise or of all addresses and strides in bytes.
-RowPlan plan_rows(int64_t rows, int64_t row_bytes, uint64_t joined);
+RowPlan plan_rows(int64_t rows, int64_t row_bytes, uint64_t joined, int rows_at_once);
 
 // Rows summed in two stages: `chunks` partial sums of `rows` rows each, then those.
 struct SumPlan {

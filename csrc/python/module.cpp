@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -27,8 +28,12 @@ class EmaPlan {
   // Each entry: (average, source, copy or 0, elements, average type, source type, copy type or -1).
   using Entry = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int, int, int>;
 
-  // update: address of d2v_update_ema of libd2v_cpu, which has the kernels and torch's threads.
-  EmaPlan(const std::vector<Entry>& entries, uintptr_t update) : update_(reinterpret_cast<EmaUpdate>(update)) {
+  // Addresses of functions of libd2v_cpu, which has the kernels, torch's threads and torch's tensors; held: what its
+  // operator hold_tensors returned, or 0. The plan releases it.
+  EmaPlan(const std::vector<Entry>& entries, uintptr_t update, uintptr_t moved, uintptr_t release, uintptr_t held)
+      : update_(reinterpret_cast<EmaUpdate>(update)),
+        moved_(reinterpret_cast<TensorsMoved>(moved)),
+        held_(pointer<void>(held), reinterpret_cast<ReleaseTensors>(release)) {
     for (const auto& [average, source, copy, count, average_type, source_type, copy_type] : entries) {
       tensors_.push_back({pointer<void>(average), pointer<void>(source), pointer<void>(copy), count,
                           static_cast<DType>(average_type), static_cast<DType>(source_type),
@@ -40,6 +45,7 @@ class EmaPlan {
   }
 
   void step(double weight) const { update_(tensors_.data(), size(), first_chunk_.data(), weight); }
+  bool moved() const { return held_ && moved_(held_.get()) != 0; }
 
   // CUDA: the chunk table, to be copied to the device by the caller, who keeps that memory.
   py::bytes device_table() {
@@ -78,6 +84,8 @@ class EmaPlan {
   std::vector<int64_t> first_chunk_;
   std::vector<EmaGroup> groups_;
   EmaUpdate update_;
+  TensorsMoved moved_;
+  std::unique_ptr<void, ReleaseTensors> held_;
 };
 
 MaskKind mask_kind(const std::string& name) {
@@ -143,7 +151,9 @@ PYBIND11_MODULE(_native, m) {
       "int32, "
       "numbers int64; visible -1 and addresses 0 where rows mask different counts.");
   py::class_<EmaPlan>(m, "EmaPlan")
-      .def(py::init<const std::vector<EmaPlan::Entry>&, uintptr_t>(), py::arg("entries"), py::arg("update"))
+      .def(py::init<const std::vector<EmaPlan::Entry>&, uintptr_t, uintptr_t, uintptr_t, uintptr_t>(),
+           py::arg("entries"), py::arg("update"), py::arg("moved") = 0, py::arg("release") = 0, py::arg("held") = 0)
+      .def("moved", &EmaPlan::moved)
       .def("step", &EmaPlan::step, py::arg("weight"), py::call_guard<py::gil_scoped_release>())
       .def("device_table", &EmaPlan::device_table)
       .def("step_device", &EmaPlan::step_device, py::arg("weight"), py::arg("launch"), py::arg("table"),

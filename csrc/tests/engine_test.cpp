@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <memory>
 // The engine comes first.
+#include "../core/async.cuh"
 #include "../core/vec.cuh"
 
 using d2v::launch;
@@ -162,6 +163,33 @@ __global__ void take_too_much_shared(char* out) {
   out[0] = s[0];
 }
 
+// Doubles STEPS rows of 32 numbers that pass through two buffers: while one is read, the next row arrives in the other.
+constexpr int kSteps = 5;
+__global__ void double_rows(const float* x, float* out, bool wait, bool read_before_copy, bool own_place) {
+  D2V_SHARED(float, buffer, [2][32 * 4]);
+  const int lane = static_cast<int>(threadIdx.x), place = own_place ? lane : 31 - lane;
+  const auto copy = [&](int step) {
+    if (step < kSteps) d2v::copy_async(&buffer[step & 1][lane * 4], x + (step * 32 + lane) * 4);
+    d2v::commit_copies();
+  };
+  copy(0);
+  copy(1);
+  for (int step = 0; step < kSteps; ++step) {
+    if (wait) d2v::wait_copies<1>();
+    if (!own_place) __syncthreads();
+    if (!read_before_copy) copy(step + 2);
+    const d2v::Vec<float, 4> v = d2v::load<4>(&buffer[step & 1][place * 4]);
+    if (own_place) __syncthreads();
+    if (read_before_copy) copy(step + 2);
+    for (int i = 0; i < 4; ++i) out[(step * 32 + place) * 4 + i] = 2 * v.v[i];
+  }
+}
+
+__global__ void copy_misaligned(const float* x) {
+  D2V_SHARED(float, buffer, [8]);
+  d2v::copy_async(buffer, x + 1);
+}
+
 // ---- running them ----
 
 // On the heap and of the exact size, so that AddressSanitizer sees the end.
@@ -224,6 +252,15 @@ void run_vectors(int offset) {
   expect(out[127] == 1, "copy_vectors");
 }
 
+void run_double_rows(bool wait, bool read_before_copy, bool own_place) {
+  constexpr size_t n = kSteps * 32 * 4;
+  auto x = make<float>(n, 1.0f), out = make<float>(n);
+  launch(double_rows, 1, 32, 0, nullptr, x.get(), out.get(), wait, read_before_copy, own_place);
+  const bool right = std::all_of(out.get(), out.get() + n, [](float v) { return v == 2; });
+  if (wait && read_before_copy && own_place) expect(right, "double_rows");
+  if (!right) puts("wrong result: double_rows");
+}
+
 void run_rows(int n) {
   auto x = make<float>(64, 1.0f), out = make<float>(64);
   launch(copy_rows, 1, 32, 0, nullptr, x.get(), out.get(), n);
@@ -243,6 +280,7 @@ void run_everything_right() {
     run_sum_columns(true);
     run_sum_by_last_block(true);
     run_vectors(0);
+    run_double_rows(true, true, true);
     run_rows(64);
     run_index_shared(0);
   }
@@ -288,6 +326,8 @@ bool run_defect_of_the_launch(const std::string& name) {
     report_error([&] { launch(take_too_much_shared, 1, 32, 0, nullptr, bytes.get()); });
   } else if (name == "too-many-threads") {
     report_error([&] { launch(barrier_in_one_branch, 1, 1025, 0, nullptr); });
+  } else if (name == "copy-misaligned") {
+    report_error([&] { launch(copy_misaligned, 1, 1, 0, nullptr, out.get()); });
   } else if (name == "grid-too-high") {
     report_error([&] { launch(barrier_in_one_branch, dim3(1, 65536), 32, 0, nullptr); });
   } else {
@@ -311,6 +351,12 @@ bool run_defect_of_memory(const std::string& name) {
     run_sum_columns(false);
   } else if (name == "fence-missing") {
     run_sum_by_last_block(false);
+  } else if (name == "copy-not-waited-for") {
+    run_double_rows(false, true, true);
+  } else if (name == "buffer-overwritten-too-early") {
+    run_double_rows(true, false, true);
+  } else if (name == "buffer-of-another-overwritten-too-early") {
+    run_double_rows(true, true, false);
   } else {
     return false;
   }

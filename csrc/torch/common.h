@@ -58,13 +58,16 @@ inline void check_last_stride(const char* op, const char* name, const Tensor& t)
                   ": expected 1, got ", t.stride(last));
 }
 
-// A 1-D (rows: one) or 2-D index tensor.
-inline Indices indices(const char* op, const char* name, const Tensor& t, int64_t dims) {
-  check_dims(op, name, t, dims);
+// A 1-D (rows: one) or 2-D index tensor, wherever it is.
+inline Indices describe_indices(const char* op, const char* name, const Tensor& t) {
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, ": dtype of ", name,
                   ": expected int32 or int64, got type number ", static_cast<int>(type));
-  return {t.const_data_ptr(), type == ScalarType::Long, dims == 2 ? t.stride(0) : 0, t.stride(dims - 1)};
+  return {t.const_data_ptr(), type == ScalarType::Long, t.dim() == 2 ? t.stride(0) : 0, t.stride(t.dim() - 1)};
+}
+inline Indices indices(const char* op, const char* name, const Tensor& t, int64_t dims) {
+  check_dims(op, name, t, dims);
+  return describe_indices(op, name, t);
 }
 
 // Raises if an index is not in [0, limit).

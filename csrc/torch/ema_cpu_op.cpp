@@ -1,4 +1,6 @@
-// update_ema_ on CPU tensors.
+// update_ema_ on CPU tensors, and the tensors of plans.
+#include <memory>
+
 #include "../core/ema.h"
 #include "common.h"
 
@@ -89,4 +91,46 @@ void update_ema_cpu(const std::vector<Tensor>& averages, const std::vector<Tenso
   update_ema(tables.tensors().data(), count, first_chunk.data(), weight, torch_parallel());
 }
 
+// The tensors of a plan, held, so that a step can look at their addresses without asking Python. What moves a tensor's
+// memory (`.data =`, `set_`) changes the object that is held here too; torch refuses to swap a tensor that is held.
+struct HeldTensors {
+  std::vector<Tensor> tensors;
+  std::vector<const void*> addresses;
+};
+
+namespace {
+
+const void* address_of(const Tensor& t) {
+  void* address = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t.get(), &address));
+  return address;
+}
+
+int64_t hold_tensors(const std::vector<Tensor>& tensors) {
+  auto held = std::make_unique<HeldTensors>();
+  held->tensors = tensors;
+  for (const Tensor& t : tensors) held->addresses.push_back(address_of(t));
+  return static_cast<int64_t>(reinterpret_cast<intptr_t>(held.release()));
+}
+
+}  // namespace
 }  // namespace d2v
+
+extern "C" {
+// 1 if the memory of one of the tensors lies elsewhere than when they were taken.
+D2V_EXPORT int d2v_tensors_moved(const void* held) {
+  const auto* h = static_cast<const d2v::HeldTensors*>(held);
+  for (size_t i = 0; i < h->tensors.size(); ++i) {
+    if (d2v::address_of(h->tensors[i]) != h->addresses[i]) return 1;
+  }
+  return 0;
+}
+
+D2V_EXPORT void d2v_release_tensors(void* held) { delete static_cast<d2v::HeldTensors*>(held); }
+}
+
+// For plans alone; without a public twin.
+STABLE_TORCH_LIBRARY_FRAGMENT(d2v_native, m) { m.def("hold_tensors(Tensor[] tensors) -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(d2v_native, CompositeExplicitAutograd, m) {
+  m.impl("hold_tensors", TORCH_BOX(&d2v::hold_tensors));
+}

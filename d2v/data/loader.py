@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from d2v.data.vision import (
     random_stream,
 )
 
+TERM_GRACE_SECONDS = 10
+"""Life of a loader worker after a SIGTERM."""
 FIRST_VERDICT = 200
 """Samples tried before the share of bad ones is judged (or all, when there are fewer)."""
 
@@ -67,14 +69,15 @@ class UpdateSampler:
                 yield indices[start : start + self.micro]
 
 
-def ignore_signals(_worker: int) -> None:
+def outlive_signals(_worker: int) -> None:
     """Ctrl-C and a job scheduler's SIGTERM reach the whole process group; the main process alone decides what follows.
 
     A worker that died of them would raise in the main process in the middle of an update. Workers leave when told to,
-    or within seconds of their parent's end.
+    or within seconds of their parent's end. A SIGTERM may also come from a parent that has crashed and waits for its
+    children: a worker that is still there after the grace period leaves by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(TERM_GRACE_SECONDS))
 
 
 def _loader(dataset: Any, collate: Any, workers: int, device: torch.device, **kwargs: Any) -> DataLoader[Batch]:
@@ -84,14 +87,16 @@ def _loader(dataset: Any, collate: Any, workers: int, device: torch.device, **kw
         collate_fn=collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=outlive_signals,
         generator=torch.Generator(),  # its own: the loader must not advance the run's random state
         **more,
         **kwargs,
     )
 
 
-def train_updates(config: Config, source: Source, first: int, device: torch.device) -> Iterator[list[Batch]]:
+def train_updates(
+    config: Config, source: Source, first: int, device: torch.device
+) -> Generator[list[Batch], None, None]:
     """Lists of micro-batches, one list per update, from update `first` (0-based) to the end of the run."""
     sampler = UpdateSampler(config, len(source), first, config.run.steps)
     dataset = TrainImages(source, ImageSettings.of(config), config.run.seed)
@@ -100,7 +105,7 @@ def train_updates(config: Config, source: Source, first: int, device: torch.devi
         yield [next(batches) for _ in range(sampler.per_update)]
 
 
-def validation_batches(config: Config, source: Source, device: torch.device) -> Iterator[Batch]:
+def validation_batches(config: Config, source: Source, device: torch.device) -> Generator[Batch, None, None]:
     """One pass over held-out images, centre crops, with the masks of epoch 0."""
     dataset = EvaluationImages(source, ImageSettings.of(config))
     size = min(config.data.micro_batch or config.data.global_batch, len(source))

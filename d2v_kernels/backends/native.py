@@ -12,7 +12,7 @@ from ..registry import OPERATORS, Backend, Case
 
 _WITHOUT = ("layer_norm_gelu", "layer_norm_gelu_backward")  # GPU operators: Triton has them
 
-_NORMS = ("none", "layer", "instance", "batch")
+_NORMS = {"cpu": ("none", "layer", "instance", "batch"), "cuda": ("none", "layer", "instance")}
 
 
 def _body(op: str) -> Callable[..., Any]:
@@ -68,7 +68,10 @@ def _dtype_limits(case: Case) -> list[str]:
 def _norm_limits(case: Case) -> list[str]:
     if case.op != "average_layers":
         return []
-    return [f"native normalises by {', '.join(_NORMS)}, not by {n}" for n in case.traits if n not in _NORMS]
+    norms = _NORMS[case.device]
+    return [
+        f"native normalises by {', '.join(norms)} on {case.device}, not by {n}" for n in case.traits if n not in norms
+    ]
 
 
 BACKEND = Backend("native", {op: _Lazy(op) for op in OPERATORS if op not in _WITHOUT}, _limits)

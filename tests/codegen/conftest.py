@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import pytest
+import torch
 from codegen.toolchain import Builds, Toolkit, find_toolkit, plan_builds
 
 
@@ -21,3 +23,20 @@ def builds(toolkit: Toolkit, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     all_builds = Builds(plan_builds(toolkit, tmp_path_factory.mktemp("codegen")))
     yield all_builds
     all_builds.close()
+
+
+@pytest.fixture(scope="session")
+def emulated_library(builds: Builds) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(builds["emulated"]))
+    library.d2v_emu_set_order.argtypes = [ctypes.c_uint64]
+    return library
+
+
+@pytest.fixture(scope="module")
+def emulated(emulated_library: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
+    """The library that registers `torch.ops.d2v_emu`: the CUDA operators, run by the engine on CPU tensors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield emulated_library
+    emulated_library.d2v_emu_set_order(0)
+    torch.set_num_threads(threads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,17 +22,6 @@ COPIES = [None, *LOW, torch.float64]
 ORDERS = range(4)
 CHUNK = 16384
 SIZES = [0, 1, 3, 7, 8, 1000, CHUNK, CHUNK + 1, 2 * CHUNK + 13]
-
-
-@pytest.fixture(scope="module")
-def emulated(builds) -> Iterator[ctypes.CDLL]:
-    library = ctypes.CDLL(str(builds["emulated"]))
-    library.d2v_emu_set_order.argtypes = [ctypes.c_uint64]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield library
-    library.d2v_emu_set_order(0)
-    torch.set_num_threads(threads)
 
 
 def address(function: object) -> int:

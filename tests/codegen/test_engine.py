@@ -6,11 +6,13 @@ And the kernels themselves on it, under AddressSanitizer, UndefinedBehaviorSanit
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from codegen.toolchain import KERNEL_TESTS
 
 # Fibers that an error abandoned keep what they held.
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "", "UBSAN_OPTIONS": ""}
@@ -23,6 +25,7 @@ REPORTED = {
     "barrier-missing-after-write": ("thread", "data race engine_test.cpp:{sum_twice}"),
     "barrier-missing-before-reuse": ("thread", "data race engine_test.cpp:{sum_twice}"),
     "addition-not-atomic": ("thread", "data race engine_test.cpp:{sum_columns}"),
+    "buffer-of-another-overwritten-too-early": ("thread", "data race"),
     "fence-missing": ("thread", "data race engine_test.cpp:{sum_by_last_block}"),
 }
 # defect: what the engine itself must say
@@ -35,6 +38,7 @@ REFUSED = {
     "half-a-warp": "cannot go on: 0 of 16 threads have returned",
     "too-much-shared": "more shared memory than a block has",
     "too-many-threads": "invalid launch: a grid of (1,1,1) blocks of 1025 threads",
+    "copy-misaligned": "misaligned asynchronous copy",
     "grid-too-high": "invalid launch: a grid of (1,65536,1) blocks",
 }
 
@@ -87,23 +91,44 @@ def test_a_missing_barrier_changes_the_result(builds) -> None:
     assert silent.stdout == "", "if this one shows as well, ThreadSanitizer is no longer the only one to find it"
 
 
+@pytest.mark.parametrize("defect", ["copy-not-waited-for", "buffer-overwritten-too-early"])
+def test_a_copy_out_of_order_changes_the_result(builds, defect: str) -> None:
+    """What is on the way is NaN until it is waited for, whichever thread reads it: no sanitizer is needed."""
+    done = start(builds["engine_test-plain"], defect)
+    assert done.stdout == "wrong result: double_rows\n"
+
+
 def test_unknown_defect_is_no_success(builds) -> None:
     assert start(builds["engine_test-plain"], "no-such-thing").returncode == 2
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_ema_is_clean(builds, sanitizer: str) -> None:
-    done = start(builds[f"ema_test-{sanitizer}"])
+@pytest.mark.parametrize("kernels", KERNEL_TESTS)
+def test_kernels_are_clean(builds, kernels: str, sanitizer: str) -> None:
+    done = start(builds[f"{kernels}_test-{sanitizer}"])
     assert done.stdout == "all right\n", done.stdout[-4000:] + done.stderr[-4000:]
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
-    ("sanitizer", "defect", "message"),
-    [("address", "count-too-large", "heap-buffer-overflow"), ("thread", "tensor-listed-twice", "data race")],
+    ("kernels", "sanitizer", "defect", "message", "place"),
+    [
+        ("ema", "address", "count-too-large", "heap-buffer-overflow", "vec.cuh"),
+        ("ema", "thread", "tensor-listed-twice", "data race", "vec.cuh"),
+        ("layers", "address", "lengths-too-long", "heap-buffer-overflow", "copies.h"),
+        ("layers", "thread", "workspace-overlaps-output", "data race", "vec.cuh"),
+        ("tokens", "address", "index-too-short", "heap-buffer-overflow", "tokens_copy.cuh"),
+        ("tokens", "address", "rows-too-short", "heap-buffer-overflow", "vec.cuh"),
+        ("tokens", "thread", "outputs-overlap", "data race", "vec.cuh"),
+    ],
 )
-def test_ema_with_a_defect_is_reported(builds, sanitizer: str, defect: str, message: str) -> None:
-    done = start(builds[f"ema_test-{sanitizer}"], defect)
+def test_kernels_with_a_defect_are_reported(builds, kernels, sanitizer, defect, message, place) -> None:
+    done = start(builds[f"{kernels}_test-{sanitizer}"], defect)
     assert done.returncode != 0
     assert f"{message} " in done.stderr
-    assert "vec.cuh" in done.stderr
+    assert place in done.stderr
+
+
+def test_an_index_out_of_range_stops_the_kernel(builds) -> None:
+    done = start(builds["tokens_test-address"], "index-out-of-range")
+    assert re.fullmatch(r"engine: \S*tokens_sum.cuh:\d+: index out of range\n", done.stdout)

@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 KERNELS = sorted((CSRC / "core").glob("*.cu"))
+KERNEL_TESTS = ("ema", "layers", "tokens")  # csrc/tests/*_test.cpp that run kernels under the sanitizers
 ARCHITECTURES = ("80", "90", "100", "120")
 SANITIZERS = {
     "plain": ["-O2"],
@@ -110,7 +111,11 @@ def build_emulated_library(tools: Toolkit, folder: Path) -> Path:
     library = folder / "libd2v_emu.so"
     flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-ftls-model=initial-exec"]
     torch_flags = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-isystem", torch / "include"]
-    sources = [CSRC / "tests/emu_kernels.cpp", CSRC / "torch/ops_cuda.cpp"]
+    sources = [
+        CSRC / "tests/emu_kernels.cpp",
+        CSRC / "torch/ops_cuda.cpp",
+        *sorted((CSRC / "torch").glob("*_cuda_op.cpp")),
+    ]
     run(
         tools.compiler, *flags, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DD2V_EMULATED", *torch_flags,
         "-isystem", tools.include, *sources, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", library,
@@ -131,7 +136,7 @@ def build_machine_code(tools: Toolkit, folder: Path, source: Path, architecture:
 
 
 def plan_builds(tools: Toolkit, folder: Path) -> dict[str, Callable[[], Path]]:
-    """What to build, by name: emulated, engine_test-SANITIZER, ema_test-SANITIZER, FILE.cu-ARCHITECTURE."""
+    """What to build, by name: emulated, engine_test-SANITIZER, KERNELS_test-SANITIZER, FILE.cu-ARCHITECTURE."""
     jobs: dict[str, Callable[[], Path]] = {}
 
     def engine_program(source: str, sanitizer: str) -> None:
@@ -144,8 +149,9 @@ def plan_builds(tools: Toolkit, folder: Path) -> dict[str, Callable[[], Path]]:
     jobs["emulated"] = lambda: build_emulated_library(tools, folder)
     for sanitizer in SANITIZERS:
         engine_program("engine_test", sanitizer)
-    for sanitizer in ("address", "thread"):
-        engine_program("ema_test", sanitizer)
+    for kernels in KERNEL_TESTS:
+        for sanitizer in ("address", "thread"):
+            engine_program(f"{kernels}_test", sanitizer)
     for source in KERNELS:
         for architecture in ARCHITECTURES:
             machine_code(source, architecture)

@@ -44,4 +44,29 @@ def test_refuses_mixed_fp64(cpu_library: Path) -> None:
     module = _library.native_module()
     assert module is not None
     with pytest.raises(ValueError, match="float64 for both"):
-        module.EmaPlan([(0, 0, 0, 1, 3, 0, -1)], 0)
+        module.EmaPlan([(0, 0, 0, 1, 3, 0, -1)], 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("which", ["average", "source", "copy"])
+def test_follows_tensors_that_move(cpu_library: Path, which: str) -> None:
+    averages, sources, copies = [torch.zeros(5)], [torch.ones(5)], [torch.zeros(5, dtype=torch.bfloat16)]
+    plan = d2v_kernels.EmaPlan(averages, sources, copies)
+    moved = {"average": averages, "source": sources, "copy": copies}[which][0]
+    before = moved.data
+    moved.data = torch.full_like(before, 3.0)
+    plan.step(0.5)
+    assert plan.native
+    expected = 0.5 * (3.0 if which == "average" else 0.0) + 0.5 * (3.0 if which == "source" else 1.0)
+    assert torch.equal(averages[0], torch.full((5,), expected))
+    assert torch.equal(copies[0], averages[0].bfloat16())
+    if which != "source":
+        assert not before.any()
+
+
+def test_lets_go_of_its_tensors(cpu_library: Path) -> None:
+    average = torch.zeros(5)
+    uses = average._use_count()  # type: ignore[attr-defined]
+    plan = d2v_kernels.EmaPlan([average], [torch.ones(5)])
+    assert average._use_count() > uses  # type: ignore[attr-defined]
+    del plan
+    assert average._use_count() == uses  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.tensors import random_rows
 
-from d2v_kernels import _library, average_layers, info, registry, use_backend
+from d2v_kernels import _env, _library, average_layers, info, registry, use_backend
 from d2v_kernels._probe import PROBES
 
 
@@ -85,6 +85,7 @@ def test_info_command_prints_json() -> None:
 
 @pytest.mark.parametrize("name", ["D2V_KERNELS_BACKEND", "D2V_KERNELS_ISA"])
 def test_bad_environment_is_named(name, monkeypatch) -> None:
+    _env.default_backend.cache_clear()
     monkeypatch.setenv(name, "fastest")
     with pytest.raises(ValueError, match=f"{name}: expected one of .*got 'fastest'"):
         info.collect()

@@ -168,7 +168,7 @@ VARIED: dict[str, tuple[Callable[[int, int], object], list[tuple[int, int]]]] = 
     ),
     "batch": (lambda b, t: average((b, t, 768), 3, "batch", "none"), [(2, 99), (1, 1), (3, 16), (16, 100), (33, 7)]),
     "layer": (lambda b, t: average((b, t, 768), 3, "layer", "none"), [(2, 99), (1, 1), (3, 16), (16, 100), (33, 7)]),
-    "odd width": (lambda b, t: average((b, t, 100), 3, "layer", "none"), [(2, 99), (3, 7), (5, 13), (11, 21)]),
+    "odd width": (lambda b, t: average((b, t, 100), 3, "layer", "none"), [(2, 99), (3, 7), (5, 40), (11, 21), (16, 8)]),
     "ema": (
         lambda n, size: update_ema(F32, F32, BF16, [size] * n),
         [(2, 5000), (1, 1), (5, 16), (40, 8192), (3, 8193)],

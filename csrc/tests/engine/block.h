@@ -28,8 +28,10 @@ inline constexpr size_t kArenaBytes = kMaxShared + kOrderBytes;
 inline constexpr int kCollectives = 4;  // in flight in one warp, for disjoint masks
 
 struct Options {
-  uint64_t order = 0;            // of threads and blocks. 0: ascending, 1: descending, else shuffled with this seed
-  bool may_return_early = true;  // a thread may have returned when the others reach a barrier (legal since Volta)
+  uint64_t order = 0;                // of threads and blocks. 0: ascending, 1: descending, else shuffled with this seed
+  bool may_return_early = true;      // a thread may have returned when the others reach a barrier (legal since Volta)
+  size_t shared_bytes = kMaxShared;  // that the device says a block may have, and its multiprocessors
+  int multiprocessors = 1;
 };
 inline Options& options() {
   static Options o;
@@ -69,6 +71,13 @@ struct Collective {
 
 enum class State : uint8_t { kReady, kAtBarrier, kInCollective, kDone };
 
+// A copy to shared memory that has not been waited for.
+struct PendingCopy {
+  void* shared;
+  const void* global;
+  int group;
+};
+
 struct Thread {
   Fiber fiber;
   uint3 index{};
@@ -77,6 +86,8 @@ struct Thread {
   bool started = false;
   Site site{};  // where it waits
   const Collective* waits_for = nullptr;
+  std::vector<PendingCopy> copies;
+  int group = 0;  // of the copies to come
 };
 
 class Block;
@@ -207,7 +218,11 @@ inline void Block::reset(size_t dynamic_bytes) {
   if (dynamic_bytes > 0) shared(&dynamic_key_, dynamic_bytes, 128);
   for (Collective& c : collectives_) c.mask = 0;
   threads_ = sets_[turn_++ % kFiberSets].data();
-  for (int i = 0; i < size_; ++i) threads_[i].state = State::kReady;
+  for (int i = 0; i < size_; ++i) {
+    threads_[i].state = State::kReady;
+    threads_[i].copies.clear();
+    threads_[i].group = 0;
+  }
   arrange(order_, size_, random);
   cursor_ = order_.size() - 1;
 }

@@ -4,7 +4,7 @@
 //
 // Differences to CUDA source: kernels are started by d2v::launch, shared memory is declared by D2V_SHARED and
 // D2V_DYNAMIC_SHARED, large parameters by D2V_PARAMETER. Not modelled: time, bank conflicts, occupancy, memory order
-// weaker than happens-before, clusters, asynchronous copies, tensor cores, contraction of a * b + c by nvcc.
+// weaker than happens-before, clusters, bulk copies, tensor cores, contraction of a * b + c by nvcc.
 #pragma once
 #if defined(__CUDACC__)
 #error "the engine is for the host compiler"

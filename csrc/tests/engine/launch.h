@@ -67,6 +67,17 @@ struct DeviceScope {
   cudaError_t status = cudaSuccess;
 };
 
+template <class... P>
+cudaError_t allow_shared(void (*)(P...), int64_t) {
+  return cudaSuccess;
+}
+
+inline cudaError_t query_device(int, int64_t* shared_bytes, int* multiprocessors) {
+  *shared_bytes = static_cast<int64_t>(options().shared_bytes);
+  *multiprocessors = options().multiprocessors;
+  return cudaSuccess;
+}
+
 inline const char* error_text(cudaError_t error) {
   return error == cudaErrorInvalidValue ? "invalid argument" : "error of the engine";
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "copies.h"
 #include "launch.h"
 #include "warp.h"
 
@@ -47,6 +48,12 @@
   auto& name = ::d2v::engine::shared_variable<name##_shared_type>(&name##_shared_key)
 #define D2V_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::d2v::engine::current_block->dynamic_shared())
 #define D2V_PARAMETER(...) const __VA_ARGS__&
+#define D2V_CHECK(condition, text)                                                                     \
+  do {                                                                                                 \
+    if (!(condition)) {                                                                                \
+      ::d2v::engine::current_block->fail(::d2v::engine::place(D2V_SITE("D2V_CHECK")) + ": " + (text)); \
+    }                                                                                                  \
+  } while (0)
 
 namespace d2v::engine {
 
@@ -81,9 +88,15 @@ T atomicAdd(T* p, U v) {
   return d2v::engine::update_atomically(p, [v](T a) { return static_cast<T>(a + static_cast<T>(v)); });
 }
 template <class T, class U>
+T atomicMin(T* p, U v) {
+  return d2v::engine::update_atomically(p, [v](T a) { return static_cast<T>(v) < a ? static_cast<T>(v) : a; });
+}
+template <class T, class U>
 T atomicMax(T* p, U v) {
   return d2v::engine::update_atomically(p, [v](T a) { return a < static_cast<T>(v) ? static_cast<T>(v) : a; });
 }
+
+inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
 
 // Orders all who fence, which is more than CUDA does; a fence left out shows all the same.
 inline void __threadfence() {

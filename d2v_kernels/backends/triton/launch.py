@@ -76,16 +76,15 @@ def layer_rows(channels: int) -> Tile:
     return Tile(rows, width, _warps(rows * width, 32))
 
 
-def instance_one_read(tokens: int, channels: int) -> Tile | None:
-    """A sample's time x 32 channels in registers, 32 elements a thread; None when the sample is too long.
+def instance_one_read(tokens: int, channels: int, element_size: int) -> Tile | None:
+    """A sample's time x 64 bytes of channels in registers, 64 bytes a thread; None when the sample is too long.
 
-    128 registers fill an SM with two programs of 8 warps (256 tokens) or one of 16 (512): 32 KB in flight. Without the
-    bound a float32 input takes 144, and half the SM stays empty.
+    128 registers fill an SM with two programs of 8 warps (256 tokens) or one of 16 (512): 32 KB in flight.
     """
     if tokens > ONE_READ_TOKENS:
         return None
-    rows, width = power_of_two(tokens, 16), min(32, power_of_two(channels, 16))
-    return Tile(rows, width, _warps(rows * width, 32), registers=128)
+    rows, width = power_of_two(tokens, 16), min(64 // element_size, power_of_two(channels, 16))
+    return Tile(rows, width, _warps(rows * width, 64 // element_size), registers=128)
 
 
 def statistics(channels: int) -> Tile:

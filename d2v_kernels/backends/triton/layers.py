@@ -3,7 +3,7 @@
 
 - `_row_kernel` (norm none or layer): one warp holds a row (some rows, if short), K rows read once. K*s + s_o bytes an
   element.
-- `_one_read_kernel` (instance, up to 512 tokens): all of a sample's time x 32 channels in registers. K*s + s_o bytes.
+- `_one_read_kernel` (instance, up to 512 tokens): all of a sample's time x 64 bytes in registers. K*s + s_o bytes.
 - `_statistics_kernel`, then `_combine_kernel` (instance of longer samples, batch): 2*K*s + s_o bytes, of which the
   second read comes from L2 as far as it reaches: the second kernel walks the samples backwards, so that it begins with
   what the first one read last. `_merge_kernel` turns the samples' statistics into the batch's.
@@ -255,11 +255,12 @@ def average_layers(
     out = torch.empty(first.shape, dtype=out_dtype, device=first.device)
     if out.numel() == 0:
         return out
+    _, tokens, channels = first.shape
     if lengths is not None:
         lengths = upload("average_layers", lengths, first.device)
     with on_device(first):
         this = _Round(layers, lengths, eps)
-        tile = launch.instance_one_read(*first.shape[1:]) if norm == "instance" else None
+        tile = launch.instance_one_read(tokens, channels, first.element_size()) if norm == "instance" else None
         if norm in ("none", "layer") and out_norm in ("none", "layer"):
             return this.rows(norm, out_norm, out)
         if tile is not None and out_norm in ("none", "instance"):
@@ -275,7 +276,7 @@ def average_layers(
         else:
             this.combine(norm, "none", average)
         then = _Round([average], lengths, eps)
-        tile = launch.instance_one_read(*first.shape[1:]) if out_norm == "instance" else None
+        tile = launch.instance_one_read(tokens, channels, average.element_size()) if out_norm == "instance" else None
         if out_norm == "layer":
             return then.rows("layer", "none", out)
         return then.one_read(tile, "none", out) if tile is not None else then.combine(out_norm, "none", out)

@@ -1,0 +1,31 @@
+"""layer_norm_gelu: parts of the rows, widths beyond a warp."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.accuracy import assert_accurate
+from support.tensors import FLOATS, in_layout, random_rows
+
+from d2v_kernels import use_backend
+from d2v_kernels.backends import reference
+from d2v_kernels.backends.triton import launch
+
+ops = torch.ops.d2v
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "channels"), [(50, 40), (3, 1100)])
+def test_gradients_over_parts(dtype, rows, channels, monkeypatch) -> None:
+    monkeypatch.setattr(launch, "GELU_SPLITS", 3)
+    monkeypatch.setattr(launch, "gelu_backward_rows", lambda c: launch.Tile(4, launch.power_of_two(c), 1))
+    x = in_layout(random_rows((rows, channels), dtype, 0, offset=2.0), "sliced")
+    grad = in_layout(random_rows((rows, channels), dtype, 1), "rows_apart")
+    weight, bias = random_rows((channels,), torch.float32, 2), random_rows((channels,), dtype, 3)
+    with use_backend("triton"):
+        got = ops.layer_norm_gelu_backward(grad, x, weight, bias, 1e-5)
+    results = []
+    for kind in (torch.float32, torch.float64):
+        results.append(reference.layer_norm_gelu_backward(*(t.to(kind) for t in (grad, x, weight, bias)), 1e-5))
+    for result, careful, truth in zip(got, *results, strict=True):
+        assert_accurate(result, careful.to(result.dtype), truth, factor=8.0)

@@ -1,0 +1,39 @@
+"""Every kernel in Triton's interpreter, in a child process: the variable must be set before kernels are imported.
+
+The operators' own tests run with the backend forced (few examples each), then those of `interpreted`, which make
+the forms that only large shapes reach small enough.
+"""
+
+from __future__ import annotations
+
+import pytest
+from triton_kernels.conftest import run_child
+
+from d2v_kernels import _env
+
+OPERATORS = [f"tests/ops/test_{family}.py" for family in ("layers", "ema", "tokens", "loss", "gelu")]
+# Too many programs for an interpreter, or float64; `interpreted` has small tests of the same properties.
+LEFT_OUT = ["published", "gradcheck", "thread_count", "is_normal", "monitors_see"]
+
+pytestmark = pytest.mark.skipif(_env.triton_interpreter(), reason="this is the child process")
+
+
+def run_tests(*arguments: str) -> str:
+    """The child's closing line."""
+    done = run_child(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "support.interpreter", *arguments,
+        TRITON_INTERPRET="1", D2V_KERNELS_BACKEND="auto",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout.splitlines()[-1]
+
+
+def test_operators(needs_triton) -> None:
+    selection = " and ".join(["triton", *(f"not {word}" for word in LEFT_OUT)])
+    closing = run_tests(*OPERATORS, "-k", selection)
+    assert int(closing.split()[0]) >= 60, closing
+
+
+def test_forms(needs_triton) -> None:
+    closing = run_tests("tests/triton_kernels/interpreted")
+    assert int(closing.split()[0]) >= 100, closing
