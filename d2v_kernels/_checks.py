@@ -39,19 +39,20 @@ def _require_index(op: str, name: str, t: Tensor) -> None:
 
 def _require_dims(op: str, name: str, t: Tensor, layout: str) -> None:
     dims = layout.count(",") + 1
-    require(t.dim() == dims, op, name, f"{dims} dimensions ({layout})", f"shape {tuple(t.shape)}")
+    if t.dim() != dims:
+        require(False, op, name, f"{dims} dimensions ({layout})", f"shape {tuple(t.shape)}")
 
 
 def _require_rows(op: str, name: str, t: Tensor) -> None:
     # A tensor without elements, or of width 1, has no meaningful last stride.
-    if t.numel() > 0 and t.shape[-1] > 1:
-        require(t.stride(-1) == 1, op, f"last stride of {name}", 1, f"strides {t.stride()}")
+    if t.shape[-1] > 1 and t.stride(-1) != 1 and t.numel() > 0:
+        require(False, op, f"last stride of {name}", 1, f"strides {t.stride()}")
 
 
 def _require_device(op: str, first: Tensor, **others: Tensor | None) -> None:
     for name, t in others.items():
-        if t is not None:
-            require(t.device == first.device, op, f"device of {name}", first.device, t.device)
+        if t is not None and t.device != first.device:
+            require(False, op, f"device of {name}", first.device, t.device)
 
 
 def check_norm(op: str, name: str, norm: str) -> tuple[str, ...]:
@@ -73,11 +74,14 @@ def check_average_layers(
     _require_dims(op, "layers[0]", first, "B, T, C")
     _require_float(op, "layers[0]", first)
     for i, t in enumerate(layers):
-        require(t.shape == first.shape, op, f"shape of layers[{i}]", tuple(first.shape), tuple(t.shape))
+        if t.shape != first.shape:
+            require(False, op, f"shape of layers[{i}]", tuple(first.shape), tuple(t.shape))
         if t.dtype != first.dtype:
             raise TypeError(f"{op}: dtype of layers[{i}]: expected {_names([first.dtype])}, got {_names([t.dtype])}")
-        require(t.device == first.device, op, f"device of layers[{i}]", first.device, t.device)
-        _require_rows(op, f"layers[{i}]", t)
+        if t.device != first.device:
+            require(False, op, f"device of layers[{i}]", first.device, t.device)
+        if t.shape[-1] > 1 and t.stride(-1) != 1:
+            _require_rows(op, f"layers[{i}]", t)
     check_norm(op, "norm", norm)
     check_norm(op, "out_norm", out_norm)
     require(eps > 0.0, op, "eps", "above 0", eps)

@@ -26,11 +26,15 @@
     if (!(condition)) ::d2v::stop_kernel(text, __FILE__, __LINE__, __func__); \
   } while (0)
 
+// As <assert.h> has it, which release builds leave out.
+extern "C" __host__ __device__ void __assert_fail(const char* text, const char* file, unsigned line,
+                                                  const char* function) noexcept __attribute__((__noreturn__));
+
 namespace d2v {
 
 __device__ __forceinline__ void stop_kernel(const char* text, const char* file, unsigned line, const char* function) {
   __assert_fail(text, file, line, function);
-  __builtin_unreachable();
+  __builtin_unreachable();  // for ptxas, which else keeps for after the call what nobody needs
 }
 
 // Makes a device current, and the one before it again at the end.

@@ -33,7 +33,8 @@ class Budget:
 # 64 registers leave room for four blocks of 256 threads on a multiprocessor, 80 for three, 128 for two. An operand that
 # is accessed 16 bytes at a time is loaded by independent accesses before the first is needed: the EMA has at least two
 # of each operand in flight (`average` is also stored so), copied rows and sums of rows four.
-# In average_layers an output is stored by 16-byte accesses unless its type is narrower than the layers'; the one-read form of instance norm loads by asynchronous copies alone, which another test counts.
+# In average_layers an output is stored by 16-byte accesses unless its type is narrower than the layers'; the one-read
+# form of instance norm loads by asynchronous copies alone, which another test counts.
 WIDE = r"(fLi4|dLi2|(__half|__nv_bfloat16)Li8)"
 BUDGETS = {
     "ema.cu": Budget(kernels=20, registers=64, shared=0, wide=(("update_ema_kernel", 2, 2),)),

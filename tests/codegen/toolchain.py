@@ -129,7 +129,7 @@ def build_machine_code(tools: Toolkit, folder: Path, source: Path, architecture:
     out.mkdir()
     cubin = out / f"{source.stem}.cubin"
     # The flags of CMakeLists.txt.
-    flags = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-keep", "-keep-dir", out]
+    flags = ["-std=c++17", "-O3", "-DNDEBUG", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-keep", "-keep-dir", out]
     done = run(tools.nvcc, "-cubin", *flags, source, "-o", cubin)
     (out / "ptxas.txt").write_text(done.stdout + done.stderr)
     return out
