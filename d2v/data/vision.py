@@ -22,7 +22,8 @@ from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.sources import Source
-from d2v_kernels import Masks, MaskSampler, masks_from_bool
+from d2v.data2vec import make_mask_sampler
+from d2v_kernels import Masks, masks_from_bool
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Decoders that may run. Others are left out on purpose: EPS, for one, starts an external program."""
@@ -300,18 +301,3 @@ class MaskingCollate:
         joined = masks[0] if len(masks) == 1 else masks_from_bool(torch.cat([m.mask for m in masks]))
         notes = tuple(n for s in samples for n in s.notes)
         return Batch(stack_pixels(samples), joined, torch.cat(keys), notes)
-
-
-def make_mask_sampler(config: Config) -> MaskSampler:
-    """The mask sampler of a configuration."""
-    mask = config.mask
-    return MaskSampler(
-        mask.kind,
-        grid=config.stem.grid,
-        ratio=mask.ratio,
-        span=mask.span,
-        adjust=mask.adjust,
-        inverse=mask.inverse,
-        equal_counts="equal-mask-counts" in config.published,
-        seed=config.run.seed,
-    )
