@@ -57,6 +57,19 @@ class Backend:
         return self.limits(case)
 
 
+class LazyBody:
+    """A body found by its first call: libraries load after their backend is described."""
+
+    def __init__(self, find: Callable[[], Callable[..., Any]]) -> None:
+        self._find = find
+        self._body: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._body is None:
+            self._body = self._find()
+        return self._body(*arguments)
+
+
 _backends: dict[str, Backend] = {}
 _chosen: dict[tuple[object, ...], Callable[..., Any]] = {}
 _forced = "auto"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .. import _library
-from ..registry import OPERATORS, Backend, Case
+from ..registry import OPERATORS, Backend, Case, LazyBody
 
 _WITHOUT = ("layer_norm_gelu", "layer_norm_gelu_backward")  # GPU operators: Triton has them
 
@@ -31,19 +32,6 @@ def _body(op: str) -> Callable[..., Any]:
             raise
 
     return call
-
-
-class _Lazy:
-    """Bodies by operator: the library is loaded after this module is imported."""
-
-    def __init__(self, op: str) -> None:
-        self._op = op
-        self._call: Callable[..., Any] | None = None
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self._call is None:
-            self._call = _body(self._op)
-        return self._call(*arguments)
 
 
 def _limits(case: Case) -> list[str]:
@@ -74,4 +62,6 @@ def _norm_limits(case: Case) -> list[str]:
     ]
 
 
-BACKEND = Backend("native", {op: _Lazy(op) for op in OPERATORS if op not in _WITHOUT}, _limits)
+BACKEND = Backend(
+    "native", {op: LazyBody(functools.partial(_body, op)) for op in OPERATORS if op not in _WITHOUT}, _limits
+)

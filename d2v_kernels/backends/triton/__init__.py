@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import _env
-from ...registry import Backend, Case
+from ...registry import Backend, Case, LazyBody
 
 _MODULES = {
     "average_layers": "layers",
@@ -48,17 +48,9 @@ def import_error() -> str:
     return ""
 
 
-class _Lazy:
-    """A body whose module is imported by the first call."""
-
-    def __init__(self, op: str) -> None:
-        self._op = op
-        self._call: Callable[..., Any] | None = None
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self._call is None:
-            self._call = getattr(_module(_MODULES[self._op]), self._op)
-        return self._call(*arguments)
+def _body(op: str) -> Callable[..., Any]:
+    body: Callable[..., Any] = getattr(_module(_MODULES[op]), op)
+    return body
 
 
 def _limits(case: Case) -> list[str]:
@@ -82,4 +74,4 @@ def make_ema_plan(averages: Sequence[Tensor], sources: Sequence[Tensor], copies:
     return _module("ema").TritonPlan(averages, sources, copies)
 
 
-BACKEND = Backend("triton", {op: _Lazy(op) for op in _MODULES}, _limits)
+BACKEND = Backend("triton", {op: LazyBody(functools.partial(_body, op)) for op in _MODULES}, _limits)
