@@ -135,10 +135,9 @@ class MaskSampler:
         module = _library.native_module() if forced_backend() in ("auto", "native") else None
         if module is None and forced_backend() == "native":
             raise NotImplementedError(f"MaskSampler: backend native cannot run: {_library.load_errors()}")
-        mask, counts = self._draw_python(ids, epoch, copies, lengths) if module is None else self._draw_native(
-            module, ids, epoch, copies, lengths
-        )  # fmt: skip
-        return _with_lists(module, mask, counts)
+        if module is None:
+            return _list_python(self._draw_python(ids, epoch, copies, lengths))
+        return self._draw_native(module, ids, epoch, copies, lengths)
 
     def noise_keys(self, sample_ids: Sequence[int] | Tensor, epoch: int, *, copies: int = 1) -> Tensor:
         """Keys (samples * copies,) int64 for `Noise`, functions of (seed, epoch, sample id, copy)."""
@@ -158,27 +157,23 @@ class MaskSampler:
             raise ValueError("MaskSampler.draw: lengths: expected a sampler of tokens, got one of a grid")
         return lengths.contiguous()
 
-    def _draw_python(self, ids: Tensor, epoch: int, copies: int, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _draw_python(self, ids: Tensor, epoch: int, copies: int, lengths: Tensor | None) -> Tensor:
         rows = _mask_rules.draw_rows(self, ids.tolist(), epoch, copies, None if lengths is None else lengths.tolist())
-        mask = torch.tensor(rows, dtype=torch.bool).reshape(len(rows), self.tokens)
-        return mask, mask.sum(dim=1)
+        return torch.tensor(rows, dtype=torch.bool).reshape(len(rows), self.tokens)
 
     def _draw_native(
         self, module: _library.Module, ids: Tensor, epoch: int, copies: int, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Masks:
         if self._native is None:
             self._native = module.MaskSampler(
                 self.kind, self.height, self.width, self.ratio, self.span, self.adjust, self.inverse,
                 self.equal_counts, self.seed,
             )  # fmt: skip
-        rows = ids.shape[0] * copies
-        mask = torch.empty((rows, self.tokens), dtype=torch.bool)
-        counts = torch.empty(rows, dtype=torch.int64)
+        samples = ids.shape[0]
+        mask = torch.empty((samples * copies, self.tokens), dtype=torch.bool)
         address = 0 if lengths is None else lengths.data_ptr()
-        self._native.draw(
-            ids.data_ptr(), ids.shape[0], epoch, copies, address, mask.data_ptr(), counts.data_ptr()
-        )  # fmt: skip
-        return mask, counts
+        total, count = self._native.draw(ids.data_ptr(), samples, epoch, copies, address, mask.data_ptr())
+        return _list_native(module, mask, total, count)
 
     def __getstate__(self) -> dict[str, object]:
         # The native object does not travel to loader workers; each makes its own.
@@ -189,26 +184,30 @@ def masks_from_bool(mask: Tensor) -> Masks:
     """`Masks` of a given bool tensor (N,T) on the host; keep and restore are None where counts differ."""
     if mask.dim() != 2 or mask.dtype != torch.bool or mask.device.type != "cpu":
         raise ValueError(f"masks_from_bool: expected bool (N, T) on the host, got {mask.dtype} {tuple(mask.shape)}")
-    return _with_lists(None, mask, mask.sum(dim=1))
+    return _list_python(mask)
 
 
-def _with_lists(module: _library.Module | None, mask: Tensor, counts: Tensor) -> Masks:
+def _list_python(mask: Tensor) -> Masks:
     rows, tokens = mask.shape
-    equal = rows > 0 and bool((counts == counts[0]).all())
-    if module is None:
-        numbers = mask.flatten().nonzero()[:, 0]
-        if not equal:
-            return Masks(mask, None, None, numbers)
-        visible = tokens - int(counts[0])
-        keep = (~mask).nonzero()[:, 1].reshape(rows, visible).to(torch.int32)
-        rank_visible = (~mask).cumsum(dim=1) - 1
-        rank_masked = mask.cumsum(dim=1) - 1 + visible
-        return Masks(mask, keep, torch.where(mask, rank_masked, rank_visible).to(torch.int32), numbers)
-    numbers = torch.empty(int(counts.sum()), dtype=torch.int64)
-    if not equal:
-        module.mask_lists(mask.data_ptr(), rows, tokens, -1, 0, 0, numbers.data_ptr())
+    counts = mask.sum(dim=1)
+    numbers = mask.flatten().nonzero()[:, 0]
+    if rows == 0 or not bool((counts == counts[0]).all()):
         return Masks(mask, None, None, numbers)
     visible = tokens - int(counts[0])
+    keep = (~mask).nonzero()[:, 1].reshape(rows, visible).to(torch.int32)
+    rank_visible = (~mask).cumsum(dim=1) - 1
+    rank_masked = mask.cumsum(dim=1) - 1 + visible
+    return Masks(mask, keep, torch.where(mask, rank_masked, rank_visible).to(torch.int32), numbers)
+
+
+def _list_native(module: _library.Module, mask: Tensor, total: int, count: int) -> Masks:
+    """Lists of a mask with `total` masked positions, `count` in every row, or -1 where rows differ."""
+    rows, tokens = mask.shape
+    numbers = torch.empty(total, dtype=torch.int64)
+    if count < 0:
+        module.mask_lists(mask.data_ptr(), rows, tokens, -1, 0, 0, numbers.data_ptr())
+        return Masks(mask, None, None, numbers)
+    visible = tokens - count
     keep = torch.empty((rows, visible), dtype=torch.int32)
     restore = torch.empty((rows, tokens), dtype=torch.int32)
     module.mask_lists(

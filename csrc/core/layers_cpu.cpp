@@ -178,16 +178,26 @@ D2V_INLINE void sum_rows(const T* x, int64_t stride, int64_t C, const Acc<T>* fr
   for (int j = 0; j < N; ++j) total[j] = sum_lanes<A>(sum[j].a + sum[j].b);
 }
 
-// Mean and variance of N rows in two passes. The first number of a row is taken off, so that the mean of equal numbers
-// is that number exactly.
+template <class A>
+D2V_INLINE A median(A a, A b, A c) {
+  const A low = a < b ? a : b, high = a < b ? b : a;
+  return high < c ? high : (low < c ? c : low);
+}
+
+// Mean and variance of N rows in two passes. One number of the row is taken off in the first, so that the mean of equal
+// numbers is that number exactly. It is the median of three, because an outlier channel (common in transformers) would
+// cost every other number the digits that it lacks.
 template <class T, int N>
 D2V_INLINE void row_moments(const T* x, int64_t stride, int64_t C, Acc<T>* mean, Acc<T>* variance) {
   typedef Acc<T> A;
   const A inverse = A(1) / static_cast<A>(C);
-  A first[N], sum[N];
-  for (int j = 0; j < N; ++j) first[j] = static_cast<A>(widen(x[j * stride]));
-  sum_rows<T, N, false>(x, stride, C, first, sum);
-  for (int j = 0; j < N; ++j) mean[j] = first[j] + sum[j] * inverse;
+  A shift[N], sum[N];
+  for (int j = 0; j < N; ++j) {
+    const T* row = x + j * stride;
+    shift[j] = median<A>(widen(row[0]), widen(row[C / 2]), widen(row[C - 1]));
+  }
+  sum_rows<T, N, false>(x, stride, C, shift, sum);
+  for (int j = 0; j < N; ++j) mean[j] = shift[j] + sum[j] * inverse;
   sum_rows<T, N, true>(x, stride, C, mean, sum);
   for (int j = 0; j < N; ++j) variance[j] = sum[j] * inverse;
 }

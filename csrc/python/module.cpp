@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -115,12 +117,18 @@ class MaskSampler {
     }
   }
 
-  void draw(uintptr_t sample_ids, int64_t samples, const py::int_& epoch, int64_t copies, uintptr_t lengths,
-            uintptr_t mask, uintptr_t counts) const {
+  // Fills the mask; returns the masked positions in total and the count that all rows share, or -1.
+  std::pair<int64_t, int64_t> draw(uintptr_t sample_ids, int64_t samples, const py::int_& epoch, int64_t copies,
+                                   uintptr_t lengths, uintptr_t mask) const {
     const uint64_t epoch_bits = low_bits(epoch);
     py::gil_scoped_release release;
+    std::vector<int64_t> counts(static_cast<size_t>(samples * copies));
     draw_masks(rule_, pointer<int64_t>(sample_ids), samples, epoch_bits, copies, pointer<int64_t>(lengths),
-               pointer<uint8_t>(mask), pointer<int64_t>(counts));
+               pointer<uint8_t>(mask), counts.data());
+    const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+    const bool shared =
+        !counts.empty() && std::all_of(counts.begin(), counts.end(), [&](int64_t n) { return n == counts[0]; });
+    return {total, shared ? counts[0] : -1};
   }
 
  private:

@@ -1,0 +1,32 @@
+"""The error tables of the benchmarks: an operator stays near the careful computation in every channel on its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.errors import Row, collect_rows, format_table
+
+ROUNDINGS = 6.0
+"""Units allowed beyond twice the careful computation's error: a handful of roundings."""
+MEAN_OF_OUTLIER = 300.0
+"""Half the spacing of float32 at 1000, twice, over a deviation of 1: what storing the mean may cost that channel."""
+
+
+def limit(row: Row) -> float:
+    """Units that a row may show."""
+    return 2.0 * row.careful + (MEAN_OF_OUTLIER if "outlier" in row.what else ROUNDINGS)
+
+
+def test_native_errors_are_near_the_careful_ones() -> None:
+    rows = collect_rows("native")
+    if not rows:
+        pytest.skip("the native library is not built")
+    worse = [row for row in rows if not row.ours <= limit(row)]
+    assert not worse, format_table(worse)
+    assert {row.op for row in rows} >= {"average_layers", "update_ema_", "gather_tokens", "masked_regression_loss"}
+
+
+def test_an_outlier_first_does_not_spoil_a_row() -> None:
+    """Shifting by a row's first number would cost the other channels the digits of that number (70 units here)."""
+    rows = {row.what: row for row in collect_rows("native") if row.what.startswith("layer")}
+    assert all(row.ours < 10.0 for row in rows.values()), format_table(list(rows.values()))
