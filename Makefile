@@ -5,7 +5,11 @@ RUN := $(VENV)/bin/python
 NATIVE := setup.py CMakeLists.txt pyproject.toml requirements.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST := $(RUN) -m pytest
 
-.PHONY: help setup quickstart test test-all soak bench bench-check lint format clean
+# Nothing is installed for a GPU run: the environment made by `make setup` where there is one, unless PYTHON is given.
+GPU_RUN := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu
+OUT ?= benchmarks/results
+
+.PHONY: help setup quickstart test test-all soak bench bench-check gpu gpu-dry lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -35,6 +39,12 @@ bench: setup  ## CPU operators against eager and torch.compile: table, JSON line
 bench-check: setup  ## compare ratios and instruction counts with the stored ones
 	$(RUN) -m benchmarks.check
 	$(RUN) -m benchmarks.instructions
+
+gpu:  ## with an NVIDIA GPU: build in place, GPU tests, sanitizer, benchmarks, report; under 9 minutes, installs nothing
+	$(GPU_RUN) --output $(OUT)
+
+gpu-dry:  ## every stage of `make gpu` without a GPU, on tiny shapes; its records are marked emulated
+	$(GPU_RUN) --output $(OUT) --dry
 
 lint: setup  ## ruff, mypy, clang-format
 	$(PYTEST) tests/test_style.py

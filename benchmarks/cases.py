@@ -96,7 +96,7 @@ def _average_case(
 # ---- update_ema_
 
 
-def _parameter_shapes(width: int, depth: int) -> list[tuple[int, ...]]:
+def parameter_shapes(width: int, depth: int) -> list[tuple[int, ...]]:
     """Tensors of `depth` transformer blocks."""
     block = [(3 * width, width), (3 * width,), (width, width), (width,), (4 * width, width), (4 * width,),
              (width, 4 * width), (width,), (width,), (width,), (width,), (width,)]  # fmt: skip
@@ -104,7 +104,7 @@ def _parameter_shapes(width: int, depth: int) -> list[tuple[int, ...]]:
 
 
 def _ema_case(name: str, width: int, depth: int, copies: bool, goals: dict[str, float]) -> Case:
-    shapes = _parameter_shapes(width, depth)
+    shapes = parameter_shapes(width, depth)
     count = sum(math.prod(s) for s in shapes)
 
     def build() -> dict[str, Call]:

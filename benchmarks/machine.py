@@ -26,7 +26,10 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git here
+        return "unknown"
     return run.stdout.strip() or "unknown"
 
 
@@ -37,19 +40,26 @@ def _last_level_cache() -> int | None:
         return None
 
 
-def machine_record() -> dict[str, Any]:
-    """CPU, caches, versions, ISA level of the native library, commit and date."""
-    report = info.collect()
+def machine_basics() -> dict[str, Any]:
+    """CPU, system, versions, commit and date: what a record of any device has."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "last_level_cache_bytes": _last_level_cache(),
-        "isa": report["build"].get("isa", "none"),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+    }
+
+
+def machine_record() -> dict[str, Any]:
+    """CPU, caches, versions, ISA level of the native library, commit and date."""
+    report = info.collect()
+    return {
+        **machine_basics(),
+        "last_level_cache_bytes": _last_level_cache(),
+        "isa": report["build"].get("isa", "none"),
         "gpu": report["gpu"],
     }

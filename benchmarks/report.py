@@ -1,11 +1,18 @@
-"""Tables and plots of stored benchmark rows: `python -m benchmarks.report FILE.jsonl [--markdown]`."""
+"""Tables and plots of stored benchmark rows: `python -m benchmarks.report FILE.jsonl... [--markdown] [--plot PNG]`.
+
+Takes CPU runs (benchmarks.kernels) and GPU runs (benchmarks.gpu) together, one table for each kind. Emulated records
+are counted and left out: they are no measurements.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+from . import gpu_report
 
 Row = dict[str, Any]
 
@@ -102,14 +109,30 @@ def roofline_plot(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Prints a stored run again, as text or Markdown."""
+def split_rows(rows: list[Row]) -> tuple[list[Row], list[Row], int]:
+    """Rows of CPU runs, records of GPU runs, and how many emulated records were left out."""
+    measured = [row for row in rows if not row.get("emulated")]
+    on_cpu = [row for row in measured if "kind" not in row]
+    return on_cpu, [row for row in measured if "kind" in row], len(rows) - len(measured)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints stored runs again, as text or Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("file", type=Path, help="JSON lines of a benchmark run")
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    options = parser.parse_args()
-    rows = read_rows(options.file)
-    print(markdown_table(rows) if options.markdown else "\n".join([*map(text_row, rows), summary(rows)]))
+    parser.add_argument("files", type=Path, nargs="+", help="JSON lines of benchmark runs")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables, as the README has them")
+    parser.add_argument("--plot", type=Path, help="draw the GPU run's roofline plot into this file")
+    options = parser.parse_args(arguments)
+    on_cpu, on_gpu, emulated = split_rows([row for path in options.files for row in read_rows(path)])
+    if on_cpu:
+        print(markdown_table(on_cpu) if options.markdown else "\n".join([*map(text_row, on_cpu), summary(on_cpu)]))
+    measured = gpu_report.measurements(on_gpu)
+    if measured:
+        print(gpu_report.table(measured))
+        if options.plot:
+            gpu_report.roofline_plot(on_gpu, options.plot)
+    if emulated:
+        print(f"left out: {emulated} emulated records, which are no measurements", file=sys.stderr)
 
 
 if __name__ == "__main__":

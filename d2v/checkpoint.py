@@ -26,10 +26,10 @@ _PARTIAL = ".partial-"
 _REMOVED = ".removed-"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file beside its place, flushes it and renames it."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file (text as UTF-8) beside its place, flushes it and renames it."""
     temporary = path.with_name(f"{_PARTIAL}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     _flush(temporary)
     temporary.replace(path)
     _flush(path.parent)

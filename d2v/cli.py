@@ -30,6 +30,7 @@ commands:
   recipes             list the recipes
   info                what this installation can run, and why not
   data textures       write the quick-start images: crops of photographs from the scikit-image package
+  data tokenizer      train a tokenizer on text, or import the published one
 
 'd2v COMMAND --help' lists the options of a command; 'd2v pretrain RECIPE --help' shows the recipe's values.
 """
@@ -49,30 +50,34 @@ class Init:
 
 @dataclass(frozen=True)
 class Probe:
-    """Accuracy of simple classifiers on frozen features, averaged over the tokens of an image."""
+    """Accuracy of simple classifiers on frozen features, averaged over the tokens of a sample."""
 
     checkpoint: str
     """Run folder, checkpoint inside it, or exported folder."""
     train: str
-    """Labelled training images: a folder of class folders, or .tar shards with .cls members."""
+    """Labelled training data. Images: a folder of class folders, or .tar shards with .cls members; speech: the same, or
+    a .tsv of path<TAB>label; text: a .tsv of text<TAB>label or text<TAB>text<TAB>label."""
     test: str
-    """Labelled test images, same formats."""
+    """Labelled test data, same formats."""
     weights: Literal["student", "teacher"] = "teacher"
     """Whose features."""
-    baselines: tuple[Literal["random_init", "pixels", "sorted_pixels", "power_spectrum"], ...] = ()
-    """Features to compare with, probed in exactly the same way."""
+    baselines: tuple[
+        Literal["random_init", "pixels", "sorted_pixels", "power_spectrum", "log_mel", "bag_of_words"], ...
+    ] = ()
+    """Features to compare with, probed in exactly the same way: random_init for all data; pixels, sorted_pixels,
+    power_spectrum for images; log_mel (mean and deviation over time) for speech; bag_of_words for text."""
     layer: int | None = None
     """Blocks that run before the features are taken; unset: all, and the final norm."""
     neighbours: int = 5
     """Neighbours k of the kNN classifier."""
     labels_per_class: int = 10
-    """Labelled images per class of the few-label probe."""
+    """Labelled samples per class of the few-label probe."""
     draws: int = 5
     """Random draws of the few-label probe; mean and spread over them are reported."""
     seed: int = 0
     """Seed of these draws."""
     batch: int = 64
-    """Images per forward."""
+    """Samples per forward."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU when there is one."""
     output: str | None = None
@@ -114,6 +119,27 @@ class Textures:
     """Test crops per class."""
     pretrain_crops: int = 0
     """Further crops per class from the training regions, written unlabelled to pretrain/; 0: none."""
+
+
+@dataclass(frozen=True)
+class TextPath:
+    """Text to train on."""
+
+    path: str | None = None
+    """A .txt file (documents between blank lines), a .jsonl file with `text`, or a folder of them."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Writes a tokenizer for --data.tokenizer: byte-level BPE trained on text, or the published one imported."""
+
+    output: str
+    """Folder to write; absent or empty."""
+    data: TextPath = field(default_factory=TextPath)
+    vocabulary: int = 50_265
+    """Tokens, with the 5 special ones and 256 for single bytes."""
+    gpt2: str | None = None
+    """Folder with encoder.json, vocab.bpe and dict.txt of the published models, in place of --data.path."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -324,7 +350,7 @@ def _recipes(arguments: list[str]) -> int:
         print(f"{name:14} {' '.join(title.split())}")
         print(
             f"{'':14} depth {config.encoder.prenet_depth}+{config.encoder.depth}, width {config.encoder.width}, "
-            f"{config.stem.image_size} px, patch {config.stem.patch_size}, {config.mask.copies} masks of "
+            f"{config.stem.summary}, {config.mask.copies} masks of "
             f"{config.mask.ratio:.0%}, {config.run.steps} updates of {config.data.global_batch}"
         )
     return 0
@@ -350,6 +376,16 @@ def _textures(arguments: list[str]) -> int:
     if options.pretrain_crops:
         counts["pretrain"] = options.pretrain_crops
     print(write_textures(Path(options.output), seed=options.seed, size=options.size, counts=counts))
+    return 0
+
+
+@_command("data tokenizer")
+def _tokenizer(arguments: list[str]) -> int:
+    options = parse_options(Tokenizer, arguments, "d2v data tokenizer")
+    from d2v.data.tokenizer import write_tokenizer
+
+    output = Path(options.output)
+    print(write_tokenizer(output, options.data.path, vocabulary=options.vocabulary, gpt2=options.gpt2))
     return 0
 
 

@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .config_checks import check_model, require
+
 PUBLISHED_BEHAVIOURS = frozenset(
     {
         "statistics-over-padding",
@@ -24,16 +26,32 @@ PUBLISHED_BEHAVIOURS = frozenset(
         "visible-count-of-row-0",
         "masked-tokens-only-teacher",
         "equal-mask-counts",
+        "norms-over-batch",
     }
 )
 
 
+SPEECH_CONVOLUTIONS = ((512, 10, 5), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 2, 2), (512, 2, 2))
+"""The published waveform extractor: one frame every 320 samples, each of 400."""
+
+
 @dataclass(frozen=True)
 class Stem:
-    """What turns raw input into T features of width C."""
+    """What turns raw input into T features of width C, and where the features stand.
 
-    modality: Literal["vision"] = "vision"
+    The first four fields concern every kind of input, the next images, then speech, then text.
+    """
+
+    modality: Literal["speech", "vision", "text"] = "vision"
     """Kind of input."""
+    kind: Literal["stock", "log-mel"] = "stock"
+    """stock: the published stem of the modality. log-mel, for speech: a log-mel spectrogram, a few of its frames a
+    token; not a published stem, quicker to train on little data."""
+    positions: Literal["sincos", "conv", "relative", "none"] = "sincos"
+    """sincos: fixed, added (2.0 images); conv: of a stack of convolutions (speech); relative: a learned bias of
+    attention (1.0 images); none (text, whose stem has learned positions)."""
+    dropout: float = 0.0
+    """Dropout on the features. Text: inside the stem; speech: on what the student sees only."""
     image_size: int = 224
     """Height and width of an image in pixels."""
     patch_size: int = 16
@@ -42,12 +60,51 @@ class Stem:
     """Colour channels of an image."""
     position_scale: float = 1.0
     """Factor on the fixed sin-cos positions. Published: 1."""
+    convolutions: tuple[tuple[int, int, int], ...] = SPEECH_CONVOLUTIONS
+    """Speech: channels, kernel and stride of each convolution of the waveform."""
+    convolution_bias: bool = False
+    """Speech: these convolutions have a bias."""
+    gradient_scale: float = 1.0
+    """Speech: factor on the gradient that enters them; 0 freezes them."""
+    position_layers: int = 5
+    """Speech: convolutions of the positions."""
+    position_width: int = 95
+    """Speech: reach of the positions in frames, shared by their convolutions."""
+    position_groups: int = 16
+    """Speech: groups of these convolutions."""
+    position_norm: bool = False
+    """Speech: layer norm before them."""
+    mel_bins: int = 40
+    """Log-mel stem: bands of the spectrogram."""
+    mel_frames: int = 3
+    """Log-mel stem: spectrogram frames, 10 ms each, in a token."""
+    vocabulary: int = 50_265
+    """Text: number of token ids; 1 is padding."""
+    max_tokens: int = 512
+    """Text: longest sequence, in tokens."""
+    mask_token: int | None = None
+    """Text, 1.0: id of the mask token."""
+    learned_positions: bool = True
+    """Text: add learned positions."""
+    embedding_norm: bool = True
+    """Text: layer norm on the embeddings."""
+    embedding_scale: float = 1.0
+    """Text: factor on the token embeddings before the positions are added."""
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches per column and per row."""
+        """Patches per column and per row of an image."""
         side = self.image_size // self.patch_size
         return side, side
+
+    @property
+    def summary(self) -> str:
+        """The input in a few words."""
+        if self.modality == "vision":
+            return f"{self.image_size} px, patch {self.patch_size}"
+        if self.modality == "text":
+            return f"{self.vocabulary} token ids, at most {self.max_tokens} tokens"
+        return "log-mel spectrogram" if self.kind == "log-mel" else f"waveform, {len(self.convolutions)} convolutions"
 
 
 @dataclass(frozen=True)
@@ -70,10 +127,29 @@ class Encoder:
     """Epsilon of the layer norms."""
     norm_affine: bool = True
     """Layer norms have a learned gain and bias."""
+    input_norm: bool = True
+    """Post-norm models: layer norm on the tokens that enter the first block."""
+    layer_scale: float = 0.0
+    """Initial value of a learned factor per channel on both branches of a block; 0: no such factor."""
+    key_bias: bool = True
+    """Keys have a bias, as queries and values do."""
+    alibi: Literal["none", "fixed", "learned"] = "none"
+    """Attention bias of -slope * distance in tokens (Press et al. 2021, symmetric), with a fixed or learned factor."""
+    alibi_scale: float = 1.0
+    """Initial factor on the slopes; negative factors count as 0."""
+    alibi_heads: int | None = None
+    """Heads that have the bias, the first ones; unset: all."""
+    alibi_per_head: bool = True
+    """One factor for each head, or one for all."""
+    alibi_per_layer: bool = False
+    """One factor for each block, prenet blocks first, or one for all."""
     extra_tokens: int = 0
     """Learned tokens put before the others; they have no position and are never masked. The last is the class token."""
     init_std: float | None = 0.02
     """Standard deviation of the linear layers' initial weights (published: 0.02); unset: PyTorch's default."""
+    init_rescale: bool = False
+    """Divide the initial output weights of main block i (from 1) by sqrt(2 i), and cut initial weights at two standard
+    deviations (published 1.0 images)."""
     dropout: float = 0.0
     """Dropout after attention projection and MLP."""
     attention_dropout: float = 0.0
@@ -108,6 +184,18 @@ class Decoder:
     """Hidden width of the projection over C."""
     input_dropout: float = 0.0
     """Dropout on the encoder output that enters the decoder."""
+    positions_masked: bool = False
+    """Add the fixed positions at the masked tokens of the decoder's input."""
+    positions_all: bool = False
+    """Add the fixed positions at all tokens of the decoder's input."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What data2vec 1.0 has instead of a decoder: linear layers on the encoder's output at masked tokens."""
+
+    layers: int = 1
+    """Linear layers of width 2 C, with GELU between; the last has width C."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +227,8 @@ class Target:
     top_k: int = 8
     """Number K of top main blocks that are averaged."""
     norm: str = "instance"
-    """Norm of each tensor: none, layer (over C), instance (over T), batch (over B, T), or several joined by commas."""
+    """Norm of each tensor: none, layer (over C), instance (over T), batch (over B, T), group (over T, C), position
+    (over B at each position), or several joined by commas."""
     out_norm: str = "none"
     """Norm of the mean, same names."""
 
@@ -169,9 +258,10 @@ class Ema:
     """Decay after the annealing."""
     anneal_steps: int | None = None
     """Updates over which the decay rises linearly; unset: the whole run."""
-    scope: Literal["all", "encoder", "blocks"] = "all"
-    """What is averaged: everything but the decoder (published: images), not the stem (speech), or only the main blocks
-    (text). The teacher uses the student's own parts for the rest."""
+    scope: Literal["all", "encoder", "transformer", "layers", "blocks"] = "all"
+    """What is averaged: all: everything but decoder and head (published: images); encoder: not the stem (2.0 speech);
+    transformer: blocks, attention biases (1.0 images in fairseq); layers: blocks and the norm before them (1.0 speech);
+    blocks: only the main blocks (text). The teacher uses the student's own parts for the rest."""
 
     def decay(self, update: int, steps: int) -> float:
         """Decay used after optimiser update number `update` (1-based) of a run of `steps` updates."""
@@ -199,6 +289,12 @@ class Optim:
     """Largest global gradient norm; unset: no clipping."""
     warmup_steps: int = 10_000
     """Updates of linear warm-up from 0."""
+    schedule: Literal["cosine", "tri-stage"] = "cosine"
+    """After the warm-up: half a cosine, or constant and then an exponential fall (1.0 speech)."""
+    final_rate: float = 0.0
+    """Learning rate at the end of the run, over the peak; tri-stage: also at its start."""
+    hold_steps: int = 0
+    """Updates at the peak (tri-stage)."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +323,24 @@ class Data:
     """Fixed ImageNet mean and deviation per channel, or zero mean and unit variance per image."""
     bad_fraction: float = 0.05
     """Stop when more than this share of the samples cannot be decoded."""
+    min_seconds: float = 2.0
+    """Speech: shorter utterances are left out and counted. Published: 2."""
+    max_seconds: float = 20.0
+    """Speech: longest crop, and longest utterance of an evaluation. Published: 20."""
+    unequal: Literal["crop", "pad"] = "crop"
+    """Speech: random crops of the length of the batch's shortest utterance (published), or padding to its longest."""
+    tokenizer: str | None = None
+    """Text: folder of a tokenizer (`d2v data tokenizer`); unset: one of stem.vocabulary tokens is trained on the data
+    and kept in the run folder."""
+    blocks: Literal["stream", "documents"] | None = None
+    """Text: cut the stream of all documents (published 2.0), or every document by itself (published 1.0); unset: as
+    published."""
+    block_tokens: int | None = None
+    """Text: tokens of a block, the leading <s> included; unset: stem.max_tokens."""
+    cache: str | None = None
+    """Text: folder for the tokenised text, shared by runs on the same data; unset: in the run folder."""
+    allow_commands: bool = False
+    """Run shell commands that a data path or a manifest names (pipe:COMMAND, COMMAND |)."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +385,7 @@ class Config:
     stem: Stem = field(default_factory=Stem)
     encoder: Encoder = field(default_factory=Encoder)
     decoder: Decoder = field(default_factory=Decoder)
+    head: Head = field(default_factory=Head)
     mask: Mask = field(default_factory=Mask)
     target: Target = field(default_factory=Target)
     loss: Loss = field(default_factory=Loss)
@@ -282,26 +397,32 @@ class Config:
     """Behaviours of the published code reproduced on purpose (docs/parity.md)."""
 
     def __post_init__(self) -> None:
-        _require(self.encoder.width % self.encoder.heads == 0, "encoder.width", "a multiple of encoder.heads", self)
-        _require(1 <= self.target.top_k <= self.encoder.depth, "target.top_k", "1 to encoder.depth", self)
-        _require(0.0 < self.mask.ratio < 1.0, "mask.ratio", "above 0 and below 1", self)
-        _require(self.mask.copies >= 1, "mask.copies", "at least 1", self)
+        require(self.encoder.width % self.encoder.heads == 0, "encoder.width", "a multiple of encoder.heads", self)
+        require(1 <= self.target.top_k <= self.encoder.depth, "target.top_k", "1 to encoder.depth", self)
+        require(0.0 < self.mask.ratio < 1.0, "mask.ratio", "above 0 and below 1", self)
+        require(self.mask.copies >= 1, "mask.copies", "at least 1", self)
         needed = 1 if self.loss.class_weight > 0.0 else 0
-        _require(self.encoder.extra_tokens >= needed, "encoder.extra_tokens", f"at least {needed}", self)
-        _require(0.0 <= self.ema.start <= 1.0, "ema.start", "0 to 1", self)
-        _require(0.0 <= self.ema.end <= 1.0, "ema.end", "0 to 1", self)
-        _require(self.run.steps >= 0, "run.steps", "0 or more", self)
-        _require(self.run.log_every >= 1, "run.log_every", "1 or more", self)
-        _require(self.run.checkpoint_every >= 1, "run.checkpoint_every", "1 or more", self)
-        _require(self.data.global_batch >= 1, "data.global_batch", "1 or more", self)
-        _require(self.data.workers >= 0, "data.workers", "0 or more", self)
+        require(self.encoder.extra_tokens >= needed, "encoder.extra_tokens", f"at least {needed}", self)
+        require(self.head.layers >= 1, "head.layers", "1 or more", self)
+        require(self.decoder.projection_layers >= 1, "decoder.projection_layers", "1 or more", self)
+        check_model(self)
+        require(0.0 <= self.ema.start <= 1.0, "ema.start", "0 to 1", self)
+        require(0.0 <= self.ema.end <= 1.0, "ema.end", "0 to 1", self)
+        require(self.run.steps >= 0, "run.steps", "0 or more", self)
+        require(self.run.log_every >= 1, "run.log_every", "1 or more", self)
+        require(self.run.checkpoint_every >= 1, "run.checkpoint_every", "1 or more", self)
+        require(self.data.global_batch >= 1, "data.global_batch", "1 or more", self)
+        require(self.data.workers >= 0, "data.workers", "0 or more", self)
         micro = self.data.micro_batch
-        _require(micro is None or micro >= 1, "data.micro_batch", "1 or more", self)
-        _require(0.0 <= self.data.bad_fraction <= 1.0, "data.bad_fraction", "0 to 1", self)
-        _require(self.run.keep_checkpoints >= 1, "run.keep_checkpoints", "1 or more", self)
-        _require(self.run.threads is None or self.run.threads >= 1, "run.threads", "1 or more", self)
-        _require(self.optim.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self)
-        _require(self.optim.learning_rate >= 0.0, "optim.learning_rate", "0 or more", self)
+        require(micro is None or micro >= 1, "data.micro_batch", "1 or more", self)
+        require(0.0 <= self.data.bad_fraction <= 1.0, "data.bad_fraction", "0 to 1", self)
+        require(self.run.keep_checkpoints >= 1, "run.keep_checkpoints", "1 or more", self)
+        require(self.run.threads is None or self.run.threads >= 1, "run.threads", "1 or more", self)
+        require(self.optim.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self)
+        require(self.optim.hold_steps >= 0, "optim.hold_steps", "0 or more", self)
+        positive = self.optim.final_rate > 0.0 or self.optim.schedule == "cosine"
+        require(positive and self.optim.final_rate >= 0.0, "optim.final_rate", "0 or more, tri-stage above 0", self)
+        require(self.optim.learning_rate >= 0.0, "optim.learning_rate", "0 or more", self)
         unknown = self.published - PUBLISHED_BEHAVIOURS
         if unknown:
             raise ValueError(f"published: expected names of {sorted(PUBLISHED_BEHAVIOURS)}, got {sorted(unknown)}")
@@ -327,14 +448,6 @@ class Config:
         return config
 
 
-def _require(condition: bool, name: str, expected: str, config: Config) -> None:
-    if not condition:
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        raise ValueError(f"{name}: expected {expected}, got {value}")
-
-
 def _build(cls: Any, value: dict[str, Any], where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(value) - set(fields)):
@@ -347,5 +460,9 @@ def _build(cls: Any, value: dict[str, Any], where: str) -> Any:
         elif name == "published":
             kwargs[name] = frozenset(item)
         else:
-            kwargs[name] = tuple(item) if isinstance(item, list) else item
+            kwargs[name] = _to_tuples(item)
     return cls(**kwargs)
+
+
+def _to_tuples(value: Any) -> Any:
+    return tuple(_to_tuples(v) for v in value) if isinstance(value, list) else value

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from d2v_kernels import (
-    Masks,
-    MaskSampler,
-    Noise,
-    average_layers,
-    gather_tokens,
-    masked_regression_loss,
-    masks_from_bool,
-    restore_tokens,
-)
+from d2v_kernels import Masks, Noise, gather_tokens, masked_regression_loss, restore_tokens
 
 from .config import Config
 from .decoder import ConvDecoder
-from .encoder import Context, MainBlocks
-from .modalities import PatchStem, SinCosPositions
-from .teacher import PARTS, Encoded, Teacher, encode_parts
+from .encoder import Context, MainBlocks, initialise_linears
+from .heads import RegressionHead
+from .masking import MaskedRows, make_mask_sampler, resolve_masks
+from .modalities import PADDING, make_positions, make_stem, valid_positions
+from .targets import make_targets
+from .teacher import PARTS, Encoded, Teacher, encode_parts, evaluating
 
-_TARGET_EPS = 1e-5
+__all__ = ["Data2Vec", "Output", "make_mask_sampler"]
 
 
 @dataclass
@@ -58,21 +54,16 @@ class Output:
         return self.targets.flatten(0, 1).index_select(0, self.target_rows)
 
 
-def make_mask_sampler(config: Config, seed: int | None = None) -> MaskSampler:
-    """The sampler of `config.mask` on the token grid of `config.stem`; seed: `config.run.seed` unless given."""
-    mask = config.mask
-    return MaskSampler(
-        mask.kind, grid=config.stem.grid, ratio=mask.ratio, span=mask.span, adjust=mask.adjust, inverse=mask.inverse,
-        equal_counts="equal-mask-counts" in config.published, seed=config.run.seed if seed is None else seed,
-    )  # fmt: skip
-
-
 class Data2Vec(nn.Module):
     """data2vec 2.0 (Baevski et al. 2022b): a student that sees the visible tokens of M masked copies of each sample
-    regresses, at the masked positions, on the teacher's averaged layers of the whole sample.
+    regresses, at the masked positions, on the teacher's averaged layers of the whole sample. In 1.0 (Baevski et al.
+    2022a) it sees a mask token at the masked positions and has a regression head in place of the decoder.
 
-    Attributes: stem, positions, context, blocks (the student's encoder), decoder, teacher.
+    Attributes: stem, positions, context, blocks (the student's encoder), decoder (2.0) or head (1.0), mask_token (1.0
+    speech and vision), teacher; origin: what a loader of foreign files remembers, to write the same again.
     """
+
+    origin: object = None
 
     def __init__(self, config: Config) -> None:
         """Weights are drawn from torch's global generator; the teacher starts equal to the student.
@@ -81,25 +72,43 @@ class Data2Vec(nn.Module):
             config: the model's sections, and run.precision: bf16 gives the teacher bfloat16 working copies.
 
         Raises:
-            ValueError: sizes that do not fit. NotImplementedError: version 1.
+            ValueError: sizes that do not fit.
         """
         super().__init__()
-        if config.version != 2:
-            raise NotImplementedError(f"version: expected 2, got {config.version}")
         self.config = config
         width = config.encoder.width
         keep_residual = "pre-norm-without-residual" not in config.published
-        self.grid = config.stem.grid
-        self.stem = PatchStem(config.stem, width)
-        self.positions = SinCosPositions(width, self.grid, config.stem.position_scale)
+        self.stem = make_stem(config)
+        self.positions = make_positions(config)
         self.context = Context(config.encoder, keep_residual)
         self.blocks = MainBlocks(config.encoder, keep_residual)
-        self.decoder = ConvDecoder(config.decoder, width, dims=len(self.grid))
+        self.decoder: ConvDecoder | None = None
+        self.head: RegressionHead | None = None
+        self.mask_token: nn.Parameter | None = None
+        if config.version == 2:
+            self.decoder = ConvDecoder(config.decoder, width, dims=2 if config.stem.modality == "vision" else 1)
+        else:
+            self.head = RegressionHead(config.head, width)
+            if config.stem.modality != "text":
+                self.mask_token = nn.Parameter(torch.rand(width))
+        self._initialise()
         student = {name: self.get_submodule(name) for name in PARTS}
         working_dtype = torch.bfloat16 if config.run.precision == "bf16" else None
         self.teacher = Teacher(student, config.ema.scope, working_dtype)
-        self._sampler = make_mask_sampler(config)
         self._drawn = 0
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Where a family's published initial weights are not those of the parts."""
+        modality, std = self.config.stem.modality, self.config.encoder.init_std
+        last = self.head if self.decoder is None else self.decoder.proj
+        if modality == "text" and last is not None:
+            initialise_linears(last, std)
+        if self.head is not None and modality == "vision":
+            initialise_linears(self.head, std)
+            for token in (self.mask_token, self.context.extra_tokens):
+                if token is not None:
+                    nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
 
     def forward(
         self,
@@ -109,33 +118,50 @@ class Data2Vec(nn.Module):
         noise: Tensor | None = None,
         noise_keys: Tensor | None = None,
     ) -> Output:
-        """One training forward; with `Masks` given, nothing is read from the device.
+        """One training forward; with `Masks` given, nothing is read from a device (text: with lengths too).
 
         Args:
-            inputs: images (B, channels, H, W), floating.
-            lengths: None for images.
+            inputs: images (B, channels, H, W) or waveforms (B,S), floating; or token ids (B,T) int64, not yet masked.
+            lengths: (B,) int64 on the host, samples or tokens before the padding; None: no padding (text: counted from
+                the padding id); images: None.
             masks: bool (N,T), True = masked, copies of a sample adjacent; or `Masks`; None: drawn by config.mask,
-                others at every call. N is a multiple of B. Every row masks the same number.
-            noise: (N,T-V,C) decoder rows of the masked positions in ascending order; None: drawn.
-            noise_keys: int64 (N,), keys of the drawn noise; None: drawn with torch's generator.
+                others at every call. N is a multiple of B. In 2.0 every row masks the same number.
+            noise: (N,T-V,C) decoder rows of the masked positions in ascending order; None: drawn. 2.0 only.
+            noise_keys: int64 (N,), keys of the drawn noise; None: drawn with torch's generator. 2.0 only.
 
         Raises:
-            ValueError, TypeError: inputs, masks or noise that do not fit.
+            ValueError, TypeError: inputs, lengths, masks or noise that do not fit.
         """
-        features, lengths = self.stem(inputs, lengths)
-        batch, tokens, _ = features.shape
-        drawn, copies = self._resolve_masks(masks, batch, tokens)
-        drawn = drawn.to(inputs.device, non_blocking=True)
-        encoded = self._encode_visible(self.positions(features, lengths), drawn, copies)
-        prediction = self._predict(encoded, drawn, noise, noise_keys)
-        targets = self._make_targets(inputs, features, lengths)
-        return self._compute_loss(prediction, encoded, targets, drawn.rows, copies)
+        tokens, valid = self._measure(inputs, lengths)
+        batch = inputs.shape[0]
+        rows = resolve_masks(self.config, masks, batch, tokens, valid, self._drawn)
+        self._drawn += batch if masks is None else 0
+        drawn = rows.masks.to(inputs.device, non_blocking=True)
+        if self.decoder is not None:
+            features, encoded = self._encode_visible(inputs, drawn, rows, valid)
+            prediction = self._decode(encoded, drawn, rows, noise, noise_keys)
+        else:
+            if noise is not None:
+                raise ValueError(f"noise: expected None, 1.0 has no decoder; got shape {tuple(noise.shape)}")
+            features, encoded = self._encode_masked(inputs, drawn, rows, valid)
+            prediction = self._regress(encoded, drawn.rows, tokens)
+        takes_text = self.config.stem.modality == "text" and self.decoder is None
+        if takes_text and "masked-tokens-only-teacher" in self.config.published:
+            targets = self._make_targets_of_masked_tokens(inputs, drawn.mask, rows.masks.mask)
+        else:
+            targets = self._make_targets(inputs, features, valid)
+        return self._compute_loss(prediction, encoded, targets, drawn.rows, rows.copies, valid)
+
+    def _measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int, Tensor | None]:
+        stem: Any = self.stem
+        result: tuple[int, Tensor | None] = stem.measure(inputs, lengths)
+        return result
 
     def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
         """Features of unmasked inputs by the student, in evaluation mode and without gradient.
 
         Args:
-            inputs, lengths: as in `forward`.
+            inputs, lengths: as in `forward`. Padding is invisible: a sample has the same features alone and in a batch.
             layer: number of blocks that run, prenet blocks first, 0 to all; their output is returned as it is. None:
                 all blocks and, in pre-norm models, the final norm.
 
@@ -144,54 +170,75 @@ class Data2Vec(nn.Module):
         """
         return encode_parts({name: self.get_submodule(name) for name in PARTS}, inputs, lengths, layer)
 
-    def _resolve_masks(self, masks: Tensor | Masks | None, batch: int, tokens: int) -> tuple[Masks, int]:
-        """Masks with lists, and the copies M of each sample."""
-        if masks is None:
-            ids = range(self._drawn, self._drawn + batch)
-            self._drawn += batch
-            masks = self._sampler.draw(list(ids), epoch=0, copies=self.config.mask.copies)
-        elif isinstance(masks, Tensor):
-            masks = self._masks_from_tensor(masks)
-        rows = masks.mask.shape[0]
-        if masks.mask.dim() != 2 or masks.mask.shape[1] != tokens or batch == 0 or rows % batch or rows == 0:
-            raise ValueError(
-                f"masks: expected (N, {tokens}) with N a multiple of the {batch} samples, got {tuple(masks.mask.shape)}"
-            )
-        if masks.keep is None or masks.restore is None:
-            counts = masks.mask.sum(dim=1)
-            odd = (counts != counts[0]).nonzero()[:, 0].tolist()
-            raise ValueError(
-                f"masks: expected the same number of masked positions in every row, row 0 has {int(counts[0])}; got "
-                f"{counts[odd].tolist()[:8]} in rows {odd[:8]}"
-            )
-        return masks, rows // batch
+    def _encode_visible(
+        self, inputs: Tensor, masks: Masks, rows: MaskedRows, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """2.0: the stem's features (B,T,C), and the encoder's (N,E+V,C) of the visible tokens of every copy."""
+        features = self.stem(inputs, lengths)
+        around = self.positions.surround(features, rows.kept_lengths, masks.keep)
+        x = self.positions.visible(features, masks, rows.copies, lengths)
+        encoded: Tensor = self.blocks(self.context(x, around), around)
+        return features, encoded
 
-    def _masks_from_tensor(self, mask: Tensor) -> Masks:
-        if mask.dtype != torch.bool or mask.dim() != 2:
-            raise ValueError(f"masks: expected bool (N, T), got {mask.dtype} {tuple(mask.shape)}")
-        mask = mask.detach().cpu()
-        masks = masks_from_bool(mask)
-        if masks.keep is None and "visible-count-of-row-0" in self.config.published and mask.shape[0] > 0:
-            return _cut_to_first_row(masks)
-        return masks
+    def _encode_masked(
+        self, inputs: Tensor, masks: Masks, rows: MaskedRows, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """1.0: the stem's features (B,T,C) that the teacher takes, and the encoder's (N,E+T,C) of every masked copy."""
+        if self.mask_token is None:
+            assert self.config.stem.mask_token is not None
+            copies = inputs.repeat_interleave(rows.copies, dim=0) if rows.copies > 1 else inputs
+            x = self.stem(copies.masked_fill(masks.mask, self.config.stem.mask_token), rows.lengths)
+            features = x
+            if "stem" not in self.teacher.owned:
+                with torch.no_grad(), evaluating(self.stem):
+                    features = self.stem(inputs, lengths)
+        else:
+            features = self.stem(inputs, lengths)
+            x = functional.dropout(features, self.config.stem.dropout, self.training)
+            x = x.repeat_interleave(rows.copies, dim=0) if rows.copies > 1 else x
+            places = torch.arange(x.shape[1], device=x.device)
+            restore = torch.where(masks.mask, x.shape[1], places)
+            x = restore_tokens(x, restore, fill=self.mask_token.to(x.dtype))
+        around = self.positions.surround(x, rows.lengths)
+        encoded: Tensor = self.blocks(self.context(self.positions(x, rows.lengths), around), around)
+        return features, encoded
 
-    def _encode_visible(self, x: Tensor, masks: Masks, copies: int) -> Tensor:
-        """(N,E+V,C): the student's encoder on the visible tokens of every masked copy."""
-        assert masks.keep is not None
-        encoded: Tensor = self.blocks(self.context(gather_tokens(x, masks.keep, clones=copies)))
-        return encoded
+    def _regress(self, encoded: Tensor, rows: Tensor, tokens: int) -> Tensor:
+        """(P,C): the head at the masked positions."""
+        assert self.head is not None
+        extra = encoded.shape[1] - tokens
+        if extra:
+            rows = rows + (rows // tokens + 1) * extra
+        selected = gather_tokens(encoded.reshape(1, -1, encoded.shape[2]), rows[None])[0]
+        if "no-head-1.0-vision" in self.config.published and self.config.stem.modality == "vision":
+            return selected
+        result: Tensor = self.head(selected)
+        return result
 
-    def _predict(self, encoded: Tensor, masks: Masks, noise: Tensor | None, noise_keys: Tensor | None) -> Tensor:
+    def _decode(
+        self, encoded: Tensor, masks: Masks, rows: MaskedRows, noise: Tensor | None, noise_keys: Tensor | None
+    ) -> Tensor:
         """(P,C): the decoder at the masked positions."""
-        assert masks.keep is not None and masks.restore is not None
-        rows, tokens = masks.restore.shape
+        assert masks.keep is not None and masks.restore is not None and self.decoder is not None
+        count, tokens = masks.restore.shape
         visible = masks.keep.shape[1]
         kept = self.decoder.dropout(encoded[:, encoded.shape[1] - visible :])
         fill = self._make_fill(kept, tokens - visible, noise, noise_keys)
-        hidden = self.decoder(restore_tokens(kept, masks.restore, fill=fill), self.grid)
+        x = self._add_positions(restore_tokens(kept, masks.restore, fill=fill), masks.mask)
+        hides = "positions-see-padding" not in self.config.published
+        valid = valid_positions(rows.lengths, tokens, x.device) if hides else None
+        grid = self.config.stem.grid if self.config.stem.modality == "vision" else (tokens,)
+        hidden = self.decoder(x, grid, valid)
         # The projection is per token: only the rows that enter the loss are projected.
-        selected = gather_tokens(hidden.reshape(1, rows * tokens, hidden.shape[-1]), masks.rows[None])
+        selected = gather_tokens(hidden.reshape(1, count * tokens, hidden.shape[-1]), masks.rows[None])
         return self.decoder.project(selected[0])
+
+    def _add_positions(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The decoder's input with fixed positions at masked tokens, or at all."""
+        config = self.config.decoder
+        if config.positions_masked:
+            x = x + mask[..., None] * self.positions(torch.zeros_like(x[:1]))
+        return self.positions(x) if config.positions_all else x
 
     def _make_fill(self, kept: Tensor, masked: int, noise: Tensor | None, noise_keys: Tensor | None) -> Tensor | Noise:
         rows, _, width = kept.shape
@@ -208,9 +255,28 @@ class Data2Vec(nn.Module):
         """(B,T,C) targets: mean of the teacher's K normalised tensors, normalised again (section 3.3 of the paper)."""
         target = self.config.target
         layers = self.teacher.collect(inputs, features, lengths, target.top_k, target.source)
-        return average_layers(layers, norm=target.norm, out_norm=target.out_norm, lengths=lengths, eps=_TARGET_EPS)
+        return make_targets(self.config, layers, lengths)
 
-    def _compute_loss(self, prediction: Tensor, encoded: Tensor, targets: Tensor, rows: Tensor, copies: int) -> Output:
+    @torch.no_grad()
+    def _make_targets_of_masked_tokens(self, inputs: Tensor, mask: Tensor, host_mask: Tensor) -> Tensor:
+        """(B,T,C) targets as published 1.0 text makes them: the teacher gets the masked tokens only, as if the others
+        were padding. They are moved to the front, where that is the same."""
+        if mask.shape[0] != inputs.shape[0]:
+            raise ValueError(f"masks: expected one row a sample, got {mask.shape[0]} rows of {inputs.shape[0]} samples")
+        lengths = host_mask.sum(dim=1).cpu()
+        if not bool((lengths > 0).all()):
+            raise ValueError(f"masks: expected a masked token in every row, got counts {lengths.tolist()}")
+        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+        front = inputs.gather(1, order)
+        front = front.masked_fill(~mask.gather(1, order), PADDING)
+        with evaluating(self.stem):
+            features = self.stem(front, lengths)
+        y = self._make_targets(front, features, lengths)
+        return gather_tokens(y, order.argsort(dim=1))
+
+    def _compute_loss(
+        self, prediction: Tensor, encoded: Tensor, targets: Tensor, rows: Tensor, copies: int, lengths: Tensor | None
+    ) -> Output:
         config = self.config.loss
         batch, tokens, _ = targets.shape
         sample_size = rows.shape[0]
@@ -223,7 +289,7 @@ class Data2Vec(nn.Module):
         class_prediction = class_target = None
         if config.class_weight > 0.0:
             class_prediction = encoded[:, self.config.encoder.extra_tokens - 1]
-            class_target = targets.mean(dim=1).repeat_interleave(copies, dim=0)
+            class_target = self._mean_targets(targets, lengths).repeat_interleave(copies, dim=0)
             weight = self._class_weight(sample_size, batch * copies)
             losses["cls"] = masked_regression_loss(
                 class_prediction, class_target, beta=beta, scale=scale * weight
@@ -235,6 +301,12 @@ class Data2Vec(nn.Module):
             target_std=regression.target_std, class_prediction=class_prediction, class_target=class_target,
         )  # fmt: skip
 
+    def _mean_targets(self, targets: Tensor, lengths: Tensor | None) -> Tensor:
+        """(B,C): mean over the tokens of each sample, without its padding, where targets are 0."""
+        if lengths is None or "statistics-over-padding" in self.config.published:
+            return targets.mean(dim=1)
+        return targets.sum(dim=1) / lengths.to(targets)[:, None]
+
     def _class_weight(self, sample_size: int, rows: int) -> float:
         """Factor on the class loss, which the division by the sample size turns into a weight of the mean over rows.
 
@@ -245,14 +317,3 @@ class Data2Vec(nn.Module):
         if "class-loss-per-micro-batch" in self.config.published:
             return config.class_weight * sample_size
         return config.class_weight * config.class_rows * sample_size / rows
-
-
-def _cut_to_first_row(masks: Masks) -> Masks:
-    """Lists with row 0's number of visible tokens in every row, as the published code makes them.
-
-    A row that masks fewer loses its last visible tokens; in one that masks more, its first masked tokens stay visible.
-    """
-    mask = masks.mask
-    visible = mask.shape[1] - int(mask[0].sum())
-    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
-    return Masks(mask, order[:, :visible].to(torch.int32), order.argsort(dim=1).to(torch.int32), masks.rows)

@@ -38,12 +38,13 @@ class ConvDecoder(nn.Module):
         )
         self.proj = _projection(inputs[-1], width, config)
 
-    def forward(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, ...], valid: Tensor | None = None) -> Tensor:
         """Hidden rows of all tokens.
 
         Args:
             x: (N,T,C), visible tokens and noise in their places.
             grid: extents of the token grid; their product is T.
+            valid: (N,T) bool, False at padding, which every convolution then sees as 0; None: no padding.
 
         Returns:
             (N,T,D), D the decoder width.
@@ -51,7 +52,9 @@ class ConvDecoder(nn.Module):
         n, tokens, _ = x.shape
         # Channels stay last in memory: the convolution gets a transposed view and layer norm needs no copy.
         x = x.view(n, *grid, -1)
+        shown = None if valid is None else valid.view(n, *grid, 1)
         for conv in self.blocks:
+            x = x if shown is None else x * shown
             y = conv(x.movedim(-1, 1)).movedim(1, -1)
             if self.trim:  # an even kernel yields one position too many on every axis
                 for axis in range(1, y.dim() - 1):
@@ -67,7 +70,7 @@ class ConvDecoder(nn.Module):
 
 
 def _projection(inputs: int, outputs: int, config: Decoder) -> nn.Module:
-    """Linear layers in PyTorch's default initialisation, as published for images and speech."""
+    """Linear layers in PyTorch's default initialisation, as published for images and speech (text: N(0, 0.02^2))."""
     layers: list[nn.Module] = []
     for i in range(config.projection_layers - 1):
         hidden = int(inputs * config.projection_ratio) if i == 0 else inputs

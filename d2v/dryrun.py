@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import resource
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from d2v.config import Config
 from d2v.data.loader import BadSamples, train_updates
-from d2v.data.vision import Batch
-from d2v.train import Trainer, choose_device, load_weights, open_data
+from d2v.data.samples import Batch
+from d2v.train import Trainer, choose_device, load_weights, open_data, prepare_data
 
 
 def dry_run(config: Config, *, init: str | None = None) -> str:
-    """Builds everything and runs one update on real data without writing; returns a description."""
-    source, _ = open_data(config)
+    """Builds everything and runs one update on real data; returns a description. Leaves nothing behind."""
+    source, valid = open_data(config)
     device = choose_device(config)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     trainer = Trainer(config, source, device)
     if init is not None:
         load_weights(trainer.model, init, "model.init")
-    batches = next(train_updates(_without_workers(config), source, 0, device))
-    shapes = _describe_shapes(trainer, batches[0])
-    trainer.run_update(batches)
-    bad = BadSamples(source, config.data.bad_fraction, None)
-    for batch in batches:
-        bad.add(batch.notes)
-    bad.check(config.data.global_batch)
-    return "\n".join([f"data         {len(source)} samples, {len(bad.entries)} bad in the first batch", *shapes])
+    with tempfile.TemporaryDirectory(prefix="d2v-dry-run-") as folder:
+        prepare_data(source, valid, Path(folder), fresh=True)
+        batches = next(train_updates(_without_workers(config), source, 0, device))
+        shapes = _describe_shapes(trainer, batches[0])
+        trainer.run_update(batches)
+        bad = BadSamples(source, config.data.bad_fraction, None)
+        for batch in batches:
+            bad.add(batch.notes)
+        bad.check(config.data.global_batch)
+        left_out = "".join(f", {n} {reason} left out" for reason, n in source.left_out.items())
+        samples = f"{len(source)} {trainer.modality.noun}{left_out}, {len(bad.entries)} bad in the first batch"
+        return "\n".join([f"data         {samples}", *shapes])
 
 
 def _without_workers(config: Config) -> Config:

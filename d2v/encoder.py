@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_kernels import Alibi, attend
+
 from .config import Encoder
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What attention knows of a row of tokens besides their content; the same for all blocks but for the scales."""
+
+    lengths: Tensor | None = None
+    """(N,) int64 on the device: tokens before the padding, extra tokens counted; None: no padding."""
+    alibi: Alibi | None = None
+    """ALiBi slopes and places of the tokens, without scale; None: no ALiBi."""
+    scales: Tensor | None = None
+    """(L,H) or (1,H): ALiBi's scale of each block, prenet blocks first, or of all."""
+    table: Tensor | None = None
+    """(H,E+T,E+T): bias of all pairs of tokens, for relative positions; None: none."""
+
+    def alibi_of(self, index: int) -> Alibi | None:
+        """ALiBi of one block."""
+        if self.alibi is None or self.scales is None:
+            return None
+        return self.alibi._replace(scale=self.scales[index if len(self.scales) > 1 else 0])
+
+
+ALONE = Surroundings()
+"""Tokens without padding, ALiBi or relative positions."""
+
+
+def mix_tokens(q: Tensor, k: Tensor, v: Tensor, around: Surroundings, index: int, dropout: float) -> Tensor:
+    """Attention of block `index`; all (N,T,H,D). Padding is never a key; as a query it sees what the others see."""
+    if around.table is None:
+        return attend(q, k, v, valid=around.lengths, alibi=around.alibi_of(index), dropout=dropout)
+    # Relative positions come with images: full rows, one bias for all of them.
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, around.table.to(q.dtype), dropout).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -16,16 +53,23 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.key_bias)
+        self.q_bias = None if config.key_bias else nn.Parameter(torch.zeros(config.width))
+        self.v_bias = None if config.key_bias else nn.Parameter(torch.zeros(config.width))
         self.proj = nn.Linear(config.width, config.width)
         self.proj_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, around: Surroundings = ALONE, index: int = 0) -> Tensor:
+        """(N,T,C) to (N,T,C); `index`: number of the block."""
         n, t, c = x.shape
+        projected = self.qkv(x)
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            projected = projected + bias.to(projected.dtype)
         # Rows of the projection: q, k, v, and inside each, head by head.
-        q, k, v = self.qkv(x).view(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        result: Tensor = self.proj_dropout(self.proj(mixed.transpose(1, 2).reshape(n, t, c)))
+        q, k, v = projected.view(n, t, 3, self.heads, c // self.heads).unbind(2)
+        mixed = mix_tokens(q, k, v, around, index, self.dropout if self.training else 0.0)
+        result: Tensor = self.proj_dropout(self.proj(mixed.reshape(n, t, c)))
         return result
 
 
@@ -66,9 +110,10 @@ def make_norm(config: Encoder) -> nn.LayerNorm:
 class Block(nn.Module):
     """One transformer block.
 
-    Post-norm (published 2.0): u = norm1(x + attn(x)), f = mlp(u), out = norm2(u + f).
-    Pre-norm: u = x + attn(norm1(x)), f = mlp(norm2(u)), out = u + f. The published pre-norm code computes f + f
-    instead; `keep_residual=False` reproduces that.
+    Post-norm (published 2.0, 1.0 speech and text): u = norm1(x + attn(x)), f = mlp(u), out = norm2(u + f).
+    Pre-norm: u = x + attn(norm1(x)), f = mlp(norm2(u)), out = u + f. The published pre-norm code of 2.0 computes f + f
+    instead; `keep_residual=False` reproduces that. With a layer scale, both branches are multiplied by a learned vector
+    (published 1.0 vision), and then f is the scaled MLP output.
     """
 
     def __init__(self, config: Encoder, drop_path: float = 0.0, keep_residual: bool = True) -> None:
@@ -81,24 +126,29 @@ class Block(nn.Module):
         self.mlp = Mlp(config)
         self.dropout = nn.Dropout(config.dropout)
         self.drop_path = DropPath(drop_path)
+        scaled = config.layer_scale > 0.0
+        self.scale1 = nn.Parameter(torch.full((config.width,), config.layer_scale)) if scaled else None
+        self.scale2 = nn.Parameter(torch.full((config.width,), config.layer_scale)) if scaled else None
 
-    def branch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def branch(self, x: Tensor, around: Surroundings = ALONE, index: int = 0) -> tuple[Tensor, Tensor]:
         """The residual u and the MLP output f, the published target tensor; both (N,T,C)."""
+        attended = self.attn(self.norm1(x) if self.pre_norm else x, around, index)
+        u = x + self.drop_path(attended if self.scale1 is None else self.scale1 * attended)
         if not self.pre_norm:
-            u = self.norm1(x + self.drop_path(self.attn(x)))
-            return u, self.mlp(u)
-        u = x + self.drop_path(self.attn(self.norm1(x)))
-        f = self.mlp(self.norm2(u))
-        return (u if self.keep_residual else f), f
+            u = self.norm1(u)
+        f = self.mlp(self.norm2(u) if self.pre_norm else u)
+        if self.scale2 is not None:
+            f = self.scale2 * f
+        return (f if self.pre_norm and not self.keep_residual else u), f
 
     def merge(self, residual: Tensor, f: Tensor) -> Tensor:
         """The block's output from what `branch` returned."""
         out = residual + self.drop_path(self.dropout(f))
         return out if self.pre_norm else self.norm2(out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, around: Surroundings = ALONE, index: int = 0) -> Tensor:
         """(N,T,C) to (N,T,C)."""
-        return self.merge(*self.branch(x))
+        return self.merge(*self.branch(x, around, index))
 
 
 class Context(nn.Module):
@@ -107,9 +157,9 @@ class Context(nn.Module):
     def __init__(self, config: Encoder, keep_residual: bool = True) -> None:
         super().__init__()
         count = config.extra_tokens
-        # Standard deviation 1, not 0.02: as published.
+        # Standard deviation 1, not 0.02: as published for 2.0.
         self.extra_tokens = nn.Parameter(torch.randn(1, count, config.width)) if count else None
-        self.norm = make_norm(config) if config.norm_order == "post" else None
+        self.norm = make_norm(config) if config.norm_order == "post" and config.input_norm else None
         self.dropout = nn.Dropout(config.prenet_dropout)
         self.blocks = nn.ModuleList(Block(config, 0.0, keep_residual) for _ in range(config.prenet_depth))
         initialise_linears(self, config.init_std)
@@ -123,11 +173,11 @@ class Context(nn.Module):
         result: Tensor = self.dropout(x)
         return result
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (N,T,C) to (N,E+T,C), E extra tokens first."""
+    def forward(self, x: Tensor, around: Surroundings = ALONE) -> Tensor:
+        """Tokens (N,T,C) to (N,E+T,C), E extra tokens first; `around` counts them."""
         x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, around, i)
         return x
 
 
@@ -138,26 +188,29 @@ class MainBlocks(nn.Module):
         super().__init__()
         depth = config.depth
         rates = [config.drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.layer_drop = config.layer_drop
+        self.layer_drop, self.first = config.layer_drop, config.prenet_depth
         self.blocks = nn.ModuleList(Block(config, rate, keep_residual) for rate in rates)
         self.norm = make_norm(config) if config.norm_order == "pre" else None
         initialise_linears(self, config.init_std)
+        if config.init_rescale:
+            _rescale_outputs(self.blocks, config.init_std)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, around: Surroundings = ALONE) -> Tensor:
         """(N,T,C) to (N,T,C); in training a block is skipped with probability `layer_drop`."""
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks, self.first):
             if self.training and self.layer_drop > 0.0 and float(torch.rand(())) < self.layer_drop:
                 continue
-            x = block(x)
+            x = block(x, around, i)
         return x if self.norm is None else self.norm(x)
 
-    def collect(self, x: Tensor, top_k: int, source: str) -> list[Tensor]:
+    def collect(self, x: Tensor, top_k: int, source: str, around: Surroundings = ALONE) -> list[Tensor]:
         """Target tensors of the top K blocks, lowest first; stops after the last tensor it needs.
 
         Args:
             x: (N,T,C) input of the first main block.
             top_k: number of blocks K.
             source: "ffn", the MLP output before the residual sum, or "block", the block's output.
+            around: padding and places of the tokens.
 
         Returns:
             K tensors (N,T,C).
@@ -166,7 +219,7 @@ class MainBlocks(nn.Module):
         tensors: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            residual, f = block.branch(x)
+            residual, f = block.branch(x, around, self.first + i)
             if source == "ffn" and i >= first:
                 tensors.append(f)
                 if i == last:
@@ -183,4 +236,18 @@ def initialise_linears(module: nn.Module, std: float | None) -> None:
     for part in module.modules():
         if std is not None and isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=std)
-            nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+@torch.no_grad()
+def _rescale_outputs(blocks: nn.ModuleList, std: float | None) -> None:
+    """Truncated normal weights; output weights of block i (from 1) divided by sqrt(2 i), as BEiT does."""
+    for i, block in enumerate(blocks, 1):
+        assert isinstance(block, Block)
+        layers = (block.attn.qkv, block.mlp.fc1, block.attn.proj, block.mlp.fc2)
+        for layer in layers:
+            if std is not None:
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2.0 * std, b=2.0 * std)
+        for layer in layers[2:]:
+            layer.weight.div_((2.0 * i) ** 0.5)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,12 @@ from torch import Tensor
 
 from d2v.checkpoint import MODEL, copy_into, find_checkpoint, load_config, load_tensors, write_atomically
 from d2v.config import Config
+from d2v.data import make_modality
 from d2v.data.loader import evaluation_batches
-from d2v.data.sources import Source, open_source
-from d2v.data.vision import ImageSettings, normalise_images
+from d2v.data.samples import Batch, Modality
+from d2v.data.sources import Source
 from d2v.data2vec import Data2Vec
 from d2v.train import build_model, choose_device
-
-PIXEL_SIDE = 32
-"""Pixel baselines see larger images averaged down to this side: a linear probe on 150 528 pixels says little."""
 
 
 def load_model(checkpoint: str, device: str = "auto") -> tuple[Data2Vec, Config, torch.device]:
@@ -33,72 +32,71 @@ def load_model(checkpoint: str, device: str = "auto") -> tuple[Data2Vec, Config,
     place = choose_device(config)
     model = build_model(config)
     copy_into(model.state_dict(), load_tensors(folder, MODEL), f"checkpoint {str(folder)!r}")
-    return model.to(place).eval(), config, place
+    # No sample is too short to be evaluated, as far as the stem can take it.
+    data = replace(config.data, min_seconds=0.0, tokenizer=find_tokenizer(folder, config))
+    return model.to(place).eval(), replace(config, data=data), place
 
 
-def read_images(config: Config, source: Source, option: str, batch: int = 64) -> tuple[Tensor, np.ndarray]:
-    """All images of a labelled source: (uint8 (n,c,H,W), labels int64 (n,)) without those that cannot be decoded."""
-    images: list[Tensor] = []
-    bad: set[int] = set()
-    for part in evaluation_batches(config, source, torch.device("cpu"), batch=batch):
-        images.append(part.images)
-        bad.update(note.sample_id for note in part.notes)
-    if len(bad) > config.data.bad_fraction * len(source):
-        raise ValueError(f"{option}: expected decodable images, got {len(bad)} of {len(source)} that are not")
-    if bad:
-        print(f"{option}: left out {len(bad)} of {len(source)} images that cannot be decoded")
-    kept = np.array([i for i in range(len(source)) if i not in bad])
-    assert source.labels is not None
-    return torch.cat(images)[torch.from_numpy(kept)], source.labels[kept]
+def find_tokenizer(folder: Path, config: Config) -> str | None:
+    """The tokenizer folder that goes with a checkpoint: beside it, of its run, or the one the run was given."""
+    if config.stem.modality != "text":
+        return None
+    given = [Path(config.data.tokenizer)] if config.data.tokenizer is not None else []
+    places = [folder / "tokenizer", folder.parent.parent / "tokenizer", Path(config.run.dir) / "tokenizer", *given]
+    found = next((p for p in places if (p / "tokenizer.json").is_file()), None)
+    if found is None:
+        listed = ", ".join(repr(str(p)) for p in places)
+        raise ValueError(f"checkpoint: expected its tokenizer in one of {listed}, found none")
+    return str(found)
+
+
+def encode_batch(
+    encoder: Any, modality: Modality, batch: Batch, device: torch.device, layer: int | None = None
+) -> Tensor:
+    """(B,C) float32 on the host: mean over the valid tokens of `encoder.encode`. `encoder`: a model or its teacher."""
+    encoded = encoder.encode(modality.prepare(batch.inputs.to(device)), lengths=batch.lengths, layer=layer)
+    weight = encoded.valid.unsqueeze(-1).float()
+    mean: Tensor = (encoded.features.float() * weight).sum(1) / weight.sum(1)
+    return mean.cpu()
 
 
 @torch.no_grad()
 def extract_features(
-    encoder: Any, images: Tensor, config: Config, device: torch.device, *, batch: int = 64, layer: int | None = None
-) -> np.ndarray:
-    """Mean over the valid tokens of `encoder.encode` -> float32 (n,C). `encoder`: a model or its teacher."""
-    settings = ImageSettings.of(config)
-    rows = []
-    for part in images.split(batch):
-        inputs = normalise_images(part.to(device), settings, config.data.standardise)
-        encoded = encoder.encode(inputs, layer=layer)
-        weight = encoded.valid.unsqueeze(-1).float()
-        rows.append(((encoded.features.float() * weight).sum(1) / weight.sum(1)).cpu())
-    return torch.cat(rows).numpy()
+    extractors: Mapping[str, Callable[[Batch], Tensor]],
+    config: Config,
+    source: Source,
+    option: str,
+    *,
+    batch: int = 64,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Features by every extractor, in one pass over a labelled source.
 
+    Returns:
+        float32 (n,F) for each name, and labels int64 (n,), both without the samples that cannot be decoded.
 
-def _shrink(images: Tensor, config: Config) -> Tensor:
-    """Normalised images (n,c,h,w) at no more than PIXEL_SIDE pixels a side; one channel for grey data."""
-    settings = ImageSettings.of(config)
-    values = normalise_images(images, settings, config.data.standardise)
-    if settings.grey:
-        values = values[:, :1]
-    if values.shape[-1] > PIXEL_SIDE:
-        values = torch.nn.functional.adaptive_avg_pool2d(values, PIXEL_SIDE)
-    return values
-
-
-def pixel_features(images: Tensor, config: Config) -> np.ndarray:
-    """The normalised pixels themselves."""
-    return _shrink(images, config).flatten(1).numpy()
-
-
-def sorted_pixel_features(images: Tensor, config: Config) -> np.ndarray:
-    """The normalised pixels of each channel in ascending order: the grey-value distribution without any structure."""
-    return _shrink(images, config).flatten(2).sort(dim=-1).values.flatten(1).numpy()
-
-
-def power_spectrum_features(images: Tensor, config: Config) -> np.ndarray:
-    """Log power of the 2-D Fourier transform, averaged over channels, without phase."""
-    spectrum = torch.fft.rfft2(_shrink(images, config)).abs().square().mean(dim=1)
-    return (spectrum + 1e-3).log().flatten(1).numpy()
-
-
-PIXEL_BASELINES: dict[str, Callable[[Tensor, Config], np.ndarray]] = {
-    "pixels": pixel_features,
-    "sorted_pixels": sorted_pixel_features,
-    "power_spectrum": power_spectrum_features,
-}
+    Raises:
+        ValueError: more samples than data.bad_fraction cannot be decoded.
+    """
+    assert source.labels is not None
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
+    bad: set[int] = set()
+    done = 0
+    for part in evaluation_batches(config, source, torch.device("cpu"), batch=batch):
+        broken = {note.sample_id for note in part.notes}
+        kept = [i for i in range(len(part)) if done + i not in broken]
+        bad |= broken
+        done += len(part)
+        for name, extract in extractors.items():
+            rows[name].append(extract(part).numpy()[kept])
+    lost = len(bad) + len(source.rejected)
+    if lost > config.data.bad_fraction * source.indexed:
+        raise ValueError(f"{option}: expected decodable samples, got {lost} of {source.indexed} that are not")
+    if lost:
+        print(f"{option}: left out {lost} of {source.indexed} samples that cannot be decoded")
+    for reason, count in source.left_out.items():
+        print(f"{option}: left out {count} {reason}")
+    labels = source.labels[np.array([i for i in range(len(source)) if i not in bad], dtype=np.int64)]
+    return {name: np.concatenate(parts) for name, parts in rows.items()}, labels
 
 
 def standardise_features(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -183,28 +181,32 @@ def probe(
     for name, value in (("neighbours", neighbours), ("labels-per-class", labels_per_class), ("draws", draws)):
         if value < 1:
             raise ValueError(f"{name}: expected 1 or more, got {value}")
-    train_source = open_source(train, labelled=True, option="train")
-    test_source = open_source(test, labelled=True, option="test")
     model, config, place = load_model(checkpoint, device)
+    modality = make_modality(config)
+    unknown = [name for name in baselines if name not in ("random_init", *modality.baselines)]
+    if unknown:
+        known = ", ".join(("random_init", *modality.baselines))
+        raise ValueError(f"baselines: expected of {known} for {modality.noun}, got {unknown[0]}")
+    train_source = modality.open(train, labelled=True, option="train")
+    test_source = modality.open(test, labelled=True, option="test")
     test_source.labels, test_source.classes = align_labels(train_source, test_source), train_source.classes
     if len(train_source.classes or []) < 2:
         raise ValueError(f"train: expected at least 2 classes, got {train_source.classes}")
-    train_images, y = read_images(config, train_source, "train")
-    test_images, truth = read_images(config, test_source, "test")
 
-    def encode(encoder: Any) -> tuple[np.ndarray, np.ndarray]:
-        parts = (train_images, test_images)
-        first, second = (extract_features(encoder, p, config, place, batch=batch, layer=layer) for p in parts)
-        return first, second
+    def extractor(encoder: Any) -> Callable[[Batch], Tensor]:
+        return lambda part: encode_batch(encoder, modality, part, place, layer)
 
-    features = {"pretrained": encode(model.teacher if weights == "teacher" else model)}
+    extractors: dict[str, Callable[[Batch], Tensor]] = {}
+    extractors["pretrained"] = extractor(model.teacher if weights == "teacher" else model)
     for name in baselines:
         if name == "random_init":
             fresh = build_model(config, place)
-            features[name] = encode(fresh.teacher if weights == "teacher" else fresh)
+            extractors[name] = extractor(fresh.teacher if weights == "teacher" else fresh)
         else:
-            function = PIXEL_BASELINES[name]
-            features[name] = function(train_images, config), function(test_images, config)
+            extractors[name] = partial(modality.raw_features, name)
+    first, y = extract_features(extractors, config, train_source, "train", batch=batch)
+    second, truth = extract_features(extractors, config, test_source, "test", batch=batch)
+    features = {name: (first[name], second[name]) for name in extractors}
     options = {"neighbours": neighbours, "labels_per_class": labels_per_class, "draws": draws, "seed": seed}
     scores = {
         name: score_features((a, y), (b, truth), **options) for name, (a, b) in features.items()
@@ -217,7 +219,7 @@ def probe(
         "weights": weights, "classes": len(train_source.classes or []), "train_samples": len(y),
         "test_samples": len(truth), **options,
     }  # fmt: skip
-    print_table(result)
+    print_table(result, modality.noun)
     _write_result(result, checkpoint, output)
     print(json.dumps(result))
     return result
@@ -231,12 +233,12 @@ def _write_result(result: dict[str, Any], checkpoint: str, output: str | None) -
         write_atomically(folder / "probe.json", json.dumps(result, indent=1))
 
 
-def print_table(result: dict[str, Any]) -> None:
+def print_table(result: dict[str, Any], noun: str) -> None:
     """Accuracies in percent, a row per kind of features."""
     chance = 100 / result["classes"]
     print(
         f"test accuracy in %, {result['classes']} classes (chance {chance:.1f}), "
-        f"{result['train_samples']} training and {result['test_samples']} test images"
+        f"{result['train_samples']} training and {result['test_samples']} test {noun}"
     )
     neighbours = f"kNN (k={result['neighbours']})"
     few = f"{result['labels_per_class']} labels per class"

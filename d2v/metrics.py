@@ -23,15 +23,24 @@ from d2v.config import Run
 _EPS = 1e-6
 
 
-def measure_content_spread(targets: Tensor) -> Tensor:
+def measure_content_spread(targets: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Standard deviation over samples at a fixed position, averaged over positions and channels.
 
     What the position alone does not explain; 0 when every sample has the same target. targets (B,T,C) -> 0-D; NaN for
-    fewer than 2 samples.
+    fewer than 2 samples. lengths (B,): tokens of a row before its padding, which does not count; positions that fewer
+    than 2 rows have are left out.
     """
     if len(targets) < 2:
         return torch.full((), math.nan, device=targets.device)
-    return (targets.float().var(dim=0, unbiased=True) + _EPS).sqrt().mean()
+    values = targets.float()
+    if lengths is None:
+        return (values.var(dim=0, unbiased=True) + _EPS).sqrt().mean()
+    places = torch.arange(values.shape[1], device=values.device)
+    valid = (places < lengths.to(values.device)[:, None])[..., None]
+    count = valid.sum(dim=0)
+    mean = (values * valid).sum(dim=0) / count.clamp_min(1)
+    variance = ((values - mean).square() * valid).sum(dim=0) / (count - 1).clamp_min(1)
+    return (variance + _EPS).sqrt()[count[:, 0] >= 2].mean()
 
 
 def measure_explained_variance(prediction: Tensor, target: Tensor) -> Tensor:

@@ -14,14 +14,23 @@ from d2v.config import Optim
 def learning_rate_at(optim: Optim, update: int, steps: int) -> float:
     """Learning rate of optimiser update number `update` (1-based) of a run of `steps` updates.
 
-    The schedule is evaluated at the count u = update - 1 of completed updates, so the first update has rate 0:
-    u < W: lr * u / W; else lr / 2 * (1 + cos(pi * (u - W) / (steps - W))). (data2vec 2.0, cosine schedule.)
+    The schedule is evaluated at the count u = update - 1 of completed updates, so the first update of a cosine has rate
+    0. With W warm-up updates, f = final_rate * lr: u < W: lr * u / W; else f + (lr - f) / 2 * (1 + cos(pi * (u - W) /
+    (steps - W))). (data2vec 2.0.) Tri-stage, with H hold updates: from f to lr over W, lr over H, then down to f
+    exponentially over the rest. (data2vec 1.0, speech.)
     """
-    count, warmup = update - 1, optim.warmup_steps
+    count, warmup, peak = update - 1, optim.warmup_steps, optim.learning_rate
+    final = optim.final_rate * peak
+    if optim.schedule == "tri-stage":
+        if count < warmup:
+            return final + (peak - final) * count / warmup
+        rest = steps - warmup - optim.hold_steps
+        progress = min(1.0, max(0.0, (count - warmup - optim.hold_steps) / max(1, rest)))
+        return peak * optim.final_rate**progress
     if count < warmup:
-        return optim.learning_rate * count / warmup
+        return peak * count / warmup
     progress = min(1.0, (count - warmup) / max(1, steps - warmup))
-    return optim.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.AdamW:

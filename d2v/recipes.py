@@ -6,7 +6,9 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 
-from .config import Config, Data, Decoder, Ema, Encoder, Loss, Mask, Optim, Run, Stem, Target
+from .config import Config, Data, Decoder, Ema, Encoder, Head, Loss, Mask, Optim, Run, Stem, Target
+from .recipes_speech import speech1_base, speech1_tiny, speech_base, speech_large, speech_small, speech_tiny
+from .recipes_text import text1_base, text1_tiny, text_base, text_large, text_small, text_tiny
 
 
 def vision_base() -> Config:
@@ -117,12 +119,95 @@ def vision_tiny() -> Config:
     )
 
 
+def vision1_base() -> Config:
+    """data2vec 1.0, ViT-B/16 on ImageNet-1k (Baevski et al. 2022a), as in the separate repository that produced the
+    published models: 120 masked patches, a linear head, layer norm of each target tensor, everything averaged, 800
+    epochs.
+
+    Not stock: bfloat16 autocast with float32 weights; the data augmentation has no colour jitter.
+    """
+    return Config(
+        recipe="vision1-base",
+        version=1,
+        stem=Stem(image_size=224, patch_size=16, positions="relative"),
+        encoder=Encoder(
+            width=768, heads=12, depth=12, norm_order="pre", norm_eps=1e-6, layer_scale=1e-4, key_bias=False,
+            extra_tokens=1, init_rescale=True, attention_dropout=0.05, drop_path=0.25,
+        ),
+        head=Head(layers=1),
+        mask=Mask(kind="rectangles", ratio=120 / 196, span=4),
+        target=Target(source="block", top_k=6, norm="layer", out_norm="layer"),
+        loss=Loss(beta=2.0, scale=1 / 768),  # the mean over all elements
+        ema=Ema(start=0.9998, end=0.9998, scope="all"),
+        optim=Optim(
+            learning_rate=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, decay_all=False, clip=3.0,
+            warmup_steps=6_250, final_rate=0.005,
+        ),
+        data=Data(global_batch=2048, micro_batch=128, workers=8, crop_scale=(0.08, 1.0)),
+        run=Run(steps=500_000, precision="bf16"),
+    )  # fmt: skip
+
+
+def vision1_large() -> Config:
+    """data2vec 1.0, ViT-L/16 on ImageNet-1k, the first 800 epochs, as in the separate repository.
+
+    Not stock: as `vision1_base`. The published second stage of 800 epochs starts from the first with an averaging of
+    .9999 and half the warm-up.
+    """
+    base = vision1_base()
+    return dataclasses.replace(
+        base,
+        recipe="vision1-large",
+        encoder=dataclasses.replace(
+            base.encoder, width=1024, heads=16, depth=24, layer_scale=1e-5, attention_dropout=0.15, drop_path=0.2
+        ),
+        loss=dataclasses.replace(base.loss, scale=1 / 1024),
+        optim=dataclasses.replace(base.optim, learning_rate=1e-3, warmup_steps=24_960, final_rate=0.01),
+        data=dataclasses.replace(base.data, global_batch=4096, micro_batch=64),
+        run=dataclasses.replace(base.run, steps=249_600),
+    )
+
+
+def vision1_tiny() -> Config:
+    """data2vec 1.0 on 32 x 32 grey texture crops on a CPU in minutes. Our own recipe, not a published one.
+
+    Not stock: the data, optimiser and averaging of `vision_tiny`, layer scale from 1; 1.0's mask token, relative
+    positions and head.
+    """
+    tiny = vision_tiny()
+    return dataclasses.replace(
+        tiny,
+        recipe="vision1-tiny",
+        version=1,
+        stem=dataclasses.replace(tiny.stem, positions="relative", position_scale=1.0),
+        encoder=dataclasses.replace(tiny.encoder, extra_tokens=1, key_bias=False, layer_scale=1.0),
+        head=Head(layers=1),
+        mask=Mask(kind="rectangles", ratio=0.6, span=2),
+        optim=dataclasses.replace(tiny.optim, learning_rate=2e-3, warmup_steps=100),
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
+    "speech-base": speech_base,
+    "speech-large": speech_large,
     "vision-base": vision_base,
     "vision-large": vision_large,
     "vision-huge14": vision_huge14,
+    "text-base": text_base,
+    "text-large": text_large,
+    "speech1-base": speech1_base,
+    "vision1-base": vision1_base,
+    "vision1-large": vision1_large,
+    "text1-base": text1_base,
+    "speech-small": speech_small,
     "vision-small": vision_small,
+    "text-small": text_small,
+    "speech-tiny": speech_tiny,
     "vision-tiny": vision_tiny,
+    "text-tiny": text_tiny,
+    "speech1-tiny": speech1_tiny,
+    "vision1-tiny": vision1_tiny,
+    "text1-tiny": text1_tiny,
 }
 
 

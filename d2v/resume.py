@@ -14,6 +14,9 @@ FREE_FIELDS = frozenset(
         "data.valid",
         "data.workers",
         "data.bad_fraction",
+        "data.tokenizer",  # the tokens themselves are compared
+        "data.cache",
+        "data.allow_commands",
         "run.dir",
         "run.log_every",
         "run.checkpoint_every",

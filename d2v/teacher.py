@@ -13,9 +13,17 @@ from torch import Tensor, nn
 
 from d2v_kernels import EmaPlan
 
+from .modalities import valid_positions
+
 # Parts of a model in the order they run, and those averaged in each scope (`Ema.scope`).
 PARTS = ("stem", "positions", "context", "blocks")
-SCOPES = {"all": PARTS, "encoder": PARTS[1:], "blocks": PARTS[3:]}
+SCOPES = {
+    "all": PARTS,
+    "encoder": ("positions", "context", "blocks"),
+    "transformer": ("positions", "blocks"),
+    "layers": ("context", "blocks"),
+    "blocks": ("blocks",),
+}
 
 
 class Encoded(NamedTuple):
@@ -96,7 +104,7 @@ class Teacher(nn.Module):
         Args:
             inputs: what the stem takes.
             features: (B,T,C), the student's stem output, used where the stem is not averaged.
-            lengths: what the stem takes.
+            lengths: (B,) tokens before the padding, on the host; None: no padding.
             top_k: K.
             source: "ffn" or "block".
 
@@ -105,10 +113,12 @@ class Teacher(nn.Module):
         """
         with self._precision(features.device):
             parts = self._parts()
-            x = parts["stem"](inputs, lengths)[0] if "stem" in self._modules else features.detach()
-            x = parts["context"](parts["positions"](x, lengths))
+            x = parts["stem"](inputs, lengths) if "stem" in self._modules else features.detach()
+            positions: Any = parts["positions"]
+            around = positions.surround(x, lengths)
+            x = parts["context"](positions(x, lengths), around)
             blocks: Any = parts["blocks"]
-            tensors = blocks.collect(x, top_k, source)
+            tensors = blocks.collect(x, top_k, source, around)
         extra = x.shape[1] - features.shape[1]
         return [t[:, extra:] for t in tensors]
 
@@ -175,22 +185,28 @@ def encode_parts(parts: Mapping[str, nn.Module], inputs: Tensor, lengths: Tensor
     blocks = [*context.blocks, *main.blocks]
     if layer is not None and not 0 <= layer <= len(blocks):
         raise ValueError(f"layer: expected 0 to {len(blocks)}, got {layer}")
-    with _evaluating(parts):
-        x, lengths = parts["stem"](inputs, lengths)
-        tokens = x.shape[1]
-        x = context.embed(parts["positions"](x, lengths))
-        for block in blocks[:layer]:
-            x = block(x)
+    positions: Any = parts["positions"]
+    with evaluating(*parts.values()):
+        stem: Any = parts["stem"]
+        tokens, lengths = stem.measure(inputs, lengths)
+        x = stem(inputs, lengths)
+        around = positions.surround(x, lengths)
+        x = context.embed(positions(x, lengths))
+        for i, block in enumerate(blocks[:layer]):
+            x = block(x, around, i)
         if layer is None and main.norm is not None:
             x = main.norm(x)
     extra = x.shape[1] - tokens
-    valid = torch.ones(x.shape[0], tokens, dtype=torch.bool, device=x.device)
+    valid = valid_positions(lengths, tokens, x.device)
+    if valid is None:
+        valid = torch.ones(x.shape[0], tokens, dtype=torch.bool, device=x.device)
     return Encoded(x[:, extra:], valid, x[:, extra - 1] if extra else None)
 
 
 @contextlib.contextmanager
-def _evaluating(parts: Mapping[str, nn.Module]) -> Iterator[None]:
-    modes = [(part, part.training) for part in parts.values()]
+def evaluating(*parts: nn.Module) -> Iterator[None]:
+    """Modules in evaluation mode, for a while."""
+    modes = [(part, part.training) for part in parts]
     try:
         for part, _ in modes:
             part.train(False)

@@ -36,9 +36,10 @@ from d2v.checkpoint import (
     write_atomically,
 )
 from d2v.config import Config
+from d2v.data import make_modality
 from d2v.data.loader import BadSamples, train_updates, validation_batches
-from d2v.data.sources import Source, open_source
-from d2v.data.vision import Batch, ImageSettings, normalise_images
+from d2v.data.samples import Batch
+from d2v.data.sources import Source
 from d2v.data2vec import Data2Vec, Output
 from d2v.metrics import (
     Board,
@@ -113,7 +114,7 @@ class Trainer:
 
     def __init__(self, config: Config, source: Source, device: torch.device) -> None:
         self.config, self.source, self.device = config, source, device
-        self.settings = ImageSettings.of(config)
+        self.modality = make_modality(config)
         self.model = build_model(config, device)
         self.optimiser = build_optimiser(self.model, config.optim)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -125,20 +126,21 @@ class Trainer:
     # ---- one update -------------------------------------------------------------------------------------------
 
     def inputs_of(self, batch: Batch) -> Tensor:
-        """Normalised images of a batch on the device, float32 (B,C,H,W)."""
-        images = batch.images.to(self.device, non_blocking=True)
-        return normalise_images(images, self.settings, self.config.data.standardise)
+        """The model's inputs of a batch, on the device."""
+        return self.modality.prepare(batch.inputs.to(self.device, non_blocking=True))
 
     def forward(self, batch: Batch) -> Output:
         """One forward under the run's precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
-            return self.model(self.inputs_of(batch), masks=batch.masks, noise_keys=batch.noise_keys)
+            return self.model(
+                self.inputs_of(batch), lengths=batch.lengths, masks=batch.masks, noise_keys=batch.noise_keys
+            )
 
     def run_update(self, batches: list[Batch]) -> Output:
         """One optimiser update from its micro-batches; returns the output of the first, which is never the rest."""
         config = self.config
         # Masks are drawn on the host, so the denominator is known before the first backward pass.
-        masked = sum(len(b.masks.rows) for b in batches if b.masks is not None)
+        masked = max(sum(len(b.masks.rows) for b in batches if b.masks is not None), 1)
         self.model.train()
         sums: dict[str, Tensor] = {}
         first: Output | None = None
@@ -173,13 +175,14 @@ class Trainer:
         """Whether a checkpoint follows this update."""
         return update % self.config.run.checkpoint_every == 0 or update == self.config.run.steps
 
-    def make_line(self, out: Output) -> dict[str, Any]:
-        """A line of metrics: means over the window; spread and explained variance of one micro-batch."""
+    def make_line(self, out: Output, lengths: Tensor | None = None) -> dict[str, Any]:
+        """A line of metrics: means over the window; spread and explained variance of one micro-batch, whose rows have
+        `lengths` tokens before their padding."""
         means = self.window.means()
         step_seconds = self.window.step_seconds()
         with torch.no_grad():
             explained = float(measure_explained_variance(out.prediction, out.target))
-            spread = float(measure_content_spread(out.targets))
+            spread = float(measure_content_spread(out.targets, lengths))
         line: dict[str, Any] = {
             "step": self.update,
             **means,
@@ -271,17 +274,28 @@ def pretrain(config: Config, *, init: str | None = None) -> Path:
     if init is not None and resumed is None:
         load_weights(trainer.model, init, "model.init")
     folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(folder), StopRequest() as stop:
+    with lock_folder(folder):
+        if resumed is None:
+            write_atomically(folder / CONFIG, config.to_json())
+        prepare_data(source, valid, folder, fresh=resumed is None)
+        _take_up(trainer, folder, resumed, valid)
+    return folder
+
+
+def _take_up(trainer: Trainer, folder: Path, resumed: Path | None, valid: Source | None) -> None:
+    """Trains from the beginning, or from the checkpoint `resumed`."""
+    config, source = trainer.config, trainer.source
+    with StopRequest() as stop:
         clean_folder(folder / "checkpoints")
         bad = BadSamples(source, config.data.bad_fraction, folder / "bad_samples.jsonl")
         if resumed is not None:
             trainer.load(resumed, bad)
+            write_atomically(folder / CONFIG, config.to_json())
             print(f"resuming {folder} after update {trainer.update} of {config.run.steps}", file=sys.stderr)
         else:
             bad.start_file()
-        write_atomically(folder / CONFIG, config.to_json())
+        bad.check(0)
         _loop(trainer, folder, bad, valid, stop)
-    return folder
 
 
 def _loop(trainer: Trainer, folder: Path, bad: BadSamples, valid: Source | None, stop: StopRequest) -> None:
@@ -291,12 +305,17 @@ def _loop(trainer: Trainer, folder: Path, bad: BadSamples, valid: Source | None,
     progress = Progress(trainer.update, config.run.steps)
     if trainer.update < config.run.steps and config.optim.warmup_steps >= config.run.steps:
         progress.say(f"note: optim.warmup_steps ({config.optim.warmup_steps}) covers all of run.steps")
+    for reason, count in trainer.source.left_out.items():
+        progress.say(f"note: left out {count} {reason}")
+    if bad.source.rejected:
+        progress.say(f"note: {len(bad.source.rejected)} of {bad.source.indexed} cannot be used; {bad.examples()}")
     batches = train_updates(config, trainer.source, trainer.update, trainer.device)
     try:
         trainer.window.resume_clock()
         for micro_batches in batches:
             for batch in micro_batches:
-                bad.add(batch.notes)
+                for news in bad.add(batch.notes):
+                    progress.say(f"note: {news}")
             bad.write()
             bad.check((trainer.update + 1) * config.data.global_batch)
             out = trainer.run_update(micro_batches)
@@ -305,7 +324,7 @@ def _loop(trainer: Trainer, folder: Path, bad: BadSamples, valid: Source | None,
             if due and valid is not None:
                 trainer.validate(valid)
             if trainer.is_log_step(trainer.update):
-                line = trainer.make_line(out)
+                line = trainer.make_line(out, micro_batches[0].token_lengths)
                 _record(line, metrics, board, progress)
                 _stop_on_failure(find_failure(line, config.run, len(out.targets)), trainer, folder)
             if stop.signal is not None:
@@ -359,23 +378,36 @@ def _leave(trainer: Trainer, folder: Path, bad: BadSamples, number: int) -> None
 def _summarise(trainer: Trainer, folder: Path, bad: BadSamples) -> None:
     text = f"finished {trainer.update} updates in {folder}"
     if bad.converted:
-        text += "; converted to RGB: " + ", ".join(f"{n} {kind}" for kind, n in sorted(bad.converted.items()))
+        text += "; converted: " + ", ".join(f"{n} ({kind})" for kind, n in sorted(bad.converted.items()))
+    if left_out := trainer.source.left_out:
+        text += "; left out: " + ", ".join(f"{n} {reason}" for reason, n in left_out.items())
     if bad.entries:
         text += f"; {len(bad.entries)} samples could not be decoded, {bad.examples()}"
     print(text, file=sys.stderr)
 
 
 def write_report(folder: Path, bad: BadSamples) -> None:
-    """`data.json`: how many samples there are, how many were bad, what was converted."""
-    report = {"samples": len(bad.source), "bad": len(bad.entries), "converted": bad.converted}
+    """`data.json`: how many samples there are, how many were bad, what was converted and what was left out."""
+    report = {
+        "samples": len(bad.source), "bad": len(bad.entries), "converted": bad.converted,
+        "left_out": bad.source.left_out,
+    }  # fmt: skip
     write_atomically(folder / "data.json", json.dumps(report, indent=1))
 
 
 def open_data(config: Config) -> tuple[Source, Source | None]:
-    """Training and held-out images of a configuration."""
-    source = open_source(config.data.path, option="data.path")
-    valid = open_source(config.data.valid, option="data.valid") if config.data.valid is not None else None
+    """Training and held-out samples of a configuration; reads only. Before use they need `prepare_data`."""
+    modality = make_modality(config)
+    source = modality.open(config.data.path, option="data.path")
+    valid = modality.open(config.data.valid, option="data.valid") if config.data.valid is not None else None
     return source, valid
+
+
+def prepare_data(source: Source, valid: Source | None, folder: Path, fresh: bool) -> None:
+    """Writes what the samples need, a tokenizer and tokens of text for instance, into `folder`."""
+    source.prepare(folder, fresh)
+    if valid is not None:
+        valid.prepare(folder, fresh=False)
 
 
 def check_run_folder(config: Config) -> Path:

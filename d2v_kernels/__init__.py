@@ -1,10 +1,11 @@
 """Fused operators for data2vec pre-training: native (C++/CUDA), Triton, and plain PyTorch as their definition."""
 
 from . import _library, _schema
+from .attention import Alibi, Packed, alibi_slopes, attend, pack_lengths
 from .backends import native as _native
 from .backends import reference as _reference
 from .backends import triton as _triton
-from .ema import EmaPlan, update_ema_
+from .ema import EmaPlan, merge_ema_state, split_ema_state, update_ema_
 from .gelu import layer_norm_gelu
 from .layers import average_layers
 from .loss import RegressionLoss, masked_regression_loss
@@ -19,17 +20,24 @@ register_backend(_triton.BACKEND)
 register_backend(_reference.BACKEND)
 
 __all__ = [
+    "Alibi",
     "EmaPlan",
     "MaskSampler",
     "Masks",
     "Noise",
+    "Packed",
     "RegressionLoss",
+    "alibi_slopes",
+    "attend",
     "average_layers",
     "gather_tokens",
     "layer_norm_gelu",
     "masked_regression_loss",
     "masks_from_bool",
+    "merge_ema_state",
+    "pack_lengths",
     "restore_tokens",
+    "split_ema_state",
     "update_ema_",
     "use_backend",
 ]

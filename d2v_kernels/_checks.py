@@ -7,6 +7,7 @@ with the operator's name and give expected and got.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,10 +104,13 @@ def check_lengths(lengths: Tensor | None, tokens: int) -> None:
 
 
 def check_update_ema(
-    averages: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor], weight_tensor: Tensor | None
+    averages: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    weight_tensor: Tensor | None,
+    op: str = "update_ema_",
 ) -> None:
     """Lists of equal length whose entries agree in shape and device."""
-    op = "update_ema_"
     require(len(sources) == len(averages), op, "number of sources", len(averages), len(sources))
     require(len(copies) in (0, len(averages)), op, "number of copies", len(averages), len(copies))
     if weight_tensor is not None:
@@ -123,6 +127,37 @@ def check_update_ema(
                 require(False, op, f"shape of {name}[{i}]", tuple(a.shape), tuple(t.shape))
             if t.device != device:
                 require(False, op, f"device of {name}[{i}]", device, t.device)
+
+
+def check_update_split_ema(
+    high: Sequence[Tensor], low: Sequence[Tensor], sources: Sequence[Tensor], weight_tensor: Tensor | None
+) -> None:
+    """Lists of equal length; entries agree in shape, device and the order of their elements in memory."""
+    op = "update_split_ema_"
+    check_update_ema(high, sources, [], weight_tensor, op)
+    require(len(low) == len(high), op, "number of low halves", len(high), len(low))
+    for i, (h, other) in enumerate(zip(high, low, strict=True)):
+        for name, t, dtype in (("high", h, torch.bfloat16), ("low", other, torch.int16)):
+            if t.dtype != dtype:
+                raise TypeError(f"{op}: dtype of {name}[{i}]: expected {_names([dtype])}, got {_names([t.dtype])}")
+        require(other.shape == h.shape, op, f"shape of low[{i}]", tuple(h.shape), tuple(other.shape))
+        require(other.device == h.device, op, f"device of low[{i}]", h.device, other.device)
+        for name, t in (("high", h), ("low", other), ("sources", sources[i])):
+            if not lies_flat(h, t):
+                require(False, op, f"strides of {name}[{i}]", f"{h.stride()} without gaps", t.stride())
+
+
+def lies_flat(*tensors: Tensor) -> bool:
+    """True if the tensors, of one shape, lie in memory in one order without gaps."""
+    if all(t.is_contiguous() for t in tensors):
+        return True
+    sizes, strides = tensors[0].shape, tensors[0].stride()
+    expected = 1
+    for stride, size in sorted((st, n) for st, n in zip(strides, sizes, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return all(st == other for t in tensors for st, other, n in zip(strides, t.stride(), sizes, strict=True) if n > 1)
 
 
 def check_gather_tokens(x: Tensor, index: Tensor, clones: int) -> tuple[int, int, int]:
@@ -257,6 +292,70 @@ def check_layer_norm_gelu_backward(
     _require_rows(op, "grad", grad)
     _require_device(op, x, grad=grad)
     require(grad.shape == x.shape, op, "shape of grad", tuple(x.shape), tuple(grad.shape))
+
+
+def check_attention(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor | None,
+    positions: Tensor | None,
+    lengths: Tensor | None,
+    valid: Tensor | None,
+    dropout_keys: Tensor | None,
+    dropout: float,
+) -> torch.dtype:
+    """Dtype of the log-sum-exp: float32, or float64 for float64 queries."""
+    _require_dims(op, "query", query, "N, T, H, D")
+    _require_float(op, "query", query)
+    n, t, h, _ = query.shape
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        require(x.shape == query.shape, op, f"shape of {name}", tuple(query.shape), tuple(x.shape))
+        if x.dtype != query.dtype:
+            raise TypeError(f"{op}: dtype of {name}: expected {_names([query.dtype])}, got {_names([x.dtype])}")
+        _require_rows(op, name, x)
+    _require_device(
+        op, query, key=key, value=value, slopes=slopes, positions=positions, lengths=lengths, valid=valid,
+        dropout_keys=dropout_keys,
+    )  # fmt: skip
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    require((slopes is None) == (positions is None), op, "slopes and positions", "both or neither", "one of them")
+    optional: tuple[tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]], ...] = (
+        ("slopes", slopes, (h,), (compute,)),
+        ("lengths", lengths, (n,), INDICES),
+        ("valid", valid, (n, t), (torch.bool,)),
+        ("dropout keys", dropout_keys, (n,), (torch.int64,)),
+    )
+    for name, given, shape, dtypes in optional:
+        if given is not None:
+            require(tuple(given.shape) == shape, op, f"shape of {name}", shape, tuple(given.shape))
+            if given.dtype not in dtypes:
+                raise TypeError(f"{op}: dtype of {name}: expected one of {_names(dtypes)}, got {_names([given.dtype])}")
+    if positions is not None:
+        good = positions.dim() == 2 and positions.shape[0] == n and positions.shape[1] <= t
+        require(good, op, "shape of positions", f"({n}, at most {t})", tuple(positions.shape))
+        _require_index(op, "positions", positions)
+    require(0.0 <= dropout < 1.0, op, "dropout", "0 or more and less than 1", dropout)
+    require(dropout == 0.0 or dropout_keys is not None, op, "dropout keys", "a tensor where dropout is above 0", None)
+    return compute
+
+
+def check_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum: Tensor, *rest: Any
+) -> None:
+    """The gradients look like query, key, value and slopes; shape (0,) for slopes that are None."""
+    op = "attention_backward"
+    dtype = check_attention(op, query, key, value, *rest)
+    for name, x in (("grad", grad), ("out", out)):
+        require(x.shape == query.shape, op, f"shape of {name}", tuple(query.shape), tuple(x.shape))
+        _require_float(op, name, x)
+        _require_rows(op, name, x)
+    n, t, h, _ = query.shape
+    require(tuple(log_sum.shape) == (n, h, t), op, "shape of log_sum", (n, h, t), tuple(log_sum.shape))
+    if log_sum.dtype != dtype:
+        raise TypeError(f"{op}: dtype of log_sum: expected {_names([dtype])}, got {_names([log_sum.dtype])}")
+    _require_device(op, query, grad=grad, out=out, log_sum=log_sum)
 
 
 def check_index_range(op: str, name: str, index: Tensor, high: int | None) -> None:

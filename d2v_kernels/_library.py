@@ -24,6 +24,7 @@ LIB = Path(__file__).resolve().parent / "lib"
 CPU_LIBRARY, CUDA_LIBRARY, MODULE = "libd2v_cpu", "libd2v_cuda", "_native"
 TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # of csrc/core/dtype.h
 NO_COPY = -1
+SPLIT = 4  # an average in two halves: kSplit of csrc/core/ema.h
 
 
 class Module(Protocol):
@@ -164,7 +165,9 @@ class NativePlan:
             self._plan.step_device(weight, self._launch, self._table.data_ptr(), address, index, stream)
 
 
-def make_ema_plan(averages: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor]) -> NativePlan | None:
+def make_ema_plan(
+    averages: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor], low: Sequence[Tensor] = ()
+) -> NativePlan | None:
     """A plan for tensors that `update_ema_` has accepted; None where it needs the list operator.
 
     That is without the module or the device's library, and for tensors of different layouts.
@@ -175,10 +178,13 @@ def make_ema_plan(averages: Sequence[Tensor], sources: Sequence[Tensor], copies:
     library = {"cpu": CPU_LIBRARY, "cuda": CUDA_LIBRARY}.get(device.type, "")
     if library not in _libraries:
         return None
+    if low:
+        return NativePlan(_module, _split_entries(averages, low, sources), [*averages, *low, *sources], device)
     entries = []
     for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
         copy = copies[i] if copies else None
-        if not _flat(average, source, copy) or (average.dtype == torch.float64) != (source.dtype == torch.float64):
+        flat = _checks.lies_flat(average, source) if copy is None else _checks.lies_flat(average, source, copy)
+        if not flat or (average.dtype == torch.float64) != (source.dtype == torch.float64):
             return None
         if average.numel() == 0:
             continue
@@ -192,15 +198,9 @@ def make_ema_plan(averages: Sequence[Tensor], sources: Sequence[Tensor], copies:
     return NativePlan(_module, entries, [*averages, *sources, *copies], device)
 
 
-def _flat(average: Tensor, source: Tensor, copy: Tensor | None) -> bool:
-    """True if the tensors lie in memory in one order without gaps."""
-    tensors = [average, source] if copy is None else [average, source, copy]
-    if all(t.is_contiguous() for t in tensors):
-        return True
-    sizes, strides = average.shape, average.stride()
-    expected = 1
-    for stride, size in sorted((st, n) for st, n in zip(strides, sizes, strict=True) if n > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return all(st == other for t in tensors for st, other, n in zip(strides, t.stride(), sizes, strict=True) if n > 1)
+def _split_entries(high: Sequence[Tensor], low: Sequence[Tensor], sources: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [
+        (h.data_ptr(), s.data_ptr(), lower.data_ptr(), h.numel(), SPLIT, TYPE_NUMBERS[s.dtype], SPLIT)
+        for h, lower, s in zip(high, low, sources, strict=True)
+        if h.numel() > 0
+    ]

@@ -26,6 +26,11 @@ def _update_ema(device: str, dtype: torch.dtype) -> None:
     _op.update_ema_([_rows(device, dtype)], [_rows(device, dtype)], [], 0.5, None)
 
 
+def _update_split_ema(device: str, dtype: torch.dtype) -> None:
+    high = _rows(device, torch.bfloat16)
+    _op.update_split_ema_([high], [high.view(torch.int16) * 0], [_rows(device, dtype)], 0.5, None)
+
+
 def _gather(device: str, dtype: torch.dtype) -> None:
     _op.gather_tokens(_rows(device, dtype), _index(device), 1)
 
@@ -64,9 +69,31 @@ def _gelu_backward(device: str, dtype: torch.dtype) -> None:
     _op.layer_norm_gelu_backward(x, x, x[0], None, 1e-5)
 
 
+def _attention_inputs(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    # Longer than one block of queries or keys, so that a probe runs every loop.
+    return [torch.ones((2, 150, 2, 16), device=device, dtype=dtype) for _ in range(3)]
+
+
+def _attention_bias(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return [torch.ones(2, device=device, dtype=wide), torch.arange(300, device=device).int().view(2, 150)]
+
+
+def _attention(device: str, dtype: torch.dtype) -> None:
+    bias = _attention_bias(device, dtype)
+    _op.attention(*_attention_inputs(device, dtype), *bias, None, None, None, 0.0, 0.25)
+
+
+def _attention_backward(device: str, dtype: torch.dtype) -> None:
+    inputs, bias = _attention_inputs(device, dtype), _attention_bias(device, dtype)
+    out, log_sum = _op.attention(*inputs, *bias, None, None, None, 0.0, 0.25)
+    _op.attention_backward(out, *inputs, out, log_sum, *bias, None, None, None, 0.0, 0.25)
+
+
 PROBES: dict[str, Callable[[str, torch.dtype], None]] = {
     "average_layers": _average_layers,
     "update_ema_": _update_ema,
+    "update_split_ema_": _update_split_ema,
     "gather_tokens": _gather,
     "gather_tokens_backward": _gather_backward,
     "restore_tokens": _restore,
@@ -75,4 +102,6 @@ PROBES: dict[str, Callable[[str, torch.dtype], None]] = {
     "masked_regression_loss_backward": _loss_backward,
     "layer_norm_gelu": _gelu,
     "layer_norm_gelu_backward": _gelu_backward,
+    "attention": _attention,
+    "attention_backward": _attention_backward,
 }

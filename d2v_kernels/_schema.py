@@ -20,6 +20,8 @@ SCHEMAS = (
     " -> Tensor",
     "update_ema_(Tensor(a!)[] averages, Tensor[] sources, Tensor(b!)[] copies, float weight, Tensor? weight_tensor)"
     " -> ()",
+    "update_split_ema_(Tensor(a!)[] high, Tensor(b!)[] low, Tensor[] sources, float weight, Tensor? weight_tensor)"
+    " -> ()",
     "gather_tokens(Tensor x, Tensor index, int clones) -> Tensor",
     "gather_tokens_backward(Tensor grad, Tensor index, int clones, SymInt tokens) -> Tensor",
     "restore_tokens(Tensor kept, Tensor restore, Tensor? fill, Tensor? noise_keys, float noise_std) -> Tensor",
@@ -31,6 +33,11 @@ SCHEMAS = (
     "layer_norm_gelu(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     "layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor, Tensor, Tensor)",
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? slopes, Tensor? positions, Tensor? lengths,"
+    " Tensor? valid, Tensor? dropout_keys, float dropout, float scale) -> (Tensor, Tensor)",
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sum,"
+    " Tensor? slopes, Tensor? positions, Tensor? lengths, Tensor? valid, Tensor? dropout_keys, float dropout,"
+    " float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 _library = torch.library.Library("d2v", "DEF")
@@ -69,6 +76,22 @@ def _update_ema_fake(
     averages: list[Tensor], sources: list[Tensor], copies: list[Tensor], weight: float, weight_tensor: Tensor | None
 ) -> None:
     checks.check_update_ema(averages, sources, copies, weight_tensor)
+
+
+def _update_split_ema(
+    high: list[Tensor], low: list[Tensor], sources: list[Tensor], weight: float, weight_tensor: Tensor | None
+) -> None:
+    checks.check_update_split_ema(high, low, sources, weight_tensor)
+    if not high:
+        return
+    dtypes = tuple(sorted({t.dtype for t in sources}, key=str))
+    implementation("update_split_ema_", high[0].device.type, dtypes)(high, low, sources, weight, weight_tensor)
+
+
+def _update_split_ema_fake(
+    high: list[Tensor], low: list[Tensor], sources: list[Tensor], weight: float, weight_tensor: Tensor | None
+) -> None:
+    checks.check_update_split_ema(high, low, sources, weight_tensor)
 
 
 def _gather_tokens(x: Tensor, index: Tensor, clones: int) -> Tensor:
@@ -189,6 +212,37 @@ def _layer_norm_gelu_backward_fake(
     return x.new_empty(x.shape), affine[0], affine[1]
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    checks.check_attention("attention", query, key, value, *rest[:-1])
+    body = implementation("attention", query.device.type, (query.dtype,), str(query.shape[3]))
+    result: tuple[Tensor, Tensor] = body(query, key, value, *rest)
+    return result
+
+
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = checks.check_attention("attention", query, key, value, *rest[:-1])
+    n, t, h, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((n, h, t), dtype=dtype)
+
+
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.check_attention_backward(grad, query, key, value, out, log_sum, *rest[:-1])
+    body = implementation("attention_backward", query.device.type, (query.dtype,), str(query.shape[3]))
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = body(grad, query, key, value, out, log_sum, *rest)
+    return result
+
+
+def _attention_backward_fake(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.check_attention_backward(grad, query, key, value, out, log_sum, *rest[:-1])
+    slopes = rest[0]
+    of_slopes = log_sum.new_empty((0,)) if slopes is None else slopes.new_empty(slopes.shape)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), of_slopes
+
+
 def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype, ...]:
     return tuple(dict.fromkeys(t.dtype for t in tensors if t is not None))
 
@@ -265,9 +319,24 @@ def _gelu_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return of_x, None if weight is None else of_weight, None if bias is None else of_bias, None
 
 
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.dropout, ctx.scale = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    of_query, of_key, of_value, of_slopes = torch.ops.d2v.attention_backward(
+        _rows_with_unit_stride(grad), *tensors, ctx.dropout, ctx.scale
+    )
+    return of_query, of_key, of_value, None if tensors[5] is None else of_slopes, *[None] * 6
+
+
 _BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "average_layers": (_average_layers, _average_layers_fake),
     "update_ema_": (_update_ema, _update_ema_fake),
+    "update_split_ema_": (_update_split_ema, _update_split_ema_fake),
     "gather_tokens": (_gather_tokens, _gather_tokens_fake),
     "gather_tokens_backward": (_gather_tokens_backward, _gather_tokens_backward_fake),
     "restore_tokens": (_restore_tokens, _restore_tokens_fake),
@@ -276,6 +345,8 @@ _BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "masked_regression_loss_backward": (_masked_regression_loss_backward, _masked_regression_loss_backward_fake),
     "layer_norm_gelu": (_layer_norm_gelu, _layer_norm_gelu_fake),
     "layer_norm_gelu_backward": (_layer_norm_gelu_backward, _layer_norm_gelu_backward_fake),
+    "attention": (_attention, _attention_fake),
+    "attention_backward": (_attention_backward, _attention_backward_fake),
 }
 _GRADIENTS = {
     "average_layers": (_refuse("average_layers", "not differentiable; detach the layers"), _no_setup),
@@ -290,6 +361,8 @@ _GRADIENTS = {
     ),
     "layer_norm_gelu": (_gelu_gradient, _gelu_setup),
     "layer_norm_gelu_backward": (_refuse("layer_norm_gelu", "double backward is not supported"), _no_setup),
+    "attention": (_attention_gradient, _attention_setup),
+    "attention_backward": (_refuse("attention", "double backward is not supported"), _no_setup),
 }
 
 

@@ -1,4 +1,4 @@
-"""`python -m d2v_kernels.info [--probe] [--json]`: which backend each operator takes here, or why not."""
+"""`python -m d2v_kernels.info [--probe] [--json]`: which backend each operator and attention takes, or why not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _env, _library, registry
+from . import _env, _library, attention, registry
 from ._probe import PROBES
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,7 +25,8 @@ def _case(op: str, device: str, dtype: torch.dtype) -> registry.Case:
         return registry.Case(op, device, (dtype, out), ("instance", "none"))
     if op.startswith("masked_regression_loss"):
         return registry.Case(op, device, (dtype, dtype))
-    return registry.Case(op, device, (dtype,))
+    traits = ("64",) if op.startswith("attention") else ()
+    return registry.Case(op, device, (dtype,), traits)
 
 
 def _probe(op: str, device: str, dtype: torch.dtype, backend: str) -> str:
@@ -37,6 +38,43 @@ def _probe(op: str, device: str, dtype: torch.dtype, backend: str) -> str:
     except Exception as error:
         return f"failed: {type(error).__name__}: {error}"
     return "ran"
+
+
+# What models ask of attention: the form's name, and what sets it apart.
+_ATTENTION_FORMS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "key padding": {"masked": True},
+    "packed": {"packed": True},
+    "ALiBi": {"alibi": True},
+    "ALiBi, dropout": {"alibi": True, "dropout": True},
+    "dropout from row keys": {"dropout": True, "dropout_keys": True},
+}
+
+
+def attention_engines() -> list[dict[str, Any]]:
+    """For every form, device and dtype the engine of attention that runs, and the reasons against those before it."""
+    rows = []
+    for form, traits in _ATTENTION_FORMS.items():
+        for device in _devices():
+            for dtype in _DTYPES:
+                request = attention.Request(device, dtype, 64, **traits)
+                row: dict[str, Any] = {"form": form, "device": device, "dtype": str(dtype).removeprefix("torch.")}
+                row["chosen"] = attention.choose_engine(request)
+                row["why_not"] = _why_not_engines(request, row["chosen"])
+                rows.append(row)
+    return rows
+
+
+def _why_not_engines(request: attention.Request, chosen: str) -> dict[str, str]:
+    """Reasons against the other engines; one that comes after the chosen one is not tried."""
+    order = attention.preferred_engines(request)
+    earlier = order[: order.index(chosen)]
+    why_not = {}
+    for name in attention.ENGINES:
+        if name != chosen:
+            reasons = attention.why_not_engine(name, request, probe=name in earlier)
+            why_not[name] = "; ".join(reasons) or f"{chosen} comes before it; not tried"
+    return why_not
 
 
 def collect(probe: bool = False) -> dict[str, Any]:
@@ -67,12 +105,13 @@ def collect(probe: bool = False) -> dict[str, Any]:
         "build": _library.build_record(),
         "not_loaded": _library.load_errors(),
         "operators": operators,
+        "attention": attention_engines(),
     }
 
 
 def _print_text(report: dict[str, Any]) -> None:
     for key, value in report.items():
-        if key == "operators":
+        if key in ("operators", "attention"):
             continue
         if isinstance(value, dict):
             print(f"{key}:" + ("" if value else " -"))
@@ -89,6 +128,23 @@ def _print_text(report: dict[str, Any]) -> None:
             print(f"  {title}")
             last = title
         print(f"    {row['dtype']:<9}" + "  ".join(f"{name}: {row[name]}" for name in names))
+
+    _print_attention(report["attention"])
+
+
+def _print_attention(rows: list[dict[str, Any]]) -> None:
+    print("attention:")
+    last = ""
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        because = "".join(f"\n      not {name}: {reasons}" for name, reasons in row["why_not"].items())
+        alike.setdefault(f"{row['form']} on {row['device']}\nchosen: {row['chosen']}{because}", []).append(row["dtype"])
+    for text, dtypes in alike.items():
+        title, rest = text.split("\n", 1)
+        if title != last:
+            print(f"  {title}")
+            last = title
+        print(f"    {', '.join(dtypes)}  {rest}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,6 +18,7 @@ from . import _env
 OPERATORS = (
     "average_layers",
     "update_ema_",
+    "update_split_ema_",
     "gather_tokens",
     "gather_tokens_backward",
     "restore_tokens",
@@ -26,6 +27,8 @@ OPERATORS = (
     "masked_regression_loss_backward",
     "layer_norm_gelu",
     "layer_norm_gelu_backward",
+    "attention",
+    "attention_backward",
 )
 # Backends from the preferred one, by device type; and for an operator whose measurements say otherwise, by both.
 PREFERENCES = {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")}
@@ -106,7 +109,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: unknown name. An operator that the forced backend cannot run raises `NotImplementedError` with
-            the reasons when it is called.
+            the reasons when it is called. Operators of which a backend has no version at all are not its to run: for
+            them the registry chooses as ever.
     """
     if name not in _env.BACKEND_NAMES:
         raise ValueError(f"use_backend: expected one of {', '.join(_env.BACKEND_NAMES)}, got {name!r}")
@@ -125,6 +129,8 @@ def choose(case: Case, forced: str | None = None) -> Backend:
         NotImplementedError: the forced backend, or every backend, cannot run it; the text lists all reasons.
     """
     name = forced if forced is not None else forced_backend()
+    if name in _backends and case.op not in _backends[name].implementations:
+        name = "auto"
     reasons: list[str] = []
     for backend in preferred(case.op, case.device):
         if name not in ("auto", backend.name):

@@ -60,18 +60,37 @@ struct AsIs {
   using type = T;
 };
 
+// cluster: neighbouring blocks along x that run at once and see each other's shared memory.
+struct LaunchShape {
+  dim3 grid, block;
+  size_t shared_bytes;
+  unsigned cluster;
+};
+
 // kernel<<<grid, block, shared_bytes, stream>>>(args...), except that the error is that of this launch alone, not
 // what an earlier call left behind, and that large parameters are not copied on the way.
 template <class... P>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+cudaError_t launch(void (*kernel)(P...), const LaunchShape& shape, cudaStream_t stream,
                    const typename AsIs<P>::type&... args) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {shape.cluster, 1, 1};
+  if (shape.cluster > 1) {
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&args))...};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
+}
+template <class... P>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   const typename AsIs<P>::type&... args) {
+  return launch(kernel, LaunchShape{grid, block, shared_bytes, 1}, stream, args...);
 }
 
 // Lets a kernel have that much dynamic shared memory; beyond 48 KiB it must be asked for.
@@ -91,6 +110,19 @@ inline cudaError_t query_device(int device, int64_t* shared_bytes, int* multipro
   return cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, device);
 }
 
+// Blocks that a cluster may have (of those that every such device allows); 0 before sm_90, 1 where there are bulk
+// copies alone.
+inline cudaError_t query_clusters(int device, int* blocks) {
+  constexpr int kPortable = 8;
+  int major = 0, clusters = 0;
+  *blocks = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess || major < 9) return error;
+  const cudaError_t other = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
+  *blocks = clusters ? kPortable : 1;
+  return other;
+}
+
 inline const char* error_text(cudaError_t error) { return cudaGetErrorString(error); }
 
 }  // namespace d2v
@@ -101,6 +133,8 @@ using engine::AsIs;
 using engine::DeviceScope;
 using engine::error_text;
 using engine::launch;
+using engine::LaunchShape;
+using engine::query_clusters;
 using engine::query_device;
 }  // namespace d2v
 #else

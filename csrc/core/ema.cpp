@@ -13,17 +13,16 @@ constexpr int64_t kGrain = 512;  // chunks worth a thread, which takes some 50 u
 }  // namespace
 
 void update_ema(const EmaTensor* tensors, int64_t count, const int64_t* first_chunk, double weight, Parallel parallel) {
-  const EmaKernels& kernels = ema_kernels();
   parallel_for(parallel, first_chunk[count], kGrain, [&](int64_t c0, int64_t c1) {
     int64_t i = std::upper_bound(first_chunk, first_chunk + count + 1, c0) - first_chunk - 1;
     for (int64_t c = c0; c < c1;) {
       while (first_chunk[i + 1] <= c) ++i;  // empty tensors have no chunk
       const int64_t last = std::min(c1, first_chunk[i + 1]);
       const int64_t begin = (c - first_chunk[i]) * kEmaChunk, end = (last - first_chunk[i]) * kEmaChunk;
-      kernels.update(&tensors[i], begin, std::min(end, tensors[i].count), weight);
+      ema_kernels(tensors[i]).update(&tensors[i], begin, std::min(end, tensors[i].count), weight);
       c = last;
     }
-    kernels.finish();
+    if (count > 0) ema_kernels(tensors[0]).finish();
   });
 }
 

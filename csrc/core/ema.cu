@@ -4,6 +4,8 @@
 // average and source is accessed 16 bytes at a time and the other ones element for element beside it, so that the
 // threads of a warp always touch one unbroken piece of memory. Every element is computed by the same fused operation
 // on every path, so that a result does not depend on alignment.
+#include <string.h>
+
 #include "ema.h"
 #include "ema_table.h"
 #include "vec.cuh"
@@ -145,6 +147,83 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// ---- an average in two halves ----
+
+struct alignas(4) Halves {
+  uint16_t high;
+  int16_t low;
+};
+
+__device__ __forceinline__ float join_halves(uint16_t high, int16_t low) {
+  const uint32_t bits = (uint32_t{high} << 16) + static_cast<uint32_t>(int32_t{low});
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+__device__ __forceinline__ Halves split_halves(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(x));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16 & 0x8000u) | 0x7fc0u), 0};
+  const uint32_t high = (bits + 0x8000u) >> 16;
+  return {static_cast<uint16_t>(high), static_cast<int16_t>(bits - (high << 16))};
+}
+
+// Elements [begin, end) of a chunk, N at a time: `average` has the upper halves, `copy` the lower ones.
+template <int N, class TS>
+__device__ __forceinline__ void update_split_span(const EmaChunk& chunk, int begin, int end, float weight) {
+  uint16_t* const high = static_cast<uint16_t*>(chunk.average);
+  int16_t* const low = static_cast<int16_t*>(chunk.copy);
+  const TS* const source = static_cast<const TS*>(chunk.source);
+  for (int i = begin + static_cast<int>(threadIdx.x) * N; i < end; i += kUnroll<N> * kThreads * N) {
+    Vec<uint16_t, N> h[kUnroll<N>];
+    Vec<int16_t, N> l[kUnroll<N>];
+    Vec<TS, N> s[kUnroll<N>];
+#pragma unroll
+    for (int u = 0; u < kUnroll<N>; ++u) {
+      const int at = i + u * kThreads * N;
+      if (at >= end) break;
+      h[u] = load<N>(high + at);
+      l[u] = load<N>(low + at);
+      s[u] = load<N>(source + at);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll<N>; ++u) {
+      const int at = i + u * kThreads * N;
+      if (at >= end) break;
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const float before = join_halves(h[u].v[k], l[u].v[k]);
+        const Halves after = split_halves(multiply_add(weight, widen(s[u].v[k]) - before, before));
+        h[u].v[k] = after.high;
+        l[u].v[k] = after.low;
+      }
+      store<N>(high + at, h[u]);
+      store<N>(low + at, l[u]);
+    }
+  }
+}
+
+template <class TS, class Table>
+__global__ void __launch_bounds__(kThreads)
+    update_split_ema_kernel(D2V_PARAMETER(Table) table, double host_weight, const double* device_weight) {
+  constexpr int N = kAccessBytes / sizeof(uint16_t);
+  const float weight = static_cast<float>(device_weight ? *device_weight : host_weight);
+  if (weight == 0) return;
+  const EmaChunk chunk = table.chunk(static_cast<int32_t>(blockIdx.x), sizeof(uint16_t), sizeof(TS));
+  const uint16_t* const high = static_cast<const uint16_t*>(chunk.average);
+  const int past = static_cast<int>(reinterpret_cast<uintptr_t>(high) % alignof(Vec<uint16_t, N>) / sizeof(uint16_t));
+  const int first = (N - past) % N;
+  const bool fits = is_vec_aligned<N>(high + first) && is_vec_aligned<N>(static_cast<int16_t*>(chunk.copy) + first) &&
+                    is_vec_aligned<N>(static_cast<const TS*>(chunk.source) + first);
+  const int lead = fits && first < chunk.count ? first : chunk.count;
+  const int rest = lead + (chunk.count - lead) / N * N;
+  update_split_span<N, TS>(chunk, lead, rest, weight);
+#pragma unroll 1
+  for (int part = 0; part < 2; ++part) {
+    update_split_span<1, TS>(chunk, part == 0 ? 0 : rest, part == 0 ? lead : chunk.count, weight);
+  }
+}
+
 struct Weight {
   double host;
   const double* device;
@@ -155,6 +234,27 @@ cudaError_t launch_kernel(const Table& table, int64_t blocks, Weight weight, cud
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   return launch(update_ema_kernel<TA, TS, Table>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, table,
                 weight.host, weight.device);
+}
+
+template <class TS, class Table>
+cudaError_t launch_split(const Table& table, int64_t blocks, Weight weight, cudaStream_t stream) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  return launch(update_split_ema_kernel<TS, Table>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream,
+                table, weight.host, weight.device);
+}
+
+template <class Table>
+cudaError_t launch_split_source(DType source, const Table& table, int64_t blocks, Weight weight, cudaStream_t stream) {
+  switch (source) {
+    case kFloat32:
+      return launch_split<float>(table, blocks, weight, stream);
+    case kBFloat16:
+      return launch_split<__nv_bfloat16>(table, blocks, weight, stream);
+    case kFloat16:
+      return launch_split<__half>(table, blocks, weight, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 template <class TA, class Table>
@@ -174,6 +274,7 @@ cudaError_t launch_source(DType source, const Table& table, int64_t blocks, Weig
 template <class Table>
 cudaError_t launch_types(DType average, DType source, const Table& table, int64_t blocks, Weight weight,
                          cudaStream_t stream) {
+  if (average == kSplit) return launch_split_source(source, table, blocks, weight, stream);
   switch (average) {
     case kFloat32:
       return launch_source<float>(source, table, blocks, weight, stream);

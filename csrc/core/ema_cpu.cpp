@@ -40,6 +40,72 @@ void copy_block(TC* copy, const TA* average, int64_t n, bool stream) {
   for (; i < n; ++i) copy[i] = narrow<TC>(static_cast<A>(widen(average[i])));
 }
 
+// ---- fp32 in two halves ----
+
+typedef int16_t VS __attribute__((vector_size(kVectorBytes / 2)));
+
+// A lane: high << 16 plus low, as bits.
+D2V_INLINE VF join(VH high, VS low) {
+  return bit_cast<VF>((__builtin_convertvector(high, VU) << 16) + bit_cast<VU>(__builtin_convertvector(low, VI)));
+}
+D2V_INLINE VU upper_half(VF v) {
+  const VU u = bit_cast<VU>(v);
+  const VU is_nan = bit_cast<VU>(bit_cast<VI>(u & 0x7fffffffu) > 0x7f800000);
+  return (((u + 0x8000u) >> 16) & ~is_nan) | (((u >> 16 & 0x8000u) | 0x7fc0u) & is_nan);
+}
+D2V_INLINE VU lower_half(VF v, VU high) {
+  const VU u = bit_cast<VU>(v);
+  const VU is_nan = bit_cast<VU>(bit_cast<VI>(u & 0x7fffffffu) > 0x7f800000);
+  return (u - (high << 16)) & ~is_nan;
+}
+
+// One vector; fewer elements by way of a whole one.
+template <class TS>
+D2V_INLINE void update_halves(uint16_t* high, int16_t* low, const TS* source, float w) {
+  VH h;
+  VS l;
+  memcpy(&h, high, sizeof(h));
+  memcpy(&l, low, sizeof(l));
+  const VF a = join(h, l), updated = a + (load<float>(source) - a) * w;
+  const VU upper = upper_half(updated);
+  h = __builtin_convertvector(upper, VH);
+  l = __builtin_convertvector(bit_cast<VI>(lower_half(updated, upper)), VS);
+  memcpy(high, &h, sizeof(h));
+  memcpy(low, &l, sizeof(l));
+}
+
+template <class TS>
+void update_split_block(void* average, void* low, const void* source, int64_t n, double weight) {
+  constexpr int L = kLanes<float>;
+  uint16_t* const h = static_cast<uint16_t*>(average);
+  int16_t* const l = static_cast<int16_t*>(low);
+  const TS* const s = static_cast<const TS*>(source);
+  const float w = static_cast<float>(weight);
+  int64_t i = 0;
+  for (; i + L <= n; i += L) update_halves(h + i, l + i, s + i, w);
+  if (i == n) return;
+  uint16_t last_high[L] = {};
+  int16_t last_low[L] = {};
+  TS last_source[L] = {};
+  memcpy(last_high, h + i, (n - i) * sizeof(*h));
+  memcpy(last_low, l + i, (n - i) * sizeof(*l));
+  memcpy(last_source, s + i, (n - i) * sizeof(TS));
+  update_halves(last_high, last_low, last_source, w);
+  memcpy(h + i, last_high, (n - i) * sizeof(*h));
+  memcpy(l + i, last_low, (n - i) * sizeof(*l));
+}
+
+typedef void (*UpdateSplit)(void* average, void* low, const void* source, int64_t n, double weight);
+// By source type.
+constexpr UpdateSplit kSplitUpdates[] = {update_split_block<float>, update_split_block<BF16>, update_split_block<F16>};
+
+void update_split(const EmaTensor* e, int64_t begin, int64_t end, double weight) {
+  if (static_cast<float>(weight) == 0) return;
+  kSplitUpdates[e->source_type](static_cast<uint16_t*>(e->average) + begin, static_cast<int16_t*>(e->copy) + begin,
+                                static_cast<const char*>(e->source) + begin * size_of(e->source_type), end - begin,
+                                weight);
+}
+
 typedef void (*UpdateBlock)(void* average, const void* source, int64_t n, double weight);
 typedef void (*CopyBlock)(void* copy, const void* average, int64_t n, bool stream);
 
@@ -66,6 +132,7 @@ constexpr CopyBlock kCopies[kDTypes][kDTypes] = {
     {copy_types<double, float>, copy_types<double, BF16>, copy_types<double, F16>, copy_types<double, double>}};
 
 void update(const EmaTensor* e, int64_t begin, int64_t end, double weight) {
+  if (e->average_type == kSplit) return update_split(e, begin, end, weight);
   const UpdateBlock update_one = kUpdates[e->average_type][e->source_type];
   const CopyBlock copy_one = e->copy_type == kNone ? nullptr : kCopies[e->average_type][e->copy_type];
   const int64_t a = size_of(e->average_type), s = size_of(e->source_type), c = size_of(e->copy_type);

@@ -92,5 +92,12 @@ inline float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
 #endif
 __device__ __forceinline__ double reciprocal_root(double x) { return 1.0 / sqrt(x); }
 
+// x / count by its rounded reciprocal and one correction: as exact as a division, so that the mean of equal numbers is
+// that number, without its rare cases.
+__device__ __forceinline__ float divide(float x, float count, float inverse) {
+  const float quotient = x * inverse;
+  return multiply_add(multiply_add(-quotient, count, x), inverse, quotient);
+}
+
 }  // namespace
 }  // namespace d2v

@@ -1,4 +1,4 @@
-// Instance norm: statistics of every channel over the time of one sample.
+// Instance norm in one read: statistics of every channel over the time of one sample.
 #pragma once
 #include "async.cuh"
 #include "layers.cuh"
@@ -6,7 +6,31 @@
 namespace d2v {
 namespace {
 
-// ---- one read ----
+// Sums over all threads of a block whose channels are this one's: N of them in V places, one after the other in a warp.
+// Between two sums through the same scratch there is a barrier.
+template <int V, int N, int WARPS>
+__device__ __forceinline__ void sum_groups(float (&v)[N], float (*scratch)[V * N]) {
+  static_assert(WARPS * V % 32 == 0, "every lane has as many warps");
+#pragma unroll
+  for (int n = 0; n < N; ++n) v[n] = sum_lanes<V>(v[n]);
+  const int lane = threadIdx.x % 32, column = lane % V * N;
+  if (lane < V) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) scratch[threadIdx.x / 32][column + n] = v[n];
+  }
+  __syncthreads();
+  // The lanes of a place share the warps among them.
+#pragma unroll
+  for (int n = 0; n < N; ++n) v[n] = 0;
+#pragma unroll
+  for (int w = 0; w < WARPS; w += 32 / V) {
+    const Vec<float, N> part = load<N>(&scratch[w + lane / V][column]);
+#pragma unroll
+    for (int n = 0; n < N; ++n) v[n] += part.v[n];
+  }
+#pragma unroll
+  for (int n = 0; n < N; ++n) v[n] = sum_lanes<V>(v[n]);
+}
 
 // A block holds all time steps of V x 16 bytes of channels of one sample, two layers of them in shared memory: while
 // the statistics of one are made, the next one arrives. A thread reads from shared memory what it copied there and
@@ -18,8 +42,6 @@ namespace {
 template <class T, int V, int THREADS>
 struct InstanceTile {
   static constexpr int N = kAccessBytes / sizeof(T), kGroups = THREADS / V, kWarps = THREADS / 32;
-  using A = float;
-
   const LayerList& list;
   Vec<T, N>* const stage;  // [2][slots][THREADS]
   const int slots;
@@ -44,26 +66,6 @@ struct InstanceTile {
       }
     }
     commit_copies();
-  }
-
-  // Sums over all threads with this one's channels. Between two sums through the same scratch there is a barrier.
-  __device__ __forceinline__ void sum_groups(A (&v)[N], A (*scratch)[V * N]) const {
-#pragma unroll
-    for (int n = 0; n < N; ++n) v[n] = sum_lanes<V>(v[n]);
-    const int lane = threadIdx.x % 32, column = lane % V * N;
-    if (lane < V) {
-#pragma unroll
-      for (int n = 0; n < N; ++n) scratch[threadIdx.x / 32][column + n] = v[n];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < N; ++n) v[n] = 0;
-#pragma unroll 2
-    for (int w = 0; w < kWarps; ++w) {
-      const Vec<A, N> part = load<N>(&scratch[w][column]);
-#pragma unroll
-      for (int n = 0; n < N; ++n) v[n] += part.v[n];
-    }
   }
 };
 
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
   const int64_t channel = int64_t{(blockIdx.x - local * tiles) * V + threadIdx.x % V} * N;
   const Tile tile = {list,    reinterpret_cast<Vec<T, N>*>(stage),           slots, sample,
                      channel, static_cast<int>(channel < out.C ? length : 0)};
-  const float count = static_cast<float>(length), eps = static_cast<float>(out.eps);
+  const float count = static_cast<float>(length), inverse = 1.0f / count, eps = static_cast<float>(out.eps);
   const float share = 1.0f / static_cast<float>(list.K);
   float total[kMaxSlots][N] = {};
   tile.copy_layer(0);
@@ -108,11 +110,11 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
 #pragma unroll
       for (int n = 0; n < N; ++n) mean[n] += widen(x[i].v[n]);
     }
-    tile.sum_groups(mean, scratch[0]);
+    sum_groups<V, N, Tile::kWarps>(mean, scratch[0]);
     tile.copy_layer(k + 2);
     reload(x);
 #pragma unroll
-    for (int n = 0; n < N; ++n) mean[n] /= count;
+    for (int n = 0; n < N; ++n) mean[n] = divide(mean[n], count, inverse);
 #pragma unroll
     for (int i = 0; i < kMaxSlots; ++i) {
       if (tile.time(i) >= tile.end) continue;
@@ -122,9 +124,9 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
         scale[n] = multiply_add(d, d, scale[n]);
       }
     }
-    tile.sum_groups(scale, scratch[1]);
+    sum_groups<V, N, Tile::kWarps>(scale, scratch[1]);
 #pragma unroll
-    for (int n = 0; n < N; ++n) scale[n] = share * reciprocal_root(scale[n] / count + eps);
+    for (int n = 0; n < N; ++n) scale[n] = share * reciprocal_root(scale[n] * inverse + eps);
     reload(x);
 #pragma unroll
     for (int i = 0; i < kMaxSlots; ++i) {
@@ -139,128 +141,6 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
 #pragma unroll
   for (int i = 0; i < kMaxSlots; ++i) {
     if (tile.time(i) < out.T) store_result(out, (sample * out.T + tile.time(i)) * out.C + channel, total[i]);
-  }
-}
-
-// ---- two passes ----
-
-constexpr int kPassThreads = 256, kPassWarps = kPassThreads / 32;
-constexpr int kStatRows = 4;     // of a chunk: its statistics are made from registers in two passes, then merged
-constexpr int kCombineRows = 4;  // of a thread
-
-// (B, K, C) each.
-template <class A>
-struct ChannelStats {
-  A* mean;
-  A* scale;
-};
-
-template <class T, int N>
-struct ChannelMoments {
-  using A = Acc<T>;
-  A mean[N] = {}, m2[N] = {};
-  int count = 0;
-
-  __device__ __forceinline__ void add_chunk(const Vec<T, N> (&x)[kStatRows], int rows) {
-    const A inverse = A{1} / static_cast<A>(rows), before = static_cast<A>(count);
-    count += rows;
-    const A weight = static_cast<A>(rows) / static_cast<A>(count);
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      A m = 0, s = 0;
-#pragma unroll
-      for (int i = 0; i < kStatRows; ++i) m += i < rows ? widen(x[i].v[n]) : A{0};
-      m *= inverse;
-#pragma unroll
-      for (int i = 0; i < kStatRows; ++i) {
-        const A d = i < rows ? widen(x[i].v[n]) - m : A{0};
-        s = multiply_add(d, d, s);
-      }
-      merge_moments(&mean[n], &m2[n], before, weight, m, s);
-    }
-  }
-};
-
-// A block per (sample, layer, 32 N channels); its warps take chunks of time in turn and are merged in order.
-template <class T, int N>
-__global__ void __launch_bounds__(kPassThreads)
-    instance_stats_kernel(D2V_PARAMETER(LayerList) list, D2V_PARAMETER(Output) out, int64_t tiles,
-                          ChannelStats<Acc<T>> stats) {
-  using A = Acc<T>;
-  constexpr int kTile = 32 * N;
-  D2V_SHARED(A, means, [kPassWarps][kTile]);
-  D2V_SHARED(A, m2s, [kPassWarps][kTile]);
-  D2V_SHARED(int, counts, [kPassWarps]);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t item = blockIdx.x / tiles, first = (blockIdx.x - item * tiles) * kTile, c = first + lane * N;
-  const int64_t local = item / list.K, sample = list.first_sample + local, length = length_of(list, local, out.T);
-  const int k = static_cast<int>(item - local * list.K);
-  ChannelMoments<T, N> moments;
-  for (int64_t t = warp * kStatRows; t < length; t += kPassWarps * kStatRows) {
-    Vec<T, N> x[kStatRows];
-    const int rows = static_cast<int>(length - t < kStatRows ? length - t : kStatRows);
-#pragma unroll
-    for (int i = 0; i < kStatRows; ++i) {
-      if (i < rows && c < out.C) x[i] = load<N>(element<T>(list, k, sample, t + i, c));
-    }
-    if (c < out.C) moments.add_chunk(x, rows);
-  }
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    means[warp][lane * N + n] = moments.mean[n];
-    m2s[warp][lane * N + n] = moments.m2[n];
-  }
-  if (lane == 0) counts[warp] = moments.count;
-  __syncthreads();
-  for (int j = threadIdx.x; j < kTile && first + j < out.C; j += kPassThreads) {
-    A mean = 0, m2 = 0;
-    int seen = 0;
-    for (int w = 0; w < kPassWarps && counts[w] > 0; ++w) {
-      const A before = static_cast<A>(seen);
-      seen += counts[w];
-      merge_moments(&mean, &m2, before, static_cast<A>(counts[w]) / static_cast<A>(seen), means[w][j], m2s[w][j]);
-    }
-    const int64_t at = (sample * list.K + k) * out.C + first + j;
-    in_global(stats.mean)[at] = mean;
-    const A variance = m2 / static_cast<A>(seen > 0 ? seen : 1);
-    const A share = A{1} / static_cast<A>(list.K);
-    in_global(stats.scale)[at] = share * reciprocal_root(variance + static_cast<A>(out.eps));
-  }
-}
-
-// A warp per (sample, kCombineRows time steps, 32 N channels).
-template <class T, int N>
-__global__ void __launch_bounds__(kPassThreads)
-    combine_instance_kernel(D2V_PARAMETER(LayerList) list, D2V_PARAMETER(Output) out, int64_t tiles,
-                            int64_t time_blocks, int64_t count, ChannelStats<Acc<T>> stats) {
-  using A = Acc<T>;
-  const int64_t item = int64_t{blockIdx.x} * kPassWarps + threadIdx.x / 32, rows = item / tiles;
-  const int64_t c = ((item - rows * tiles) * 32 + threadIdx.x % 32) * N;
-  if (item >= count || c >= out.C) return;
-  const int64_t local = rows / time_blocks, sample = list.first_sample + local, length = length_of(list, local, out.T);
-  const int64_t t = (rows - local * time_blocks) * kCombineRows;
-  A total[kCombineRows][N] = {};
-#pragma unroll 1
-  for (int k = 0; k < list.K; ++k) {
-    Vec<T, N> x[kCombineRows];
-#pragma unroll
-    for (int i = 0; i < kCombineRows; ++i) {
-      if (t + i < length) x[i] = load<N>(element<T>(list, k, sample, t + i, c));
-    }
-    const int64_t at = (sample * list.K + k) * out.C + c;
-    const Vec<A, N> mean = load<N>(in_global(stats.mean) + at), scale = load<N>(in_global(stats.scale) + at);
-#pragma unroll
-    for (int i = 0; i < kCombineRows; ++i) {
-      if (t + i >= length) continue;
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-        total[i][n] = multiply_add(widen(x[i].v[n]) - mean.v[n], scale.v[n], total[i][n]);
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kCombineRows; ++i) {
-    if (t + i < out.T) store_result(out, (sample * out.T + t + i) * out.C + c, total[i]);
   }
 }
 

@@ -73,6 +73,10 @@ class EmaPlan {
  private:
   static void check(const EmaTensor& t) {
     const auto known = [](DType type) { return type >= kFloat32 && type <= kFloat64; };
+    if (t.average_type == kSplit && t.copy_type == kSplit && t.average && t.copy && t.count >= 0 &&
+        known(t.source_type) && t.source_type != kFloat64) {
+      return;
+    }
     const bool wide = t.average_type == kFloat64;
     if (!known(t.average_type) || !known(t.source_type) || (t.source_type == kFloat64) != wide ||
         (t.copy ? !known(t.copy_type) : t.copy_type != kNone) || t.count < 0) {

@@ -1,6 +1,9 @@
 // csrc/core against plain loops in double, on buffers of the exact size: for AddressSanitizer (every tail and every
 // alignment), UndefinedBehaviorSanitizer and ThreadSanitizer (threads also must change no bit). The instruction level
 // is the one that D2V_KERNELS_ISA allows.
+#include <tuple>
+#include <utility>
+
 #include "../core/dispatch.h"
 #include "../core/ema.h"
 #include "../core/layers.h"
@@ -174,7 +177,34 @@ void test_ema_case(const EmaCase& c) {
   }
 }
 
+// Halves beside an fp32 average: the same bits, whatever the number of elements.
+void test_split_ema(DType source_type) {
+  for (const int64_t n : {int64_t{1}, int64_t{15}, int64_t{16}, int64_t{63}, int64_t{64}, int64_t{1029}}) {
+    Buffer source(source_type, n), whole(kFloat32, n), high(kBFloat16, n), low(kBFloat16, n);
+    fill_random(source);
+    fill_random(whole);
+    const auto halves = [&](int64_t i) {
+      uint32_t bits;
+      std::memcpy(&bits, static_cast<char*>(whole.data()) + i * 4, sizeof(bits));
+      const uint32_t upper = (bits + 0x8000u) >> 16;
+      return std::pair<uint16_t, uint16_t>(static_cast<uint16_t>(upper), static_cast<uint16_t>(bits - (upper << 16)));
+    };
+    auto* const h = static_cast<uint16_t*>(high.data());
+    auto* const l = static_cast<uint16_t*>(low.data());
+    for (int64_t i = 0; i < n; ++i) std::tie(h[i], l[i]) = halves(i);
+    const EmaTensor tensors[] = {{whole.data(), source.data(), nullptr, n, kFloat32, source_type, kNone},
+                                 {h, source.data(), l, n, kSplit, source_type, kSplit}};
+    int64_t first[3];
+    index_ema_chunks(tensors, 2, first);
+    update_ema(tensors, 2, first, 0.3, kThreaded);
+    bool same = true;
+    for (int64_t i = 0; i < n; ++i) same = same && halves(i) == std::pair<uint16_t, uint16_t>(h[i], l[i]);
+    check(same, std::string("update_ema in halves, ") + name_of(source_type), "not the bits of fp32");
+  }
+}
+
 void test_ema() {
+  for (const DType source : {kFloat32, kBFloat16, kFloat16}) test_split_ema(source);
   for (const DType average : kTypes) {
     for (const DType source : kTypes) {
       if ((average == kFloat64) != (source == kFloat64)) continue;

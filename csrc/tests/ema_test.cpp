@@ -203,6 +203,60 @@ int run_long_list() {
   return wrong;
 }
 
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return std::isnan(x) ? 0x7fc00000u : bits;
+}
+
+// Averages in two halves, beside fp32 ones: the same bits after every step.
+template <class TS>
+int run_split(DType source_type, const Layout& l, bool by_table) {
+  const size_t n = static_cast<size_t>(l.count);
+  const std::unique_ptr<uint16_t[]> high(new uint16_t[n + static_cast<size_t>(l.average_offset)]);
+  const std::unique_ptr<int16_t[]> low(new int16_t[n + static_cast<size_t>(l.copy_offset)]);
+  const std::unique_ptr<TS[]> source(new TS[n + static_cast<size_t>(l.source_offset)]);
+  std::vector<float> expected(n);
+  uint16_t* const h = high.get() + l.average_offset;
+  int16_t* const lower = low.get() + l.copy_offset;
+  TS* const s = source.get() + l.source_offset;
+  for (size_t i = 0; i < n; ++i) {
+    uint32_t bits = static_cast<uint32_t>(engine::next_random(random_state) << 1);
+    if (i % 5 == 0) bits &= 0xffff8000u;
+    std::memcpy(&expected[i], &bits, sizeof(bits));
+    const Halves halves = split_halves(expected[i]);
+    h[i] = halves.high, lower[i] = halves.low;
+    s[i] = Narrow<TS>::from(static_cast<float>(random_value()));
+  }
+  const std::vector<EmaTensor> tensors = {{h, s, lower, l.count, kSplit, source_type, kSplit}};
+  int wrong = 0;
+  for (const double weight : {0.3, 0.0, 1e-3}) {
+    wrong += by_table ? step_by_table(tensors, weight, nullptr)
+                      : d2v_launch_ema_list(tensors.data(), 1, weight, nullptr, 0, nullptr);
+    const float w = static_cast<float>(weight);
+    for (size_t i = 0; i < n; ++i) {
+      if (w != 0) expected[i] = std::fma(w, widen(s[i]) - expected[i], expected[i]);
+      wrong += bits_of(join_halves(h[i], lower[i])) != bits_of(expected[i]);
+    }
+  }
+  if (wrong)
+    printf("failed: halves, source %d, %d elements, %d wrong\n", source_type, static_cast<int>(l.count), wrong);
+  return wrong;
+}
+
+int run_splits() {
+  int wrong = 0;
+  for (const Layout& l : kLayouts) {
+    engine::options().order = static_cast<uint64_t>(l.count) % 4;
+    for (const bool by_table : {false, true}) {
+      wrong += run_split<float>(kFloat32, l, by_table);
+      if (engine::kThreadSanitizer) continue;
+      wrong += run_split<__nv_bfloat16>(kBFloat16, l, by_table) + run_split<__half>(kFloat16, l, by_table);
+    }
+  }
+  return wrong;
+}
+
 int run_refusals() {
   float x[1] = {};
   const EmaTensor wrong = {x, x, nullptr, 1, kFloat32, kFloat64, kNone};
@@ -233,7 +287,7 @@ int run_defect(const std::string& name) {
 
 int main(int argc, char** argv) {
   if (argc > 1) return run_defect(argv[1]);
-  const int failures = run_everything_right() + run_long_list() + run_refusals();
+  const int failures = run_everything_right() + run_splits() + run_long_list() + run_refusals();
   if (failures == 0) puts("all right");
   return failures != 0;
 }

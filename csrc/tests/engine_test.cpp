@@ -7,6 +7,7 @@
 // The engine comes first.
 #include "../core/async.cuh"
 #include "../core/vec.cuh"
+#include "engine_bulk.h"
 
 using d2v::launch;
 namespace engine = d2v::engine;
@@ -271,6 +272,18 @@ void run_index_shared(int offset) {
   launch(index_shared, 1, 32, 0, nullptr, out.get(), offset);
 }
 
+void run_bulk(const bulk_tests::BulkDefects& with, bool must_be_right) {
+  const bool right = bulk_tests::run_tiles(with);
+  if (must_be_right) expect(right, "double_tiles");
+  if (!right) puts("wrong result: double_tiles");
+}
+
+void run_cluster_sum(unsigned ranks, const bulk_tests::ClusterDefects& with, bool must_be_right) {
+  const bool right = bulk_tests::run_clusters(ranks, with);
+  if (must_be_right) expect(right, "sum_cluster");
+  if (!right) puts("wrong result: sum_cluster");
+}
+
 void run_everything_right() {
   for (uint64_t order = 0; order < 4; ++order) {
     engine::options().order = order;
@@ -283,6 +296,10 @@ void run_everything_right() {
     run_double_rows(true, true, true);
     run_rows(64);
     run_index_shared(0);
+    run_bulk({}, true);
+    expect(bulk_tests::run_edges(), "edges of tiles");
+    run_cluster_sum(2, {}, true);
+    run_cluster_sum(8, {}, true);
   }
 }
 
@@ -336,6 +353,41 @@ bool run_defect_of_the_launch(const std::string& name) {
   return true;
 }
 
+bool run_defect_of_bulk(const std::string& name) {
+  using bulk_tests::kStepBytes, bulk_tests::kSteps;
+  auto out = make<float>(2);
+  const d2v::LaunchShape pair = {2, 1, 0, 2};
+  const auto tiles = [](const bulk_tests::BulkDefects& with) { report_error([&] { bulk_tests::run_tiles(with); }); };
+  if (name == "bulk-not-initialised") {
+    tiles({false, true, true, kStepBytes, 0, kSteps});
+  } else if (name == "bulk-too-few-bytes") {
+    tiles({true, true, true, bulk_tests::kTileBytes, 0, kSteps});
+  } else if (name == "bulk-not-all-bytes") {
+    tiles({true, true, true, kStepBytes - 16, 0, kSteps});
+  } else if (name == "bulk-too-many-bytes") {
+    tiles({true, true, true, kStepBytes + 16, 0, kSteps});
+  } else if (name == "bulk-misaligned") {
+    tiles({true, true, true, kStepBytes, 16, kSteps});
+  } else if (name == "cluster-block-gone") {
+    report_error([&] { launch(bulk_tests::look_at_first_block, pair, nullptr, out.get()); });
+  } else if (name == "cluster-block-unknown") {
+    report_error([&] { launch(bulk_tests::look_outside_cluster, pair, nullptr, out.get()); });
+  } else if (name == "cluster-not-launched") {
+    report_error([] { launch(bulk_tests::wait_for_no_cluster, 1, 32, 0, nullptr); });
+  } else if (name == "cluster-does-not-divide") {
+    report_error([] { launch(bulk_tests::wait_for_no_cluster, d2v::LaunchShape{3, 32, 0, 2}, nullptr); });
+  } else if (name == "bulk-not-waited-for") {
+    run_bulk({true, false, true, kStepBytes, 0, 2}, false);
+  } else if (name == "bulk-overwritten-too-early") {
+    tiles({true, true, false, kStepBytes, 0, kSteps});
+  } else if (name == "cluster-barrier-missing") {
+    run_cluster_sum(2, {false, true}, false);
+  } else {
+    return false;
+  }
+  return true;
+}
+
 bool run_defect_of_memory(const std::string& name) {
   if (name == "read-past-the-end") {
     run_rows(65);
@@ -371,7 +423,8 @@ int main(int argc, char** argv) {
     puts("all right");
     return 0;
   }
-  if (run_defect_of_the_launch(argv[1]) || run_defect_of_memory(argv[1])) return 0;
+  const std::string name = argv[1];
+  if (run_defect_of_the_launch(name) || run_defect_of_bulk(name) || run_defect_of_memory(name)) return 0;
   printf("no such defect: %s\n", argv[1]);
   return 2;
 }

@@ -17,22 +17,28 @@ namespace {
 constexpr Stream kHere = {0, nullptr};
 
 struct Shape {
-  int64_t K, B, T, C;
-  int offset;  // of the elements
+  int64_t K, B, T, C;  // K above the stages of the bulk form: places in shared memory are used again
+  int offset;          // of the elements
   int multiprocessors;
   bool cut;
 };
-// A tile of 128 bytes and of 64, a row of a warp and of four, two passes for what is not aligned.
-constexpr Shape kShapes[] = {{3, 2, 37, 72, 0, 1, true},
-                             {3, 1, 40, 40, 0, 100, false},
-                             {2, 2, 9, 33, 1, 1, true},
-                             {1, 1, 1, 8, 0, 1, false},
+// A tile of 128 bytes and of 64, a row of a warp and of four, two passes for what is not aligned, pieces of several
+// samples, a cluster whose second block has nothing that is valid.
+constexpr Shape kShapes[] = {{5, 2, 37, 72, 0, 1, true},    {3, 1, 40, 40, 0, 100, false},
+                             {2, 2, 9, 33, 1, 1, true},     {1, 1, 1, 8, 0, 1, false},
+                             {2, 5, 100, 16, 0, 1, true},   {5, 1, 130, 24, 0, 100, true},
                              {2, 1, 2, 1032, 0, 100, false}};
-// Time steps that take 512 threads or, with fewer bytes, two passes; too long for ThreadSanitizer.
+// Time steps that take 512 threads, a cluster or, with fewer bytes, two passes; too long for ThreadSanitizer.
 constexpr Shape kLongShapes[] = {{2, 1, 300, 64, 0, 1, true},
                                  {2, 1, 600, 16, 0, 100, false},
                                  {2, 1, 900, 16, 0, 1, false},
                                  {2, 1, 2, 3080, 0, 1, false}};
+
+struct Device {
+  size_t shared_bytes;
+  int cluster_blocks;
+};
+constexpr Device kDevices[] = {{size_t{16} << 10, 0}, {engine::kMaxShared, 0}, {engine::kMaxShared, 8}};
 
 template <class T>
 constexpr DType kType = sizeof(T) == 8   ? kFloat64
@@ -61,6 +67,21 @@ class Truth {
       for (int64_t t = 0; norm == kNormLayer && t < lengths[b]; ++t) normalise(first + t * s_.C, s_.C, 1, eps);
       for (int64_t c = 0; norm == kNormInstance && c < s_.C; ++c) normalise(first + c, lengths[b], s_.C, eps);
     }
+    for (int64_t c = 0; norm == kNormBatch && c < s_.C; ++c) normalise_batch(c, lengths, eps);
+  }
+  // One channel, gathered from all samples.
+  void normalise_batch(int64_t c, const int64_t* lengths, double eps) {
+    std::vector<double> valid;
+    const auto visit = [&](auto what) {
+      for (int64_t b = 0; b < s_.B; ++b) {
+        for (int64_t t = 0; t < lengths[b]; ++t) what(at((b * s_.T + t) * s_.C + c));
+      }
+    };
+    visit([&](double x) { valid.push_back(x); });
+    Truth channel({1, 1, static_cast<int64_t>(valid.size()), 1, 0, 1, false}, valid);
+    channel.normalise(0, static_cast<int64_t>(valid.size()), 1, eps);
+    int64_t i = 0;
+    visit([&](double& x) { x = channel.at(i++); });
   }
   double& at(int64_t i) { return x_[static_cast<size_t>(i)]; }
 
@@ -88,8 +109,9 @@ class Case {
     for (int64_t b = 0; b < s.B; ++b) lengths_.push_back(s.cut && b == 0 ? s.T / 2 : s.T);
   }
 
-  bool run(Norm norm, Norm out_norm, size_t shared_bytes) const {
-    engine::options().shared_bytes = shared_bytes;
+  bool run(Norm norm, Norm out_norm, const Device& device) const {
+    engine::options().shared_bytes = device.shared_bytes;
+    engine::options().cluster_blocks = device.cluster_blocks;
     engine::options().multiprocessors = s_.multiprocessors;
     std::unique_ptr<Acc<T>[]> out(new Acc<T>[static_cast<size_t>(size_)]);
     const LayersArgs args = {layers_.data(),
@@ -149,16 +171,17 @@ int run_shape(const Shape& s, bool every_norm) {
   static uint64_t order = 0;
   const Case<T> input(s);
   int failures = 0;
-  for (const size_t shared_bytes : {size_t{16} << 10, engine::kMaxShared}) {
-    for (const Norm norm : {kNormInstance, kNormLayer, kNormNone}) {
+  for (const Device& device : kDevices) {
+    for (const Norm norm : {kNormInstance, kNormLayer, kNormBatch, kNormNone}) {
       if (norm == kNormNone && !every_norm) continue;
-      for (const Norm out_norm : {kNormNone, kNormLayer, kNormInstance}) {
+      if (norm != kNormInstance && device.cluster_blocks > 0) continue;
+      for (const Norm out_norm : {kNormNone, kNormLayer, kNormInstance, kNormBatch}) {
         if (out_norm != kNormNone && !every_norm) continue;
         engine::options().order = order++ % 4;
-        if (input.run(norm, out_norm, shared_bytes)) continue;
-        printf("failed: %d bytes an element, norms %d and %d, time %d, channels %d, %d bytes shared\n",
+        if (input.run(norm, out_norm, device)) continue;
+        printf("failed: %d bytes an element, norms %d and %d, time %d, channels %d, %d bytes shared, clusters of %d\n",
                static_cast<int>(sizeof(T)), norm, out_norm, static_cast<int>(s.T), static_cast<int>(s.C),
-               static_cast<int>(shared_bytes));
+               static_cast<int>(device.shared_bytes), device.cluster_blocks);
         ++failures;
       }
     }
@@ -175,7 +198,7 @@ int expect(const InstancePlan& plan, const InstancePlan& wanted) {
 }
 
 int run_plans() {
-  const DeviceLimits h200 = {227 << 10, 132}, a100 = {163 << 10, 108}, small = {99 << 10, 84};
+  const DeviceLimits h200 = {227 << 10, 132, 8}, a100 = {163 << 10, 108, 0}, small = {99 << 10, 84, 0};
   const InstancePlan two_passes = {false, 256, 0, 0, 0};
   const auto plan = [](int64_t B, int64_t T, int64_t C, DType type, const DeviceLimits& limits) {
     return plan_instance(B, T, C, type, true, limits);
@@ -195,6 +218,46 @@ int run_plans() {
                     plan_layer_rows(3080, kFloat32, true) == 0 && plan_layer_rows(8, kFloat64, true) == 0;
   if (!rows) puts("failed: plan of rows");
   return failures + !rows;
+}
+
+int expect_bulk(const BulkPlan& plan, const BulkPlan& wanted) {
+  const bool right = plan.vectors == wanted.vectors && plan.ranks == wanted.ranks && plan.steps == wanted.steps &&
+                     plan.rows == wanted.rows && plan.stages == wanted.stages &&
+                     plan.shared_bytes == wanted.shared_bytes;
+  if (!right) {
+    printf("failed: bulk plan of %d vectors, %d ranks, %d steps, %d rows, %d stages, %d bytes\n", plan.vectors,
+           plan.ranks, plan.steps, plan.rows, plan.stages, static_cast<int>(plan.shared_bytes));
+  }
+  return !right;
+}
+
+int run_bulk_plans() {
+  const DeviceLimits h200 = {227 << 10, 132, 8}, a100 = {163 << 10, 108, 0}, alone = {99 << 10, 84, 1};
+  const auto plan = [](int64_t B, int64_t T, int64_t C, DType type, const DeviceLimits& limits, int64_t K = 8) {
+    return plan_bulk(B, T, C, K, type, true, limits);
+  };
+  // A sample in one block, lines of 128 bytes; of 64, where it is longer; in two blocks; in eight.
+  int failures = expect_bulk(plan(16, 196, 768, kBFloat16, h200), {8, 1, 200, 50, 3, 76800});
+  failures += expect_bulk(plan(8, 256, 1280, kBFloat16, h200), {8, 1, 256, 64, 3, 98304});
+  failures += expect_bulk(plan(24, 500, 768, kBFloat16, h200), {4, 1, 512, 64, 3, 98304});
+  failures += expect_bulk(plan(4, 782, 768, kBFloat16, h200), {8, 4, 200, 50, 3, 76800});
+  failures += expect_bulk(plan(1, 1000, 1024, kBFloat16, h200), {8, 8, 128, 64, 3, 49152});
+  failures += expect_bulk(plan(2, 4096, 768, kBFloat16, h200), {4, 8, 512, 64, 3, 98304});
+  failures += expect_bulk(plan(16, 196, 768, kFloat32, h200), {8, 1, 200, 50, 3, 76800});
+  // Too few samples for the multiprocessors: narrower, then spread.
+  failures += expect_bulk(plan(6, 196, 768, kBFloat16, h200), {4, 1, 200, 50, 3, 38400});
+  failures += expect_bulk(plan(2, 512, 768, kBFloat16, h200), {8, 8, 64, 64, 3, 24576});
+  failures += expect_bulk(plan(1, 130, 24, kBFloat16, {227 << 10, 100, 8}), {8, 2, 68, 34, 3, 26112});
+  // Less shared memory: two stages, one block at a time; no clusters.
+  failures += expect_bulk(plan(16, 256, 768, kBFloat16, alone), {8, 1, 256, 64, 2, 65536});
+  failures += expect_bulk(plan(16, 700, 768, kBFloat16, alone), {});
+  // Another form runs.
+  failures += expect_bulk(plan(16, 196, 768, kBFloat16, a100), {});
+  failures += expect_bulk(plan(16, 4097, 768, kBFloat16, h200), {});
+  failures += expect_bulk(plan(16, 196, 768, kFloat64, h200), {});
+  failures += expect_bulk(plan(16, 196, 768, kBFloat16, h200, kBulkLayers + 1), {});
+  failures += expect_bulk(plan_bulk(16, 196, 768, 8, kBFloat16, false, h200), {});
+  return failures;
 }
 
 int run_defect(const std::string& name) {
@@ -218,7 +281,7 @@ int run_defect(const std::string& name) {
 
 int main(int argc, char** argv) {
   if (argc > 1) return run_defect(argv[1]);
-  int failures = run_plans();
+  int failures = run_plans() + run_bulk_plans();
   for (const Shape& s : kShapes) {
     if (engine::kThreadSanitizer && s.C > 1000) continue;
     failures += run_shape<__nv_bfloat16>(s, s.T < 10);

@@ -65,10 +65,6 @@ inline Indices describe_indices(const char* op, const char* name, const Tensor& 
                   ": expected int32 or int64, got type number ", static_cast<int>(type));
   return {t.const_data_ptr(), type == ScalarType::Long, t.dim() == 2 ? t.stride(0) : 0, t.stride(t.dim() - 1)};
 }
-inline Indices indices(const char* op, const char* name, const Tensor& t, int64_t dims) {
-  check_dims(op, name, t, dims);
-  return describe_indices(op, name, t);
-}
 
 // Raises if an index is not in [0, limit).
 void check_index_range(const char* op, const char* name, const Indices& index, int64_t rows, int64_t columns,
@@ -114,6 +110,8 @@ Tensor average_layers_cpu(const std::vector<Tensor>& layers, const std::string& 
                           const OptionalTensor& lengths, double eps, ScalarType out_dtype);
 void update_ema_cpu(const std::vector<Tensor>& averages, const std::vector<Tensor>& sources,
                     const std::vector<Tensor>& copies, double weight, const OptionalTensor& weight_tensor);
+void update_split_ema_cpu(const std::vector<Tensor>& high, const std::vector<Tensor>& low,
+                          const std::vector<Tensor>& sources, double weight, const OptionalTensor& weight_tensor);
 Tensor gather_tokens_cpu(const Tensor& x, const Tensor& index, int64_t clones);
 Tensor gather_tokens_backward_cpu(const Tensor& grad, const Tensor& index, int64_t clones, int64_t tokens);
 Tensor restore_tokens_cpu(const Tensor& kept, const Tensor& restore, const OptionalTensor& fill,

@@ -1,63 +1,53 @@
 // update_ema_ on CPU tensors, and the tensors of plans.
 #include <memory>
 
-#include "../core/ema.h"
-#include "common.h"
+#include "arguments.h"
 
 namespace d2v {
 namespace {
 
-constexpr const char* kOp = "update_ema_";
-
 class Tables {
  public:
+  explicit Tables(const char* op) : call_(host_call(op)) {}
+
   void add(const Tensor& average, const Tensor& source, const Tensor* copy) {
-    EmaTensor e{};
-    e.average_type = element_type(kOp, "average", average);
-    e.source_type = element_type(kOp, "source", source);
-    e.copy_type = copy ? element_type(kOp, "copy", *copy) : kNone;
-    STD_TORCH_CHECK(e.average_type == kFloat64 ? e.source_type == kFloat64 : e.source_type != kFloat64, kOp,
-                    ": dtypes: expected float64 for both of average and source or for neither");
-    check(average, average, "average");
-    check(average, source, "source");
-    if (copy) check(average, *copy, "copy");
-    if (average.numel() == 0) return;
-    e.average = average.mutable_data_ptr();
-    e.source = source.const_data_ptr();
-    e.copy = copy ? copy->mutable_data_ptr() : nullptr;
-    if (is_dense(average) && same_layout(average, source) && (!copy || same_layout(average, *copy))) {
-      e.count = average.numel();
+    const EmaTensor e = describe_ema(call_, average, source, copy);
+    if (e.count == 0) return;
+    if (is_flat(average, source, copy)) {
       tensors_.push_back(e);
     } else {
+      check_not_overlapping(call_.op, "average", average);
+      if (copy) check_not_overlapping(call_.op, "copy", *copy);
       add_strided(e, average, source, copy, 0);
     }
   }
-  const std::vector<EmaTensor>& tensors() const { return tensors_; }
-
- private:
-  static void check(const Tensor& average, const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.is_cpu(), kOp, ": ", name, ": expected a tensor on the CPU");
-    STD_TORCH_CHECK(t.dim() == average.dim(), kOp, ": ", name, ": expected ", average.dim(), " dimensions, got ",
-                    t.dim());
-    for (int64_t d = 0; d < t.dim(); ++d) check_size(kOp, name, average.size(d), t.size(d));
+  void add_split(const Tensor& high, const Tensor& low, const Tensor& source) {
+    const EmaTensor e = describe_split_ema(call_, high, low, source);
+    if (e.count > 0) tensors_.push_back(e);
   }
 
+  void update(double weight, const OptionalTensor& weight_tensor) const {
+    if (weight_tensor.has_value()) {
+      check_weight(call_, *weight_tensor);
+      weight = *weight_tensor->const_data_ptr<double>();
+    }
+    const int64_t count = static_cast<int64_t>(tensors_.size());
+    std::vector<int64_t> first_chunk(static_cast<size_t>(count + 1));
+    index_ema_chunks(tensors_.data(), count, first_chunk.data());
+    update_ema(tensors_.data(), count, first_chunk.data(), weight, torch_parallel());
+  }
+
+ private:
   // Tensors whose layouts differ: runs along the last dimension where all of them are dense there, else single numbers.
   void add_strided(const EmaTensor& e, const Tensor& average, const Tensor& source, const Tensor* copy, int64_t d) {
     const int64_t last = average.dim() - 1, n = d > last ? 1 : average.size(d);
-    if (d > last) {
-      tensors_.push_back(e);
-      tensors_.back().count = 1;
-      return;
-    }
-    const int64_t sa = average.stride(d), ss = source.stride(d), sc = copy ? copy->stride(d) : 1;
-    if (d == last && sa == 1 && ss == 1 && sc == 1) {
+    const int64_t sa = d > last ? 1 : average.stride(d), ss = d > last ? 1 : source.stride(d);
+    const int64_t sc = d > last || !copy ? 1 : copy->stride(d);
+    if (d > last || (d == last && sa == 1 && ss == 1 && sc == 1)) {
       tensors_.push_back(e);
       tensors_.back().count = n;
       return;
     }
-    STD_TORCH_CHECK(n == 1 || (sa != 0 && (!copy || sc != 0)), kOp,
-                    ": average and copy: expected tensors without overlapping elements");
     for (int64_t i = 0; i < n; ++i) {
       EmaTensor at = e;
       at.average = static_cast<char*>(e.average) + i * sa * size_of(e.average_type);
@@ -67,6 +57,7 @@ class Tables {
     }
   }
 
+  Call call_;
   std::vector<EmaTensor> tensors_;
 };
 
@@ -74,21 +65,21 @@ class Tables {
 
 void update_ema_cpu(const std::vector<Tensor>& averages, const std::vector<Tensor>& sources,
                     const std::vector<Tensor>& copies, double weight, const OptionalTensor& weight_tensor) {
-  check_size(kOp, "number of sources", static_cast<int64_t>(averages.size()), static_cast<int64_t>(sources.size()));
-  STD_TORCH_CHECK(copies.empty() || copies.size() == averages.size(), kOp, ": number of copies: expected ",
-                  averages.size(), ", got ", copies.size());
-  if (weight_tensor.has_value()) {
-    check_dims(kOp, "weight", *weight_tensor, 0);
-    STD_TORCH_CHECK(weight_tensor->scalar_type() == ScalarType::Double, kOp, ": dtype of weight: expected float64");
-    weight = *weight_tensor->const_data_ptr<double>();
-  }
-  Tables tables;
+  constexpr const char* op = "update_ema_";
+  check_ema_lists(op, averages, sources, "copies", copies, false);
+  Tables tables(op);
   for (size_t i = 0; i < averages.size(); ++i)
     tables.add(averages[i], sources[i], copies.empty() ? nullptr : &copies[i]);
-  const int64_t count = static_cast<int64_t>(tables.tensors().size());
-  std::vector<int64_t> first_chunk(static_cast<size_t>(count + 1));
-  index_ema_chunks(tables.tensors().data(), count, first_chunk.data());
-  update_ema(tables.tensors().data(), count, first_chunk.data(), weight, torch_parallel());
+  tables.update(weight, weight_tensor);
+}
+
+void update_split_ema_cpu(const std::vector<Tensor>& high, const std::vector<Tensor>& low,
+                          const std::vector<Tensor>& sources, double weight, const OptionalTensor& weight_tensor) {
+  constexpr const char* op = "update_split_ema_";
+  check_ema_lists(op, high, sources, "low halves", low, true);
+  Tables tables(op);
+  for (size_t i = 0; i < high.size(); ++i) tables.add_split(high[i], low[i], sources[i]);
+  tables.update(weight, weight_tensor);
 }
 
 // The tensors of a plan, held, so that a step can look at their addresses without asking Python. What moves a tensor's

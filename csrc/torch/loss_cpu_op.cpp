@@ -1,13 +1,13 @@
 // masked_regression_loss and its gradient on CPU tensors.
 #include "../core/loss.h"
-#include "common.h"
+#include "arguments.h"
 
 namespace d2v {
 namespace {
 
 Indices rows_or_all(const char* op, const char* name, const OptionalTensor& rows, int64_t limit) {
   if (!rows.has_value()) return {nullptr, false, 0, 0};
-  const Indices index = indices(op, name, *rows, 1);
+  const Indices index = host_call(op).index(name, *rows, 1);
   check_index_range(op, name, index, 1, rows->size(0), limit);
   return index;
 }

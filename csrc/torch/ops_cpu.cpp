@@ -1,10 +1,11 @@
-// Schemas of torch.ops.d2v_native (those of d2v_kernels/_schema.py, SymInt written int) and their CPU registration.
+// Schemas of torch.ops.d2v_native and their CPU registration.
 #include <torch/csrc/stable/c/shim.h>
 
 #include "../core/dispatch.h"
 #include "../core/ema.h"
 #include "../core/tokens.h"
 #include "common.h"
+#include "schemas.h"
 
 namespace d2v {
 namespace {
@@ -42,27 +43,15 @@ D2V_EXPORT const char* d2v_cpu_isa() { return d2v::cpu_isa(); }
 }
 
 STABLE_TORCH_LIBRARY(d2v_native, m) {
-  m.def(
-      "average_layers(Tensor[] layers, str norm, str out_norm, Tensor? lengths, float eps, ScalarType out_dtype)"
-      " -> Tensor");
-  m.def(
-      "update_ema_(Tensor(a!)[] averages, Tensor[] sources, Tensor(b!)[] copies, float weight, Tensor? weight_tensor)"
-      " -> ()");
-  m.def("gather_tokens(Tensor x, Tensor index, int clones) -> Tensor");
-  m.def("gather_tokens_backward(Tensor grad, Tensor index, int clones, int tokens) -> Tensor");
-  m.def("restore_tokens(Tensor kept, Tensor restore, Tensor? fill, Tensor? noise_keys, float noise_std) -> Tensor");
-  m.def("restore_tokens_backward(Tensor grad, Tensor restore, int visible, int fill_rows) -> (Tensor, Tensor)");
-  m.def(
-      "masked_regression_loss(Tensor prediction, Tensor target, Tensor? prediction_rows, Tensor? target_rows,"
-      " float beta, float scale) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "masked_regression_loss_backward(Tensor grad, Tensor prediction, Tensor target, Tensor? prediction_rows,"
-      " Tensor? target_rows, float beta, float scale) -> Tensor");
+  for (const char* schema : d2v::kCudaSchemas) m.def(schema);
+  m.def(d2v::kMaskedRegressionLoss);
+  m.def(d2v::kMaskedRegressionLossBackward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d2v_native, CPU, m) {
   m.impl("average_layers", TORCH_BOX(&d2v::average_layers_cpu));
   m.impl("update_ema_", TORCH_BOX(&d2v::update_ema_cpu));
+  m.impl("update_split_ema_", TORCH_BOX(&d2v::update_split_ema_cpu));
   m.impl("gather_tokens", TORCH_BOX(&d2v::gather_tokens_cpu));
   m.impl("gather_tokens_backward", TORCH_BOX(&d2v::gather_tokens_backward_cpu));
   m.impl("restore_tokens", TORCH_BOX(&d2v::restore_tokens_cpu));

@@ -3,8 +3,8 @@
 //
 // With D2V_EMULATED the operators run on CPU tensors, by the engine of csrc/tests.
 #pragma once
-#include "../core/ema.h"
-#include "common.h"
+#include "../core/stream.h"
+#include "arguments.h"
 #if !defined(D2V_EMULATED)
 #include <dlfcn.h>
 #endif
@@ -39,13 +39,13 @@ inline void* current_stream(const char* op, int32_t device) {
 
 #endif
 
-// ---- checks that protect memory ----
-
-inline void check_place(const char* op, const char* name, const Tensor& t, int64_t dims, int32_t device) {
-  STD_TORCH_CHECK(t.dim() == dims, op, ": ", name, ": expected ", dims, " dimensions, got ", t.dim());
-  STD_TORCH_CHECK(is_on_device(t) && t.get_device_index() == device, op, ": ", name, ": expected a tensor on ",
-                  kDeviceName, " device ", device);
+// A call on the device of its first tensor.
+inline Call device_call(const char* op, const Tensor& first) {
+  return {op, kDeviceName, first.get_device_index(), is_on_device};
 }
+inline Stream stream_of(const Call& call) { return {call.device, current_stream(call.op, call.device)}; }
+
+inline Tensor new_workspace(const Tensor& like, int64_t bytes) { return new_tensor(like, {bytes}, ScalarType::Byte); }
 
 // Raises unless `error`, of a launch, is 0.
 inline void check_launch(const char* op, int error) {
@@ -58,6 +58,8 @@ Tensor average_layers_cuda(const std::vector<Tensor>& layers, const std::string&
                            const OptionalTensor& lengths, double eps, ScalarType out_dtype);
 void update_ema_cuda(const std::vector<Tensor>& averages, const std::vector<Tensor>& sources,
                      const std::vector<Tensor>& copies, double weight, const OptionalTensor& weight_tensor);
+void update_split_ema_cuda(const std::vector<Tensor>& high, const std::vector<Tensor>& low,
+                           const std::vector<Tensor>& sources, double weight, const OptionalTensor& weight_tensor);
 Tensor gather_tokens_cuda(const Tensor& x, const Tensor& index, int64_t clones);
 Tensor gather_tokens_backward_cuda(const Tensor& grad, const Tensor& index, int64_t clones, int64_t tokens);
 Tensor restore_tokens_cuda(const Tensor& kept, const Tensor& restore, const OptionalTensor& fill,

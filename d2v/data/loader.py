@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Generator, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,18 @@ from torch.utils.data import DataLoader
 
 from d2v.checkpoint import write_atomically
 from d2v.config import Config
-from d2v.data.sources import Source
-from d2v.data.vision import (
+from d2v.data import make_modality
+from d2v.data.samples import (
     STREAM_ORDER,
     Batch,
-    EvaluationImages,
-    ImageSettings,
+    Collate,
+    EvaluationSamples,
     MaskingCollate,
     Note,
-    TrainImages,
-    collate_evaluation,
+    TrainSamples,
     random_stream,
 )
+from d2v.data.sources import Source
 
 TERM_GRACE_SECONDS = 10
 """Life of a loader worker after a SIGTERM."""
@@ -34,28 +33,75 @@ FIRST_VERDICT = 200
 """Samples tried before the share of bad ones is judged (or all, when there are fewer)."""
 
 
-@lru_cache(maxsize=2)
-def _permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
-    return random_stream(seed, epoch, 0, STREAM_ORDER).permutation(samples)
+BUCKET_RATIO = 1.1
+"""Lengths within this ratio count as equal when samples are grouped by length."""
 
 
-def order_samples(samples: int, seed: int, start: int, count: int) -> list[tuple[int, int]]:
-    """(sample id, epoch) at the stream positions `start` to `start + count - 1`.
+class SampleOrder:
+    """The stream of samples of a run: one random permutation per epoch, joined without gaps.
 
-    The stream is one random permutation per epoch, joined without gaps: every batch is full, every sample comes once
-    per epoch, and a position alone tells where a run is.
+    Every batch is full, every sample comes once per epoch, and a position alone tells where a run is. With lengths,
+    samples of about equal length stand together in groups of `group` positions that begin at multiples of `group`, in
+    random order; the groups at the two ends of an epoch are what is left of a group that straddles it.
     """
-    positions = (divmod(p, samples) for p in range(start, start + count))
-    return [(int(_permutation(samples, seed, epoch)[offset]), epoch) for epoch, offset in positions]
+
+    def __init__(self, samples: int, seed: int, lengths: np.ndarray | None = None, group: int = 1) -> None:
+        """
+        Args:
+            samples: number of samples.
+            seed: of the permutations.
+            lengths: (samples,) above 0, to group by; None: no groups.
+            group: positions of a group.
+        """
+        self.samples, self.seed, self.group = samples, seed, group
+        self._buckets = None
+        if lengths is not None and group > 1:
+            self._buckets = np.floor(np.log(lengths) / np.log(BUCKET_RATIO)).astype(np.int64)
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """(samples,) int64: sample ids of an epoch in their order."""
+        if epoch not in self._epochs:
+            while len(self._epochs) >= 2:
+                del self._epochs[min(self._epochs)]
+            self._epochs[epoch] = self._draw(epoch)
+        return self._epochs[epoch]
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        rng = random_stream(self.seed, epoch, 0, STREAM_ORDER)
+        order = rng.permutation(self.samples)
+        if self._buckets is None:
+            return order
+        order = order[np.argsort(self._buckets[order], kind="stable")]
+        # Positions of this epoch at which a group begins; the pieces between are dealt out to runs of equal lengths.
+        first = -epoch * self.samples % self.group
+        edges = np.concatenate([[0], np.arange(first or self.group, self.samples, self.group), [self.samples]])
+        starts, sizes = edges[:-1], np.diff(edges)
+        pieces = rng.permutation(len(sizes))
+        result = np.empty_like(order)
+        taken = 0
+        for piece in pieces:
+            size = int(sizes[piece])
+            result[starts[piece] : starts[piece] + size] = order[taken : taken + size]
+            taken += size
+        return result
+
+    def take(self, start: int, count: int) -> list[tuple[int, int]]:
+        """(sample id, epoch) at the stream positions `start` to `start + count - 1`."""
+        positions = (divmod(p, self.samples) for p in range(start, start + count))
+        return [(int(self.epoch(epoch)[offset]), epoch) for epoch, offset in positions]
 
 
 class UpdateSampler:
     """Index lists of the micro-batches of the updates `first` to `last - 1` (0-based)."""
 
-    def __init__(self, config: Config, samples: int, first: int, last: int) -> None:
-        self.samples, self.seed, self.first, self.last = samples, config.run.seed, first, last
+    def __init__(self, config: Config, samples: int, first: int, last: int, lengths: np.ndarray | None = None) -> None:
+        self.first, self.last = first, last
         self.share = config.data.global_batch
         self.micro = min(config.data.micro_batch or self.share, self.share)
+        # Samples that are forwarded together have about the same length.
+        group = self.micro if self.share % self.micro == 0 else self.share
+        self.order = SampleOrder(samples, config.run.seed, lengths, group)
 
     @property
     def per_update(self) -> int:
@@ -64,7 +110,7 @@ class UpdateSampler:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for update in range(self.first, self.last):
-            indices = order_samples(self.samples, self.seed, update * self.share, self.share)
+            indices = self.order.take(update * self.share, self.share)
             for start in range(0, self.share, self.micro):
                 yield indices[start : start + self.micro]
 
@@ -98,26 +144,31 @@ def train_updates(
     config: Config, source: Source, first: int, device: torch.device
 ) -> Generator[list[Batch], None, None]:
     """Lists of micro-batches, one list per update, from update `first` (0-based) to the end of the run."""
-    sampler = UpdateSampler(config, len(source), first, config.run.steps)
-    dataset = TrainImages(source, ImageSettings.of(config), config.run.seed)
-    batches = iter(_loader(dataset, MaskingCollate(config), config.data.workers, device, batch_sampler=sampler))
+    modality = make_modality(config)
+    sampler = UpdateSampler(config, len(source), first, config.run.steps, source.lengths)
+    dataset = TrainSamples(source, modality, config.run.seed)
+    collate = MaskingCollate(config, modality)
+    batches = iter(_loader(dataset, collate, config.data.workers, device, batch_sampler=sampler))
     for _ in range(first, config.run.steps):
         yield [next(batches) for _ in range(sampler.per_update)]
 
 
 def validation_batches(config: Config, source: Source, device: torch.device) -> Generator[Batch, None, None]:
-    """One pass over held-out images, centre crops, with the masks of epoch 0."""
-    dataset = EvaluationImages(source, ImageSettings.of(config))
+    """One pass over held-out samples without augmentation, with the masks of epoch 0."""
+    modality = make_modality(config)
     size = min(config.data.micro_batch or config.data.global_batch, len(source))
-    yield from _loader(dataset, MaskingCollate(config), config.data.workers, device, batch_size=size)
+    collate = MaskingCollate(config, modality, training=False)
+    yield from _loader(
+        EvaluationSamples(source, modality), collate, config.data.workers, device, batch_size=size
+    )  # fmt: skip
 
 
 def evaluation_batches(
     config: Config, source: Source, device: torch.device, batch: int = 64, workers: int = 0
 ) -> Iterator[Batch]:
-    """One pass over the source in order, centre crops, no masks."""
-    dataset = EvaluationImages(source, ImageSettings.of(config))
-    yield from _loader(dataset, collate_evaluation, workers, device, batch_size=batch)
+    """One pass over the source in order, without augmentation and masks."""
+    modality = make_modality(config)
+    yield from _loader(EvaluationSamples(source, modality), Collate(modality), workers, device, batch_size=batch)
 
 
 class BadSamples:
@@ -134,10 +185,16 @@ class BadSamples:
         self._written = 0
         self._fatal: str | None = None
 
-    def add(self, notes: tuple[Note, ...]) -> None:
-        """Takes the notes of a batch. Conversions are counted in epoch 0, where every sample comes exactly once."""
+    def add(self, notes: tuple[Note, ...]) -> list[str]:
+        """Takes the notes of a batch; returns sentences about conversions of a kind that was not met before.
+
+        Conversions are counted in epoch 0, where every sample comes exactly once.
+        """
+        news = []
         for note in notes:
             if note.kind == "converted" and note.epoch == 0:
+                if note.text not in self.converted:
+                    news.append(f"converted: {note.text}, first in {self.source.describe(note.sample_id)}")
                 self.converted[note.text] = self.converted.get(note.text, 0) + 1
             elif note.kind == "bad" and note.sample_id not in self._ids:
                 self._ids.add(note.sample_id)
@@ -145,18 +202,24 @@ class BadSamples:
                 self.entries.append({"id": note.sample_id, "path": path, "reason": note.text})
             elif note.kind == "fatal":
                 self._fatal = note.text
+        return news
 
     def check(self, drawn: int) -> None:
-        """Raises `ValueError` with a summary where more than the allowed share of the samples tried is bad."""
-        total = len(self.source) + len(self.source.rejected)
-        tried = min(drawn, len(self.source)) + len(self.source.rejected)
-        share = len(self.entries) / max(tried, 1)
-        if self._fatal is None and (tried < min(FIRST_VERDICT, total) or share <= self.allowed):
-            return
-        fatal = f"; {self._fatal}" if self._fatal else ""
+        """Raises `ValueError` with a summary where more than the allowed share is bad: of what the index looked at, or
+        of the `drawn` samples tried."""
+        allowed, fatal = self.allowed, f"; {self._fatal}" if self._fatal else ""
+        rejected, indexed = len(self.source.rejected), self.source.indexed
+        if rejected > allowed * indexed:
+            self._refuse(rejected, indexed, fatal)
+        tried, total = min(drawn, len(self.source)), len(self.source)
+        bad = len(self._ids)
+        if self._fatal or (tried >= min(FIRST_VERDICT, total) and bad > allowed * tried):
+            self._refuse(bad, tried, fatal)
+
+    def _refuse(self, bad: int, tried: int, fatal: str) -> None:
         raise ValueError(
             f"data.bad_fraction: expected at most {self.allowed:.1%} of the samples to be undecodable, got "
-            f"{len(self.entries)} of {tried} ({share:.1%}){fatal}; {self.examples()}"
+            f"{bad} of {tried} ({bad / max(tried, 1):.1%}){fatal}; {self.examples()}"
         )
 
     def examples(self, count: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""Where encoded images come from: folders, or members of uncompressed .tar shards read in place.
+"""Where encoded samples come from: folders, or members of uncompressed .tar shards read in place.
 
 A source is a fixed, sorted index with random access, so that the order of a run is a function of the seed and a resumed
 run continues at the very sample where it stopped. Nothing is ever extracted or written beside the data.
@@ -8,22 +8,41 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import os
 import re
+import shutil
+import subprocess
 import tarfile
+import tempfile
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 MAX_ENCODED_BYTES = 256 << 20
-"""Largest encoded image that is read; a bigger file or tar member counts as a bad sample."""
+"""Largest encoded sample that is read; a bigger file or tar member counts as a bad sample."""
 MAX_LABEL_BYTES = 4096
 MAX_TAR_HEADER_BYTES = 1 << 20
 MAX_OPEN_SHARDS = 32
+
+
+class Kind(NamedTuple):
+    """What files of a kind of data look like."""
+
+    noun: str
+    """For messages, plural."""
+    suffixes: frozenset[str]
+    """Lower case, with the dot."""
+    places: str = "a folder of images or .tar shards"
+    """What a path may name, for messages."""
+
+
+IMAGES = Kind("images", IMAGE_SUFFIXES)
 
 
 class Rejected(NamedTuple):
@@ -54,12 +73,18 @@ class NameTable(Sequence[str]):
 
 
 class Source:
-    """Indexed encoded images. `labels` (int64, one per sample) and `classes` are None for unlabelled data."""
+    """Indexed encoded samples.
+
+    `labels` (int64, one per sample) and `classes` are None for unlabelled data, `lengths` (int64, in the modality's
+    unit) where all samples are alike. `left_out` counts, by reason, what is sound but not used.
+    """
 
     names: NameTable
     labels: np.ndarray | None = None
     classes: list[str] | None = None
+    lengths: np.ndarray | None = None
     rejected: list[Rejected]
+    left_out: dict[str, int]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -72,62 +97,137 @@ class Source:
         """Encoded bytes of a sample; `OSError` or `ValueError` where they cannot be had."""
         raise NotImplementedError
 
+    def open_file(self, index: int) -> BinaryIO:
+        """The same bytes as a file, to read only a header of."""
+        return io.BytesIO(self.read(index))
+
+    def read_transcript(self, index: int) -> str:
+        """The text that goes with a sample; `ValueError` or `OSError` where there is none."""
+        raise ValueError(f"{self.describe(index)}: expected a transcript, this kind of source has none")
+
+    @property
+    def indexed(self) -> int:
+        """What the index looked at, rejected things included."""
+        return len(self) + len(self.rejected)
+
+    def prepare(self, folder: Path, fresh: bool) -> None:
+        """Writes what must exist before samples can be read into `folder`, the run's; nothing for most sources.
+
+        fresh: the run begins, and this is the data that it trains on.
+        """
+
     def digest(self) -> str:
         """Identity of the index: a resumed run must see the same samples in the same order."""
         return self.names.digest()
 
 
-class FolderSource(Source):
-    """Image files at any depth under `root`; with labels, the first folder level names the class."""
+class Subset(Source):
+    """Some samples of another source, in its order."""
 
-    def __init__(self, root: Path, *, labelled: bool, option: str) -> None:
+    def __init__(self, base: Source, rows: np.ndarray) -> None:
+        self.base, self.rows = base, rows
+        self.rejected, self.left_out = base.rejected, base.left_out
+        self.labels = None if base.labels is None else base.labels[rows]
+        self.classes = base.classes
+        self.lengths = None if base.lengths is None else base.lengths[rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def describe(self, index: int) -> str:
+        return self.base.describe(int(self.rows[index]))
+
+    def read(self, index: int) -> bytes:
+        return self.base.read(int(self.rows[index]))
+
+    def open_file(self, index: int) -> BinaryIO:
+        return self.base.open_file(int(self.rows[index]))
+
+    def read_transcript(self, index: int) -> str:
+        return self.base.read_transcript(int(self.rows[index]))
+
+    def digest(self) -> str:
+        lengths = b"" if self.lengths is None else self.lengths.tobytes()
+        return hashlib.sha256(self.base.digest().encode() + self.rows.tobytes() + lengths).hexdigest()
+
+
+def read_whole(file: BinaryIO) -> bytes:
+    """All bytes of a file that is not absurdly large, else `ValueError`."""
+    data = file.read(MAX_ENCODED_BYTES + 1)
+    if len(data) > MAX_ENCODED_BYTES:
+        raise ValueError(f"file is larger than {MAX_ENCODED_BYTES} bytes")
+    return data
+
+
+class FolderSource(Source):
+    """Files of a kind at any depth under `root`; with labels, the first folder level names the class."""
+
+    def __init__(self, root: Path, kind: Kind, *, labelled: bool, option: str) -> None:
         self.root = root
-        self.rejected = []
+        self.rejected, self.left_out = [], {}
         files = sorted(walk_files(root))
-        images = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-        if not images:
+        found = [name for name in files if Path(name).suffix.lower() in kind.suffixes]
+        if not found:
             shards = sum(name.endswith(".tar") for name in files)
             hint = f"; for its {shards} .tar shards pass {str(root / '*.tar')!r}" if shards else ""
-            raise ValueError(f"{option}: expected images under {str(root)!r}, found none in {len(files)} files{hint}")
+            place = f"under {str(root)!r}"
+            raise ValueError(f"{option}: expected {kind.noun} {place}, found none in {len(files)} files{hint}")
         if labelled:
-            loose = next((name for name in images if os.sep not in name), None)
+            loose = next((name for name in found if os.sep not in name), None)
             if loose is not None:
                 raise ValueError(f"{option}: expected class folders under {str(root)!r}, got {loose!r} outside any")
-            folders = [name.split(os.sep, 1)[0] for name in images]
+            folders = [name.split(os.sep, 1)[0] for name in found]
             self.labels, self.classes = number_classes(folders)
-        self.names = NameTable(images)
+        self.names = NameTable(found)
 
     def describe(self, index: int) -> str:
         return str(self.root / self.names[index])
 
     def read(self, index: int) -> bytes:
-        with (self.root / self.names[index]).open("rb") as file:
-            data = file.read(MAX_ENCODED_BYTES + 1)
-        if len(data) > MAX_ENCODED_BYTES:
-            raise ValueError(f"file is larger than {MAX_ENCODED_BYTES} bytes")
-        return data
+        with self.open_file(index) as file:
+            return read_whole(file)
+
+    def open_file(self, index: int) -> BinaryIO:
+        return (self.root / self.names[index]).open("rb")
+
+    def read_transcript(self, index: int) -> str:
+        """The `.txt` file beside the sample."""
+        return read_text_file((self.root / self.names[index]).with_suffix(".txt"))
+
+
+def read_text_file(path: Path) -> str:
+    """A short UTF-8 text without surrounding space; `ValueError` or `OSError` otherwise."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 class ShardSource(Source):
-    """Image members of uncompressed .tar shards in webdataset naming: `key.jpg` and, with labels, `key.cls`."""
+    """Members of a kind of uncompressed .tar shards in webdataset naming: `key.jpg` and, with labels, `key.cls`;
+    transcripts are members `key.txt`."""
 
-    def __init__(self, shards: Sequence[Path], *, labelled: bool, option: str) -> None:
-        self.shards = [Path(s) for s in shards]
-        self.rejected = []
+    def __init__(self, shards: Sequence[Path], kind: Kind, *, labelled: bool, option: str) -> None:
+        self.shards, self.kind = [Path(s) for s in shards], kind
+        self.rejected, self.left_out = [], {}
         self._open: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()
         names: list[str] = []
         texts: list[str] = []
         rows: list[tuple[int, int, int]] = []
+        self._transcripts: dict[int, tuple[int, int, int]] = {}
         for number, shard in enumerate(self.shards):
-            for key, image, label in self._index_shard(shard, labelled, option):
-                rows.append((number, image.offset_data, image.size))
-                names.append(f"{shard.name}:{image.name}")
+            for key, member, label, text in self._index_shard(shard, labelled, option):
+                if text is not None:
+                    self._transcripts[len(rows)] = number, text.offset_data, text.size
+                rows.append((number, member.offset_data, member.size))
+                names.append(f"{shard.name}:{member.name}")
                 if label is None and labelled:
                     raise ValueError(f"{option}: expected {key}.cls in {str(shard)!r}, found none")
                 texts.append(label or "")
         if not rows:
-            raise ValueError(f"{option}: expected images in {len(self.shards)} .tar shards, found none")
+            raise ValueError(f"{option}: expected {kind.noun} in {len(self.shards)} .tar shards, found none")
         self.names = NameTable(names)
         self._rows = np.asarray(rows, dtype=np.int64)
         if labelled:
@@ -140,10 +240,23 @@ class ShardSource(Source):
         number, offset, size = (int(v) for v in self._rows[index])
         if size > MAX_ENCODED_BYTES:
             raise ValueError(f"tar member of {size} bytes is larger than {MAX_ENCODED_BYTES}")
+        return self._read_at(number, offset, size)
+
+    def _read_at(self, number: int, offset: int, size: int) -> bytes:
         data = os.pread(self._descriptor(number), size, offset)
         if len(data) != size:
             raise ValueError(f"expected {size} bytes in the shard, got {len(data)}")
         return data
+
+    def open_file(self, index: int) -> BinaryIO:
+        number, offset, size = (int(v) for v in self._rows[index])
+        return FileSlice(self._descriptor(number), offset, size)  # type: ignore[return-value]
+
+    def read_transcript(self, index: int) -> str:
+        if index not in self._transcripts:
+            raise ValueError(f"{self.describe(index)}: expected a .txt member beside it, found none")
+        number, offset, size = self._transcripts[index]
+        return self._read_at(number, offset, min(size, MAX_ENCODED_BYTES)).decode("utf-8").strip()
 
     def _descriptor(self, number: int) -> int:
         if self._owner != os.getpid():  # a forked worker must not close its parent's files
@@ -164,22 +277,29 @@ class ShardSource(Source):
             for descriptor in self._open.values():
                 os.close(descriptor)
 
-    def _index_shard(self, shard: Path, labelled: bool, option: str) -> list[tuple[str, tarfile.TarInfo, str | None]]:
-        images: dict[str, tarfile.TarInfo] = {}
+    def _index_shard(
+        self, shard: Path, labelled: bool, option: str
+    ) -> list[tuple[str, tarfile.TarInfo, str | None, tarfile.TarInfo | None]]:
+        """(key, member, label, transcript) of the samples of a shard, by key."""
+        found: dict[str, tarfile.TarInfo] = {}
         labels: dict[str, str] = {}
+        texts: dict[str, tarfile.TarInfo] = {}
+        singular = self.kind.noun.removesuffix("s")
         with shard.open("rb") as file:
             for member in self._members(shard, file, option):
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
-                if f".{extension.lower()}" in IMAGE_SUFFIXES:
-                    if key in images:
-                        self.rejected.append(Rejected(f"{shard}:{member.name}", f"second image of key {key!r}"))
+                if f".{extension.lower()}" in self.kind.suffixes:
+                    if key in found:
+                        self.rejected.append(Rejected(f"{shard}:{member.name}", f"second {singular} of key {key!r}"))
                     else:
-                        images[key] = member
+                        found[key] = member
                 elif labelled and extension == "cls":
                     labels[key] = self._read_label(file, member)
-        return [(key, images[key], labels.get(key)) for key in sorted(images)]
+                elif extension == "txt":
+                    texts[key] = member
+        return [(key, found[key], labels.get(key), texts.get(key)) for key in sorted(found)]
 
     def _members(self, shard: Path, file: Any, option: str) -> Iterator[tarfile.TarInfo]:
         """Regular, whole, unpacked members; what is cut off or damaged goes to `rejected`."""
@@ -224,27 +344,92 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-def open_source(path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
-    """Opens a folder of images, one .tar shard, or a glob or brace pattern of shards.
+class FileSlice(io.RawIOBase):
+    """Part of an open file as a file of its own; the descriptor stays its owner's."""
 
-    `option` begins every error message. Raises `ValueError` where the path is empty, missing or holds no image.
+    def __init__(self, descriptor: int, offset: int, size: int) -> None:
+        self._descriptor, self._offset, self._size, self._place = descriptor, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self._size - self._place))
+        data = os.pread(self._descriptor, wanted, self._offset + self._place)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+def open_source(
+    path: str, kind: Kind = IMAGES, *, labelled: bool = False, option: str = "data.path", commands: bool = False
+) -> Source:
+    """Opens a folder of files of a kind, one .tar shard, or a glob or brace pattern of shards.
+
+    `option` begins every error message. `commands`: `pipe:COMMAND` may be run by the shell; its output is one shard.
+    Raises `ValueError` where the path is empty, missing or holds no such file.
     """
     if not path:
-        raise ValueError(f"{option}: expected a folder of images or .tar shards, got nothing")
+        raise ValueError(f"{option}: expected {kind.places}, got nothing")
     if path.startswith("pipe:"):
-        raise ValueError(f"{option}: expected a folder or .tar shards, got the shell command {path!r}")
+        if not commands:
+            raise ValueError(
+                f"{option}: expected a folder or .tar shards, got the shell command {path!r}; "
+                "--data.allow-commands runs it"
+            )
+        return open_command(path.removeprefix("pipe:"), kind, labelled=labelled, option=option)
     if Path(path).is_dir():
-        return FolderSource(Path(path), labelled=labelled, option=option)
+        return FolderSource(Path(path), kind, labelled=labelled, option=option)
+    files = find_files(path, kind.places, option)
+    odd = next((f for f in files if f.suffix != ".tar" or not f.is_file()), None)
+    if odd is not None:
+        raise ValueError(f"{option}: expected .tar shards or one folder, got {str(odd)!r}")
+    return ShardSource(files, kind, labelled=labelled, option=option)
+
+
+def find_files(path: str, places: str, option: str) -> list[Path]:
+    """Paths that a name, glob or brace pattern means; `ValueError` where one of its parts means nothing."""
     files: list[Path] = []
     for pattern in expand_braces(path, option):
         found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207
         if not found or not Path(found[0]).exists():
-            raise ValueError(f"{option}: expected a folder of images or .tar shards, found nothing at {pattern!r}")
+            raise ValueError(f"{option}: expected {places}, found nothing at {pattern!r}")
         files.extend(Path(f) for f in found)
-    odd = next((f for f in files if f.suffix != ".tar" or not f.is_file()), None)
-    if odd is not None:
-        raise ValueError(f"{option}: expected .tar shards or one folder, got {str(odd)!r}")
-    return ShardSource(files, labelled=labelled, option=option)
+    return files
+
+
+def open_command(command: str, kind: Kind, *, labelled: bool, option: str) -> Source:
+    """The tar archive that a shell command writes, kept in a temporary file for as long as the source lives."""
+    folder = tempfile.mkdtemp(prefix="d2v-pipe-")
+    # The name is part of the identity of a sample: the same command, the same name.
+    shard = Path(folder) / f"pipe-{hashlib.sha256(command.encode()).hexdigest()[:16]}.tar"
+    try:
+        with shard.open("wb") as file:
+            done = subprocess.run(command, shell=True, stdout=file, check=False)
+        if done.returncode:
+            raise ValueError(f"{option}: expected exit code 0 of {command!r}, got {done.returncode}")
+        source = ShardSource([shard], kind, labelled=labelled, option=option)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(source, _remove_folder, folder, os.getpid())
+    return source
+
+
+def _remove_folder(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # not at the end of a forked worker
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def expand_braces(pattern: str, option: str = "data.path", limit: int = 1_000_000) -> list[str]:

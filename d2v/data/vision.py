@@ -1,19 +1,11 @@
-"""Images: decoding, random crops, and batches with their masks.
-
-Everything random about a sample - crop, mirror, turn, masks, decoder noise - is a function of (seed, epoch, sample id),
-so a run does not depend on the number of loader workers and can be resumed exactly.
-
-A sample that cannot be decoded is replaced, within its slot, by another one chosen by the same rule; shapes and order
-stay as they were. The slot keeps its own crop, masks and noise.
-"""
+"""Images: decoding, random crops, normalisation."""
 
 from __future__ import annotations
 
 import io
 import math
 import warnings
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,35 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.data.sources import Source
-from d2v.data2vec import make_mask_sampler
-from d2v_kernels import Masks, masks_from_bool
+from d2v.data.samples import Batch, Modality, Sample
+from d2v.data.sources import IMAGES, Source, open_source
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Decoders that may run. Others are left out on purpose: EPS, for one, starts an external program."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-ATTEMPTS = 64
-"""Replacements tried for one slot before the data counts as unusable."""
-
-STREAM_CROP, STREAM_REPLACE, STREAM_ORDER = 0, 1, 2
-_U64 = 0xFFFFFFFFFFFFFFFF
-
-
-def random_stream(seed: int, epoch: int, sample_id: int, purpose: int) -> np.random.Generator:
-    """Philox generator keyed by (seed, epoch), with sample id and purpose in the counter: independent streams."""
-    key = np.array([seed & _U64, epoch & _U64], dtype=np.uint64)
-    counter = np.array([0, 0, purpose, sample_id & _U64], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-
-class Note(NamedTuple):
-    """What the loader has to say about a sample. `kind`: "bad", "converted" or "fatal"."""
-
-    sample_id: int
-    epoch: int
-    kind: str
-    text: str
+PIXEL_SIDE = 32
+"""Pixel baselines see larger images averaged down to this side: a linear probe on 150 528 pixels says little."""
 
 
 def decode_image(data: bytes) -> tuple[Image.Image, str | None]:
@@ -187,117 +159,67 @@ def normalise_images(images: Tensor, settings: ImageSettings, standardise: str) 
     return values
 
 
-class Sample(NamedTuple):
-    """One decoded and cropped image (uint8 (c,H,W)) and what happened on the way."""
+class Images(Modality):
+    """Images of one size, as uint8 (c,H,W) until they are on the device; c = 1 for grey settings, else 3."""
 
-    sample_id: int
-    epoch: int
-    pixels: np.ndarray
-    notes: tuple[Note, ...]
-
-
-class TrainImages(torch.utils.data.Dataset[Sample]):
-    """Map from (sample id, epoch) to an augmented sample."""
-
-    def __init__(self, source: Source, settings: ImageSettings, seed: int) -> None:
-        self.source, self.settings, self.seed = source, settings, seed
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: Any) -> Sample:
-        sample_id, epoch = index
-        notes: list[Note] = []
-        picks = random_stream(self.seed, epoch, sample_id, STREAM_REPLACE)
-        candidate = sample_id
-        for _ in range(ATTEMPTS):
-            try:
-                image, converted = decode_image(self.source.read(candidate))
-            except (ValueError, OSError) as error:
-                notes.append(Note(candidate, epoch, "bad", _reason(error)))
-                candidate = int(picks.integers(len(self.source)))
-                continue
-            if converted is not None and not (converted == "grey" and self.settings.grey):
-                notes.append(Note(candidate, epoch, "converted", converted))
-            rng = random_stream(self.seed, epoch, sample_id, STREAM_CROP)
-            return Sample(sample_id, epoch, augment_image(image, self.settings, rng), tuple(notes))
-        notes.append(Note(sample_id, epoch, "fatal", f"{ATTEMPTS} samples in a row cannot be decoded"))
-        blank = np.zeros((1 if self.settings.grey else 3, self.settings.size, self.settings.size), dtype=np.uint8)
-        return Sample(sample_id, epoch, blank, tuple(notes))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-class EvaluationImages(torch.utils.data.Dataset[Sample]):
-    """Map from a sample id to its centre crop; an unreadable image gives zeros and a "bad" note."""
-
-    def __init__(self, source: Source, settings: ImageSettings) -> None:
-        self.source, self.settings = source, settings
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Sample:
-        try:
-            image, _ = decode_image(self.source.read(index))
-            return Sample(index, 0, centre_image(image, self.settings), ())
-        except (ValueError, OSError) as error:
-            size = self.settings.size
-            blank = np.zeros((1 if self.settings.grey else 3, size, size), dtype=np.uint8)
-            return Sample(index, 0, blank, (Note(index, 0, "bad", _reason(error)),))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch. images uint8 (B,c,H,W); masks of B*M rows; noise_keys int64 (B*M,); notes of its samples."""
-
-    images: Tensor
-    masks: Masks | None
-    noise_keys: Tensor | None
-    notes: tuple[Note, ...]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def pin_memory(self) -> Batch:
-        """Copies for asynchronous transfer; called by the loader."""
-        masks = None if self.masks is None else self.masks.pin_memory()
-        keys = None if self.noise_keys is None else self.noise_keys.pin_memory()
-        return replace(self, images=self.images.pin_memory(), masks=masks, noise_keys=keys)
-
-
-def stack_pixels(samples: list[Sample]) -> Tensor:
-    """Samples -> uint8 (B,c,H,W)."""
-    return torch.from_numpy(np.stack([s.pixels for s in samples]))
-
-
-def collate_evaluation(samples: list[Sample]) -> Batch:
-    """Samples -> batch without masks."""
-    return Batch(stack_pixels(samples), None, None, tuple(n for s in samples for n in s.notes))
-
-
-class MaskingCollate:
-    """Samples -> batch with masks and noise keys. Runs in the loader workers, so masks cost the GPU nothing."""
+    noun = "images"
+    baselines = ("pixels", "sorted_pixels", "power_spectrum")
 
     def __init__(self, config: Config) -> None:
-        self.copies = config.mask.copies
-        self.sampler = make_mask_sampler(config)
+        super().__init__(config)
+        self.settings = ImageSettings.of(config)
 
-    def __call__(self, samples: list[Sample]) -> Batch:
-        masks: list[Masks] = []
-        keys: list[Tensor] = []
-        start = 0
-        while start < len(samples):  # a batch may straddle the end of an epoch
-            epoch = samples[start].epoch
-            stop = next((i for i in range(start, len(samples)) if samples[i].epoch != epoch), len(samples))
-            ids = [s.sample_id for s in samples[start:stop]]
-            masks.append(self.sampler.draw(ids, epoch, copies=self.copies))
-            keys.append(self.sampler.noise_keys(ids, epoch, copies=self.copies))
-            start = stop
-        joined = masks[0] if len(masks) == 1 else masks_from_bool(torch.cat([m.mask for m in masks]))
-        notes = tuple(n for s in samples for n in s.notes)
-        return Batch(stack_pixels(samples), joined, torch.cat(keys), notes)
+    def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
+        """A folder of images, of class folders, or .tar shards."""
+        return open_source(path, IMAGES, labelled=labelled, option=option, commands=self.config.data.allow_commands)
+
+    def load(self, source: Source, index: int) -> tuple[Image.Image, tuple[str, ...]]:
+        """An RGB image."""
+        image, converted = decode_image(source.read(index))
+        told = converted is not None and not (converted == "grey" and self.settings.grey)
+        return image, (str(converted),) if told else ()
+
+    def augment(self, value: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        """Random crop, mirror, turn."""
+        return augment_image(value, self.settings, rng)
+
+    def settle(self, value: Image.Image) -> np.ndarray:
+        """Centre crop."""
+        return centre_image(value, self.settings)
+
+    def blank(self) -> np.ndarray:
+        """Zeros."""
+        return np.zeros((1 if self.settings.grey else 3, self.settings.size, self.settings.size), dtype=np.uint8)
+
+    def stack(self, samples: list[Sample], training: bool) -> tuple[Tensor, None]:
+        """uint8 (B,c,H,W)."""
+        return torch.from_numpy(np.stack([s.value for s in samples])), None
+
+    def measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[None, None]:
+        """The grid of the stem says it all."""
+        return None, None
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """float32 (B,channels,H,W), normalised."""
+        return normalise_images(inputs, self.settings, self.config.data.standardise)
+
+    def raw_features(self, name: str, batch: Batch) -> Tensor:
+        """pixels: the normalised pixels. sorted_pixels: those of each channel in ascending order, the distribution of
+        grey values without any structure. power_spectrum: log power of the 2-D Fourier transform, averaged over
+        channels, without phase."""
+        values = self._shrink(batch.inputs)
+        if name == "pixels":
+            return values.flatten(1)
+        if name == "sorted_pixels":
+            return values.flatten(2).sort(dim=-1).values.flatten(1)
+        spectrum = torch.fft.rfft2(values).abs().square().mean(dim=1)
+        return (spectrum + 1e-3).log().flatten(1)
+
+    def _shrink(self, images: Tensor) -> Tensor:
+        """Normalised images (B,c,h,w) at no more than PIXEL_SIDE pixels a side; one channel for grey data."""
+        values = self.prepare(images)
+        if self.settings.grey:
+            values = values[:, :1]
+        if values.shape[-1] > PIXEL_SIDE:
+            values = torch.nn.functional.adaptive_avg_pool2d(values, PIXEL_SIDE)
+        return values

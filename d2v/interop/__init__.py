@@ -1,5 +1,5 @@
 """Models of other programs, in and out."""
 
-from . import fairseq
+from . import fairseq, huggingface
 
-__all__ = ["fairseq"]
+__all__ = ["fairseq", "huggingface"]

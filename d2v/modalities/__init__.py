@@ -1,5 +1,59 @@
 """What differs between kinds of input: the stem, the positions, and the geometry of the masks."""
 
-from .vision import PatchStem, SinCosPositions, sincos_positions
+from __future__ import annotations
 
-__all__ = ["PatchStem", "SinCosPositions", "sincos_positions"]
+from torch import nn
+
+from ..config import Config
+from .positions import Positions, SequencePositions, valid_positions
+from .speech import ConvPositions, LogMelStem, WaveformStem
+from .text import PADDING, TextStem
+from .vision import PatchStem, RelativePositions, SinCosPositions, relative_index, sincos_positions
+
+
+def make_stem(config: Config) -> nn.Module:
+    """The stem of a configuration.
+
+    `measure(inputs, lengths)` checks both and returns T and the token lengths; `forward(inputs, token_lengths)` returns
+    features (B,T,C).
+    """
+    stem, width = config.stem, config.encoder.width
+    if stem.modality == "vision":
+        return PatchStem(stem, width)
+    if stem.modality == "text":
+        return TextStem(stem, width, zero_padding=config.version == 1)
+    return LogMelStem(stem, width) if stem.kind == "log-mel" else WaveformStem(stem, width)
+
+
+def make_positions(config: Config) -> Positions:
+    """The positions of a configuration."""
+    stem, encoder = config.stem, config.encoder
+    if stem.positions == "relative":
+        return RelativePositions(encoder, stem.grid)
+    if stem.positions == "conv":
+        seen = "positions-see-padding" in config.published
+        return ConvPositions(stem, encoder, zero_input=config.version == 1 or not seen, zero_between=not seen)
+    if stem.positions == "none":
+        return Positions(encoder)
+    if stem.modality == "vision":
+        return SinCosPositions(encoder, stem.grid, stem.position_scale)
+    return SequencePositions(encoder, stem.position_scale)
+
+
+__all__ = [
+    "PADDING",
+    "ConvPositions",
+    "LogMelStem",
+    "PatchStem",
+    "Positions",
+    "RelativePositions",
+    "SequencePositions",
+    "SinCosPositions",
+    "TextStem",
+    "WaveformStem",
+    "make_positions",
+    "make_stem",
+    "relative_index",
+    "sincos_positions",
+    "valid_positions",
+]

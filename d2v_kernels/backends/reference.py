@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,37 @@ def update_ema_(
             copies[i].copy_(average)
 
 
+def split_bits(average: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 as bfloat16, rounded to nearest (ties away from zero), and int16, the bits beyond it."""
+    bits = average.contiguous().view(torch.int32).long()
+    nan = average.isnan()
+    high = torch.where(nan, (bits >> 16 & 0x8000) | 0x7FC0, (bits + 0x8000) >> 16)
+    low = torch.where(nan, 0, bits - (high << 16))
+    # Of 64-bit integers, a cast keeps the low bits.
+    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
+
+
+def merge_bits(high: Tensor, low: Tensor) -> Tensor:
+    """The float32 number of two halves."""
+    bits = (high.contiguous().view(torch.int16).int() << 16) + low.int()
+    return bits.view(torch.float32)
+
+
+def update_split_ema_(
+    high: Sequence[Tensor],
+    low: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    weight: float,
+    weight_tensor: Tensor | None,
+) -> None:
+    for h, lower, source in zip(high, low, sources, strict=True):
+        average = merge_bits(h, lower)
+        update_ema_([average], [source], [], weight, weight_tensor)
+        new_high, new_low = split_bits(average)
+        h.copy_(new_high)
+        lower.copy_(new_low)
+
+
 def _sample_of_row(rows: int, clones: int, device: torch.device) -> Tensor:
     return torch.arange(rows, device=device)[:, None] // clones
 
@@ -105,10 +137,10 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _LOW32, product & _LOW32
 
 
-def philox(key: Tensor, counter: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al. 2011) with counter (c0, c1, 0, 0); 32-bit numbers held in int64."""
-    x0, x1 = torch.broadcast_tensors(*counter)
-    x2, x3 = torch.zeros_like(x0), torch.zeros_like(x0)
+def philox(key: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011) with counter (c0, c1, c2 or 0, 0); 32-bit numbers held in int64."""
+    x0, x1, *more = torch.broadcast_tensors(*counter)
+    x2, x3 = more[0] if more else torch.zeros_like(x0), torch.zeros_like(x0)
     k0, k1 = key & _LOW32, (key >> 32) & _LOW32
     for _ in range(10):
         high0, low0 = _multiply(0xD2511F53, x0)
@@ -275,6 +307,117 @@ def layer_norm_gelu_backward(
     return ((g - along) * scale).to(x.dtype).contiguous(), of_weight, of_bias
 
 
+ATTENTION_PART = 1 << 22
+"""Attention weights, in elements, that exist at once: of whole rows, else of some heads of a row, at least one."""
+
+
+class _AttentionPart:
+    """Some rows, or some heads of a row, of an attention: inputs (R,H,T,D) and weights (R,H,T,T)."""
+
+    def __init__(self, tensors: Sequence[Tensor], rest: tuple[Any, ...], rows: slice, heads: slice) -> None:
+        slopes, positions, lengths, valid, keys, self.dropout, self.scale = rest
+        tokens, device = tensors[0].shape[1], tensors[0].device
+        self.place = (rows, slice(None), heads)
+        compute = _compute_dtype(tensors[0].dtype)
+        self.inputs = [self.cut(x).to(compute).contiguous() for x in tensors]
+        self.slopes = None if slopes is None else slopes[heads, None, None]
+        self.positions = None if positions is None else positions[rows].to(compute)
+        self.keys = None if keys is None else keys[rows, None, None, None]
+        self.heads = torch.arange(heads.start, heads.stop, device=device)[:, None, None]
+        self.valid = None if valid is None else valid[rows]
+        if lengths is not None:
+            shorter = torch.arange(tokens, device=device) < lengths[rows, None]
+            self.valid = shorter if self.valid is None else self.valid & shorter
+        if self.valid is not None:  # what is not a key must not lend a NaN by 0 * NaN
+            kept = self.valid[:, None, :, None]
+            self.inputs[1:3] = [torch.where(kept, x, x.new_zeros(())) for x in self.inputs[1:3]]
+
+    def cut(self, x: Tensor) -> Tensor:
+        """This part of (N,T,H,D), as a view (R,H,T,D)."""
+        return x[self.place].transpose(1, 2)
+
+    def distances(self) -> Tensor:
+        """|pos_i - pos_j| (R,1,T,T), 0 where i or j is an extra token."""
+        assert self.positions is not None
+        extra, place = self.inputs[0].shape[2] - self.positions.shape[1], self.positions[:, None]
+        between = (place[..., :, None] - place[..., None, :]).abs_()
+        return torch.nn.functional.pad(between, (extra, 0, extra, 0)) if extra else between
+
+    def logits(self) -> Tensor:
+        s = torch.matmul(self.inputs[0] * self.scale, self.inputs[1].mT)
+        if self.slopes is not None:
+            s.addcmul_(self.distances(), self.slopes, value=-1.0)
+        return s if self.valid is None else s.masked_fill_(~self.valid[:, None, None, :], -math.inf)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x where dropout keeps an element, divided by the probability to be kept, else 0."""
+        if self.dropout == 0.0:
+            return x
+        assert self.keys is not None
+        t = x.shape[-1]
+        group, i = torch.arange((t + 3) // 4, device=x.device), torch.arange(t, device=x.device)[:, None]
+        words = philox(self.keys, (group, i, self.heads))
+        kept = torch.stack(words, dim=-1).flatten(-2)[..., :t] >= dropout_threshold(self.dropout)
+        return torch.where(kept, x / (1.0 - self.dropout), x.new_zeros(()))
+
+
+def dropout_threshold(dropout: float) -> int:
+    """An element is dropped where its 32-bit number is below this one."""
+    return round(dropout * 2.0**32)
+
+
+def _attention_parts(tensors: Sequence[Tensor], rest: tuple[Any, ...]) -> Iterator[_AttentionPart]:
+    n, t, h, _ = tensors[0].shape
+    rows = max(1, ATTENTION_PART // max(h * t * t, 1))
+    heads = h if rows > 1 else max(1, min(h, ATTENTION_PART // max(t * t, 1)))
+    for first_row in range(0, n, rows):
+        for first_head in range(0, h, heads):
+            those = slice(first_row, min(first_row + rows, n)), slice(first_head, min(first_head + heads, h))
+            yield _AttentionPart(tensors, rest, *those)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    n, t, h, _ = query.shape
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    log_sum = query.new_empty((n, h, t), dtype=_compute_dtype(query.dtype))
+    if query.numel() == 0:
+        return out, log_sum.fill_(math.inf)
+    for part in _attention_parts((query, key, value), rest):
+        s = part.logits()
+        largest = s.amax(-1, keepdim=True)
+        largest.masked_fill_(largest == -math.inf, 0.0)
+        weights = s.sub_(largest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        empty = total == 0.0  # a row without a valid key: weights 0, result 0
+        weights.div_(total.masked_fill(empty, 1.0))
+        part.cut(out).copy_(torch.matmul(part.dropped(weights), part.inputs[2]))
+        rows, _, heads = part.place
+        log_sum[rows, heads] = torch.where(empty, math.inf, largest + total.log())[..., 0]
+    return out, log_sum
+
+
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, t, h, _ = query.shape
+    slopes = rest[0]
+    results = [torch.empty((n, t, h, x.shape[3]), dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    of_slopes = log_sum.new_zeros((n, h))
+    for part in _attention_parts((query, key, value, grad, out), rest):
+        rows, _, heads = part.place
+        q, k, v, g, o = part.inputs
+        p = part.logits().sub_(log_sum[rows, heads, :, None]).exp_()
+        part.cut(results[2]).copy_(torch.matmul(part.dropped(p).mT, g))
+        of_p = part.dropped(torch.matmul(g, v.mT))
+        of_s = p.mul_(of_p.sub_((g * o).sum(-1, keepdim=True)))
+        part.cut(results[0]).copy_(torch.matmul(of_s, k) * part.scale)
+        part.cut(results[1]).copy_(torch.matmul(of_s.mT, q) * part.scale)
+        if slopes is not None:
+            of_slopes[rows, heads] = -(of_s * part.distances()).sum((2, 3))
+    totals = of_slopes[0, :0] if slopes is None else of_slopes.sum(0).to(slopes.dtype)
+    return results[0], results[1], results[2], totals.clone()
+
+
 def _limits(case: Case) -> list[str]:
     return []
 
@@ -284,6 +427,7 @@ BACKEND = Backend(
     {
         "average_layers": average_layers,
         "update_ema_": update_ema_,
+        "update_split_ema_": update_split_ema_,
         "gather_tokens": gather_tokens,
         "gather_tokens_backward": gather_tokens_backward,
         "restore_tokens": restore_tokens,
@@ -292,6 +436,8 @@ BACKEND = Backend(
         "masked_regression_loss_backward": masked_regression_loss_backward,
         "layer_norm_gelu": layer_norm_gelu,
         "layer_norm_gelu_backward": layer_norm_gelu_backward,
+        "attention": attention,
+        "attention_backward": attention_backward,
     },
     _limits,
 )

@@ -16,6 +16,7 @@ OPERATORS = tuple(BACKEND.implementations)
 WITH_CUDA = {
     "average_layers",
     "update_ema_",
+    "update_split_ema_",
     "gather_tokens",
     "gather_tokens_backward",
     "restore_tokens",

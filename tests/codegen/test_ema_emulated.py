@@ -13,7 +13,7 @@ from support.accuracy import assert_accurate
 from support.tensors import in_layout, layouts, random_rows
 from torch import Tensor
 
-from d2v_kernels import _library
+from d2v_kernels import _library, merge_ema_state, split_ema_state
 from d2v_kernels.backends import reference
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -161,6 +161,71 @@ def test_expanded_source_is_read_and_expanded_average_refused(emulated) -> None:
     check(emulated, "list", [average], [torch.ones(6).expand(4, 6)], [], 0.5)
     with pytest.raises(RuntimeError, match=r"update_ema_: average: .*overlapping.*stride 0 in dimension 0"):
         step(emulated, "list", [torch.ones(6).expand(4, 6)], [average], [], 0.5)
+
+
+@pytest.mark.parametrize("route", ["list", "plan"])
+@pytest.mark.parametrize("offsets", [(0, 0, 0), (1, 1, 1), (0, 1, 0), (3, 3, 5), (8, 4, 8)], ids=str)
+@pytest.mark.parametrize("source_type", LOW, ids=lambda d: str(d)[6:])
+def test_halves_have_the_bits_of_float32(emulated, source_type, offsets, route) -> None:
+    emulated.d2v_emu_set_order(sum(offsets) % 4)
+    averages = [values(n, torch.float32, n) for n in SIZES]
+    sources = [values(n, source_type, n + 1, offsets[2]) for n in SIZES]
+    high = [torch.empty(n + offsets[0], dtype=torch.bfloat16)[offsets[0] :] for n in SIZES]
+    low = [torch.empty(n + offsets[1], dtype=torch.int16)[offsets[1] :] for n in SIZES]
+    for halves in zip(high, low, averages, strict=True):
+        for half, value in zip(halves[:2], split_ema_state(halves[2]), strict=True):
+            half.copy_(value)
+    for weight in (0.3, 1e-5):
+        step(emulated, "list", averages, sources, [], weight)
+        if route == "list":
+            torch.ops.d2v_emu.update_split_ema_(high, low, sources, 0.75, torch.tensor(weight, dtype=torch.float64))
+        else:
+            step_halves_by_plan(emulated, high, low, sources, weight)
+    for h, lower, average in zip(high, low, averages, strict=True):
+        assert torch.equal(merge_ema_state(h, lower), average)
+
+
+def step_halves_by_plan(library, high, low, sources, weight: float) -> None:
+    module = _library.native_module()
+    if module is None:
+        pytest.skip(f"no pybind11 module: {_library.load_errors()}")
+    plan = module.EmaPlan(_library._split_entries(high, low, sources), 0)
+    table = torch.frombuffer(bytearray(plan.device_table()), dtype=torch.uint8)
+    plan.step_device(weight, address(library.d2v_launch_ema), table.data_ptr(), 0, 0, 0)
+
+
+@pytest.mark.parametrize("route", ["list", "plan"])
+def test_halves_and_whole_averages_in_one_table(emulated, route) -> None:
+    """Groups of a table: an average in halves is none of a bfloat16 average."""
+    averages = [values(700, torch.bfloat16, 1), values(300, torch.float32, 2)]
+    high, low = split_ema_state(averages[1])
+    sources = [values(700, torch.float32, 3), values(300, torch.float32, 4)]
+    module = _library.native_module()
+    if module is None:
+        pytest.skip(f"no pybind11 module: {_library.load_errors()}")
+    whole = (averages[0].data_ptr(), sources[0].data_ptr(), 0, 700, 1, 0, _library.NO_COPY)
+    plan = module.EmaPlan([*_library._split_entries([high], [low], [sources[1]]), whole], 0)
+    table = torch.frombuffer(bytearray(plan.device_table()), dtype=torch.uint8)
+    wanted = [a.clone() for a in averages]
+    step(emulated, route, wanted, sources, [], 0.25)
+    plan.step_device(0.25, address(emulated.d2v_launch_ema), table.data_ptr(), 0, 0, 0)
+    assert torch.equal(averages[0], wanted[0])
+    assert torch.equal(merge_ema_state(high, low), wanted[1])
+
+
+@pytest.mark.parametrize(
+    ("low", "source", "message"),
+    [
+        ([], torch.zeros(3), "number of low halves: expected 1, got 0"),
+        ([torch.zeros(3)], torch.zeros(3), "dtypes of high and low: expected bfloat16 and int16"),
+        ([torch.zeros(4).short()], torch.zeros(3), "low: expected 3, got 4"),
+        ([torch.zeros(3).short()], torch.zeros(3).double(), "dtype of source: expected float32, bfloat16 or float16"),
+        ([torch.zeros(6).short()[::2]], torch.zeros(3), "layouts: expected high, low and source without gaps"),
+    ],
+)
+def test_messages_of_halves(emulated, low, source, message) -> None:
+    with pytest.raises(RuntimeError, match=f"update_split_ema_: {message}"):
+        torch.ops.d2v_emu.update_split_ema_([torch.zeros(3).bfloat16()], low, [source], 0.5, None)
 
 
 def refused(

@@ -27,6 +27,8 @@ REPORTED = {
     "addition-not-atomic": ("thread", "data race engine_test.cpp:{sum_columns}"),
     "buffer-of-another-overwritten-too-early": ("thread", "data race"),
     "fence-missing": ("thread", "data race engine_test.cpp:{sum_by_last_block}"),
+    "bulk-not-waited-for": ("thread", "data race engine_bulk.h:{double_tiles}"),
+    "cluster-barrier-missing": ("thread", "data race engine_bulk.h:{sum_cluster}"),
 }
 # defect: what the engine itself must say
 REFUSED = {
@@ -40,6 +42,16 @@ REFUSED = {
     "too-many-threads": "invalid launch: a grid of (1,1,1) blocks of 1025 threads",
     "copy-misaligned": "misaligned asynchronous copy",
     "grid-too-high": "invalid launch: a grid of (1,65536,1) blocks",
+    "bulk-not-initialised": "expect_bytes at engine_bulk.h:",
+    "bulk-too-few-bytes": "a phase ends with 1 tiles on the way: fewer bytes were expected than copied",
+    "bulk-not-all-bytes": "more bytes arrive than were expected",
+    "bulk-too-many-bytes": "cannot go on: 0 of 64 threads have returned\n  waits: thread (0,0,0) in wait_bytes at",
+    "bulk-overwritten-too-early": "waits: thread (1,0,0) in wait_bytes at engine_bulk.h:",
+    "bulk-misaligned": "misaligned bulk copy at engine_bulk.h:",
+    "cluster-block-gone": "block 0 has ended",
+    "cluster-block-unknown": "load_peer at engine_bulk.h:",
+    "cluster-not-launched": "the launch has no clusters",
+    "cluster-does-not-divide": "in clusters of 2",
 }
 
 
@@ -68,10 +80,11 @@ def test_sanitizer_reports(builds, defect: str) -> None:
     if "{" not in message:
         assert message in done.stderr
         return
-    what, _, kernel = message.rstrip("}").partition(" engine_test.cpp:{")
+    what, _, rest = message.partition("}")[0].rpartition(" ")
+    file, _, kernel = rest.partition(":{")
     summaries = [line for line in done.stderr.splitlines() if line.startswith("SUMMARY:")]
     assert summaries, done.stderr
-    assert all(what in s and "engine_test.cpp" in s and s.endswith(f"in {kernel}") for s in summaries), summaries
+    assert all(what in s and file in s and s.endswith(f"in {kernel}") for s in summaries), summaries
 
 
 @pytest.mark.parametrize("build", ["plain", "portable-switch", "address"])
@@ -91,11 +104,22 @@ def test_a_missing_barrier_changes_the_result(builds) -> None:
     assert silent.stdout == "", "if this one shows as well, ThreadSanitizer is no longer the only one to find it"
 
 
-@pytest.mark.parametrize("defect", ["copy-not-waited-for", "buffer-overwritten-too-early"])
-def test_a_copy_out_of_order_changes_the_result(builds, defect: str) -> None:
-    """What is on the way is NaN until it is waited for, whichever thread reads it: no sanitizer is needed."""
+@pytest.mark.parametrize(
+    ("defect", "kernel"),
+    [
+        ("copy-not-waited-for", "double_rows"),
+        ("buffer-overwritten-too-early", "double_rows"),
+        ("bulk-not-waited-for", "double_tiles"),
+        ("cluster-barrier-missing", "sum_cluster"),
+    ],
+)
+def test_a_copy_out_of_order_changes_the_result(builds, defect: str, kernel: str) -> None:
+    """What is on the way is NaN until it is waited for, whichever thread reads it: no sanitizer is needed.
+
+    The same for what another block of the cluster has not written yet.
+    """
     done = start(builds["engine_test-plain"], defect)
-    assert done.stdout == "wrong result: double_rows\n"
+    assert done.stdout == f"wrong result: {kernel}\n"
 
 
 def test_unknown_defect_is_no_success(builds) -> None:

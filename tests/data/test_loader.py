@@ -6,14 +6,15 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.data.loader import BadSamples, order_samples, train_updates, validation_batches
-from d2v.data.sources import Source, open_source
-from d2v.data.vision import Batch, Note
+from d2v.data.loader import BUCKET_RATIO, BadSamples, SampleOrder, UpdateSampler, train_updates, validation_batches
+from d2v.data.samples import Batch, Note
+from d2v.data.sources import Rejected, Source, open_source
 
 CPU = torch.device("cpu")
 
@@ -28,19 +29,48 @@ def flatten(updates: list[list[Batch]]) -> tuple[torch.Tensor, torch.Tensor, tor
     batches = [b for update in updates for b in update]
     masks = torch.cat([b.masks.mask for b in batches if b.masks is not None])
     keys = torch.cat([b.noise_keys for b in batches if b.noise_keys is not None])
-    return torch.cat([b.images for b in batches]), masks, keys
+    return torch.cat([b.inputs for b in batches]), masks, keys
 
 
 def test_every_sample_once_per_epoch_and_batches_always_full() -> None:
-    stream = order_samples(7, 3, 0, 21)
+    order = SampleOrder(7, 3)
+    stream = order.take(0, 21)
     for epoch in range(3):
         part = stream[7 * epoch : 7 * epoch + 7]
         assert sorted(i for i, _ in part) == list(range(7))
         assert {e for _, e in part} == {epoch}
     assert [i for i, _ in stream[:7]] != [i for i, _ in stream[7:14]]
-    assert order_samples(7, 3, 5, 9) == stream[5:14]
-    assert order_samples(7, 4, 0, 7) != stream[:7]
-    assert len(order_samples(2, 0, 0, 9)) == 9
+    assert order.take(5, 9) == stream[5:14]
+    assert SampleOrder(7, 4).take(0, 7) != stream[:7]
+    assert len(SampleOrder(2, 0).take(0, 9)) == 9
+
+
+def test_samples_of_about_equal_length_stand_together() -> None:
+    lengths = np.random.default_rng(0).integers(1_000, 320_000, 103)
+    order = SampleOrder(103, 3, lengths, group=8)
+    stream = order.take(0, 8 * 60)
+    for epoch in range(4):
+        assert sorted(i for i, e in stream[103 * epoch : 103 * epoch + 103]) == list(range(103))
+    ratios, firsts = [], []
+    for start in range(0, len(stream), 8):
+        group = stream[start : start + 8]
+        values = lengths[[i for i, _ in group]]
+        if group[0][1] == group[-1][1]:  # a group that straddles two epochs has two lengths
+            ratios.append(values.max() / values.min())
+            firsts.append(values.mean())
+    # Groups of 8 of 103 samples span several buckets of 10 %; unsorted ones span a factor of about 10.
+    assert np.median(ratios) < 1.5 < BUCKET_RATIO**8
+    assert np.abs(np.corrcoef(firsts, np.arange(len(firsts)))[0, 1]) < 0.4, "lengths must not follow the order"
+    assert [i for i, _ in stream[:103]] != [i for i, _ in stream[103:206]]
+    assert SampleOrder(103, 3, lengths, group=8).take(250, 30) == stream[250:280]
+    tiny = SampleOrder(3, 0, lengths[:3], group=8)
+    assert all(sorted(tiny.epoch(e)) == [0, 1, 2] for e in range(9))
+
+
+def test_groups_are_the_micro_batches() -> None:
+    lengths = np.arange(1, 101) ** 2
+    for batch, micro, group in ((12, 4, 4), (12, None, 12), (10, 4, 10)):
+        assert UpdateSampler(config(5, batch, micro), 100, 0, 5, lengths).order.group == group
 
 
 def test_results_do_not_depend_on_workers_or_micro_batches(image_folder: Path) -> None:
@@ -82,7 +112,7 @@ def run_through(source: Source, allowed: float, file: Path | None, steps: int = 
     bad.start_file()
     for update, batches in enumerate(train_updates(config(steps), source, 0, CPU)):
         for batch in batches:
-            assert batch.images.shape[0] == 5
+            assert batch.inputs.shape[0] == 5
             bad.add(batch.notes)
         bad.write()
         bad.check((update + 1) * 5)
@@ -116,6 +146,14 @@ def test_too_many_bad_samples_stop_with_a_summary(image_folder: Path) -> None:
         Path(source.describe(i)).write_bytes(b"")
     with pytest.raises(ValueError, match="64 samples in a row"):
         run_through(source, 1.0, None)
+
+
+def test_what_the_index_rejects_is_judged_against_the_whole_index(image_folder: Path) -> None:
+    source = open_source(str(image_folder))
+    source.rejected = [Rejected("x.png", "cut off")]
+    BadSamples(source, 0.1, None).check(1)  # 1 of 13, though only one sample was tried yet
+    with pytest.raises(ValueError, match=r"got 1 of 13 \(7\.7%\); for example x\.png: cut off"):
+        BadSamples(source, 0.05, None).check(0)
 
 
 def test_conversions_are_counted_per_sample(image_folder: Path) -> None:

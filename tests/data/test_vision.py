@@ -17,17 +17,16 @@ from support.images import encode, make_image
 from d2v import recipes
 from d2v.config import Config
 from d2v.data import vision
+from d2v.data.samples import MaskingCollate, TrainSamples, random_stream
 from d2v.data.sources import open_source
 from d2v.data.vision import (
+    Images,
     ImageSettings,
-    MaskingCollate,
-    TrainImages,
     augment_image,
     centre_image,
     decode_image,
     normalise_images,
     random_crop_box,
-    random_stream,
 )
 
 SETTINGS = ImageSettings(16, 3, False, (0.2, 1.0), True, True)
@@ -36,6 +35,12 @@ SETTINGS = ImageSettings(16, 3, False, (0.2, 1.0), True, True)
 def config(**data: object) -> Config:
     base = recipes.vision_tiny()
     return dataclasses.replace(base, data=dataclasses.replace(base.data, **data))  # type: ignore[arg-type]
+
+
+def small(**data: object) -> Config:
+    """16 x 16 images with every augmentation."""
+    changed = config(crop_scale=(0.2, 1.0), grey=False, **data)
+    return dataclasses.replace(changed, stem=dataclasses.replace(changed.stem, image_size=16))
 
 
 def test_every_mode_becomes_rgb() -> None:
@@ -148,37 +153,37 @@ def test_normalisation() -> None:
 
 def test_a_sample_depends_on_seed_epoch_and_id_only(image_folder: Path) -> None:
     source = open_source(str(image_folder))
-    first, second = TrainImages(source, SETTINGS, 1), TrainImages(source, SETTINGS, 1)
-    draws = {(i, e): first[(i, e)].pixels for i in range(4) for e in range(3)}
+    first, second = (TrainSamples(source, Images(small()), 1) for _ in range(2))
+    draws = {(i, e): first[(i, e)].value for i in range(4) for e in range(3)}
     for key in reversed(list(draws)):
-        assert np.array_equal(second[key].pixels, draws[key])
+        assert np.array_equal(second[key].value, draws[key])
     assert not np.array_equal(draws[(0, 0)], draws[(0, 1)])
-    assert not np.array_equal(draws[(0, 0)], TrainImages(source, SETTINGS, 2)[(0, 0)].pixels)
+    assert not np.array_equal(draws[(0, 0)], TrainSamples(source, Images(small()), 2)[(0, 0)].value)
 
 
 def test_unreadable_samples_are_replaced_in_their_slot(image_folder: Path) -> None:
     source = open_source(str(image_folder))
     Path(source.describe(3)).write_bytes(b"broken")
-    data = TrainImages(source, SETTINGS, 0)
+    data = TrainSamples(source, Images(small()), 0)
     sample = data[(3, 0)]
     assert sample.sample_id == 3
-    assert sample.pixels.shape == (3, 16, 16)
+    assert sample.value.shape == (3, 16, 16)
     assert [(n.sample_id, n.kind) for n in sample.notes] == [(3, "bad")]
-    assert np.array_equal(sample.pixels, data[(3, 0)].pixels)
+    assert np.array_equal(sample.value, data[(3, 0)].value)
     for i in range(len(source)):
         Path(source.describe(i)).write_bytes(b"broken")
     assert data[(0, 0)].notes[-1].kind == "fatal"
 
 
 def test_masks_follow_the_samples_across_an_epoch_end(image_folder: Path) -> None:
-    settings = ImageSettings.of(config())
-    data = TrainImages(open_source(str(image_folder)), settings, 0)
-    collate = MaskingCollate(config())
+    images = Images(config())
+    data = TrainSamples(open_source(str(image_folder)), images, 0)
+    collate = MaskingCollate(config(), images)
     slots = [(2, 0), (5, 0), (1, 1), (2, 1), (4, 1)]
     together = collate([data[s] for s in slots])
     assert together.masks is not None
     assert together.noise_keys is not None
-    assert together.images.shape == (5, 1, 32, 32)
+    assert together.inputs.shape == (5, 1, 32, 32)
     for i, slot in enumerate(slots):
         alone = collate([data[slot]])
         assert alone.masks is not None

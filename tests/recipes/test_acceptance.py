@@ -10,9 +10,14 @@ from support.golden import load_case
 from support.tensors import BACKENDS
 
 from d2v import Config, Data2Vec, recipes
-from d2v.config import Decoder, Ema
+from d2v.config import Decoder, Ema, Encoder
 from d2v.decoder import ConvDecoder
-from d2v.modalities import SinCosPositions, sincos_positions
+from d2v.interop.fairseq_config import parse_convolutions
+from d2v.modalities import LogMelStem, SinCosPositions, WaveformStem, relative_index, sincos_positions
+from d2v.modalities.positions import AlibiScale
+from d2v.modalities.speech import mel_filters
+from d2v.optim import learning_rate_at
+from d2v.targets import make_targets
 from d2v_kernels import (
     MaskSampler,
     Noise,
@@ -50,9 +55,10 @@ def test_position_quarters() -> None:
 
 def test_position_scale() -> None:
     x = torch.randn(2, 15, 32)
-    stock = SinCosPositions(32, (3, 5))
-    assert torch.allclose(SinCosPositions(32, (3, 5), 0.1)(x) - x, 0.1 * stock.table.expand(2, -1, -1), atol=1e-6)
-    assert torch.equal(SinCosPositions(32, (3, 5), 0.0)(x), x)
+    encoder = Encoder(width=32, heads=4)
+    stock = SinCosPositions(encoder, (3, 5))
+    assert torch.allclose(SinCosPositions(encoder, (3, 5), 0.1)(x) - x, 0.1 * stock.table.expand(2, -1, -1), atol=1e-6)
+    assert torch.equal(SinCosPositions(encoder, (3, 5), 0.0)(x), x)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -206,3 +212,88 @@ def test_decoder_of_sequences() -> None:
     assert [tuple(c.weight.shape) for c in decoder.blocks] == [(24, 4, 7), (24, 6, 7), (24, 6, 7)]
     assert decoder.project(decoder(torch.randn(2, 11, 16), (11,))).shape == (2, 11, 16)
     assert [tuple(m.weight.shape) for m in (decoder.proj[0], decoder.proj[2])] == [(48, 24), (16, 48)]
+
+
+def test_frames_of_published_lengths() -> None:
+    tensors, record = load_case("kernel_positions")
+    stem = WaveformStem(dataclasses.replace(recipes.speech_base().stem), 8)
+    assert stem.spec == parse_convolutions(record["config"]["conv_spec"])
+    counts = [stem.count_tokens(n) for n in tensors["conv_len/in"].tolist()]
+    assert counts == tensors["conv_len/out"].tolist()
+
+
+@pytest.mark.parametrize("heads", [4, 8, 12])
+def test_alibi_equals_the_published_bias(heads: int) -> None:
+    tensors, _ = load_case("kernel_positions")
+    scale = AlibiScale(Encoder(width=heads * 4, heads=heads, alibi="fixed"))
+    alibi = scale.surround(None, torch.arange(12)[None]).alibi_of(0)
+    assert alibi is not None
+    places = alibi.positions[0]
+    bias = -alibi.slopes[:, None, None] * (places[:, None] - places).abs()
+    torch.testing.assert_close(bias, tensors[f"alibi1d/h{heads}"].float(), rtol=1e-6, atol=1e-6)
+
+
+def test_relative_index_equals_the_published_one() -> None:
+    tensors, _ = load_case("d2v1_vision")
+    assert torch.equal(relative_index((8, 8)), tensors["relative_position_index"])
+
+
+def test_relative_index_of_a_rectangle() -> None:
+    """Offsets decide: equal ones share a row, different ones do not; the class token has three rows of its own."""
+    index = relative_index((2, 3))
+    offsets = {}
+    for i in range(6):
+        for j in range(6):
+            offset = (i // 3 - j // 3, i % 3 - j % 3)
+            assert offsets.setdefault(offset, int(index[1 + i, 1 + j])) == int(index[1 + i, 1 + j])
+    assert sorted(offsets.values()) == list(range(15))
+    assert [int(index[0, 1]), int(index[1, 0]), int(index[0, 0])] == [15, 16, 17]
+
+
+def test_targets_normed_over_samples_leave_padding_out() -> None:
+    config = dataclasses.replace(small(), target=dataclasses.replace(small().target, norm="position", out_norm="none"))
+    layers = [3.0 * torch.randn(4, 6, 5) + 2.0 for _ in range(2)]
+    lengths = torch.tensor([6, 6, 4, 6])
+    y = make_targets(config, layers, lengths)
+    assert not y[2, 4:].any()
+    for t, rows in ((0, [0, 1, 2, 3]), (5, [0, 1, 3])):
+        parts = [x[rows, t] for x in layers]
+        expected = sum((p - p.mean(dim=0)) / (p.var(dim=0, correction=0) + 1e-5).sqrt() for p in parts) / 2
+        torch.testing.assert_close(y[rows, t], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mel_filters() -> None:
+    """Each band is a triangle over the bands beside it: together they are 1 between the first and the last peak."""
+    filters = mel_filters(20)
+    assert filters.shape == (257, 20)
+    assert bool((filters >= 0).all())
+    peaks = filters.argmax(dim=0)
+    assert bool((peaks.diff() > 0).all())
+    total = filters.sum(dim=1)[int(peaks[0]) + 1 : int(peaks[-1])]
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-5, atol=1e-5)
+
+
+def test_log_mel_tokens_hear_their_frequency() -> None:
+    config = dataclasses.replace(recipes.speech_tiny().stem, mel_bins=20)
+    stem = LogMelStem(config, 8)
+    seen: list[torch.Tensor] = []
+    stem.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    time = torch.arange(8_000) / 16_000
+    stem(torch.stack([torch.sin(2 * torch.pi * f * time) for f in (300.0, 3_000.0)]))
+    loudest = seen[0].view(2, -1, 3, 20).argmax(dim=3)
+    edges = 700.0 * (10.0 ** (torch.linspace(0.0, 2840.0, 22) / 2595.0) - 1.0)
+    for row, frequency in enumerate((300.0, 3_000.0)):
+        band = int(loudest[row].flatten().mode().values)
+        assert float(edges[band]) < frequency < float(edges[band + 2])
+
+
+@pytest.mark.parametrize("kind", ["speech1-base", "vision1-base"])
+def test_learning_rates_of_the_first_version(kind: str) -> None:
+    optim, steps = recipes.get(kind).optim, recipes.get(kind).run.steps
+    peak = optim.learning_rate
+    if kind == "speech1-base":  # tri-stage: .03, .9, .07 of the run
+        rates = [learning_rate_at(optim, u + 1, steps) for u in (0, 12_000, 372_000, 386_000, 400_000)]
+        assert rates == pytest.approx([0.01 * peak, peak, peak, 0.1 * peak, 0.01 * peak])
+    else:
+        rates = [learning_rate_at(optim, u + 1, steps) for u in (0, 6_250, steps)]
+        assert rates == pytest.approx([0.0, peak, 1e-5])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.parity import assert_near
 from support.published import PublishedStep, make_config, make_teacher, make_tensors
 from support.tensors import BACKENDS
 from torch import Tensor
@@ -29,6 +30,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "batch_norm_target_layer": True, "layer_norm_target_layer": True, "instance_norm_targets": True,
     },
     "no_norm": {"instance_norm_target_layer": False, "layer_norm_targets": False},
+    "positions_at_masked": {"add_positions_masked": True},
+    "positions_at_all": {"add_positions_all": True, "add_positions_masked": True},
     "even_kernel": {"decoder_kernel": 4, "decoder_layers": 3},
     "kernel_2": {"decoder_kernel": 2},
     "wide_decoder": {"decoder_dim": 24, "decoder_kernel": 5, "decoder_layers": 3, "decoder_groups": 8},
@@ -62,14 +65,6 @@ def make_inputs(config: dict[str, Any], samples: int = 2) -> tuple[Tensor, Tenso
     mask = torch.rand(rows, tokens, generator=generator).argsort(dim=1) < masked
     noise = torch.randn(rows, masked, config["embed_dim"], generator=generator, dtype=torch.float64)
     return images, mask, 0.01 * noise
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str, floor: float = 1e-6) -> None:
-    assert actual.shape == expected.shape, name
-    actual, expected = actual.detach().double(), expected.detach().double()
-    limit = tolerance * max(float(expected.abs().max()), floor)
-    error = float((actual - expected).abs().max())
-    assert error <= limit, f"{name}: expected at most {limit:.3g}, got {error:.3g}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -140,12 +135,4 @@ def test_unsupported_modality_option_is_named(option: str, value: Any) -> None:
     config = make_config()
     config["modalities"]["image"][option] = value
     with pytest.raises(NotImplementedError, match=f"modalities.image.{option}"):
-        fairseq.build(config, {}, None, family="d2v2_image")
-
-
-@pytest.mark.parametrize("option", ["add_positions_masked", "add_positions_all"])
-def test_unsupported_decoder_option_is_named(option: str) -> None:
-    config = make_config()
-    config["modalities"]["image"]["decoder"][option] = True
-    with pytest.raises(NotImplementedError, match=option):
         fairseq.build(config, {}, None, family="d2v2_image")

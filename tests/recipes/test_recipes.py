@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from support.families import make_config, make_model
 
 from d2v import Config, Data2Vec, recipes
 from d2v.interop import fairseq
@@ -18,8 +21,39 @@ def count(config: Config) -> tuple[int, int]:
     return sum(sizes.values()) - decoder, decoder
 
 
-def test_base_has_the_published_size() -> None:
-    assert count(recipes.vision_base()) == (85_797_888, 2_585_856)
+@pytest.mark.parametrize(
+    ("name", "encoder", "decoder"),
+    [
+        ("vision-base", 85_797_888, 2_585_856),
+        ("speech-base", 93_163_532, 619_776),
+        ("speech-large", 313_275_408, 1_908_736),
+        ("text-base", 124_054_272, 28_907_520),
+    ],
+)
+def test_second_version_has_the_published_size(name: str, encoder: int, decoder: int) -> None:
+    assert count(recipes.get(name)) == (encoder, decoder)
+
+
+def test_first_version_has_the_published_size() -> None:
+    """Without the head: 93 164 288 for speech. Text and images from the shapes of their tensors."""
+    width, hidden = 768, 3072
+    block = 4 * (width * width + width) + 2 * width * hidden + hidden + width + 4 * width
+    head = width * width + width
+    assert count(recipes.speech1_base())[0] - head == 93_164_288
+    stem = width * (50_265 + 514 + 2)
+    heads = 2 * width * width + 2 * width + 2 * width * width + width
+    assert count(recipes.text1_base())[0] == 12 * block + stem + heads
+    patches, tokens, table = width * (3 * 256 + 1), 2 * width, (27 * 27 + 3) * 12
+    vision = 12 * (block - width + 2 * width)  # no key bias; two layer scales
+    assert count(recipes.vision1_base())[0] == vision + patches + tokens + table + 2 * width + head
+
+
+def test_large_sizes() -> None:
+    text, vision = recipes.text_large(), recipes.vision1_large()
+    embeddings = 1024 * (50_265 + 514 + 2)
+    assert count(text)[0] == 24 * 12_596_224 + embeddings
+    assert vision.encoder.depth == 24
+    assert count(vision)[0] > 300_000_000
 
 
 @pytest.mark.parametrize(
@@ -85,13 +119,56 @@ def test_every_recipe(name: str) -> None:
         Data2Vec(config)
 
 
-def test_tiny_and_small_run_a_step() -> None:
-    for config in (recipes.vision_tiny(), recipes.vision_small()):
-        model = Data2Vec(config)
-        out = model(torch.randn(1, 3, 32, 32))
+def make_inputs(config: Config, samples: int) -> torch.Tensor:
+    stem = config.stem
+    torch.manual_seed(0)
+    if stem.modality == "vision":
+        return torch.randn(samples, stem.channels, stem.image_size, stem.image_size)
+    if stem.modality == "text":
+        tokens = torch.randint(4, stem.vocabulary, (samples, min(stem.max_tokens, 40)))
+        if stem.mask_token is not None:
+            tokens[tokens == stem.mask_token] = 4
+        return tokens
+    return torch.randn(samples, 9_600)
+
+
+@pytest.mark.parametrize("name", [n for n in recipes.RECIPES if n.endswith(("tiny", "small"))])
+def test_tiny_and_small_run_a_step(name: str) -> None:
+    config = recipes.get(name)
+    torch.manual_seed(0)
+    model = Data2Vec(config)
+    samples = 1 if name.endswith("small") else 4
+    out = model(make_inputs(config, samples))
+    out.loss.backward()
+    model.teacher.update(config.ema.decay(1, config.run.steps))
+    assert torch.isfinite(out.loss)
+    assert out.sample_size > 0
+    lacking = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not lacking
+
+
+@pytest.mark.parametrize(
+    "name", ["speech-base", "text-base", "vision-base", "speech1-base", "text1-base", "vision1-base", "speech-tiny"]
+)
+def test_bfloat16_autocast(name: str) -> None:
+    """Every family under autocast: near the result in float32, gradients everywhere, averages in float32."""
+    config = make_config(name)
+    losses = []
+    for precision in ("fp32", "bf16"):
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
+        model = make_model(config)
+        inputs = make_inputs(config, 2)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            out = model(inputs)
         out.loss.backward()
-        model.teacher.update(config.ema.decay(1, config.run.steps))
-        assert torch.isfinite(out.loss)
+        model.teacher.update(0.9)
+        losses.append(float(out.loss.detach()))
+        assert {p.dtype for p in model.teacher.parameters()} == {torch.float32}
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        encoded = model.teacher.encode(inputs)
+        assert torch.isfinite(encoded.features).all()
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 @pytest.mark.parametrize(

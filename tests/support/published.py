@@ -32,7 +32,7 @@ IMAGE_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 DECODER_DEFAULTS: dict[str, Any] = {
     "decoder_dim": 16, "decoder_groups": 4, "decoder_kernel": 3, "decoder_layers": 2, "input_dropout": 0.0,
-    "decoder_residual": True,
+    "decoder_residual": True, "add_positions_masked": False, "add_positions_all": False,
 }  # fmt: skip
 
 
@@ -219,6 +219,11 @@ class PublishedStep:
         extra = self.image["num_extra_tokens"]
         full = torch.cat([x[:, extra:], noise], dim=1)
         full = full.gather(1, order.argsort(dim=1)[..., None].expand_as(full))
+        places = p.get(IMAGE + "fixed_positional_encoder.positions")
+        if self.decoder["add_positions_masked"]:
+            full = full + mask[..., None] * places
+        if self.decoder["add_positions_all"]:
+            full = full + places
         prediction = self.decode(full)[mask]
         with torch.no_grad():
             y = self.targets(images)

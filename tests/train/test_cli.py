@@ -36,6 +36,7 @@ def test_misspelt_names_are_answered_with_the_nearest(capsys: pytest.CaptureFixt
         ("evaluate", "prob"): "did you mean 'probe'?",
         ("evaluate",): "did you mean 'probe'?",
         ("data", "texture"): "did you mean 'textures'?",
+        ("data", "tokeniser"): "did you mean 'tokenizer'?",
         ("pretrain", "vision-tyny"): "did you mean 'vision-tiny'?",
         ("pretrain", "vision_base2"): "did you mean 'vision-base'?",
         ("pretrain", "vision-tiny", "--run.stepps", "3"): "did you mean '--run.steps'?",
@@ -90,7 +91,7 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path, images: P
             "--test",
             str(images),
         ): "checkpoint: exp",
-        ("evaluate", "probe", "--checkpoint", missing, "--train", missing, "--test", missing): "train: expected",
+        ("evaluate", "probe", "--checkpoint", missing, "--train", missing, "--test", missing): "checkpoint: exp",
         ("plot", missing): "dir: expected a run folder",
         ("data", "textures", "--output", str(images)): "output: expected an absent or empty folder",
     }
@@ -179,7 +180,7 @@ def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in text, name
     rows = [line for line in text.splitlines() if line.strip("│ ").startswith("--")]
     assert len(rows) > 60
-    for kind in (cli.Probe, cli.Plot, cli.Textures):
+    for kind in (cli.Probe, cli.Plot, cli.Textures, cli.Tokenizer):
         for option in option_names(kind):
             assert option.startswith("--")
 

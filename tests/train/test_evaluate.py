@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +14,16 @@ from PIL import Image
 from support.images import make_image
 
 from d2v.config import Config
+from d2v.data import make_modality
+from d2v.data.samples import Batch
 from d2v.data.sources import open_source
 from d2v.evaluate import (
     align_labels,
+    encode_batch,
     extract_features,
     load_model,
-    pixel_features,
-    power_spectrum_features,
     probe,
-    read_images,
     score_features,
-    sorted_pixel_features,
     standardise_features,
 )
 from d2v.plot import compare_patches, draw_report
@@ -58,32 +58,40 @@ def test_standardisation_uses_the_training_set_only() -> None:
 
 
 def test_pixel_baselines(make_config: Callable[..., Config]) -> None:
-    config = make_config()
+    modality = make_modality(make_config())
+
+    def features(name: str, images: torch.Tensor) -> torch.Tensor:
+        return modality.raw_features(name, Batch(images, None, None, None, None, ()))
+
     images = torch.randint(0, 256, (5, 1, 16, 16), dtype=torch.uint8)
-    assert pixel_features(images, config).shape == (5, 256)
-    ordered = sorted_pixel_features(images, config)
-    assert (np.diff(ordered) >= 0).all()
-    turned = images.rot90(1, (2, 3))
-    np.testing.assert_allclose(sorted_pixel_features(turned, config), ordered, atol=1e-5)
-    shifted = images.roll((3, 5), (2, 3))
-    spectrum = power_spectrum_features(images, config)
-    np.testing.assert_allclose(power_spectrum_features(shifted, config), spectrum, atol=1e-2)
+    assert features("pixels", images).shape == (5, 256)
+    ordered = features("sorted_pixels", images)
+    assert (ordered.diff() >= 0).all()
+    torch.testing.assert_close(features("sorted_pixels", images.rot90(1, (2, 3))), ordered, atol=1e-5, rtol=0)
+    spectrum = features("power_spectrum", images)
+    torch.testing.assert_close(features("power_spectrum", images.roll((3, 5), (2, 3))), spectrum, atol=1e-2, rtol=0)
     large = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
-    assert pixel_features(large, config).shape == (2, 32 * 32)
+    assert features("pixels", large).shape == (2, 32 * 32)
 
 
 def test_features_of_student_and_teacher(run: Path, images: Path) -> None:
     model, config, device = load_model(str(run), "cpu")
-    data, labels = read_images(config, open_source(str(images), labelled=True), "train")
-    assert data.shape == (12, 1, 16, 16)
-    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    teacher = extract_features(model.teacher, data, config, device, batch=5)
-    student = extract_features(model, data, config, device)
-    assert teacher.shape == student.shape == (12, 16)
-    assert not np.allclose(teacher, student)
-    assert np.allclose(teacher, extract_features(model.teacher, data, config, device), atol=1e-6)
+    modality, source = make_modality(config), open_source(str(images), labelled=True)
     fresh = build_model(config)
-    assert np.allclose(*(extract_features(e, data, config, device) for e in (fresh, fresh.teacher)), atol=1e-6)
+    encoders = {"teacher": model.teacher, "student": model, "fresh": fresh, "fresh teacher": fresh.teacher}
+    extractors = {
+        name: lambda part, encoder=encoder: encode_batch(encoder, modality, part, device)
+        for name, encoder in encoders.items()
+    }
+    (images / "bee" / "0.png").write_bytes(b"broken")
+    loose = dataclasses.replace(config, data=dataclasses.replace(config.data, bad_fraction=0.5))
+    found, labels = extract_features(extractors, loose, source, "train", batch=5)
+    assert labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
+    assert found["teacher"].shape == (11, 16)
+    assert not np.allclose(found["teacher"], found["student"])
+    assert np.allclose(found["fresh"], found["fresh teacher"], atol=1e-6)
+    again, _ = extract_features(extractors, loose, source, "train")
+    assert np.allclose(again["teacher"], found["teacher"], atol=1e-6)
 
 
 def test_probe_prints_a_table_and_one_json_line(run: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +120,7 @@ def test_probe_refusals(run: Path, images: Path, tmp_path: Path) -> None:
         probe(str(run), str(tmp_path / "other"), str(tmp_path / "other"))
     for i in range(4):
         (images / "ant" / ("deep" if i % 2 else "") / f"{i}.png").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="train: expected decodable images, got 4 of 12"):
+    with pytest.raises(ValueError, match="train: expected decodable samples, got 4 of 12"):
         probe(str(run), str(images), str(images))
 
 

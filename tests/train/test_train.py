@@ -69,7 +69,7 @@ def test_a_run_writes_what_the_contract_says(make_config: Make, images: Path) ->
     assert [p.name for p in list_checkpoints(folder / "checkpoints")] == ["step-00000003", "step-00000006"]
     assert Config.from_json((folder / "config.json").read_text()) == config
     assert list((folder / "tensorboard").iterdir())
-    assert json.loads((folder / "data.json").read_text()) == {"samples": 12, "bad": 0, "converted": {}}
+    assert json.loads((folder / "data.json").read_text()) == {"samples": 12, "bad": 0, "converted": {}, "left_out": {}}
     assert not [p for p in folder.rglob("*") if p.suffix in (".pt", ".pkl", ".bin")]
 
 
@@ -251,7 +251,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(
 
 
 def test_collapse_stops(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "measure_content_spread", lambda _: torch.tensor(math.nan))
+    monkeypatch.setattr(train, "measure_content_spread", lambda *_: torch.tensor(math.nan))
     config = make_config(run={"collapse_after": 3, "collapse_prediction_std": 100.0})
     with pytest.raises(RunStopped, match="stopped at update 4: collapse: prediction_std"):
         pretrain(config)

@@ -63,7 +63,8 @@ def test_reasons(case, words) -> None:
 
 
 def test_every_operator_has_a_kernel() -> None:
-    assert set(backend.BACKEND.implementations) == set(registry.OPERATORS)
+    """Averages in two halves are an option of the native backend."""
+    assert set(backend.BACKEND.implementations) == set(registry.OPERATORS) - {"update_split_ema_"}
 
 
 def test_order_of_preference() -> None:

@@ -11,7 +11,7 @@ from triton_kernels.conftest import run_child
 
 from d2v_kernels import _env
 
-OPERATORS = [f"tests/ops/test_{family}.py" for family in ("layers", "ema", "tokens", "loss", "gelu")]
+OPERATORS = [f"tests/ops/test_{family}.py" for family in ("layers", "ema", "tokens", "loss", "gelu", "attention")]
 # Too many programs for an interpreter, or float64; `interpreted` has small tests of the same properties.
 LEFT_OUT = ["published", "gradcheck", "thread_count", "is_normal", "monitors_see"]
 

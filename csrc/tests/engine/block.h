@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -26,12 +27,15 @@ inline constexpr size_t kMaxShared = 227 * 1024;
 inline constexpr size_t kOrderBytes = 64 * 1024;  // behind shared memory: addresses that stand for barriers
 inline constexpr size_t kArenaBytes = kMaxShared + kOrderBytes;
 inline constexpr int kCollectives = 4;  // in flight in one warp, for disjoint masks
+inline constexpr int kMaxCluster = 8;
+inline constexpr size_t kClusterOrder = 1000, kCopiesOrder = 1100;  // numbers of addresses that stand for barriers
 
 struct Options {
   uint64_t order = 0;                // of threads and blocks. 0: ascending, 1: descending, else shuffled with this seed
   bool may_return_early = true;      // a thread may have returned when the others reach a barrier (legal since Volta)
   size_t shared_bytes = kMaxShared;  // that the device says a block may have, and its multiprocessors
   int multiprocessors = 1;
+  int cluster_blocks = 0;  // that the device says a cluster may have; 0: neither clusters nor bulk copies
 };
 inline Options& options() {
   static Options o;
@@ -69,7 +73,7 @@ struct Collective {
   alignas(16) unsigned char values[kWarp][16];
 };
 
-enum class State : uint8_t { kReady, kAtBarrier, kInCollective, kDone };
+enum class State : uint8_t { kReady, kAtBarrier, kInCollective, kAtCopies, kAtCluster, kDone };
 
 // A copy to shared memory that has not been waited for.
 struct PendingCopy {
@@ -84,13 +88,15 @@ struct Thread {
   int number = 0;
   State state = State::kDone;
   bool started = false;
-  Site site{};  // where it waits
-  const Collective* waits_for = nullptr;
+  Site site{};                      // where it waits
+  const void* waits_for = nullptr;  // a collective, or a barrier of copies
   std::vector<PendingCopy> copies;
   int group = 0;  // of the copies to come
 };
 
 class Block;
+struct Cluster;
+class CopyStates;
 inline thread_local Block* current_block = nullptr;
 inline thread_local Thread* current_thread = nullptr;
 inline thread_local dim3 grid_shape, block_shape;
@@ -110,6 +116,15 @@ class Block {
   void end_grid() { acquire(&grid_ends_); }
   uint64_t random = 1;
 
+  // ---- for the launch of a cluster: each block is reset, then resumed until all are done ----
+  void reset(uint3 index, Cluster* cluster);
+  void start(const std::function<void()>& body) { body_ = &body; }
+  void resume();  // runs until none of its threads can
+  bool can_run() const;
+  bool is_done() const { return live_ == 0; }
+  std::string describe_deadlock() const;
+  void abandon_fibers();
+
   // ---- for the kernel ----
   void barrier(const Site& site, bool predicate);
   bool any() const { return votes_.any; }
@@ -121,7 +136,20 @@ class Block {
   // A __shared__ variable of this block, known by the address of its key.
   void* shared(const void* key, size_t bytes, size_t alignment);
   void* dynamic_shared() { return shared(&dynamic_key_, 0, 1); }
+  void allocate_dynamic(size_t bytes) {
+    if (bytes > 0) shared(&dynamic_key_, bytes, 128);
+  }
   [[noreturn]] void fail(const std::string& text);
+  void cluster_barrier(const Site& site);
+  Cluster* cluster() const { return cluster_; }
+  size_t offset_of(const void* p) const { return static_cast<size_t>(static_cast<const unsigned char*>(p) - arena_); }
+  void* at_offset(size_t offset) const { return arena_ + offset; }
+  CopyStates& copies() { return *copies_; }
+  // The running thread waits until wake(cause).
+  void wait(State state, const void* cause, const Site& site);
+  void wake(State state, const void* cause);
+  // Where barrier or collective i keeps its order: new in each block, with the arena.
+  void* order_of(size_t i) { return arena_ + kMaxShared + 8 * i; }
 
  private:
   struct Votes {
@@ -138,15 +166,10 @@ class Block {
   void next();
   Thread* choose();
   void release_barrier();
+  void release_cluster();
   Collective& join(uint32_t mask, int lane, const Site& site);
-  void wake(const Collective& c, int first_thread);
   void make_fibers(int n);
-  void reset(size_t dynamic_bytes);
-  void abandon_fibers();
   std::string describe(const Thread& t) const;
-  std::string describe_deadlock() const;
-  // Where barrier or collective i keeps its order: new in each block, with the arena.
-  void* order_of(size_t i) { return arena_ + kMaxShared + 8 * i; }
 
   std::vector<Thread> sets_[kFiberSets];
   Thread* threads_ = nullptr;
@@ -165,7 +188,17 @@ class Block {
   Site barrier_site_{};
   std::string error_;
   char grid_begins_ = 0, grid_ends_ = 0;
-  char dynamic_key_ = 0;
+  static inline char dynamic_key_ = 0;
+  uint3 index_{};
+  Cluster* cluster_ = nullptr;
+  std::shared_ptr<CopyStates> copies_;
+};
+
+// Blocks that run at once, in the order of their ranks.
+struct Cluster {
+  std::vector<Block*> blocks;
+  int waiting = 0;
+  unsigned phase = 0;
 };
 
 inline Block::Block() {
@@ -197,7 +230,10 @@ inline void Block::set_shape(dim3 shape) {
   }
 }
 
-inline void Block::reset(size_t dynamic_bytes) {
+inline void Block::reset(uint3 index, Cluster* cluster) {
+  index_ = index;
+  cluster_ = cluster;
+  copies_ = std::make_shared<CopyStates>();
   live_ = size_;
   waiting_ = 0;
   counting_ = votes_ = {};
@@ -215,7 +251,6 @@ inline void Block::reset(size_t dynamic_bytes) {
 #endif
   forbid(arena_, kArenaBytes);
   current_thread = nullptr;
-  if (dynamic_bytes > 0) shared(&dynamic_key_, dynamic_bytes, 128);
   for (Collective& c : collectives_) c.mask = 0;
   threads_ = sets_[turn_++ % kFiberSets].data();
   for (int i = 0; i < size_; ++i) {
@@ -229,13 +264,28 @@ inline void Block::reset(size_t dynamic_bytes) {
 
 inline void Block::run(const std::function<void()>& body, size_t dynamic_bytes) {
   const Quiet quiet;
+  reset(block_index, nullptr);
   current_block = this;
-  body_ = &body;
-  reset(dynamic_bytes);
+  allocate_dynamic(dynamic_bytes);
+  start(body);
+  resume();
+}
+
+inline void Block::resume() {
+  const Quiet quiet;
+  current_block = this;
+  block_index = index_;
   next();
   if (error_.empty()) return;
-  abandon_fibers();
+  if (!cluster_) abandon_fibers();
   throw std::runtime_error(error_);
+}
+
+inline bool Block::can_run() const {
+  for (int i = 0; i < size_; ++i) {
+    if (threads_[i].state == State::kReady) return true;
+  }
+  return false;
 }
 
 // They stay where they are, and start afresh in the next block.
@@ -271,6 +321,7 @@ inline void Block::finish_thread() {
     fail("divergent barrier: a thread has returned while others wait at " + place(barrier_site_));
   }
   if (waiting_ > 0 && waiting_ == live_) release_barrier();
+  release_cluster();
   next();
 }
 
@@ -288,7 +339,7 @@ inline Thread* Block::choose() {
 inline void Block::next() {
   Thread* const self = current_thread;
   Thread* to = error_.empty() ? choose() : nullptr;
-  if (!to && error_.empty() && live_ > 0) error_ = describe_deadlock();
+  if (!to && error_.empty() && live_ > 0 && !cluster_) error_ = describe_deadlock();
   if (to && to == self) return;
   Fiber& from = self ? self->fiber : launcher_;
   current_thread = to;
@@ -311,8 +362,8 @@ inline std::string Block::describe(const Thread& t) const {
 
 inline std::string Block::describe_deadlock() const {
   char text[160];
-  snprintf(text, sizeof(text), "block (%u,%u,%u) cannot go on: %d of %d threads have returned", block_index.x,
-           block_index.y, block_index.z, size_ - live_, size_);
+  snprintf(text, sizeof(text), "block (%u,%u,%u) cannot go on: %d of %d threads have returned", index_.x, index_.y,
+           index_.z, size_ - live_, size_);
   std::string all = text;
   const Site* seen = nullptr;
   int shown = 0;
@@ -369,6 +420,7 @@ inline void Block::release_barrier() {
   cursor_ = order_.size() - 1;
 }
 
+// Blocks of a cluster have their variables at the same places.
 inline void* Block::shared(const void* key, size_t bytes, size_t alignment) {
   const Quiet quiet;
   for (const Variable& v : variables_) {
@@ -377,12 +429,60 @@ inline void* Block::shared(const void* key, size_t bytes, size_t alignment) {
   constexpr size_t red_zone = 32;
   const size_t begin = (arena_used_ + red_zone + alignment - 1) / alignment * alignment;
   if (begin + bytes > kMaxShared) fail("more shared memory than a block has");
-  unsigned char* const address = arena_ + begin;
-  arena_used_ = begin + bytes;
-  allow(address, bytes);
-  std::memset(address, 0xff, bytes);  // NaN or -1: a read of what nobody wrote shows
-  variables_.push_back({key, address});
-  return address;
+  const auto place = [&](Block& block) {
+    unsigned char* const address = block.arena_ + begin;
+    block.arena_used_ = begin + bytes;
+    allow(address, bytes);
+    std::memset(address, 0xff, bytes);  // NaN or -1: a read of what nobody wrote shows
+    block.variables_.push_back({key, address});
+  };
+  if (!cluster_) {
+    place(*this);
+  } else {
+    for (Block* block : cluster_->blocks) place(*block);
+  }
+  return arena_ + begin;
+}
+
+inline void Block::wait(State state, const void* cause, const Site& site) {
+  Thread& t = *current_thread;
+  t.site = site;
+  t.state = state;
+  t.waits_for = cause;
+  next();
+}
+
+inline void Block::wake(State state, const void* cause) {
+  for (int i = 0; i < size_; ++i) {
+    Thread& t = threads_[i];
+    if (t.state == state && t.waits_for == cause) t.state = State::kReady;
+  }
+}
+
+// Threads that have returned count as there.
+inline void Block::release_cluster() {
+  if (!cluster_ || cluster_->waiting == 0) return;
+  int live = 0;
+  for (const Block* block : cluster_->blocks) live += block->live_;
+  if (cluster_->waiting != live) return;
+  cluster_->waiting = 0;
+  ++cluster_->phase;
+  for (Block* block : cluster_->blocks) block->wake(State::kAtCluster, cluster_);
+}
+
+inline void Block::cluster_barrier(const Site& site) {
+  const Quiet quiet;
+  if (!cluster_) fail("cluster_barrier at " + place(site) + ": the launch has no clusters");
+  Cluster& cluster = *cluster_;
+  void* const order = cluster.blocks[0]->order_of(kClusterOrder + cluster.phase % 2);
+  release(order);
+  current_thread->state = State::kAtCluster;
+  current_thread->waits_for = cluster_;
+  current_thread->site = site;
+  ++cluster.waiting;
+  release_cluster();
+  next();
+  acquire(order);
 }
 
 }  // namespace d2v::engine

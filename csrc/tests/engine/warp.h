@@ -24,13 +24,6 @@ inline Collective& Block::join(uint32_t mask, int lane, const Site& site) {
   fail(describe(*current_thread) + ": too many collectives in flight in one warp");
 }
 
-inline void Block::wake(const Collective& c, int first_thread) {
-  for (int i = first_thread; i < first_thread + kWarp && i < size_; ++i) {
-    Thread& t = threads_[i];
-    if (t.state == State::kInCollective && t.waits_for == &c) t.state = State::kReady;
-  }
-}
-
 template <class T, class Read>
 void Block::collective(uint32_t mask, const T& value, const Site& site, Read read) {
   static_assert(sizeof(T) <= sizeof(Collective::values[0]), "a lane's value is at most 16 bytes");
@@ -47,7 +40,7 @@ void Block::collective(uint32_t mask, const T& value, const Site& site, Read rea
   c.arrived |= 1u << lane;
   if (orders_memory) release(order);
   if (c.arrived == mask) {
-    wake(c, t.number - lane);
+    wake(State::kInCollective, &c);
   } else {
     t.state = State::kInCollective;
     t.waits_for = &c;

@@ -28,9 +28,12 @@ _MODULES = {
     "masked_regression_loss_backward": "loss",
     "layer_norm_gelu": "gelu",
     "layer_norm_gelu_backward": "gelu",
+    "attention": "attention",
+    "attention_backward": "attention",
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NORMS = ("none", "layer", "instance", "batch")
+_WIDEST_HEAD = 128
 
 
 @functools.cache
@@ -60,13 +63,20 @@ def _limits(case: Case) -> list[str]:
     if case.device == "cpu" and not interpreted:
         return ["triton runs on cuda; on the cpu only in its interpreter (TRITON_INTERPRET=1 before the first use)"]
     reasons = [f"triton has no {str(d).removeprefix('torch.')} kernels" for d in case.dtypes if d not in _DTYPES]
-    reasons += [f"triton normalises by {', '.join(_NORMS)}, not by {n}" for n in case.traits if n not in _NORMS]
+    reasons += _trait_limits(case)
     if not reasons and import_error():
         reasons.append(import_error())
     if not reasons and (case.device == "cpu") != _module("runtime").IS_INTERPRETED:
         kind = "the interpreter" if case.device == "cuda" else "a GPU"
         reasons.append(f"triton's kernels were imported for {kind} (TRITON_INTERPRET), this call is on {case.device}")
     return reasons
+
+
+def _trait_limits(case: Case) -> list[str]:
+    if case.op.startswith("attention"):
+        too_wide = [n for n in case.traits if int(n) > _WIDEST_HEAD]
+        return [f"triton has heads of up to {_WIDEST_HEAD} channels, not of {n}" for n in too_wide]
+    return [f"triton normalises by {', '.join(_NORMS)}, not by {n}" for n in case.traits if n not in _NORMS]
 
 
 def make_ema_plan(averages: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor]) -> Any:

@@ -50,6 +50,17 @@ class InverseGather:
     warps: int
 
 
+@dataclass(frozen=True)
+class AttentionTile:
+    """Queries and keys of one step, channels of a head (a power of two), warps, stages of the pipelined loads."""
+
+    queries: int
+    keys: int
+    channels: int
+    warps: int
+    stages: int
+
+
 def power_of_two(n: int, low: int = 1) -> int:
     """Smallest power of two that is at least n and low."""
     return max(low, 1 << max(n - 1, 0).bit_length())
@@ -166,3 +177,32 @@ def gelu_rows_per_split(rows: int, tile: Tile) -> int:
     """Rows of each of at most GELU_SPLITS parts, at least four blocks; passed at run time."""
     blocks = -(-rows // tile.rows)
     return max(4, -(-blocks // GELU_SPLITS)) * tile.rows
+
+
+def attention(width: int, element_size: int) -> AttentionTile:
+    """Forward: 64 queries are what one warp group multiplies at once on sm_90 and later."""
+    channels = power_of_two(width, 16)
+    if element_size == 4:
+        return _attention_float32(channels)
+    return AttentionTile(64, 64, channels, 4 if channels <= 64 else 8, 2)
+
+
+def attention_dq(width: int, element_size: int) -> AttentionTile:
+    """Backward of queries and slopes: fewer keys at once, for two more operands than the forward has."""
+    channels = power_of_two(width, 16)
+    if element_size == 4:
+        return _attention_float32(channels)
+    return AttentionTile(64, 32, channels, 4 if channels <= 64 else 8, 2)
+
+
+def attention_dkdv(width: int, element_size: int) -> AttentionTile:
+    """Backward of keys and values: two accumulators of keys x channels, 8 warps to hold them."""
+    channels = power_of_two(width, 16)
+    if element_size == 4:
+        return _attention_float32(channels)
+    return AttentionTile(64, 32, channels, 8, 2) if channels <= 64 else AttentionTile(32, 64, channels, 8, 2)
+
+
+def _attention_float32(channels: int) -> AttentionTile:
+    """Three products in tensor floats for each product: more registers for operands, so smaller blocks."""
+    return AttentionTile(32 if channels <= 64 else 16, 32, channels, 8, 1)

@@ -1,0 +1,232 @@
+"""The stages of `benchmarks.gpu`. Each runs in processes of its own, under a time limit, and returns what to record."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import gpu_emulator
+from .machine import ROOT
+
+CUDA_BIN = "/usr/local/cuda/bin"
+TESTS = ROOT / "tests" / "gpu"
+Outcome = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """Where results go, and how children run."""
+
+    folder: Path
+    stem: str
+    key: str
+    emulated: bool
+    only: str = ""
+    missing: dict[str, str] = field(default_factory=dict)
+    """What this machine lacks -> what is therefore left out."""
+
+    @property
+    def records(self) -> Path:
+        return self.folder / f"{self.stem}.jsonl"
+
+    def log(self, name: str) -> Path:
+        return self.folder / f"{self.stem}-{name}.log"
+
+    @property
+    def emulation(self) -> list[str]:
+        """Arguments for children that need to know."""
+        if not self.emulated:
+            return []
+        return ["--emulated", str(gpu_emulator.LIBRARY) if gpu_emulator.LIBRARY.exists() else "-"]
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """The caller's, with CUDA's tools on PATH; one thread and Triton's interpreter where there is no GPU."""
+        path = os.pathsep.join([os.environ.get("PATH", ""), CUDA_BIN])
+        own = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if self.emulated else {}
+        return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **own, **more}
+
+
+def run_child(command: Sequence[str], limit_s: float, environment: dict[str, str]) -> tuple[int | None, str]:
+    """Exit status (None: stopped at the limit, with all its children) and output."""
+    child = subprocess.Popen(
+        [str(c) for c in command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = child.communicate(timeout=max(limit_s, 1.0))
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        output, _ = child.communicate()
+        return None, output
+    return child.returncode, output
+
+
+def outcome(status: int | None, **details: Any) -> Outcome:
+    """done, failed or timed out, with details."""
+    word = {0: "done", None: "timed out"}.get(status, "failed")
+    return {"status": word, **({} if status == 0 else {"reason": f"exit status {status}"}), **details}
+
+
+# ---- build
+
+
+def build(run: Run, limit_s: float) -> Outcome:
+    """The native libraries in place, for this GPU alone; or the CUDA sources for the CPU."""
+    if run.emulated:
+        return _build_emulator(run, limit_s)
+    major, minor = torch.cuda.get_device_capability(0)
+    variables = {"D2V_CUDA_ARCHS": f"{major}{minor}-real"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    begin = time.monotonic()
+    status, output = run_child(command, limit_s, run.environment(**variables))
+    run.log("build").write_text(output)
+    record = ROOT / "d2v_kernels" / "lib" / "build.json"
+    details: Outcome = {"build": json.loads(record.read_text()) if record.exists() else {}}
+    for reason in details["build"].get("missing", []):
+        run.missing[reason] = "the native operators"
+    left = limit_s - (time.monotonic() - begin)
+    code, text = run_child([sys.executable, "-m", "d2v_kernels.info", "--json"], min(60.0, left), run.environment())
+    if code == 0:
+        details["info"], _ = json.JSONDecoder().raw_decode(text[text.index("{\n") :])
+        for name, reason in details["info"]["not_loaded"].items():
+            run.missing[f"{name}: {reason}"] = "the native operators"
+    else:
+        run.log("build").write_text(output + "\n" + text)
+        status = status or 1
+    return outcome(status, **details)
+
+
+def _build_emulator(run: Run, limit_s: float) -> Outcome:
+    try:
+        output = gpu_emulator.build(limit_s)
+    except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+        run.log("build").write_text(str(error))
+        reason = str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
+        run.missing[f"the CUDA sources compiled for the CPU ({reason})"] = "the emulated native operators"
+        return {"status": "failed", "reason": reason}
+    run.log("build").write_text(output)
+    return outcome(0, library=gpu_emulator.LIBRARY.name)
+
+
+# ---- tests
+
+
+def tests(run: Run, limit_s: float) -> Outcome:
+    """Correctness against float64, streams, no host waits, large tensors, torch.compile, a golden training step."""
+    files = [p for p in sorted(TESTS.glob("test_*.py")) if p.name not in ("test_graphs.py", "test_program.py")]
+    return _run_tests(run, files, limit_s, "tests", "w")
+
+
+def graphs(run: Run, limit_s: float) -> Outcome:
+    """Every operator captured in a CUDA graph and replayed."""
+    return _run_tests(run, [TESTS / "test_graphs.py"], limit_s, "graphs", "a")
+
+
+def _run_tests(run: Run, files: list[Path], limit_s: float, title: str, mode: str) -> Outcome:
+    if "pytest" in run.missing:
+        return {"status": "skipped", "reason": "pytest is not installed"}
+    deadline = time.monotonic() + limit_s
+
+    def together(paths: list[Path]) -> tuple[str, int | None, str]:
+        names = [str(p.relative_to(ROOT)) for p in paths]
+        # The folder's own configuration only: that of all tests wants packages that a GPU machine may lack.
+        command = [sys.executable, "-m", "pytest", *names, f"--confcutdir={TESTS.relative_to(ROOT)}", "-m", "gpu", "-q",
+                   "-p", "no:cacheprovider", "--durations=5", *run.emulation]  # fmt: skip
+        if run.only:
+            command += ["-k", run.only]
+        return (" ".join(names), *run_child(command, deadline - time.monotonic(), run.environment()))
+
+    with ThreadPoolExecutor(2 if run.emulated else 4) as pool:
+        # Files side by side, for most of the time goes into compiling kernels; a few tests are not worth it.
+        done = list(pool.map(together, [files] if run.only else [[f] for f in files]))
+    counts, statuses = {"passed": 0, "failed": 0, "skipped": 0, "error": 0}, []
+    with run.log("tests").open(mode) as log:
+        for names, status, output in done:
+            log.write(f"==== {title}: {names}\n{output}\n")
+            statuses.append(0 if status == 5 else status)  # 5: no test of this file was asked for
+            lines = output.strip().splitlines()
+            for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1] if lines else ""):
+                counts[word] += int(number)
+    reasons = sorted({r for _, _, text in done for r in re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", text, re.M)})
+    failed = [name for _, _, text in done for name in re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)]
+    worst = None if None in statuses else max(statuses, default=0)
+    unfinished = [names for names, status, _ in done if status is None]
+    return outcome(worst, counts=counts, failed=failed, skip_reasons=reasons, unfinished=unfinished)
+
+
+# ---- sanitizer
+
+
+def sanitizer(run: Run, limit_s: float) -> Outcome:
+    """compute-sanitizer's memcheck and racecheck over one small call of every operator."""
+    small = [sys.executable, "-m", "benchmarks.gpu_small", *run.emulation]
+    if run.emulated:
+        status, output = run_child(small, limit_s, run.environment())
+        run.log("sanitizer").write_text(output)
+        return outcome(status, tools={}, ran=_ran(output), note="small calls without a sanitizer: no GPU")
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=CUDA_BIN)
+    if tool is None:
+        run.missing["compute-sanitizer"] = "the sanitizer stage"
+        return {"status": "skipped", "reason": "no compute-sanitizer on PATH"}
+    results: dict[str, Outcome] = {}
+    with run.log("sanitizer").open("w") as log:
+        deadline = time.monotonic() + limit_s
+        for number, kind in enumerate(("memcheck", "racecheck")):
+            # PyTorch asks CUDA things that it may refuse: those answers are no errors of a kernel.
+            quiet = ["--report-api-errors", "no"] if kind == "memcheck" else []
+            command = [tool, "--tool", kind, *quiet, "--error-exitcode", "99", "--print-limit", "20", *small]
+            share = (deadline - time.monotonic()) / (2 - number)
+            # Every tensor an allocation of its own, so that an access beyond its end is one beyond an allocation.
+            environment = run.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            status, output = run_child(command, share, environment)
+            log.write(f"==== {kind}\n{output}\n")
+            results[kind] = _sanitizer_outcome(status, output)
+    words = [r["status"] for r in results.values()]
+    worst = next((w for w in ("failed", "timed out", "skipped") if w in words), "done")
+    reasons = "; ".join(f"{k}: {r['reason']}" for k, r in results.items() if "reason" in r)
+    return {"status": worst, "tools": results, **({"reason": reasons} if reasons else {})}
+
+
+def _ran(output: str) -> list[str]:
+    return re.findall(r"^ran (.*)$", output, re.M)
+
+
+def _sanitizer_outcome(status: int | None, output: str) -> Outcome:
+    """Failed only where it found something; a driver that refuses the tool is a reason to skip."""
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
+    ran = _ran(output)
+    if status is None:
+        return {"status": "timed out", "reason": f"stopped after {len(ran)} operators", "ran": ran}
+    if found and any(map(int, found)) and ran:
+        return {"status": "failed", "reason": f"{found[-1]} errors", "ran": ran}
+    if status == 0:
+        return {"status": "done", "ran": ran}
+    lines = [line for line in output.splitlines() if re.search(r"rror|not supported", line)]
+    return {"status": "skipped", "reason": (lines or ["it did not run"])[0].strip("= ")[:300], "ran": ran}
+
+
+# ---- benchmarks
+
+
+def benchmarks(run: Run, limit_s: float) -> Outcome:
+    """Every case of gpu_cases; rows are in the records file before the next case begins."""
+    command = [sys.executable, "-m", "benchmarks.gpu_bench", "--output", str(run.records), "--key", run.key,
+               "--budget", f"{max(limit_s - 25.0, 5.0):.0f}", "--only", run.only, *run.emulation]  # fmt: skip
+    status, output = run_child(command, limit_s, run.environment())
+    tail = output.strip().splitlines()[-3:]
+    if status == 3:
+        return {"status": "timed out", "reason": tail[-1] if tail else "budget used up"}
+    return outcome(status, **({} if status == 0 else {"output": tail}))

@@ -1,0 +1,33 @@
+// Schemas of torch.ops.d2v_native: those of d2v_kernels/_schema.py, SymInt written int (a test compares them).
+#pragma once
+
+namespace d2v {
+
+constexpr const char* kAverageLayers =
+    "average_layers(Tensor[] layers, str norm, str out_norm, Tensor? lengths, float eps, ScalarType out_dtype)"
+    " -> Tensor";
+constexpr const char* kUpdateEma =
+    "update_ema_(Tensor(a!)[] averages, Tensor[] sources, Tensor(b!)[] copies, float weight, Tensor? weight_tensor)"
+    " -> ()";
+constexpr const char* kUpdateSplitEma =
+    "update_split_ema_(Tensor(a!)[] high, Tensor(b!)[] low, Tensor[] sources, float weight, Tensor? weight_tensor)"
+    " -> ()";
+constexpr const char* kGatherTokens = "gather_tokens(Tensor x, Tensor index, int clones) -> Tensor";
+constexpr const char* kGatherTokensBackward =
+    "gather_tokens_backward(Tensor grad, Tensor index, int clones, int tokens) -> Tensor";
+constexpr const char* kRestoreTokens =
+    "restore_tokens(Tensor kept, Tensor restore, Tensor? fill, Tensor? noise_keys, float noise_std) -> Tensor";
+constexpr const char* kRestoreTokensBackward =
+    "restore_tokens_backward(Tensor grad, Tensor restore, int visible, int fill_rows) -> (Tensor, Tensor)";
+constexpr const char* kMaskedRegressionLoss =
+    "masked_regression_loss(Tensor prediction, Tensor target, Tensor? prediction_rows, Tensor? target_rows,"
+    " float beta, float scale) -> (Tensor, Tensor, Tensor)";
+constexpr const char* kMaskedRegressionLossBackward =
+    "masked_regression_loss_backward(Tensor grad, Tensor prediction, Tensor target, Tensor? prediction_rows,"
+    " Tensor? target_rows, float beta, float scale) -> Tensor";
+
+// Those that CUDA kernels exist for.
+constexpr const char* kCudaSchemas[] = {kAverageLayers,        kUpdateEma,     kUpdateSplitEma,       kGatherTokens,
+                                        kGatherTokensBackward, kRestoreTokens, kRestoreTokensBackward};
+
+}  // namespace d2v

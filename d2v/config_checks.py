@@ -1,0 +1,42 @@
+"""Which settings of a configuration belong together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Config
+
+
+def require(condition: bool, name: str, expected: str, config: Config) -> None:
+    """`ValueError` naming a setting by its dotted name, what was expected and what was given."""
+    if not condition:
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def check_model(config: Config) -> None:
+    """Which stem, positions, masks and version belong together."""
+    stem, version = config.stem, config.version
+    sequence = stem.modality != "vision"
+    require(stem.kind == "stock" or stem.modality == "speech", "stem.kind", "stock unless speech", config)
+    require(stem.positions != "conv" or sequence, "stem.positions", "other than conv for vision", config)
+    require(stem.positions != "relative" or not sequence, "stem.positions", "relative for vision only", config)
+    require(stem.gradient_scale >= 0.0, "stem.gradient_scale", "0 or more", config)
+    require(len(stem.convolutions) >= 1, "stem.convolutions", "at least 1", config)
+    require(stem.position_layers >= 1, "stem.position_layers", "1 or more", config)
+    if version == 1 and stem.modality == "text":
+        known = stem.mask_token is not None and 0 <= stem.mask_token < stem.vocabulary
+        require(known, "stem.mask_token", f"0 to {stem.vocabulary - 1}", config)
+    if config.mask.kind == "rectangles":
+        require(not sequence, "mask.kind", "a kind for sequences", config)
+    equal = config.mask.kind not in ("rectangles", "token-span")
+    require(version == 1 or equal, "mask.kind", "block, random or span for version 2", config)
+    fixed = stem.positions == "sincos"
+    require(fixed or not config.decoder.positions_masked, "decoder.positions_masked", "False without sincos", config)
+    require(fixed or not config.decoder.positions_all, "decoder.positions_all", "False without sincos", config)
+    require(config.encoder.alibi == "none" or sequence, "encoder.alibi", "none for vision", config)
+    heads = config.encoder.alibi_heads
+    require(heads is None or 1 <= heads <= config.encoder.heads, "encoder.alibi_heads", "1 to encoder.heads", config)

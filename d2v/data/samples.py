@@ -1,0 +1,252 @@
+"""What all kinds of data share: samples, batches with their masks, and the interface of a modality.
+
+Everything random about a sample - crop, mirror, turn, masks, decoder noise - is a function of (seed, epoch, sample id),
+so a run does not depend on the number of loader workers and can be resumed exactly.
+
+A sample that cannot be decoded is replaced, within its slot, by another one chosen by the same rule; shapes and order
+stay as they were. The slot keeps its own crop, masks and noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v.config import Config
+from d2v.data.sources import Source
+from d2v.data2vec import make_mask_sampler
+from d2v_kernels import Masks, MaskSampler, masks_from_bool
+
+ATTEMPTS = 64
+"""Replacements tried for one slot before the data counts as unusable."""
+
+STREAM_CROP, STREAM_REPLACE, STREAM_ORDER, STREAM_CUT = 0, 1, 2, 3
+_U64 = 0xFFFFFFFFFFFFFFFF
+
+
+def random_stream(seed: int, epoch: int, sample_id: int, purpose: int) -> np.random.Generator:
+    """Philox generator keyed by (seed, epoch), with sample id and purpose in the counter: independent streams."""
+    key = np.array([seed & _U64, epoch & _U64], dtype=np.uint64)
+    counter = np.array([0, 0, purpose, sample_id & _U64], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+class Note(NamedTuple):
+    """What the loader has to say about a sample. `kind`: "bad", "converted" or "fatal"."""
+
+    sample_id: int
+    epoch: int
+    kind: str
+    text: str
+
+
+class Sample(NamedTuple):
+    """One decoded sample and what happened on the way."""
+
+    sample_id: int
+    epoch: int
+    value: np.ndarray
+    notes: tuple[Note, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B samples; all tensors on the host."""
+
+    inputs: Tensor
+    """As the modality stacks them; `Modality.prepare` makes the model's inputs of them."""
+    lengths: Tensor | None
+    """(B,) int64: samples or tokens of a row before its padding; None: no padding."""
+    token_lengths: Tensor | None
+    """(B,) int64: the same in tokens of the model."""
+    masks: Masks | None
+    """Of B*M rows; None for evaluation."""
+    noise_keys: Tensor | None
+    """int64 (B*M,); None without decoder noise."""
+    notes: tuple[Note, ...]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def pin_memory(self) -> Batch:
+        """Copies for asynchronous transfer; called by the loader. Lengths are read on the host and stay as they are."""
+        masks = None if self.masks is None else self.masks.pin_memory()
+        keys = None if self.noise_keys is None else self.noise_keys.pin_memory()
+        return replace(self, inputs=self.inputs.pin_memory(), masks=masks, noise_keys=keys)
+
+
+class Modality:
+    """One kind of data: where its samples are, how one is decoded, how a batch is made of some.
+
+    The trainer and the probes know data by this interface only.
+    """
+
+    noun = "samples"
+    """What a sample is called in messages."""
+    baselines: tuple[str, ...] = ()
+    """Names that `raw_features` knows."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises `ValueError` for settings that this kind of data cannot have."""
+        self.config = config
+
+    def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
+        """The samples at `path`; reads only. `ValueError`, beginning with `option`, where there are none."""
+        raise NotImplementedError
+
+    def load(self, source: Source, index: int) -> tuple[Any, tuple[str, ...]]:
+        """A decoded sample and what was converted; `ValueError` or `OSError` where it cannot be used."""
+        raise NotImplementedError
+
+    def augment(self, value: Any, rng: np.random.Generator) -> np.ndarray:
+        """A decoded sample as training sees it."""
+        raise NotImplementedError
+
+    def settle(self, value: Any) -> np.ndarray:
+        """A decoded sample as evaluation sees it: nothing random."""
+        raise NotImplementedError
+
+    def blank(self) -> np.ndarray:
+        """What stands for a sample that cannot be decoded, so that shapes stay as they are."""
+        raise NotImplementedError
+
+    def stack(self, samples: list[Sample], training: bool) -> tuple[Tensor, Tensor | None]:
+        """Inputs and lengths of a batch."""
+        raise NotImplementedError
+
+    def measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int | None, Tensor | None]:
+        """Tokens T of a row (images: None, their stem knows), and the token lengths of the rows or None: all T."""
+        raise NotImplementedError
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """Inputs of the model, on the device of the stacked inputs."""
+        raise NotImplementedError
+
+    def raw_features(self, name: str, batch: Batch) -> Tensor:
+        """Baseline features (B,F) float32 of a batch without any network."""
+        raise NotImplementedError
+
+
+def describe_error(error: Exception) -> str:
+    """One sentence for a list of bad samples."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class TrainSamples(torch.utils.data.Dataset[Sample]):
+    """Map from (sample id, epoch) to an augmented sample."""
+
+    def __init__(self, source: Source, modality: Modality, seed: int) -> None:
+        self.source, self.modality, self.seed = source, modality, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any) -> Sample:
+        sample_id, epoch = index
+        notes: list[Note] = []
+        picks = random_stream(self.seed, epoch, sample_id, STREAM_REPLACE)
+        candidate = sample_id
+        for _ in range(ATTEMPTS):
+            try:
+                value, converted = self.modality.load(self.source, candidate)
+            except (ValueError, OSError) as error:
+                notes.append(Note(candidate, epoch, "bad", describe_error(error)))
+                candidate = int(picks.integers(len(self.source)))
+                continue
+            notes.extend(Note(candidate, epoch, "converted", text) for text in converted)
+            rng = random_stream(self.seed, epoch, sample_id, STREAM_CROP)
+            return Sample(sample_id, epoch, self.modality.augment(value, rng), tuple(notes))
+        notes.append(Note(sample_id, epoch, "fatal", f"{ATTEMPTS} samples in a row cannot be decoded"))
+        return Sample(sample_id, epoch, self.modality.blank(), tuple(notes))
+
+
+class EvaluationSamples(torch.utils.data.Dataset[Sample]):
+    """Map from a sample id to the sample; one that cannot be decoded is blank and has a "bad" note."""
+
+    def __init__(self, source: Source, modality: Modality) -> None:
+        self.source, self.modality = source, modality
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            value, _ = self.modality.load(self.source, index)
+            return Sample(index, 0, self.modality.settle(value), ())
+        except (ValueError, OSError) as error:
+            return Sample(index, 0, self.modality.blank(), (Note(index, 0, "bad", describe_error(error)),))
+
+
+class Collate:
+    """Samples -> batch without masks."""
+
+    def __init__(self, modality: Modality) -> None:
+        self.modality = modality
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        inputs, lengths = self.modality.stack(samples, training=False)
+        _, valid = self.modality.measure(inputs, lengths)
+        return Batch(inputs, lengths, valid, None, None, tuple(n for s in samples for n in s.notes))
+
+
+class MaskingCollate:
+    """Samples -> batch with masks and noise keys. Runs in the loader workers, so masks cost the GPU nothing.
+
+    Masks are drawn for the tokens that the batch has after its cropping: mask and sample are never cropped apart.
+    """
+
+    def __init__(self, config: Config, modality: Modality, training: bool = True) -> None:
+        self.config, self.modality, self.training = config, modality, training
+        # Published random masks of 2.0 text know nothing of padding.
+        self.hits_padding = "loss-on-padding" in config.published and config.mask.kind == "random"
+        self._samplers: dict[int | None, MaskSampler] = {}
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        inputs, lengths = self.modality.stack(samples, self.training)
+        tokens, valid = self.modality.measure(inputs, lengths)
+        if tokens not in self._samplers:
+            self._samplers[tokens] = make_mask_sampler(self.config, tokens=tokens)
+        masks, keys = self._draw(self._samplers[tokens], samples, valid)
+        notes = tuple(n for s in samples for n in s.notes)
+        return Batch(inputs, lengths, valid, masks, keys if self.config.version == 2 else None, notes)
+
+    def _draw(self, sampler: MaskSampler, samples: list[Sample], valid: Tensor | None) -> tuple[Masks, Tensor]:
+        copies = self.config.mask.copies
+        masks: list[Masks] = []
+        keys: list[Tensor] = []
+        start = 0
+        while start < len(samples):  # a batch may straddle the end of an epoch
+            epoch = samples[start].epoch
+            stop = next((i for i in range(start, len(samples)) if samples[i].epoch != epoch), len(samples))
+            ids = [s.sample_id for s in samples[start:stop]]
+            lengths = None if valid is None or self.hits_padding else valid[start:stop]
+            masks.append(sampler.draw(ids, epoch, copies=copies, lengths=lengths))
+            keys.append(sampler.noise_keys(ids, epoch, copies=copies))
+            start = stop
+        joined, noise = masks[0], torch.cat(keys)
+        if len(masks) > 1:
+            mask = torch.cat([m.mask for m in masks])
+            joined = masks_from_bool(cut_to_smallest(mask, noise) if sampler.equal_counts else mask)
+        return joined, noise
+
+
+def cut_to_smallest(mask: Tensor, keys: Tensor) -> Tensor:
+    """Mask (N,T) bool in which every row masks as many positions as the row with the fewest; `keys` (N,) choose which.
+
+    The sampler does this for the samples of one epoch; here parts of two epochs meet.
+    """
+    counts = mask.sum(dim=1)
+    smallest = int(counts.min())
+    mask = mask.clone()
+    for row in (counts > smallest).nonzero()[:, 0].tolist():
+        masked = mask[row].nonzero()[:, 0].numpy()
+        rng = random_stream(int(keys[row]), 0, 0, STREAM_CUT)
+        surplus = rng.choice(masked, size=len(masked) - smallest, replace=False)
+        mask[row, torch.from_numpy(surplus)] = False
+    return mask

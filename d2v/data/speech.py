@@ -1,0 +1,259 @@
+"""Speech: decoding, resampling to 16 kHz, normalisation, random crops or padding.
+
+Resampling is polyphase filtering (`scipy.signal.resample_poly`: a Kaiser-windowed low-pass, zero phase).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v.config import Config
+from d2v.data.manifest import ManifestSource
+from d2v.data.progress import Reporter
+from d2v.data.samples import STREAM_CROP, Batch, Modality, Sample, random_stream
+from d2v.data.sources import Kind, Rejected, Source, Subset, find_files, open_source
+from d2v.modalities import LogMelStem, make_stem
+from d2v.modalities.speech import SAMPLE_RATE, SpeechStem
+
+SPEECH = Kind("audio files", frozenset({".wav", ".flac", ".ogg"}), "a folder of audio files, a .tsv manifest or shards")
+RATES = (1_000, 768_000)
+"""Sample rates that speech can have; others count as damaged headers."""
+MAX_VALUES = 1 << 30
+"""Frames times channels of the longest recording."""
+MIN_TOKENS = 4
+"""Shortest utterance in tokens of the stem, whatever data.min_seconds says: less cannot be masked."""
+_NORM_EPS = 1e-5
+_UNKNOWN_SIZE = 0x7FFF_0000
+"""WAV files that were written to a pipe have such a size, or more, in their header."""
+
+
+def decode_audio(data: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Encoded bytes -> (float32 mono waveform at 16 kHz, what was converted).
+
+    Channels are averaged. Raises `ValueError` with the reason for what cannot be decoded: not audio, cut off, no
+    samples, samples that are not finite.
+    """
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            expected, rate = file.frames, file.samplerate
+            _check_header(max(expected, 1), rate, file.channels)
+            values = file.read(dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise ValueError(_explain(error)) from None
+    if reason := find_cut(data) or (len(values) < expected and f"cut off: {len(values)} of {expected} frames"):
+        raise ValueError(reason)
+    _check_header(expected, rate, values.shape[1])
+    if not np.isfinite(values).all():
+        raise ValueError("samples that are not finite")
+    converted = []
+    if values.shape[1] > 1:
+        converted.append(f"{values.shape[1]} channels to mono")
+    if rate != SAMPLE_RATE:
+        converted.append(f"{rate} Hz to {SAMPLE_RATE} Hz")
+    return resample(values.mean(axis=1), rate), tuple(converted)
+
+
+def _explain(error: Exception) -> str:
+    text = str(error)
+    return text.split(">: ", 1)[-1] if ">: " in text else text
+
+
+def _check_header(frames: int, rate: int, channels: int) -> None:
+    """Refuses, before anything is allocated, what no recording has."""
+    if frames * channels > MAX_VALUES:
+        raise ValueError(f"{frames} frames of {channels} channels, expected at most {MAX_VALUES} values")
+    if not RATES[0] <= rate <= RATES[1]:
+        raise ValueError(f"sample rate {rate} Hz is not within {RATES[0]} to {RATES[1]}")
+    if frames < 1:
+        raise ValueError("no samples")
+
+
+def find_cut(data: bytes) -> str | None:
+    """Why an encoded file is cut off, where its decoder would not say so, or None."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        place = 12
+        while place + 8 <= len(data):
+            name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+            if name == b"data":
+                missing = place + 8 + size - len(data)
+                return f"cut off: {missing} bytes are missing" if missing > 0 and size < _UNKNOWN_SIZE else None
+            place += 8 + size + size % 2
+        return "cut off: no data chunk"
+    if data[:4] == b"OggS":
+        last = data.rfind(b"OggS")
+        if not data[last + 5 : last + 6] or not data[last + 5] & 4:
+            return "cut off: no last page"
+    return None
+
+
+def resample(values: np.ndarray, rate: int) -> np.ndarray:
+    """Waveform (S,) at `rate` Hz -> float32 waveform at 16 kHz, ceil(S * 16000 / rate) samples."""
+    if rate == SAMPLE_RATE:
+        return np.ascontiguousarray(values, dtype=np.float32)
+    from scipy.signal import resample_poly
+
+    factor = math.gcd(rate, SAMPLE_RATE)
+    return np.asarray(resample_poly(values, SAMPLE_RATE // factor, rate // factor), dtype=np.float32)
+
+
+def count_resampled(frames: int, rate: int) -> int:
+    """Samples of `frames` frames after resampling."""
+    return -(-frames * SAMPLE_RATE // rate)
+
+
+def normalise_waveform(values: np.ndarray) -> np.ndarray:
+    """Zero mean and unit variance over the whole utterance, as published; silence stays 0."""
+    centred = values - values.mean(dtype=np.float64)
+    deviation = math.sqrt(float(np.mean(np.square(centred, dtype=np.float64))) + _NORM_EPS)
+    return (centred / deviation).astype(np.float32)
+
+
+class Speech(Modality):
+    """Utterances as float32 waveforms at 16 kHz, each normalised as a whole."""
+
+    noun = "utterances"
+    baselines = ("log_mel",)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        data = config.data
+        if not 0.0 <= data.min_seconds < data.max_seconds:
+            raise ValueError(
+                f"data.min_seconds: expected 0 or more and less than data.max_seconds {data.max_seconds}, "
+                f"got {data.min_seconds}"
+            )
+        with torch.device("meta"):  # only its arithmetic of lengths is used
+            stem = make_stem(config)
+        assert isinstance(stem, SpeechStem)
+        self.stem = stem
+        self.longest = round(data.max_seconds * SAMPLE_RATE)
+        self.shortest = max(round(data.min_seconds * SAMPLE_RATE), self._samples_of(MIN_TOKENS))
+        if self.longest < self.shortest:
+            needed = self.shortest / SAMPLE_RATE
+            raise ValueError(
+                f"data.max_seconds: expected at least {needed:g}, {MIN_TOKENS} tokens, got {data.max_seconds}"
+            )
+        self._mel: LogMelStem | None = None
+
+    def _samples_of(self, tokens: int) -> int:
+        """Fewest samples that give so many tokens."""
+        low, high = self.stem.samples_needed(), self.stem.samples_needed() * (tokens + 1)
+        while self.stem.count_tokens(high) < tokens:
+            high *= 2
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.stem.count_tokens(middle) >= tokens else (middle + 1, high)
+        return low
+
+    def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
+        """A folder of audio files, of class folders, a `.tsv` manifest, or .tar shards.
+
+        Headers are read for lengths; a manifest gives its own. What has a damaged header is rejected, what is too short
+        is left out and counted.
+        """
+        allowed = self.config.data.allow_commands
+        if path.endswith(".tsv"):
+            files = find_files(path, SPEECH.places, option)
+            if len(files) != 1:
+                raise ValueError(f"{option}: expected one manifest, got {len(files)} at {path!r}")
+            source: Source = ManifestSource(files[0], SPEECH, labelled=labelled, option=option, commands=allowed)
+        else:
+            source = open_source(path, SPEECH, labelled=labelled, option=option, commands=allowed)
+        return self._select(source, option)
+
+    def _select(self, source: Source, option: str) -> Source:
+        lengths = getattr(source, "counts", None)
+        if lengths is None:
+            lengths = read_lengths(source)
+        damaged, short = lengths < 0, (lengths >= 0) & (lengths < self.shortest)
+        rows = np.flatnonzero(~damaged & ~short)
+        if short.any():
+            reason = f"shorter than {self.shortest / SAMPLE_RATE:g} s"
+            source.left_out[reason] = int(short.sum())
+        if not len(rows):
+            left = "".join(f", {n} {reason}" for reason, n in source.left_out.items())
+            first = f", for example {source.rejected[0].name}: {source.rejected[0].reason}" if source.rejected else ""
+            raise ValueError(f"{option}: expected {self.noun}, got {int(damaged.sum())} unreadable{left}{first}")
+        source.lengths = np.minimum(lengths, self.longest)
+        return Subset(source, rows)
+
+    def load(self, source: Source, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
+        """A normalised waveform (S,) at 16 kHz."""
+        values, converted = decode_audio(source.read(index))
+        if len(values) < self.shortest:
+            raise ValueError(f"{len(values) / SAMPLE_RATE:.3f} s, expected at least {self.shortest / SAMPLE_RATE:g}")
+        return normalise_waveform(values), converted
+
+    def augment(self, value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The whole utterance: how long a crop is depends on the batch."""
+        return value
+
+    def settle(self, value: np.ndarray) -> np.ndarray:
+        """The first data.max_seconds."""
+        return value[: self.longest]
+
+    def blank(self) -> np.ndarray:
+        """Silence."""
+        return np.zeros(self.shortest, dtype=np.float32)
+
+    def stack(self, samples: list[Sample], training: bool) -> tuple[Tensor, Tensor | None]:
+        """Waveforms (B,S), cropped to the shortest (data.unequal crop, training) or padded to the longest."""
+        lengths = [min(len(s.value), self.longest) for s in samples]
+        if training and self.config.data.unequal == "crop":
+            lengths = [min(lengths)] * len(samples)
+        inputs = torch.zeros(len(samples), max(lengths))
+        for row, sample, length in zip(inputs, samples, lengths, strict=True):
+            row[:length] = torch.from_numpy(self._crop(sample, length) if training else sample.value[:length])
+        return inputs, None if min(lengths) == max(lengths) else torch.tensor(lengths)
+
+    def _crop(self, sample: Sample, length: int) -> np.ndarray:
+        """A crop at a place that is a function of (seed, epoch, sample id) and of what there is to choose from."""
+        rng = random_stream(self.config.run.seed, sample.epoch, sample.sample_id, STREAM_CROP)
+        start = int(rng.integers(len(sample.value) - length + 1))
+        return sample.value[start : start + length]
+
+    def measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int, Tensor | None]:
+        """Tokens by the stem."""
+        return self.stem.measure(inputs, lengths)
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """The waveforms as they are."""
+        return inputs
+
+    def raw_features(self, name: str, batch: Batch) -> Tensor:
+        """log_mel: mean and standard deviation over time of each of 40 log-mel bands."""
+        if self._mel is None:
+            self._mel = LogMelStem(self.config.stem, width=1)
+        lengths = batch.lengths.tolist() if batch.lengths is not None else [batch.inputs.shape[1]] * len(batch)
+        rows = []
+        for waveform, length in zip(batch.inputs, lengths, strict=True):
+            bands = self._mel.make_bands(waveform[None, :length])[0]
+            rows.append(torch.cat([bands.mean(0), bands.std(0, correction=0)]))
+        return torch.stack(rows)
+
+
+def read_lengths(source: Source) -> np.ndarray:
+    """(samples,) int64: samples at 16 kHz by the headers; -1 where a header is damaged, which goes to `rejected`."""
+    import soundfile
+
+    lengths = np.full(len(source), -1, dtype=np.int64)
+    report = Reporter("reading headers", len(source), "files")
+    for index in range(len(source)):
+        try:
+            with source.open_file(index) as file:
+                info = soundfile.info(file)
+            _check_header(info.frames, info.samplerate, info.channels)
+            lengths[index] = count_resampled(info.frames, info.samplerate)
+        except (soundfile.SoundFileError, ValueError, OSError) as error:
+            text = error.strerror if isinstance(error, OSError) and error.strerror else _explain(error)
+            source.rejected.append(Rejected(source.describe(index), text))
+        report.show(index + 1)
+    report.finish(len(source))
+    return lengths

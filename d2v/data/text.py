@@ -1,0 +1,312 @@
+"""Text: packed blocks of token ids, and labelled texts."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v.checkpoint import latest_checkpoint
+from d2v.config import Config
+from d2v.data.documents import DocumentReader, find_texts
+from d2v.data.samples import Batch, Modality, Sample
+from d2v.data.sources import Rejected, Source, find_files, number_classes
+from d2v.data.tokenizer import END, FILE, PADDING, START, BytePairs, save_tokenizer, train_tokenizer
+from d2v.data.tokens import open_tokens
+from d2v.modalities import TextStem, make_stem
+
+TOKENIZER, CACHE = "tokenizer", "cache"
+"""Folders inside a run folder."""
+MIN_BLOCK = 8
+"""Shortest block in tokens, <s> included; shorter ends of documents are left out: there is hardly a token to mask."""
+WORD_BINS = 4096
+"""Features of the bag of words."""
+
+
+class TextSource(Source):
+    """Texts as token ids."""
+
+    documents: int
+    """Documents that were found, rejected ones not counted."""
+
+    def block(self, index: int) -> np.ndarray:
+        """int64 (tokens,) of a sample, `<s>` first."""
+        raise NotImplementedError
+
+    @property
+    def indexed(self) -> int:
+        return self.documents + len(self.rejected)
+
+
+class BlockSource(TextSource):
+    """Blocks of at most `data.block_tokens` tokens, `<s>` included, of a set of files.
+
+    "stream": the documents, each ended by `</s>`, are joined and cut. "documents": every document is cut by itself.
+    """
+
+    def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
+        self.files, self.modality, self.option = files, modality, option
+        self.rejected, self.left_out, self.documents = [], {}, 0
+        self._starts = self._sizes = np.zeros(0, dtype=np.int64)
+        self._digest = ""
+
+    def prepare(self, folder: Path, fresh: bool) -> None:
+        """Tokenises the files into a cache. A `fresh` run without a given tokenizer trains one on them first."""
+        tokenizer = self.modality.settle_tokenizer(folder, self.files if fresh else None)
+        cache = self.modality.config.data.cache
+        tokens = open_tokens(self.files, tokenizer, Path(cache) if cache is not None else folder / CACHE)
+        self._ids, self.rejected, self.documents = tokens.ids, list(tokens.rejected), len(tokens.ends)
+        payload, mode = self.modality.block_tokens - 1, self.modality.blocks
+        total = len(tokens.ids)
+        starts, sizes = cut_stream(total, payload) if mode == "stream" else cut_documents(tokens.ends, payload)
+        # A short end of the stream would cut the masks of its whole batch to its own few.
+        shortest = payload if mode == "stream" and total >= payload else MIN_BLOCK - 1
+        kept = sizes >= shortest
+        if not kept.any():
+            raise ValueError(f"{self.option}: expected a text of at least {MIN_BLOCK} tokens, got {total} in all")
+        self.left_out = {}
+        if not kept.all():
+            self.left_out[f"blocks shorter than {shortest + 1} tokens"] = int((~kept).sum())
+        self._starts, self._sizes = starts[kept], sizes[kept]
+        self._digest = hashlib.sha256(f"{tokens.digest} {mode} {payload}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def describe(self, index: int) -> str:
+        start = int(self._starts[index])
+        where = str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files"
+        return f"tokens {start} to {start + int(self._sizes[index])} of {where}"
+
+    def block(self, index: int) -> np.ndarray:
+        start, size = int(self._starts[index]), int(self._sizes[index])
+        result = np.empty(size + 1, dtype=np.int64)
+        result[0], result[1:] = START, self._ids[start : start + size]
+        return result
+
+    def digest(self) -> str:
+        return self._digest
+
+
+def cut_stream(tokens: int, payload: int) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, sizes) of pieces of `payload` tokens; the last may be shorter."""
+    starts = np.arange(0, tokens, payload, dtype=np.int64)
+    return starts, np.minimum(payload, tokens - starts)
+
+
+def cut_documents(ends: np.ndarray, payload: int) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, sizes) of pieces of `payload` tokens of each document; the last of each may be shorter."""
+    stops = np.asarray(ends, dtype=np.int64)
+    begins = np.concatenate([[0], stops[:-1]])
+    counts = -(-(stops - begins) // payload)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(begins, counts) + (np.arange(len(first)) - first) * payload
+    return starts, np.minimum(payload, np.repeat(stops, counts) - starts)
+
+
+class LabelledTexts(TextSource):
+    """Lines `text<TAB>label` or `text<TAB>text<TAB>label` of `.tsv` files, tokenised as `<s> a </s>` or
+    `<s> a </s> </s> b </s>` and cut to the longest sequence of the model. `texts` keeps the columns."""
+
+    def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
+        self.files, self.modality = files, modality
+        self.rejected, self.left_out = [], {}
+        self.texts: list[tuple[str, ...]] = []
+        self.values: list[str] = []
+        self._places: list[str] = []
+        for file in files:
+            self._read(file, option)
+        if not self.texts:
+            first = f", for example {self.rejected[0].name}: {self.rejected[0].reason}" if self.rejected else ""
+            raise ValueError(f"{option}: expected lines text<TAB>label, found none{first}")
+        self.documents = len(self.texts)
+        self.labels, self.classes = number_classes(self.values)
+
+    def _read(self, file: Path, option: str) -> None:
+        columns = 0
+        with file.open("rb") as stream:
+            for number, data in enumerate(stream, start=1):
+                if not data.strip():
+                    continue
+                where = f"{file}:{number}"
+                try:
+                    parts = data.decode("utf-8").rstrip("\r\n").split("\t")
+                except UnicodeDecodeError as error:
+                    self.rejected.append(Rejected(where, f"not UTF-8 from byte {error.start}"))
+                    continue
+                columns = columns or len(parts)
+                if columns not in (2, 3):
+                    raise ValueError(f"{option}: expected text<TAB>label or text<TAB>text<TAB>label in {where}")
+                if len(parts) != columns:
+                    self.rejected.append(Rejected(where, f"expected {columns} columns, got {len(parts)}"))
+                elif not all(part.strip() for part in parts):
+                    self.rejected.append(Rejected(where, "an empty column"))
+                else:
+                    self.texts.append(tuple(parts[:-1]))
+                    self.values.append(parts[-1].strip())
+                    self._places.append(where)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def describe(self, index: int) -> str:
+        return self._places[index]
+
+    def block(self, index: int) -> np.ndarray:
+        tokenizer = self.modality.tokenizer
+        joint: list[int] = [START]
+        for ids in tokenizer.encode(self.texts[index]):
+            joint += ([END, END] if len(joint) > 1 else []) + ids
+        longest = self.modality.config.stem.max_tokens
+        return np.array([*joint[: longest - 1], END], dtype=np.int64)
+
+    def digest(self) -> str:
+        return hashlib.sha256(repr((self.texts, self.values)).encode()).hexdigest()
+
+
+class Texts(Modality):
+    """Blocks of text as token ids, padded to the longest of a batch."""
+
+    noun = "texts"
+    baselines = ("bag_of_words",)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        data = config.data
+        self.block_tokens = data.block_tokens if data.block_tokens is not None else config.stem.max_tokens
+        if not MIN_BLOCK <= self.block_tokens <= config.stem.max_tokens:
+            raise ValueError(
+                f"data.block_tokens: expected {MIN_BLOCK} to stem.max_tokens {config.stem.max_tokens}, "
+                f"got {self.block_tokens}"
+            )
+        self.blocks = data.blocks if data.blocks is not None else ("documents" if config.version == 1 else "stream")
+        with torch.device("meta"):  # only its checks are used
+            stem = make_stem(config)
+        assert isinstance(stem, TextStem)
+        self.stem = stem
+        self._tokenizer: BytePairs | None = None
+
+    # ---- tokenizer --------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> BytePairs:
+        """The tokenizer of data.tokenizer, or the one that the run has made."""
+        if self._tokenizer is None:
+            self._tokenizer = self._read_tokenizer(self._tokenizer_folder())
+        return self._tokenizer
+
+    def _tokenizer_folder(self) -> Path:
+        given = self.config.data.tokenizer
+        return Path(given) if given is not None else Path(self.config.run.dir) / TOKENIZER
+
+    def _read_tokenizer(self, folder: Path) -> BytePairs:
+        """A tokenizer that fits the model."""
+        tokenizer = BytePairs(folder)
+        stem, size = self.config.stem, tokenizer.vocabulary
+        masks = self.config.version == 1
+        hint = f"--stem.vocabulary {size}" + (f" --stem.mask-token {tokenizer.mask_token}" if masks else "")
+        if size > stem.vocabulary:
+            raise ValueError(
+                f"stem.vocabulary: expected at least {size}, the tokens of {str(folder)!r}, got {stem.vocabulary}; "
+                f"pass {hint}"
+            )
+        if masks and stem.mask_token != tokenizer.mask_token:
+            raise ValueError(
+                f"stem.mask_token: expected {tokenizer.mask_token}, <mask> in {str(folder)!r}, got {stem.mask_token}; "
+                f"pass {hint}"
+            )
+        return tokenizer
+
+    def settle_tokenizer(self, folder: Path, files: list[Path] | None) -> BytePairs:
+        """The tokenizer of a run, kept in its `folder`: the given one is copied there.
+
+        Where none is given, one of stem.vocabulary ids is trained on `files`; None: the one that the run has.
+        """
+        kept = folder / TOKENIZER
+        given = self.config.data.tokenizer
+        if given is not None and not (kept.is_dir() and Path(given).resolve() == kept.resolve()):
+            tokenizer = self._read_tokenizer(Path(given))
+            kept.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(given) / FILE, kept / FILE)
+        elif given is None and files is not None and latest_checkpoint(folder) is None:
+            size = self.config.stem.vocabulary
+            print(f"no data.tokenizer: training one of {size} tokens on the data, into {kept}", file=sys.stderr)
+            text, unused = train_tokenizer(DocumentReader(files), size)
+            if unused:
+                print(f"the text has too few pairs: {unused} of {size} tokens never occur", file=sys.stderr)
+            save_tokenizer(text, kept)
+            tokenizer = self._read_tokenizer(kept)
+        else:
+            tokenizer = self._read_tokenizer(kept)
+        self._tokenizer = tokenizer
+        return tokenizer
+
+    # ---- samples ----------------------------------------------------------------------------------------------
+
+    def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
+        """`.txt` and `.jsonl` files, or a folder of them; labelled: `.tsv` files."""
+        if labelled:
+            return self._open_table(path, option)
+        files = find_texts(path, option)
+        if self.config.data.tokenizer is not None:
+            _ = self.tokenizer  # says at once what does not fit
+        return BlockSource(files, self, option)
+
+    def _open_table(self, path: str, option: str) -> LabelledTexts:
+        places = "a .tsv file of text<TAB>label"
+        if not path or path.startswith("pipe:"):
+            raise ValueError(f"{option}: expected {places}, got {path!r}")
+        files = find_files(path, places, option)
+        odd = next((f for f in files if f.suffix.lower() != ".tsv" or not f.is_file()), None)
+        if odd is not None:
+            raise ValueError(f"{option}: expected {places}, got {str(odd)!r}")
+        return LabelledTexts(files, self, option)
+
+    def load(self, source: Source, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
+        """int64 (tokens,)."""
+        assert isinstance(source, TextSource)
+        return source.block(index), ()
+
+    def augment(self, value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The block as it is."""
+        return value
+
+    def settle(self, value: np.ndarray) -> np.ndarray:
+        """The block as it is."""
+        return value
+
+    def blank(self) -> np.ndarray:
+        """`<s> </s>`."""
+        return np.array([START, END], dtype=np.int64)
+
+    def stack(self, samples: list[Sample], training: bool) -> tuple[Tensor, Tensor]:
+        """Ids (B,T) int64, padded on the right."""
+        lengths = [len(s.value) for s in samples]
+        inputs = torch.full((len(samples), max(lengths)), PADDING, dtype=torch.int64)
+        for row, sample in zip(inputs, samples, strict=True):
+            row[: len(sample.value)] = torch.from_numpy(sample.value)
+        return inputs, torch.tensor(lengths)
+
+    def measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int, Tensor | None]:
+        """Tokens by the stem, which checks the ids."""
+        return self.stem.measure(inputs, lengths)
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """The ids as they are."""
+        return inputs
+
+    def raw_features(self, name: str, batch: Batch) -> Tensor:
+        """bag_of_words: how often each word occurs in what the model sees, log(1 + n), words hashed to WORD_BINS."""
+        assert batch.lengths is not None
+        counts = torch.zeros(len(batch), WORD_BINS)
+        for row, ids, length in zip(counts, batch.inputs, batch.lengths.tolist(), strict=True):
+            for word in re.findall(r"\w+|[^\w\s]", self.tokenizer.decode(ids[:length].tolist()).lower()):
+                row[zlib.crc32(word.encode()) % WORD_BINS] += 1.0
+        return counts.log1p()

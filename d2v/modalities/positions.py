@@ -1,0 +1,125 @@
+"""What all positions have in common: features with positions, features of visible tokens, attention biases."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_kernels import Alibi, Masks, alibi_slopes, gather_tokens
+
+from ..config import Encoder
+from ..encoder import Surroundings
+
+
+class AlibiScale(nn.Module):
+    """Slopes of ALiBi, and their factors that are learned, or fixed."""
+
+    slopes: Tensor
+    scale: Tensor
+
+    def __init__(self, config: Encoder) -> None:
+        super().__init__()
+        count = config.alibi_heads if config.alibi_heads is not None else config.heads
+        layers = config.prenet_depth + config.depth if config.alibi_per_layer else 1
+        # The published shape: blocks, batch, heads, queries, keys.
+        scale = torch.full((layers, 1, count if config.alibi_per_head else 1, 1, 1), config.alibi_scale)
+        if config.alibi == "learned":
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+        # Heads without the bias have slope 0.
+        slopes = F.pad(alibi_slopes(count, scale.device), (0, config.heads - count))
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    def surround(self, lengths: Tensor | None, places: Tensor) -> Surroundings:
+        """`Surroundings` of tokens at `places` (N,V)."""
+        heads = self.slopes.shape[0]
+        scales = self.scale.float().flatten(1)
+        if scales.shape[1] > 1:
+            scales = F.pad(scales, (0, heads - scales.shape[1]))
+        return Surroundings(lengths=lengths, alibi=Alibi(self.slopes.float(), places), scales=scales)
+
+
+class Positions(nn.Module):
+    """No positions of its own; the base of those that have some. May hold an ALiBi."""
+
+    def __init__(self, config: Encoder) -> None:
+        super().__init__()
+        self.extra = config.extra_tokens
+        self.alibi = AlibiScale(config) if config.alibi != "none" else None
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Features (B,T,C) with positions; `lengths`: (B,) tokens before the padding, on the host."""
+        return x
+
+    def visible(self, x: Tensor, masks: Masks, copies: int, lengths: Tensor | None = None) -> Tensor:
+        """(N,V,C): features with positions of the visible tokens of `copies` masked copies of each sample.
+
+        Args:
+            x: (B,T,C) features.
+            masks: on the device of x, with `keep`.
+            lengths: (B,) tokens before the padding, on the host; None: no padding.
+        """
+        assert masks.keep is not None
+        return gather_tokens(self(x, lengths), masks.keep, clones=copies)
+
+    def surround(self, x: Tensor, lengths: Tensor | None = None, places: Tensor | None = None) -> Surroundings:
+        """What attention needs to know of rows of features.
+
+        Args:
+            x: (N,T,C) features of full rows, read for their shape and device only; or of samples, with `places`.
+            lengths: (N,) tokens before the padding, on the host or the device; None: no padding.
+            places: (N,V) positions of the visible tokens; None: all T.
+        """
+        if lengths is not None:
+            lengths = (lengths + self.extra).to(x.device, non_blocking=True)
+        if self.alibi is None:
+            return Surroundings(lengths=lengths)
+        if places is None:
+            places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        return self.alibi.surround(lengths, places)
+
+
+class SequencePositions(Positions):
+    """Adds fixed 1-D sin-cos positions to a sequence of any length; no parameters. Not published."""
+
+    omega: Tensor
+
+    def __init__(self, config: Encoder, scale: float) -> None:
+        super().__init__(config)
+        if config.width % 2:
+            raise ValueError(f"encoder.width: expected a multiple of 2 for sin-cos positions, got {config.width}")
+        self.scale = scale
+        half = config.width // 2
+        self.register_buffer("omega", 10000.0 ** (-torch.arange(half) / half), persistent=False)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """x (B,T,C) plus scale * [sin(t w), cos(t w)], w_i = 10000^(-i / (C/2))."""
+        angles = torch.arange(x.shape[1], device=x.device)[:, None] * self.omega.float()
+        return x + self.scale * torch.cat([angles.sin(), angles.cos()], dim=1).to(x.dtype)
+
+
+def valid_positions(lengths: Tensor | None, tokens: int, device: torch.device) -> Tensor | None:
+    """(B,T) bool on the device, True before the padding; None where there is no padding."""
+    if lengths is None:
+        return None
+    return torch.arange(tokens, device=device) < lengths.to(device, non_blocking=True)[:, None]
+
+
+def check_lengths(lengths: Tensor | None, batch: int, longest: int, shortest: int = 1) -> Tensor | None:
+    """Lengths as given, or None where no row is padded.
+
+    Raises:
+        ValueError: anything but int64 (B,) on the host, from `shortest` to `longest`.
+    """
+    if lengths is None:
+        return None
+    if tuple(lengths.shape) != (batch,) or lengths.dtype != torch.int64 or lengths.device.type != "cpu":
+        name = str(lengths.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"lengths: expected int64 ({batch},) on the host, got {name} {tuple(lengths.shape)} on {lengths.device}"
+        )
+    if batch and not (int(lengths.min()) >= shortest and int(lengths.max()) <= longest):
+        raise ValueError(f"lengths: expected {shortest} to {longest}, got {lengths.tolist()}")
+    return lengths

@@ -1,0 +1,488 @@
+"""Attention over dense or packed sequences: one function, and which engine runs it.
+
+An engine answers `why_not` with a list of reasons like a backend of an operator; the first with an empty list runs.
+Besides PyTorch's and xformers' own kernels there is the operator `torch.ops.d2v.attention` (backends triton and
+reference) for what they cannot do: a bias of data2vec 2.0 speech with a learned scale, and dropout from row keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import registry
+from ._checks import check_attention, require
+
+ENGINES = ("xformers", "varlen", "sdpa", "triton", "flex", "reference")
+
+
+class Alibi(NamedTuple):
+    """Bias -max(scale_h, 0) * slopes_h * |pos_i - pos_j| (Press et al. 2022; data2vec 2.0 learns the scale)."""
+
+    slopes: Tensor
+    """(H,) float32; `alibi_slopes` gives the published ones; 0 leaves a head without bias."""
+    positions: Tensor
+    """(N,V) int32 or int64: original positions of the last V of T tokens; the first T - V, extra tokens, have bias 0
+    to and from every token. (total,) for packed sequences, which have no extra tokens."""
+    scale: Tensor | None = None
+    """(H,) or (1,) float32, learned; None for 1. Its gradient is 0 where it is below 0, and bitwise repeatable."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences of different lengths one after the other, without padding; made once a batch by `pack_lengths`."""
+
+    starts: Tensor
+    """(N+1,) int32 on the device: first token of each sequence, then the total."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence, on the host."""
+    made: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What an engine made of this layout, kept for the other layers of the batch."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths, default=0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What decides on an engine."""
+
+    device: str
+    dtype: torch.dtype
+    width: int
+    packed: bool = False
+    masked: bool = False
+    alibi: bool = False
+    dropout: bool = False
+    dropout_keys: bool = False
+
+
+def pack_lengths(lengths: Sequence[int] | Tensor, device: torch.device | str) -> Packed:
+    """Packed layout of sequences of these lengths (host numbers, or an integer tensor on the host)."""
+    if isinstance(lengths, Tensor):
+        require(lengths.device.type == "cpu", "pack_lengths", "device of lengths", "cpu", lengths.device)
+        lengths = lengths.tolist()
+    require(all(n >= 0 for n in lengths), "pack_lengths", "lengths", "0 or more", list(lengths))
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    if torch.device(device).type == "cuda":
+        starts = starts.pin_memory()
+    return Packed(starts.to(device, non_blocking=True), tuple(lengths))
+
+
+def alibi_slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
+    """(heads,) float32: 2^(-8 (h+1) / heads) for a power of two, else as published (Press et al. 2022, code).
+
+    Otherwise with P the largest power of two below: the P slopes of P heads, then every second one of 2P heads.
+    """
+    require(heads >= 1, "alibi_slopes", "heads", "at least 1", heads)
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
+    slopes += [2.0 ** (-8.0 * (h + 1) / (2 * power)) for h in range(0, 2 * (heads - power), 2)]
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    valid: Tensor | None = None,
+    packed: Packed | None = None,
+    alibi: Alibi | None = None,
+    dropout: float = 0.0,
+    dropout_keys: Tensor | None = None,
+    engine: str = "auto",
+) -> Tensor:
+    """Self-attention softmax(scale * q k^T + bias) v of each head (Vaswani et al. 2017, 3.2), softmax in float32.
+
+    Args:
+        query, key, value: (N,T,H,D), or (total,H,D) where `packed`; one floating dtype, last stride 1.
+        scale: of the logits; None: D^-0.5.
+        valid: keys that count: (N,T) bool, or (N,) integer lengths of the valid beginnings; on the tensors' device.
+            None: all. Not with `packed`. A query whose row has no valid key gives 0, and lends no gradient.
+        packed: layout of sequences that lie one after the other.
+        alibi: bias by distance of positions.
+        dropout: probability in [0, 1) that a weight is dropped; pass 0 in evaluation.
+        dropout_keys: (N,) int64, one key a row (sequence): the dropped weights are a pure function of key, head, query
+            and key position, so they depend on neither batch nor rank. None: drawn from the device's generator.
+        engine: "auto", or one of `ENGINES` to force it.
+
+    Returns:
+        Shape and dtype of query. Differentiable in query, key, value and the scale of `alibi`.
+
+    Raises:
+        ValueError, TypeError: what does not fit. NotImplementedError: the engine cannot run this; lists the reasons.
+    """
+    _check(query, key, value, valid, packed, alibi, dropout, dropout_keys)
+    name = _choose(
+        engine, query.device.type, query.dtype, int(query.shape[-1]), packed is not None,
+        valid is not None, alibi is not None, dropout > 0.0, dropout_keys is not None and dropout > 0.0,
+    )  # fmt: skip
+    run = _RUN[name]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    result: Tensor = run(query, key, value, _Options(scale, valid, packed, alibi, dropout, dropout_keys))
+    return result
+
+
+class _Options(NamedTuple):
+    scale: float
+    valid: Tensor | None
+    packed: Packed | None
+    alibi: Alibi | None
+    dropout: float
+    dropout_keys: Tensor | None
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, packed: Packed | None, alibi: Alibi | None,
+    dropout: float, dropout_keys: Tensor | None,
+) -> None:  # fmt: skip
+    op = "attend"
+    layout = "3 dimensions (total, H, D)" if packed is not None else "4 dimensions (N, T, H, D)"
+    good = query.dim() == (4 if packed is None else 3)
+    require(good, op, "query", layout, f"shape {tuple(query.shape)}")
+    rows = query.shape[0] if packed is None else len(packed.lengths)
+    require(packed is None or valid is None, op, "valid", "None with packed sequences", "a tensor")
+    if packed is not None:
+        require(
+            sum(packed.lengths) == query.shape[0], op, "total of packed lengths", query.shape[0], sum(packed.lengths)
+        )
+        query, key, value = (x[None] for x in (query, key, value))  # one row, for the checks below
+    mask = valid if valid is not None and valid.dim() == 2 else None
+    check_attention(op, query, key, value, None, None, None if mask is not None else valid, mask, None, 0.0)
+    require(0.0 <= dropout < 1.0, op, "dropout", "0 or more and less than 1", dropout)
+    if dropout_keys is not None:
+        require(tuple(dropout_keys.shape) == (rows,), op, "shape of dropout keys", (rows,), tuple(dropout_keys.shape))
+    if alibi is None:
+        return
+    heads = query.shape[2]
+    require(tuple(alibi.slopes.shape) == (heads,), op, "shape of slopes", (heads,), tuple(alibi.slopes.shape))
+    if alibi.scale is not None:
+        shape = tuple(alibi.scale.shape)
+        require(shape in ((heads,), (1,)), op, "shape of the bias's scale", f"({heads},) or (1,)", shape)
+    place = tuple(alibi.positions.shape)
+    if packed is not None:
+        require(place == (query.shape[1],), op, "shape of positions", (query.shape[1],), place)
+    else:
+        fits = len(place) == 2 and place[0] == rows and place[1] <= query.shape[1]
+        require(fits, op, "shape of positions", f"({rows}, at most {query.shape[1]})", place)
+
+
+# ---- choice
+
+
+def preferred_engines(request: Request) -> tuple[str, ...]:
+    """Engines in the order in which "auto" tries them."""
+    if request.packed and request.device == "cuda" and not request.alibi:
+        return ("xformers", "varlen", "sdpa", "triton", "reference", "flex")
+    return ("sdpa", "triton", "flex", "reference") if request.device == "cuda" else ("sdpa", "reference", "triton")
+
+
+_chosen: dict[tuple[Any, ...], str] = {}
+
+
+def _choose(forced: str, *fields: Any) -> str:
+    """`choose_engine`, remembered: one dictionary look-up a call. Constants only, so that `torch.compile` asks once."""
+    question = (forced, registry.forced_backend(), torch.are_deterministic_algorithms_enabled(), *fields)
+    name = _chosen.get(question)
+    if name is None:
+        name = choose_engine(Request(*fields), forced)
+        if fields[0] != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _chosen[question] = name
+    return name
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler and Triton with it.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def choose_engine(request: Request, forced: str = "auto") -> str:
+    """Name of the engine that runs a request; `NotImplementedError` with all reasons where none does."""
+    if forced not in ("auto", *ENGINES):
+        raise ValueError(f"attend: engine: expected auto or one of {', '.join(ENGINES)}, got {forced!r}")
+    names = preferred_engines(request) if forced == "auto" else (forced,)
+    reasons = []
+    for name in names:
+        why_not = why_not_engine(name, request)
+        if not why_not:
+            return name
+        reasons += [f"{name}: {reason}" for reason in why_not]
+    raise NotImplementedError(f"attend: no engine of {', '.join(names)} can run {request}: " + "; ".join(reasons))
+
+
+def why_not_engine(name: str, request: Request, *, probe: bool = True) -> list[str]:
+    """Reasons why an engine cannot run a request; empty when it can.
+
+    Other projects' kernels are tried once in a process, for each dtype and width; without `probe` an empty list says
+    only that nothing known speaks against a trial.
+    """
+    reasons = _LIMITS[name](request)
+    if reasons or not probe or name not in _PROBED:
+        return reasons
+    return _probe_failure(name, request.dtype, request.width)
+
+
+def _foreign_limits(request: Request, dropout: bool) -> list[str]:
+    """Limits that other projects' packed kernels share."""
+    reasons = []
+    if request.device != "cuda":
+        reasons.append(f"runs on cuda, not on {request.device}")
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"has float16 and bfloat16, not {str(request.dtype).removeprefix('torch.')}")
+    if not request.packed:
+        reasons.append("is used for packed sequences")
+    if request.alibi:
+        reasons.append("has no bias from kept positions")
+    if request.dropout and not dropout:
+        reasons.append("has no dropout")
+    if request.dropout_keys:
+        reasons.append("has no dropout from row keys")
+    return reasons
+
+
+def _sdpa_limits(request: Request) -> list[str]:
+    reasons = ["would need the bias as a (rows, heads, T, T) tensor"] if request.alibi else []
+    return reasons + (["has no dropout from row keys"] if request.dropout_keys else [])
+
+
+def _flex_limits(request: Request) -> list[str]:
+    reasons = []
+    if request.device != "cuda":
+        reasons.append(f"is used on cuda, not on {request.device}")
+    if request.packed:
+        reasons.append("is not used for packed sequences")
+    if request.dropout:
+        reasons.append("has no dropout")
+    if torch.are_deterministic_algorithms_enabled():
+        reasons.append("adds up the gradient of the bias's scale with atomics (deterministic algorithms are wanted)")
+    if request.dtype == torch.float64:
+        reasons.append("has no float64")
+    return reasons
+
+
+def _operator_limits(request: Request, backend: str) -> list[str]:
+    forced = registry.forced_backend()
+    if forced in ("reference", "triton") and forced != backend:
+        return [f"backend {forced} is forced"]
+    case = registry.Case("attention", request.device, (request.dtype,), (str(request.width),))
+    return next(b for b in registry.backends() if b.name == backend).why_not(case)
+
+
+_LIMITS: dict[str, Callable[[Request], list[str]]] = {
+    "xformers": functools.partial(_foreign_limits, dropout=True),
+    "varlen": functools.partial(_foreign_limits, dropout=False),
+    "sdpa": _sdpa_limits,
+    "triton": functools.partial(_operator_limits, backend="triton"),
+    "flex": _flex_limits,
+    "reference": functools.partial(_operator_limits, backend="reference"),
+}
+_PROBED = ("xformers", "varlen", "flex")
+
+
+# ---- engines
+
+
+def _attend_by_xformers(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
+    ops = importlib.import_module("xformers.ops")
+    packed = options.packed
+    assert packed is not None
+    bias = packed.made.get("xformers")
+    if bias is None:  # a sequence without tokens has no block
+        lengths = [n for n in packed.lengths if n > 0]
+        bias = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=query.device)
+        packed.made["xformers"] = bias
+    inputs = (x[None] for x in (query, key, value))
+    out = ops.memory_efficient_attention(*inputs, attn_bias=bias, p=options.dropout, scale=options.scale)
+    result: Tensor = out[0]
+    return result
+
+
+def _attend_by_varlen(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
+    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    assert options.packed is not None
+    starts, longest = options.packed.starts, options.packed.longest
+    # Keywords only: a positional flag changed its place between versions of torch, and `scale` is not in all of them.
+    factor = options.scale * math.sqrt(query.shape[-1])
+    result: Tensor = varlen_attn(
+        query=query * factor if factor != 1.0 else query, key=key, value=value, cu_seq_q=starts, cu_seq_k=starts,
+        max_q=longest, max_k=longest,
+    )  # fmt: skip
+    return result
+
+
+def _attend_by_sdpa(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
+    if options.packed is not None:
+        return _padded(_attend_by_sdpa, query, key, value, options)
+    mask = empty = None
+    if options.valid is not None:
+        valid = _valid_mask(options.valid, query.shape[1])
+        # Kernels differ in what they do with a row without keys: give it all of them, then write the documented 0.
+        empty = ~valid.any(1)
+        mask = (valid | empty[:, None])[:, None, None, :]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=options.dropout, scale=options.scale)
+    out = out.transpose(1, 2)
+    return out if empty is None else out.masked_fill(empty[:, None, None, None], 0.0)
+
+
+def _attend_by_operator(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
+    if options.packed is not None:
+        return _padded(_attend_by_operator, query, key, value, options)
+    slopes = positions = None
+    if options.alibi is not None:
+        slopes, positions = _effective_slopes(options.alibi, query.dtype), options.alibi.positions
+    keys = options.dropout_keys
+    if options.dropout > 0.0 and keys is None:
+        keys = torch.randint(0, 2**62, (query.shape[0],), device=query.device)
+    lengths = mask = None
+    if options.valid is not None:
+        lengths, mask = (None, options.valid) if options.valid.dim() == 2 else (options.valid, None)
+    out, _ = torch.ops.d2v.attention(
+        query, key, value, slopes, positions, lengths, mask, keys, options.dropout, options.scale
+    )
+    result: Tensor = out
+    return result
+
+
+def _attend_by_flex(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
+    slopes, place, extra = None, None, 0
+    if options.alibi is not None:
+        slopes = _effective_slopes(options.alibi, query.dtype)
+        extra = query.shape[1] - options.alibi.positions.shape[1]
+        place = F.pad(options.alibi.positions, (extra, 0))
+    valid = empty = None
+    if options.valid is not None:
+        valid = _valid_mask(options.valid, query.shape[1])
+        empty = ~valid.any(1)
+        valid = valid | empty[:, None]
+
+    def score(s: Tensor, n: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if slopes is not None and place is not None:
+            distance = (place[n, i] - place[n, j]).abs().to(s.dtype)
+            s = s - slopes[h] * torch.where((i >= extra) & (j >= extra), distance, 0.0)
+        return s if valid is None else torch.where(valid[n, j], s, -math.inf)
+
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out = _flex_function(query.device.type)(q, k, v, score_mod=score, scale=options.scale)
+    result: Tensor = out.transpose(1, 2)
+    return result if empty is None else result.masked_fill(empty[:, None, None, None], 0.0)
+
+
+@functools.cache
+def _flex_function(device: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = importlib.import_module("torch.nn.attention.flex_attention").flex_attention
+    # Without compilation it makes the (rows, heads, T, T) tensor; that serves tests on a CPU alone.
+    return torch.compile(function) if device == "cuda" else function
+
+
+_RUN: dict[str, Callable[[Tensor, Tensor, Tensor, _Options], Tensor]] = {
+    "xformers": _attend_by_xformers,
+    "varlen": _attend_by_varlen,
+    "sdpa": _attend_by_sdpa,
+    "triton": _attend_by_operator,
+    "flex": _attend_by_flex,
+    "reference": _attend_by_operator,
+}
+
+
+def _effective_slopes(alibi: Alibi, dtype: torch.dtype) -> Tensor:
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    slopes = alibi.slopes.to(compute)
+    if alibi.scale is None:
+        return slopes
+    return slopes * alibi.scale.to(compute).clamp(min=0.0)
+
+
+def _valid_mask(valid: Tensor, tokens: int) -> Tensor:
+    if valid.dim() == 2:
+        return valid
+    return torch.arange(tokens, device=valid.device) < valid[:, None]
+
+
+def _padded(
+    run: Callable[[Tensor, Tensor, Tensor, _Options], Tensor], query: Tensor, key: Tensor, value: Tensor,
+    options: _Options,
+) -> Tensor:  # fmt: skip
+    """Packed sequences through an engine for dense ones: rows of the longest length, and back; no host read."""
+    packed = options.packed
+    assert packed is not None
+    if query.shape[0] == 0:
+        return query.clone()
+    starts, lengths = packed.starts[:-1].long(), packed.starts.diff()
+    step = torch.arange(packed.longest, device=query.device)
+    place = (starts[:, None] + step).clamp(max=query.shape[0] - 1)
+    inside = step < lengths[:, None]
+
+    def pad(x: Tensor) -> Tensor:
+        rows = inside.view(*inside.shape, *[1] * (x.dim() - 1))
+        return torch.where(rows, x[place], x.new_zeros(()))
+
+    alibi = options.alibi
+    if alibi is not None:
+        alibi = alibi._replace(positions=pad(alibi.positions))
+    dense = options._replace(packed=None, valid=lengths, alibi=alibi)
+    out = run(pad(query), pad(key), pad(value), dense)
+    token = torch.arange(query.shape[0], device=query.device)
+    row = torch.searchsorted(packed.starts[1:].long(), token, right=True)
+    return out[row, token - starts[row]]
+
+
+# ---- live probes
+
+
+def _probe(engine: str, dtype: torch.dtype, width: int, device: int) -> str:
+    """Empty when a tiny forward and backward ran and was right, else what went wrong."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(0)  # a probe reads its result, once a process
+    try:
+        return _run_probe(engine, dtype, width, torch.device("cuda", device))
+    except Exception as error:  # a library that does not fit this torch fails in many ways
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _run_probe(engine: str, dtype: torch.dtype, width: int, device: torch.device) -> str:
+    generator = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay where they are
+    x = [torch.randn((48, 2, width), device=device, dtype=dtype, generator=generator) for _ in range(3)]
+    x = [t.requires_grad_() for t in x]
+    packed = pack_lengths([17, 31], device)
+    options = _Options(width**-0.5, None, packed, None, 0.0, None)
+    if engine == "flex":
+        slopes = torch.ones(2, device=device)
+        x = [t.detach()[None].requires_grad_() for t in x]
+        alibi = Alibi(slopes, torch.arange(48, device=device)[None], torch.ones(2, device=device, requires_grad=True))
+        options = options._replace(packed=None, alibi=alibi)
+    results = []
+    for run in (_RUN[engine], _attend_by_sdpa if engine != "flex" else _attend_by_operator):
+        y = run(x[0], x[1], x[2], options)
+        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), x)])
+    for got, wanted in zip(*results, strict=True):
+        error = float((got.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+        if not error < 0.05:
+            return f"its result differs from PyTorch's by {error:.2g} of the maximum"
+    return ""
+
+
+_probed: dict[tuple[Any, ...], str] = {}
+
+
+def _probe_failure(engine: str, dtype: torch.dtype, width: int) -> list[str]:
+    question = (engine, dtype, width, torch.cuda.current_device())
+    if question not in _probed:
+        if torch.cuda.is_current_stream_capturing():
+            return ["was not tried before this graph capture (call once outside it)"]
+        _probed[question] = _probe(*question)
+    failure = _probed[question]
+    return [f"a trial run failed ({failure})"] if failure else []

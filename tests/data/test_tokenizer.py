@@ -1,0 +1,103 @@
+"""Byte-level BPE: ids, fillers, the published files, and what a text cannot do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.sounds import write_text
+
+from d2v.cli import main
+from d2v.data.documents import DocumentReader
+from d2v.data.tokenizer import BytePairs, import_gpt2, save_tokenizer, train_tokenizer, write_tokenizer
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_text(tmp_path / "text.txt")
+
+
+def test_special_tokens_stand_where_roberta_has_them(text: Path, tmp_path: Path) -> None:
+    trained, unused = train_tokenizer(DocumentReader([text]), 300)
+    assert unused == 0
+    save_tokenizer(trained, tmp_path / "t")
+    tokenizer = BytePairs(tmp_path / "t")
+    assert tokenizer.vocabulary == 300
+    assert tokenizer.mask_token == 299
+    for sample in ("Kan sota!", "äöü ☃ 漢字 \x00\x7f", " two  spaces\n\tand a tab ", "<s> <mask> </s> <pad> <unk>"):
+        (ids,) = tokenizer.encode([sample])
+        assert all(4 <= i < 299 for i in ids), "a text never yields a special token"
+        assert tokenizer.decode(ids) == sample
+    assert train_tokenizer(DocumentReader([text]), 300)[0] == trained, "the same text, the same tokenizer"
+
+
+def test_a_small_text_is_filled_up(tmp_path: Path) -> None:
+    trained, unused = train_tokenizer(["aa bb aa bb"] * 4, 400)
+    assert 100 < unused < 139
+    save_tokenizer(trained, tmp_path / "t")
+    tokenizer = BytePairs(tmp_path / "t")
+    assert tokenizer.vocabulary == 400
+    assert max(tokenizer.encode(["aa bb cc <unused0>"])[0]) < 400 - unused - 1
+    with pytest.raises(ValueError, match="vocabulary: expected at least 261"):
+        train_tokenizer(["a"], 260)
+    with pytest.raises(ValueError, match="expected text, found none"):
+        train_tokenizer([], 300)
+
+
+def published(folder: Path) -> Path:
+    """The three published files, in small: three merges, a dictionary in its own order that lacks a piece."""
+    from tokenizers import pre_tokenizers
+
+    folder.mkdir()
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["th", "the", "Ġthe", "<|endoftext|>"]
+    (folder / "encoder.json").write_text(json.dumps({p: i for i, p in enumerate(pieces)}))
+    (folder / "vocab.bpe").write_text("#version: 0.2\nt h\nth e\nĠ the\n", encoding="utf-8")
+    numbers = [str(i) for i in reversed(range(len(pieces))) if pieces[i] != "z"]
+    (folder / "dict.txt").write_text("".join(f"{n} 7\n" for n in [*numbers, "madeupword0000"]))
+    return folder
+
+
+def test_published_files_keep_the_ids_of_their_dictionary(tmp_path: Path) -> None:
+    folder = published(tmp_path / "gpt2")
+    save_tokenizer(import_gpt2(folder), tmp_path / "t")
+    tokenizer = BytePairs(tmp_path / "t")
+    assert tokenizer.vocabulary == 4 + 256 + 4 - 1 + 1 + 1
+    pieces = json.loads((folder / "encoder.json").read_text())
+    names = [line.split()[0] for line in (folder / "dict.txt").read_text().splitlines()]
+
+    def expected(*parts: str) -> list[int]:
+        return [4 + names.index(str(pieces[p])) for p in parts]
+
+    assert tokenizer.encode(["the the th"]) == [expected("the", "Ġthe", "Ġ", "th")]
+    assert tokenizer.encode(["azb"]) == [[*expected("a"), 3, *expected("b")]], "a piece without a line is unknown"
+    assert tokenizer.decode(expected("the", "Ġthe")) == "the the"
+    (folder / "dict.txt").unlink()
+    with pytest.raises(ValueError, match=r"gpt2: expected .* no dict\.txt"):
+        import_gpt2(folder)
+
+
+def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.tokenizer: expected a folder with tokenizer\.json, found none"):
+        BytePairs(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"data\.tokenizer: cannot read"):
+        BytePairs(tmp_path)
+    from tokenizers import Tokenizer, models
+
+    (tmp_path / "tokenizer.json").write_text(Tokenizer(models.BPE()).to_str())
+    with pytest.raises(ValueError, match="expected <s> 0, <pad> 1"):
+        BytePairs(tmp_path)
+
+
+def test_the_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "t"
+    command = ["data", "tokenizer", "--data.path", str(text), "--output", str(output), "--vocabulary", "280"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"{output}: 280 tokens\n"
+    assert main(command) == 2
+    assert "output: expected an absent or empty folder" in capsys.readouterr().err
+    assert main(["data", "tokenizer", "--output", str(tmp_path / "u")]) == 2
+    assert "expected one of --data.path and --gpt2, got none" in capsys.readouterr().err
+    assert "tokens" in write_tokenizer(tmp_path / "g", None, vocabulary=0, gpt2=str(published(tmp_path / "gpt2")))
+    assert [p.name for p in output.iterdir()] == ["tokenizer.json"]

@@ -1,0 +1,196 @@
+"""Every operator, dtype and layout on the GPU's backends against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from gpu.conftest import FLOATS, both, compare
+from support.layouts import in_layout, random_rows
+from torch import Tensor
+
+from d2v_kernels.backends import reference
+
+ops = torch.ops.d2v
+F32, BF16, F16 = FLOATS
+LAYOUTS = ["contiguous", "offset", "sliced", "rows_apart", "transposed"]
+SHAPES = [(2, 33, 100), (1, 1, 1), (3, 70, 64), (2, 17, 131)]
+NORMS = [("instance", "layer"), ("layer", "none"), ("none", "instance"), ("instance", "none"), ("layer", "layer")]
+
+
+def arrange(place, x: Tensor, layout: str) -> Tensor:
+    """The values of x on the device in another layout."""
+    return in_layout(place.put(x), layout)
+
+
+def lists(n: int, rows: int, high: int, dtype=torch.int32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, high, (rows, n), generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("number", range(len(SHAPES)))
+def test_average_layers(place, backend, dtype, number) -> None:
+    shape, (norm, out_norm) = SHAPES[number], NORMS[number]
+    layout = LAYOUTS[number]
+    place.need("average_layers", backend, dtype, norm, out_norm, more=(F32,))
+    host = [random_rows(shape, dtype, i, offset=2.0) for i in range(3)]
+    lengths = torch.tensor([shape[1] - i for i in range(shape[0])]).clamp(min=0) if number % 2 else None
+    got = ops.average_layers([arrange(place, x, layout) for x in host], norm, out_norm, lengths, 1e-5, F32)
+    careful = reference.average_layers([x.float() for x in host], norm, out_norm, lengths, 1e-5, F32)
+    truth = reference.average_layers([x.double() for x in host], norm, out_norm, lengths, 1e-5, torch.float64)
+    compare(got, careful, truth)
+
+
+# Time lengths and widths at which the kernels change their form.
+FORMS = [
+    (2, 196, 768, "instance", "layer"),
+    (1, 500, 768, "instance", "none"),
+    (1, 999, 768, "instance", "none"),
+    (1, 1025, 72, "instance", "layer"),
+    (2, 512, 1023, "instance", "none"),
+    (3, 60, 3080, "layer", "layer"),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_average_layers_forms(gpu, backend, place, dtype, form) -> None:
+    b, t, c, norm, out_norm = form
+    place.need("average_layers", backend, dtype, norm, out_norm, more=(F32,))
+    host = [random_rows((b, t, c), dtype, i, offset=2.0) for i in range(4)]
+    got = ops.average_layers(place.put(*host), norm, out_norm, None, 1e-5, dtype)
+    careful = reference.average_layers([x.float() for x in host], norm, out_norm, None, 1e-5, F32)
+    compare(
+        got, careful, reference.average_layers([x.double() for x in host], norm, out_norm, None, 1e-5, torch.float64)
+    )
+
+
+@pytest.mark.parametrize(
+    "types", [(F32, F32, BF16), (F32, BF16, BF16), (F32, BF16, None), (F16, F16, F32), (BF16, F32, F16)]
+)
+def test_update_ema(place, backend, types) -> None:
+    place.need("update_ema_", backend, types[0], more=tuple(t for t in types[1:] if t))
+    sizes = [0, 1, 7, 1000, 16384, 16393, 40001]
+    averages = [random_rows((n, 1), types[0], n)[:, 0] for n in sizes]
+    sources = [random_rows((n, 1), types[1], n + 1)[:, 0] for n in sizes]
+    truth = [a.double() + 0.01 * (s.double() - a.double()) for a, s in zip(averages, sources, strict=True)]
+    careful = [a.float() + 0.01 * (s.float() - a.float()) for a, s in zip(averages, sources, strict=True)]
+    moved = [in_layout(place.put(a), "offset" if i % 2 else "contiguous") for i, a in enumerate(averages)]
+    copies = [torch.full_like(a, 7.0, dtype=types[2]) for a in moved] if types[2] else []
+    ops.update_ema_(moved, place.put(*sources), copies, 0.01, None)
+    compare(moved, careful, truth)
+    assert all(torch.equal(c, a.to(c.dtype)) for c, a in zip(copies, moved, strict=False))
+    weight = torch.tensor(0.25, dtype=torch.float64, device=place.device)
+    before = [a.clone() for a in moved]
+    ops.update_ema_(moved, place.put(*sources), copies, 0.5, weight)
+    truth = [a.cpu().double() + 0.25 * (s.double() - a.cpu().double()) for a, s in zip(before, sources, strict=True)]
+    compare(moved, [t.float() for t in truth], truth)
+
+
+@pytest.mark.parametrize("source", FLOATS)
+def test_update_split_ema(place, backend, source) -> None:
+    """The halves of a float32 average, as near to float64 as one."""
+    place.need("update_split_ema_", backend, source)
+    sizes = [0, 1, 7, 1000, 16393]
+    state = [reference.split_bits(random_rows((n, 1), F32, n)[:, 0]) for n in sizes]
+    sources = [random_rows((n, 1), source, n + 1)[:, 0] for n in sizes]
+    high, low = ([place.put(pair[i]) for pair in state] for i in range(2))
+    ops.update_split_ema_(high, low, place.put(*sources), 0.01, None)
+    for i, (h, x) in enumerate(state):
+        before, after = reference.merge_bits(h, x), reference.merge_bits(high[i].cpu(), low[i].cpu())
+        truth = before.double() + 0.01 * (sources[i].double() - before.double())
+        compare(after, before + 0.01 * (sources[i].float() - before), truth)
+        assert torch.equal(reference.split_bits(after)[0], high[i].cpu())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("number", range(4))
+def test_gather_tokens(place, backend, dtype, number) -> None:
+    b, t, c = SHAPES[number]
+    place.need("gather_tokens", backend, dtype)
+    index = lists(9, 2 * b, t, torch.int64 if number % 2 else torch.int32)
+    host = random_rows((b, t, c), dtype, 1)
+    got = ops.gather_tokens(arrange(place, host, LAYOUTS[number]), place.put(index), 2)
+    assert torch.equal(got.cpu(), reference.gather_tokens(host, index, 2))
+    grad = random_rows((2 * b, 9, c), dtype, 2)
+    got = ops.gather_tokens_backward(arrange(place, grad, LAYOUTS[number]), place.put(index), 2, t)
+    compare(got, *both(reference.gather_tokens_backward, grad, index, 2, t))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("fill", ["vector", "rows", "noise"])
+def test_restore_tokens(place, backend, dtype, fill) -> None:
+    place.need("restore_tokens", backend, dtype)
+    n, v, t, c = 3, 10, 33, 100
+    generator = torch.Generator().manual_seed(0)
+    order = torch.stack([torch.randperm(t, generator=generator) for _ in range(n)]).int()
+    kept = random_rows((n, v, c), dtype, 1)
+    shape = (c,) if fill == "vector" else (n, t - v, c)
+    rows = None if fill == "noise" else random_rows(shape, dtype, 2)
+    keys = torch.tensor([1, -7, 2**40 + 5]) if fill == "noise" else None
+    got = ops.restore_tokens(arrange(place, kept, "sliced"), place.put(order), place.put(rows), place.put(keys), 0.5)
+    wanted = reference.restore_tokens(kept, order, rows, keys, 0.5)
+    if fill == "noise":
+        torch.testing.assert_close(got.cpu(), wanted, rtol=1e-5 if dtype == F32 else 1e-2, atol=1e-5)
+    else:
+        assert torch.equal(got.cpu(), wanted)
+    grad = random_rows((n, t, c), dtype, 3)
+    fill_rows = {"vector": -1, "rows": t - v, "noise": -2}[fill]
+    got = ops.restore_tokens_backward(arrange(place, grad, "offset"), place.put(order), v, fill_rows)
+    compare(got, *both(reference.restore_tokens_backward, grad, order, v, fill_rows))
+
+
+@pytest.mark.parametrize("types", [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_masked_regression_loss(place, backend, types, beta) -> None:
+    place.need("masked_regression_loss", backend, types[0], more=types[1:])
+    x, y = random_rows((70, 100), types[0], 0), random_rows((40, 100), types[1], 1)
+    rows_x, rows_y = torch.randperm(70, generator=torch.Generator().manual_seed(2))[:50], lists(50, 1, 40)[0]
+    arguments = (rows_x, rows_y, beta, 0.3)
+    moved = (arrange(place, x, "sliced"), arrange(place, y, "offset"), *place.put(rows_x, rows_y), beta, 0.3)
+    compare(ops.masked_regression_loss(*moved), *both(reference.masked_regression_loss, x, y, *arguments))
+    got = ops.masked_regression_loss_backward(place.put(torch.tensor(0.7)), *moved)
+    compare(got, *both(reference.masked_regression_loss_backward, torch.tensor(0.7), x, y, *arguments))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(70, 512), (9, 100), (3, 1)])
+def test_layer_norm_gelu(place, backend, dtype, shape) -> None:
+    place.need("layer_norm_gelu", backend, dtype)
+    x, grad = random_rows(shape, dtype, 0, offset=3.0), random_rows(shape, dtype, 1)
+    weight, bias = 1.0 + 0.1 * torch.randn(shape[1]), 0.1 * torch.randn(shape[1])
+    moved = (arrange(place, x, "rows_apart"), *place.put(weight, bias), 1e-5)
+    compare(ops.layer_norm_gelu(*moved), *both(reference.layer_norm_gelu, x, weight, bias, 1e-5))
+    got = ops.layer_norm_gelu_backward(place.put(grad), *moved)
+    compare(got, *both(reference.layer_norm_gelu_backward, grad, x, weight, bias, 1e-5))
+
+
+def test_nan_and_lengths(place, backend) -> None:
+    """What lies behind a length is not read, and a NaN stays in its column."""
+    place.need("average_layers", backend, F32, "instance", "none", more=(F32,))
+    layers = [random_rows((2, 50, 32), F32, i) for i in range(2)]
+    layers[0][1, 7, 3] = math.nan
+    layers[1][0, 30:] = math.nan
+    got = ops.average_layers(place.put(*layers), "instance", "none", torch.tensor([30, 50]), 1e-5, F32).cpu()
+    assert not got[0].isnan().any()
+    assert not got[0, 30:].any()
+    assert got[1, :, 3].isnan().all()
+    assert not got[1, :, :3].isnan().any()
+
+
+def test_bits_repeat(place, backend) -> None:
+    place.need("average_layers", backend, BF16, "instance", "layer", more=(F32,))
+    layers = place.put(*(random_rows((2, 90, 96), BF16, i) for i in range(3)))
+    index, grad = place.put(lists(40, 4, 30), random_rows((4, 40, 96), BF16, 9))
+    x, rows = place.put(random_rows((200, 96), BF16, 3), torch.arange(200))
+    runs = []
+    for _ in range(2):
+        results = [ops.average_layers(layers, "instance", "layer", None, 1e-5, F32)]
+        results.append(ops.gather_tokens_backward(grad, index, 2, 30))
+        if backend == "triton":  # native has no loss on a GPU
+            results += [*ops.masked_regression_loss(x, x.flip(0), rows, rows, 0.0, 1.0)]
+            results += [*ops.layer_norm_gelu_backward(x, x.flip(0).contiguous(), x[0], x[1], 1e-5)]
+        runs.append(results)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -1,0 +1,214 @@
+"""The program behind `make gpu`, run without a GPU: records, resuming, what it says of missing pieces, its report."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_bench, gpu_record, gpu_report, gpu_stages, report
+from d2v_kernels import _env
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(_env.triton_interpreter(), reason="of a process without the interpreter")
+
+
+def program(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    environment = {**os.environ, **({} if module == "gpu" else {"TRITON_INTERPRET": "1"})}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_dry_run_writes_records_and_resumes(tmp_path) -> None:
+    arguments = [
+        "--dry",
+        "--output",
+        str(tmp_path),
+        "--stages",
+        "tests",
+        "benchmarks",
+        "report",
+        "--only",
+        "gather_tokens",
+    ]
+    first = program("gpu", *arguments)
+    assert first.returncode == 0, first.stdout + first.stderr
+    records = gpu_record.read_records(tmp_path / "gpu-dry.jsonl")
+    assert [r["stage"] for r in records if r["kind"] == "stage"] == ["tests", "benchmarks", "report"]
+    for r in records:
+        assert r["emulated"] is True
+        assert r["key"] == records[0]["key"]
+        for name in ("date", "commit", "torch", "triton", "gpu", "gpu_state", "build", "sources"):
+            assert name in r["machine"]
+    stage = records[0]
+    assert stage["status"] == "done"
+    assert stage["counts"]["passed"] >= 10
+    assert stage["counts"]["failed"] == 0
+    assert any("needs a GPU" in reason for reason in stage["skip_reasons"])
+    rows = [r for r in records if r["kind"] == "measurement"]
+    assert {r["op"] for r in rows} == {"gather_tokens", "gather_tokens_backward"}
+    for r in rows:
+        assert {"d2v triton", "eager"} <= set(r["seconds"])
+        assert r["bytes"] > 0
+        assert r["chosen"] in ("d2v native", "d2v triton")
+        assert r["ratios"]["eager"] > 0
+        assert r["host_seconds"]["d2v triton"] > 0
+    assert len(list(tmp_path.iterdir())) <= 6
+    words = (tmp_path / "gpu-dry.md").read_text()
+    assert "no measurement" in words
+    assert gpu_report.HEAD not in words
+    again = program("gpu", *arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("done by an earlier run") == 2
+    later = gpu_record.read_records(tmp_path / "gpu-dry.jsonl")
+    assert [r for r in later if r["kind"] == "measurement"] == rows
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path) -> None:
+    """Cases that have a row are not timed again; without the emulated library the row says why ours is missing."""
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--output", str(path), "--key", "k", "--emulated", "-", "--only"]
+    assert program("gpu_bench", *arguments, "gather_tokens tiny").returncode == 0
+    before = gpu_record.read_records(path)
+    (row,) = (r for r in before if r["kind"] == "measurement")
+    assert row["not_run"]["d2v native"] == "the CUDA sources are not built for the CPU"
+    assert row["chosen"] == "d2v triton"
+    path.write_text(path.read_text() + '{"kind": "measurement", "op": "cut o')
+    assert gpu_record.keep_records(path, "k") == before
+    assert gpu_record.keep_records(path, "k") == before
+    done = program("gpu_bench", *arguments, "gather_tokens")
+    assert "gather_tokens_backward" in done.stdout
+    assert "measurement  gather_tokens tiny" not in done.stdout
+    used_up = program("gpu_bench", *arguments, "restore", "--budget", "0")
+    assert used_up.returncode == 3
+    assert "1 of 1 cases left" in used_up.stdout
+    assert gpu_record.keep_records(path, "other") == []
+
+
+def test_missing_pieces_are_named(monkeypatch, tmp_path) -> None:
+    find = gpu.importlib.util.find_spec
+    absent = {"triton", "pytest", "matplotlib"}
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
+    missing = gpu.find_missing()
+    assert absent <= set(missing)
+    assert missing["nvcc"] == "the CUDA operators"
+    run = gpu_stages.Run(tmp_path, "gpu", "k", False, missing=missing)
+    assert gpu_stages.tests(run, 10.0) == {"status": "skipped", "reason": "pytest is not installed"}
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name, path=None: None)
+    assert gpu_stages.sanitizer(run, 10.0)["status"] == "skipped"
+    assert run.missing["compute-sanitizer"] == "the sanitizer stage"
+    absent.add("torch")
+    with pytest.raises(SystemExit, match="has no torch or no numpy; choose another with PYTHON="):
+        gpu.find_missing()
+
+
+def test_without_a_gpu_it_says_so(tmp_path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = program("gpu", "--output", str(tmp_path))
+    assert done.returncode == 1
+    assert "sees no NVIDIA GPU (`make gpu-dry` needs none)" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_child_is_stopped_at_its_limit() -> None:
+    begin = time.monotonic()
+    code = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '60'])"
+    status, output = gpu_stages.run_child([sys.executable, "-c", code], 1.5, {"PATH": "/usr/bin:/bin"})
+    assert status is None
+    assert "begun" in output
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "word", "reason"),
+    [
+        (0, "ran native gather_tokens\n========= ERROR SUMMARY: 0 errors\n", "done", None),
+        (99, "ran native gather_tokens\n========= ERROR SUMMARY: 3 errors\n", "failed", "3 errors"),
+        (99, "ran a b\n========= RACECHECK SUMMARY: 2 hazards displayed\n", "failed", "2 errors"),
+        (1, "========= Error: Device not supported. Please refer\n", "skipped", "Error: Device not supported"),
+        (None, "ran native gather_tokens\n", "timed out", "stopped after 1 operators"),
+    ],
+)
+def test_what_a_sanitizer_says(status, output, word, reason) -> None:
+    got = gpu_stages._sanitizer_outcome(status, output)
+    assert got["status"] == word
+    assert got.get("reason", "").startswith(reason or "")
+    assert ("reason" in got) == (reason is not None)
+
+
+def row(**changes) -> dict:
+    base = {
+        "kind": "measurement",
+        "op": "average_layers",
+        "case": "c",
+        "dtype": "bfloat16",
+        "bytes": 430_000_000,
+        "flops": 0,
+        "seconds": {"d2v native": {"median": 1.05e-4}, "eager": {"median": 2.1e-3}},
+        "host_seconds": {"d2v native": 9e-6},
+        "not_run": {"compile": "too slow"},
+        "chosen": "d2v native",
+        "ceiling_bytes_per_second": 4.3e12,
+        "goals": {"eager": 10.0, "compile": 2.0, "ceiling": 0.9},
+        "ratios": {"eager": 20.0},
+        "share_of_ceiling": 0.952,
+        "emulated": False,
+        "machine": {"gpu": "G", "torch": "2", "date": "2026-01-01"},
+    }
+    return {**base, **changes}
+
+
+def test_goals() -> None:
+    assert gpu_report.missed_goals(row()) == ["compile not measured"]
+    assert gpu_report.missed_goals(row(share_of_ceiling=0.5, goals={"ceiling": 0.9})) == ["50% of the copy rate < 90%"]
+    assert gpu_report.missed_goals(row(goals={"eager": 30.0})) == ["20.00x eager < 30"]
+    assert gpu_report.missed_goals(row(goals={}, host_seconds={"d2v native": 2e-5})) == ["host 20.0 us > 10"]
+    short = row(
+        bytes=43_000_000, seconds={"d2v native": {"median": 1.3e-5}}, share_of_ceiling=0.77, goals={"ceiling": 0.9}
+    )
+    assert gpu_report.missed_goals(short) == []
+    short["seconds"]["d2v native"]["median"] = 1.5e-5
+    assert gpu_report.missed_goals(short) == ["15.0 us > floor 10.0 + 4"]
+
+
+def test_emulated_records_are_never_measurements(tmp_path, capsys) -> None:
+    fake = row(emulated=True, case="emulated case")
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in (row(), fake)))
+    report.main([str(path), str(ROOT / "benchmarks/results/cpu.jsonl"), "--markdown"])
+    out = capsys.readouterr()
+    assert out.out.count("| `average_layers` | c |") == 1
+    assert "105.0" in out.out
+    assert "MaskSampler" in out.out  # the CPU run's own table
+    assert "emulated case" not in out.out
+    assert "left out: 1 emulated records" in out.err
+    assert "emulated case" not in gpu_report.table(gpu_report.measurements([row(), fake]))
+    assert "no measurement" in gpu_report.document([fake])
+    gpu_report.roofline_plot([row(), fake], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_contenders_are_compared_first() -> None:
+    x = torch.tensor([1.0, -4.0])
+    assert gpu_bench.difference([x], [x + torch.tensor([0.0, 0.4])]) == pytest.approx(0.4 / 3.6)
+    assert gpu_bench.difference([x], [x[:1]]) == math.inf
+    assert gpu_bench.difference([x * math.nan], [x]) == math.inf
+
+
+def test_cases_have_names_of_their_own() -> None:
+    from benchmarks import gpu_cases
+
+    for cases in (gpu_cases.published_cases(), gpu_cases.tiny_cases()):
+        names = [(c.op, c.name, c.dtype) for c in cases]
+        assert len(set(names)) == len(names)
+        assert all(c.bytes > 0 for c in cases)
+    assert {c.registered for c in gpu_cases.tiny_cases()} == {c.registered for c in gpu_cases.published_cases()}

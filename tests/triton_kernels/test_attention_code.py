@@ -1,0 +1,84 @@
+"""What Triton makes of the attention kernels for GPUs that are not here, and their launch choice."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from codegen.toolchain import find_cuobjdump
+from triton_kernels.conftest import ARCHITECTURES, OLDER, run_child
+
+from d2v_kernels import _env
+from d2v_kernels.backends.triton import launch
+
+pytestmark = pytest.mark.skipif(_env.triton_interpreter(), reason="of a process without the interpreter")
+KERNELS = {"attention_kernel", "attention_dq_kernel", "attention_dkdv_kernel"}
+LEAST_SHARED = 99 * 1024  # what one block gets on the smallest GPUs named (sm_86, sm_89, sm_120)
+
+
+@pytest.fixture(scope="module", params=["installed", "3.6.0"])
+def compiled(request, needs_triton, triton_cache, tmp_path_factory) -> tuple[Path, dict]:
+    before, architectures = "", ARCHITECTURES
+    if request.param != "installed":
+        if not OLDER.is_dir():
+            pytest.skip(f"no triton {request.param} in {OLDER}")
+        before, architectures = str(OLDER), (90,)
+    folder = tmp_path_factory.mktemp("attention")
+    done = run_child(
+        "-m", "triton_kernels.attention_compile", str(folder), *map(str, architectures), BEFORE=before,
+        TRITON_CACHE_DIR=triton_cache,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads((folder / "report.json").read_text())
+    assert {k["architecture"] for k in report["kernels"]} == set(architectures)
+    return folder, report
+
+
+def test_kernels(compiled) -> None:
+    """16-byte loads of rows, tensor cores in every product, shared memory that any GPU named has."""
+    folder, report = compiled
+    assert {k["name"] for k in report["kernels"]} == KERNELS
+    for kernel in report["kernels"]:
+        ptx, where = (folder / f"{kernel['file']}.ptx").read_text(), kernel["file"]
+        wide = re.findall(r"ld\.global[\w.:]*\.v(?:4\.\w32|2\.\w64)|cp\.async\.cg", ptx)
+        assert wide, where
+        assert not re.search(r"ld\.global[\w.:]*\.b16", ptx), f"{where}: rows of half precision two bytes at a time"
+        assert re.search(r"wgmma\.mma|mma\.sync|tcgen05\.mma", ptx), where
+        assert not re.search(r"\s(atom|red)\.", ptx), f"{where}: atomics"
+        assert kernel["shared"] <= LEAST_SHARED, f"{where}: {kernel['shared']} bytes of shared memory"
+
+
+def test_no_local_memory(compiled) -> None:
+    tool = find_cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump in nvidia-cuda-cuobjdump, in triton or in a CUDA toolkit")
+    folder, report = compiled
+    for kernel in report["kernels"]:
+        cubin = str(folder / f"{kernel['file']}.cubin")
+        done = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True)
+        found = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", done.stdout + done.stderr)
+        assert found, done.stdout + done.stderr
+        assert found.groups() == ("0", "0"), (
+            f"triton {report['triton']}, {kernel['file']}: stack, local {found.groups()}"
+        )
+
+
+def test_other_sizes_compile_nothing_new(compiled) -> None:
+    assert compiled[1]["compiled_for_other_sizes"] == 0
+
+
+@pytest.mark.parametrize("width", [1, 16, 31, 32, 64, 80, 96, 128])
+@pytest.mark.parametrize("size", [2, 4])
+def test_launch(width, size) -> None:
+    for choose in (launch.attention, launch.attention_dq, launch.attention_dkdv):
+        tile = choose(width, size)
+        for n in (tile.queries, tile.keys, tile.channels, tile.warps):
+            assert n & (n - 1) == 0
+        assert tile.queries >= 16 and tile.keys >= 16 and tile.channels >= max(16, width)  # smallest product
+        assert tile.keys % 4 == 0  # one call of Philox decides on four keys
+        assert tile.stages >= 1
+    assert launch.attention(64, 2) == launch.AttentionTile(64, 64, 64, 4, 2)
+    assert launch.attention(80, 2).channels == 128
