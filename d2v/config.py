@@ -139,6 +139,8 @@ class Encoder:
     """Initial factor on the slopes; negative factors count as 0."""
     alibi_heads: int | None = None
     """Heads that have the bias, the first ones; unset: all."""
+    alibi_distance: Literal["sequence", "manhattan", "euclidean"] = "sequence"
+    """Distance of two tokens: in the sequence, or of two patches on their grid."""
     alibi_per_head: bool = True
     """One factor for each head, or one for all."""
     alibi_per_layer: bool = False

@@ -37,6 +37,9 @@ def check_model(config: Config) -> None:
     fixed = stem.positions == "sincos"
     require(fixed or not config.decoder.positions_masked, "decoder.positions_masked", "False without sincos", config)
     require(fixed or not config.decoder.positions_all, "decoder.positions_all", "False without sincos", config)
-    require(config.encoder.alibi == "none" or sequence, "encoder.alibi", "none for vision", config)
-    heads = config.encoder.alibi_heads
+    grid = config.encoder.alibi_distance != "sequence"
+    require(not (grid and sequence), "encoder.alibi_distance", "sequence unless vision", config)
+    both = stem.positions == "relative" and config.encoder.alibi != "none"
+    require(not both, "encoder.alibi", "none with relative positions", config)
+    heads = config.encoder.alibi_heads if config.encoder.alibi != "none" else None
     require(heads is None or 1 <= heads <= config.encoder.heads, "encoder.alibi_heads", "1 to encoder.heads", config)

@@ -23,8 +23,20 @@ class Surroundings:
     """ALiBi slopes and places of the tokens, without scale; None: no ALiBi."""
     scales: Tensor | None = None
     """(L,H) or (1,H): ALiBi's scale of each block, prenet blocks first, or of all."""
+    distances: Tensor | None = None
+    """(N or 1, E+T, E+T): what ALiBi takes for |place - place| where tokens stand on a grid; None: the places."""
     table: Tensor | None = None
     """(H,E+T,E+T): bias of all pairs of tokens, for relative positions; None: none."""
+
+    def bias_of(self, index: int) -> Tensor | None:
+        """(N or 1, H, E+T, E+T) of one block, where attention cannot compute it from places."""
+        if self.table is not None:
+            return self.table[None]
+        alibi = self.alibi_of(index)
+        if self.distances is None or alibi is None or alibi.scale is None:
+            return None
+        slopes = alibi.slopes * alibi.scale.clamp_min(0.0)
+        return -slopes[:, None, None] * self.distances[:, None]
 
     def alibi_of(self, index: int) -> Alibi | None:
         """ALiBi of one block."""
@@ -39,11 +51,12 @@ ALONE = Surroundings()
 
 def mix_tokens(q: Tensor, k: Tensor, v: Tensor, around: Surroundings, index: int, dropout: float) -> Tensor:
     """Attention of block `index`; all (N,T,H,D). Padding is never a key; as a query it sees what the others see."""
-    if around.table is None:
+    bias = around.bias_of(index)
+    if bias is None:
         return attend(q, k, v, valid=around.lengths, alibi=around.alibi_of(index), dropout=dropout)
-    # Relative positions come with images: full rows, one bias for all of them.
+    # Of patches on a grid: short rows without padding.
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, around.table.to(q.dtype), dropout).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout).transpose(1, 2)
 
 
 class Attention(nn.Module):

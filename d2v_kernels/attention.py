@@ -276,7 +276,10 @@ def _operator_limits(request: Request, backend: str) -> list[str]:
     if forced in ("reference", "triton") and forced != backend:
         return [f"backend {forced} is forced"]
     case = registry.Case("attention", request.device, (request.dtype,), (str(request.width),))
-    return next(b for b in registry.backends() if b.name == backend).why_not(case)
+    reasons = next(b for b in registry.backends() if b.name == backend).why_not(case)
+    if not reasons and (chosen := registry.choose(case, forced).name) != backend:
+        return [f"the operator takes its backend {chosen} here; use_backend chooses another"]
+    return reasons
 
 
 _LIMITS: dict[str, Callable[[Request], list[str]]] = {

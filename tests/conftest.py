@@ -14,3 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--other-python", action="append", default=[], metavar="PYTHON",
         help="an interpreter with torch 2.10 or newer under which the portable wheel is tried; may be repeated",
     )  # fmt: skip
+    parser.addoption(
+        "--data", default=None, metavar="DIR",
+        help="a folder of recorded speech for the acceptance of the speech recipes; unset: generated sounds",
+    )  # fmt: skip

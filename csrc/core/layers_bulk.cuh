@@ -1,5 +1,7 @@
 // Instance norm in one read by bulk copies, for GPUs that have them: a sample's time may be spread over the blocks of a
-// cluster, so that samples beyond the reach of one block are read once, too.
+// cluster, so that samples beyond the reach of one block are read once, too. Bytes moved are K s + s_o an element, the
+// fewest there can be (s of a layer, s_o of the output); time steps beyond a length are left out but for those of the
+// box that it cuts.
 #pragma once
 #include "bulk.cuh"
 #include "layers_instance.cuh"

@@ -83,7 +83,8 @@ def _refuse_modality(modality: Section, name: str) -> None:
         modality.only("local_grad_mult", 1)
         modality.read.add("encoder_zero_mask")  # masked tokens are removed
     if name == "image":
-        modality.only("use_alibi_encoder", False)
+        modality.only("alibi_dims", 2, 1)
+        modality.only("alibi_distance", "manhattan", "euclidean")
     if name == "text":
         modality.only("learned_pos", True)
 
@@ -143,6 +144,7 @@ def _encoder_second(model: Section, modality: Section, name: str, width: int) ->
         alibi=("learned" if learned else "fixed") if modality.get("use_alibi_encoder", False) else "none",
         alibi_scale=float(modality.get("alibi_scale", 1.0)),
         alibi_heads=modality.get("num_alibi_heads", heads),
+        alibi_distance=_alibi_distance(modality, name),
         alibi_per_head=bool(modality.get("learned_alibi_scale_per_head", False)),
         alibi_per_layer=bool(modality.get("learned_alibi_scale_per_layer", False)),
         extra_tokens=modality.get("num_extra_tokens", 0),
@@ -153,6 +155,12 @@ def _encoder_second(model: Section, modality: Section, name: str, width: int) ->
         layer_drop=model.get("layerdrop", 0.0),
         drop_path=model.get("end_drop_path_rate", 0.0),
     )
+
+
+def _alibi_distance(modality: Section, name: str) -> Any:
+    if name != "image" or modality.get("alibi_dims", 2) == 1:
+        return "sequence"
+    return modality.get("alibi_distance", "manhattan")
 
 
 def _decoder_second(decoder: Section, name: str) -> Decoder:

@@ -12,14 +12,37 @@ from ..config import Encoder
 from ..encoder import Surroundings
 
 
+def grid_distances(grid: tuple[int, int], kind: str) -> Tensor:
+    """(T,T) float32: distances of all pairs of patches, row by row; "manhattan" or "euclidean"."""
+    row = torch.arange(grid[0]).repeat_interleave(grid[1]).float()
+    column = torch.arange(grid[1]).repeat(grid[0]).float()
+    down, across = (row[:, None] - row).abs(), (column[:, None] - column).abs()
+    return down + across if kind == "manhattan" else torch.hypot(down, across)
+
+
 class AlibiScale(nn.Module):
     """Slopes of ALiBi, and their factors that are learned, or fixed."""
 
     slopes: Tensor
     scale: Tensor
 
-    def __init__(self, config: Encoder) -> None:
+    distances: Tensor | None
+
+    def __init__(self, config: Encoder, grid: tuple[int, int] | None = None) -> None:
+        """
+        Args:
+            config: heads, and which factors there are.
+            grid: rows and columns of patches, for distances on a grid.
+        """
         super().__init__()
+        distances = None
+        if config.alibi_distance != "sequence":
+            if grid is None:
+                raise ValueError(
+                    f"encoder.alibi_distance: expected sequence without a grid, got {config.alibi_distance}"
+                )
+            distances = grid_distances(grid, config.alibi_distance)
+        self.register_buffer("distances", distances, persistent=False)
         count = config.alibi_heads if config.alibi_heads is not None else config.heads
         layers = config.prenet_depth + config.depth if config.alibi_per_layer else 1
         # The published shape: blocks, batch, heads, queries, keys.
@@ -32,22 +55,33 @@ class AlibiScale(nn.Module):
         slopes = F.pad(alibi_slopes(count, scale.device), (0, config.heads - count))
         self.register_buffer("slopes", slopes, persistent=False)
 
-    def surround(self, lengths: Tensor | None, places: Tensor) -> Surroundings:
-        """`Surroundings` of tokens at `places` (N,V)."""
+    def surround(self, lengths: Tensor | None, places: Tensor, extra: int = 0) -> Surroundings:
+        """`Surroundings` of tokens at `places` (N,V), behind `extra` tokens that have no place."""
         heads = self.slopes.shape[0]
         scales = self.scale.float().flatten(1)
         if scales.shape[1] > 1:
             scales = F.pad(scales, (0, heads - scales.shape[1]))
-        return Surroundings(lengths=lengths, alibi=Alibi(self.slopes.float(), places), scales=scales)
+        alibi = Alibi(self.slopes.float(), places)
+        if self.distances is None:
+            return Surroundings(lengths=lengths, alibi=alibi, scales=scales)
+        index = places.long()
+        distances = self.distances[index[:, :, None], index[:, None, :]]
+        distances = F.pad(distances, (extra, 0, extra, 0))
+        return Surroundings(lengths=lengths, alibi=alibi, scales=scales, distances=distances)
 
 
 class Positions(nn.Module):
     """No positions of its own; the base of those that have some. May hold an ALiBi."""
 
-    def __init__(self, config: Encoder) -> None:
+    def __init__(self, config: Encoder, grid: tuple[int, int] | None = None) -> None:
+        """
+        Args:
+            config: extra tokens, ALiBi, width.
+            grid: rows and columns of patches.
+        """
         super().__init__()
         self.extra = config.extra_tokens
-        self.alibi = AlibiScale(config) if config.alibi != "none" else None
+        self.alibi = AlibiScale(config, grid) if config.alibi != "none" else None
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Features (B,T,C) with positions; `lengths`: (B,) tokens before the padding, on the host."""
@@ -78,7 +112,7 @@ class Positions(nn.Module):
             return Surroundings(lengths=lengths)
         if places is None:
             places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        return self.alibi.surround(lengths, places)
+        return self.alibi.surround(lengths, places, self.extra)
 
 
 class SequencePositions(Positions):

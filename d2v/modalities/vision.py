@@ -87,7 +87,7 @@ class SinCosPositions(Positions):
             grid: rows and columns of patches.
             scale: factor on the table; 0 adds no positions. Published: 1.
         """
-        super().__init__(config)
+        super().__init__(config, grid)
         self.enabled = scale != 0.0
         tokens, width = grid[0] * grid[1], config.width
         table = scale * sincos_positions(width, grid) if self.enabled else torch.zeros(tokens, width)

@@ -56,8 +56,8 @@ def test_documents_of_a_text_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\nline\r\n\n \t\n\ntwo \n\nbad \xff\xfe here\n\nthree")
     found, rejected = read(path)
-    assert found == ["one\nline", "two", "three"] or found == ["one\nline", "two", "three"]
-    assert rejected == [(":7", "not UTF-8 from byte 4")]
+    assert found == ["one\nline", "two", "three"]
+    assert rejected == [(":8", "not UTF-8 from byte 4")]
     for empty in (b"", b"\n \n"):
         path.write_bytes(empty)
         assert read(path) == ([], [("", "no text")])
@@ -156,9 +156,8 @@ def test_a_stream_of_full_blocks(text: Path, tokenizer: Path, tmp_path: Path) ->
     assert {len(source.block(i)) for i in range(len(source))} == {32}
     assert {int(source.block(i)[0]) for i in range(len(source))} == {0}
     assert source.left_out == {"blocks shorter than 32 tokens": 1}
-    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_bytes() == (
-        tokenizer / "tokenizer.json"
-    ).read_bytes()
+    kept = tmp_path / "run" / "tokenizer" / "tokenizer.json"
+    assert kept.read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
 
 
 def test_blocks_of_documents_are_padded(text: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -232,7 +231,7 @@ def test_text_that_is_too_short(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "a.txt").write_text("\xff", encoding="latin-1")
     with pytest.raises(ValueError, match=r"expected text in 1 files, found none, for example .*a\.txt:1: not UTF-8"):
         open_blocks(config(tokenizer=str(tokenizer)), tmp_path / "a.txt", tmp_path / "run")
-    assert [p for p in (tmp_path / "run").rglob("*") if p.name.startswith((".partial", "tokens"))] == []
+    assert [p for p in (tmp_path / "run").rglob("*") if p.name.startswith(".partial")] == []
 
 
 def test_labelled_texts(tmp_path: Path, tokenizer: Path) -> None:

@@ -52,10 +52,10 @@ def test_operator(place, dtype, shape, dropout) -> None:
         gradients = ops.attention_backward(place.put(grad), *there, out, log_sum, *moved)
         again = ops.attention_backward(place.put(grad), *there, out, log_sum, *moved)
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
-    compare([out, log_sum], *both(reference.attention, *inputs, *rest))
+    compare([out, log_sum], *both(reference.attention, *inputs, *rest), factor=12.0)
     # The gradient is that of the rounded result: give the reference the same one.
     given = (out.cpu(), log_sum.cpu())
-    compare(gradients, *both(reference.attention_backward, grad, *inputs, *given, *rest), factor=12.0)
+    compare(gradients, *both(reference.attention_backward, grad, *inputs, *given, *rest), factor=20.0)
 
 
 def test_rows_without_keys(place) -> None:
@@ -83,32 +83,35 @@ def leaves(inputs: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("engine", ["xformers", "varlen", "sdpa", "triton"])
-def test_packed_engines_agree(gpu, engine) -> None:
+def test_packed_engines(gpu, engine) -> None:
+    """Against float32 on the CPU."""
     request = attention.Request("cuda", torch.bfloat16, 64, packed=True)
     if reasons := attention.why_not_engine(engine, request):
         pytest.skip("; ".join(reasons))
     inputs, _, grad = make(1, 200, 2, 64, torch.bfloat16)
-    packed = pack_lengths([3, 0, 117, 80], gpu)
     results = []
-    for name in (engine, "reference"):
-        x = [t[0].detach().requires_grad_() for t in leaves(inputs, gpu)]
-        y = attend(*x, packed=packed, engine=name)
-        results.append([y.detach(), *torch.autograd.grad(y, x, grad[0].to(gpu))])
+    for device, dtype, name in ((gpu, torch.bfloat16, engine), (torch.device("cpu"), torch.float32, "auto")):
+        x = [t[0].to(dtype).detach().requires_grad_() for t in leaves(inputs, device)]
+        y = attend(*x, packed=pack_lengths([3, 0, 117, 80], device), engine=name)
+        results.append([y.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(y, x, grad[0].to(device, dtype)))])
     near(*results)
 
 
 @pytest.mark.parametrize("engine", ["triton", "flex"])
-def test_bias_engines_agree(gpu, engine) -> None:
+def test_engines_with_a_bias(gpu, engine) -> None:
+    """Against float32 on the CPU; a negative scale has no gradient."""
     request = attention.Request("cuda", torch.bfloat16, 64, alibi=True, masked=True)
     if reasons := attention.why_not_engine(engine, request):
         pytest.skip("; ".join(reasons))
     inputs, bias, grad = make(2, 130, 4, 64, torch.bfloat16)
     results = []
-    for name in (engine, "reference"):
-        x, scale = leaves(inputs, gpu), torch.linspace(-0.5, 1.0, 4, device=gpu).requires_grad_()
-        alibi = Alibi(alibi_slopes(4, gpu), bias[1].to(gpu), scale)
-        y = attend(*x, alibi=alibi, valid=bias[2].to(gpu), engine=name)
-        results.append([y.detach(), *torch.autograd.grad(y, [*x, scale], grad.to(gpu))])
+    for device, dtype, name in ((gpu, torch.bfloat16, engine), (torch.device("cpu"), torch.float32, "auto")):
+        x = [t.to(dtype).detach().requires_grad_() for t in leaves(inputs, device)]
+        scale = torch.linspace(-0.5, 1.0, 4, device=device).requires_grad_()
+        alibi = Alibi(alibi_slopes(4, device), bias[1].to(device), scale)
+        y = attend(*x, alibi=alibi, valid=bias[2].to(device), engine=name)
+        gradients = torch.autograd.grad(y, [*x, scale], grad.to(device, dtype))
+        results.append([y.detach().cpu(), *(g.cpu() for g in gradients)])
     near(*results)
     assert results[0][-1][0] == 0.0
 

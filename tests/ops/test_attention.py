@@ -139,7 +139,7 @@ def test_accuracy(backend, n, t, h, d, dtype, extra, lengths, valid, alibi, join
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_several_blocks(backend, dtype) -> None:
     """Longer than a block of queries and of keys, in every head width of the published models' range."""
-    for d, t in ((16, 130), (80, 97), (128, 65)):
+    for d, t in ((16, 130), (80, 65), (128, 65)):
         check(make_case(1, t, 2, d, dtype, extra=1, lengths=False, joint=True, seed=d), backend)
 
 
@@ -156,7 +156,7 @@ def weights(case: Case, backend: str, dropout: float) -> Tensor:
 @pytest.mark.parametrize("dropout", [0.1, 0.6])
 def test_dropout(backend, dropout) -> None:
     """The weights that are dropped, seen through unit vectors, are those of the gradients, too."""
-    case = make_case(2, 61, 2, 64, torch.float32, extra=1)
+    case = make_case(2, 61, 2, 61, torch.float32, extra=1)
     case["slopes"] = case["slopes"] * 0.01
     plain, dropped = (weights(case, backend, p)[..., :61] for p in (0.0, dropout))
     kept = dropped != 0.0
@@ -212,7 +212,7 @@ def test_nan_in_padding_is_not_read(backend, by) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bits_repeat(backend) -> None:
-    case = make_case(2, 70, 3, 32, torch.float32, extra=1, lengths=True)
+    case = make_case(2, 70, 1, 16, torch.float32, extra=1, lengths=True)
     assert all(torch.equal(a, b) for a, b in zip(run(case, backend, 0.2), run(case, backend, 0.2), strict=True))
 
 

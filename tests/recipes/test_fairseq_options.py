@@ -49,6 +49,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no_positions": {"fixed_positions": False},
     "widths": {"embed_dim": 24, "num_heads": 3, "mlp_ratio": 2.5, "decoder_groups": 2, "decoder_dim": 24},
     "one_head_odd_grid": {"num_heads": 1, "input_size": 20, "in_chans": 1},
+    "alibi_on_the_grid": {"use_alibi_encoder": True},
+    "alibi_euclidean_of_each_layer": {
+        "use_alibi_encoder": True, "alibi_distance": "euclidean", "learned_alibi_scale_per_layer": True,
+    },
+    "alibi_of_the_sequence": {"use_alibi_encoder": True, "alibi_dims": 1, "num_extra_tokens": 0, "cls_loss": 0},
     "constant_decay": {"ema_decay": 0.95, "ema_end_decay": 0.95},
 }  # fmt: skip
 
@@ -124,7 +129,7 @@ def test_unequal_counts_follow_row_0() -> None:
     ("option", "value"),
     [
         ("keep_masked_pct", 0.1),
-        ("use_alibi_encoder", True),
+        ("learned_alibi", True),
         ("transformer_decoder", True),
         ("prenet_layerdrop", 0.1),
         ("local_grad_mult", 0.5),

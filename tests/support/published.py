@@ -29,6 +29,9 @@ IMAGE_DEFAULTS: dict[str, Any] = {
     "prenet_depth": 1, "num_extra_tokens": 1, "mask_noise_std": 0.01, "mask_prob": 0.75, "inverse_mask": True,
     "mask_prob_adjust": 0.07, "mask_length": 2, "ema_local_encoder": True, "input_size": 16, "in_chans": 3,
     "patch_size": 4, "embed_dim": 16, "fixed_positions": True, "prenet_dropout": 0,
+    "use_alibi_encoder": False, "alibi_dims": 2, "alibi_distance": "manhattan", "alibi_scale": 1.0,
+    "learned_alibi_scale": True, "learned_alibi_scale_per_head": True, "learned_alibi_scale_per_layer": False,
+    "num_alibi_heads": 2,
 }  # fmt: skip
 DECODER_DEFAULTS: dict[str, Any] = {
     "decoder_dim": 16, "decoder_groups": 4, "decoder_kernel": 3, "decoder_layers": 2, "input_dropout": 0.0,
@@ -84,6 +87,9 @@ def make_tensors(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
         )
         inputs = decoder["decoder_dim"]
     layer(IMAGE + "decoder.proj", width, inputs)
+    if image["use_alibi_encoder"]:
+        rows = image["prenet_depth"] + config["depth"] if image["learned_alibi_scale_per_layer"] else 1
+        shapes[IMAGE + "alibi_scale"] = (rows, 1, image["num_alibi_heads"], 1, 1)
     if image["num_extra_tokens"]:
         shapes[IMAGE + "extra_tokens"] = (1, image["num_extra_tokens"], width)
     if image["fixed_positions"]:
@@ -130,7 +136,28 @@ class PublishedStep:
     def norm(self, p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], p.get(name + ".weight"), p.get(name + ".bias"), self.config["norm_eps"])
 
-    def block(self, p: dict[str, Tensor], name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    def bias(self, p: dict[str, Tensor], layer: int, keep: Tensor | None, rows: int) -> Tensor | float:
+        """ALiBi of one block, for the kept patches; zero for extra tokens."""
+        image = self.image
+        if not image["use_alibi_encoder"]:
+            return 0.0
+        side, heads, extra = (
+            image["input_size"] // image["patch_size"],
+            image["num_alibi_heads"],
+            image["num_extra_tokens"],
+        )
+        place = torch.arange(side * side).expand(rows, -1) if keep is None else keep
+        down = (place[:, :, None] // side - place[:, None, :] // side).abs().double()
+        across = (place[:, :, None] % side - place[:, None, :] % side).abs().double()
+        distance = down + across if image["alibi_distance"] == "manhattan" else (down**2 + across**2).sqrt()
+        if image["alibi_dims"] == 1:
+            distance = (place[:, :, None] - place[:, None, :]).abs().double()
+        slopes = torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], dtype=torch.float64)
+        scale = p[IMAGE + "alibi_scale"].clamp_min(0)
+        bias = -slopes.view(1, -1, 1, 1) * distance[:, None] * scale[layer if len(scale) > 1 else 0]
+        return F.pad(bias, (extra, 0, extra, 0))
+
+    def block(self, p: dict[str, Tensor], name: str, x: Tensor, bias: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
         def linear(part: str, x: Tensor) -> Tensor:
             return F.linear(x, p[f"{name}{part}.weight"], p[f"{name}{part}.bias"])
 
@@ -138,7 +165,7 @@ class PublishedStep:
             n, t, c = x.shape
             heads = self.config["num_heads"]
             q, k, v = (y.view(n, t, heads, c // heads).transpose(1, 2) for y in linear("attn.qkv", x).split(c, dim=2))
-            weights = (q * (c // heads) ** -0.5 @ k.transpose(2, 3)).softmax(dim=3)
+            weights = (q * (c // heads) ** -0.5 @ k.transpose(2, 3) + bias).softmax(dim=3)
             return linear("attn.proj", (weights @ v).transpose(1, 2).reshape(n, t, c))
 
         def mlp(x: Tensor) -> Tensor:
@@ -168,14 +195,15 @@ class PublishedStep:
         if not self.config["layer_norm_first"]:
             x = self.norm(p, IMAGE + "context_encoder.norm", x)
         for i in range(self.image["prenet_depth"]):
-            x, _ = self.block(p, f"{IMAGE}context_encoder.blocks.{i}.", x)
+            x, _ = self.block(p, f"{IMAGE}context_encoder.blocks.{i}.", x, self.bias(p, i, keep, len(x)))
         return x
 
     def targets(self, images: Tensor) -> Tensor:
         x = self.context(self.teacher, images, None, 1)
         tensors = []
         for i in range(self.config["depth"]):
-            x, target = self.block(self.teacher, f"blocks.{i}.", x)
+            bias = self.bias(self.teacher, self.image["prenet_depth"] + i, None, len(x))
+            x, target = self.block(self.teacher, f"blocks.{i}.", x, bias)
             tensors.append(target[:, self.image["num_extra_tokens"] :])
         tensors = tensors[-self.config["average_top_k_layers"] :]
         if self.config["batch_norm_target_layer"]:
@@ -213,7 +241,8 @@ class PublishedStep:
         order = mask.to(torch.uint8).argsort(dim=1, stable=True)
         x = self.context(p, images, order[:, :visible], clones)
         for i in range(config["depth"]):
-            x, _ = self.block(p, f"blocks.{i}.", x)
+            bias = self.bias(p, self.image["prenet_depth"] + i, order[:, :visible], len(x))
+            x, _ = self.block(p, f"blocks.{i}.", x, bias)
         if config["layer_norm_first"]:
             x = self.norm(p, "norm", x)
         extra = self.image["num_extra_tokens"]

@@ -1,0 +1,90 @@
+"""`d2v import` and `d2v export`, and the loading example that exports carry."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import d2v
+from d2v import recipes
+from d2v.convert import export_checkpoint, import_checkpoint, write_folder
+from d2v.evaluate import load_model
+from d2v.interop import fairseq
+from d2v.interop.torch_file import read_torch_file
+
+from .test_huggingface import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """An exported data2vec 2.0 image model."""
+    torch.manual_seed(0)
+    tiny = recipes.vision_tiny()
+    config = dataclasses.replace(tiny, stem=dataclasses.replace(tiny.stem, position_scale=1.0))
+    write_folder(d2v.Data2Vec(config), tmp_path / "ours")
+    return tmp_path / "ours"
+
+
+def test_loading_example_runs(image_folder: Path) -> None:
+    example = re.search(r"```python\n(.*?)```", (image_folder / "README.md").read_text(), re.DOTALL)
+    assert example is not None and example[1].count("\n") <= 30
+    done = subprocess.run(
+        [sys.executable, "-c", example[1]], cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 64, 64])" in done.stdout
+
+
+def test_fairseq_there_and_back(image_folder: Path, tmp_path: Path) -> None:
+    export_checkpoint(str(image_folder), "fairseq", str(tmp_path / "m.pt"))
+    said = import_checkpoint(str(tmp_path / "m.pt"), str(tmp_path / "again"))
+    assert "licence" in said and "vision" in said
+    first, second = (fairseq.parameters(load_model(str(f), "cpu")[0]) for f in (image_folder, tmp_path / "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    export_checkpoint(str(tmp_path / "again"), "fairseq", str(tmp_path / "n.pt"))
+    a, b = read_torch_file(tmp_path / "m.pt"), read_torch_file(tmp_path / "n.pt")
+    assert a["cfg"] == b["cfg"] and list(a["model"]) == list(b["model"])
+
+
+def test_half_precision_survives_an_import(image_folder: Path, tmp_path: Path) -> None:
+    export_checkpoint(str(image_folder), "fairseq", str(tmp_path / "m.pt"))
+    state = read_torch_file(tmp_path / "m.pt")
+    state["model"] = {n: t.half() if isinstance(t, torch.Tensor) else t for n, t in state["model"].items()}
+    torch.save(state, tmp_path / "half.pt")
+    import_checkpoint(str(tmp_path / "half.pt"), str(tmp_path / "again"))
+    export_checkpoint(str(tmp_path / "again"), "fairseq", str(tmp_path / "n.pt"))
+    again = read_torch_file(tmp_path / "n.pt")["model"]
+    assert all(torch.equal(t, again[n]) and t.dtype == again[n].dtype for n, t in state["model"].items() if n != "_ema")
+
+
+def test_huggingface_there_and_back(tmp_path: Path) -> None:
+    model = tiny_model("hf_vision")
+    write_folder(model, tmp_path / "ours")
+    export_checkpoint(str(tmp_path / "ours"), "huggingface", str(tmp_path / "theirs"))
+    import_checkpoint(str(tmp_path / "theirs"), str(tmp_path / "again"))
+    images = torch.randn(2, 3, 24, 24)
+    again = load_model(str(tmp_path / "again"), "cpu")[0]
+    torch.testing.assert_close(again.encode(images).features, model.encode(images).features)
+
+
+def test_bad_targets_leave_nothing(image_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError, match=r"1\.0"):
+        export_checkpoint(str(image_folder), "huggingface", str(tmp_path / "x"))
+    with pytest.raises(ValueError, match="format: expected one of safetensors"):
+        export_checkpoint(str(image_folder), "onnx", str(tmp_path / "x"))
+    with pytest.raises(ValueError, match="from: expected a checkpoint file"):
+        import_checkpoint(str(tmp_path / "absent.pt"), str(tmp_path / "x"))
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="checkpoint: expected a file"):
+        import_checkpoint(str(tmp_path / "bad.pt"), str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match="output: expected an absent or empty folder"):
+        export_checkpoint(str(image_folder), "safetensors", str(image_folder))

@@ -1,0 +1,52 @@
+"""Every tiny recipe learns: 200 updates on data of its kind, judged by the monitors of the run.
+
+Speech is generated unless pytest is given a folder of recordings (`--data DIR`); text is Python's own reference, the
+topics of `help()`; images are crops of photographs from the scikit-image package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from support.sounds import write_sounds
+
+from d2v import recipes
+from d2v.data.textures import write_textures
+from d2v.metrics import read_metrics
+from d2v.train import pretrain
+
+STEPS, WINDOW = 200, 20
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, str]:
+    """Path of the data of each modality."""
+    from pydoc_data.topics import topics
+
+    root = tmp_path_factory.mktemp("data")
+    (root / "topics.txt").write_text("\n\n".join(topics.values()), encoding="utf-8")
+    write_textures(root / "textures", seed=0, size=32, counts={"pretrain": 100})
+    given = request.config.getoption("--data")
+    speech = given if given is not None else str(write_sounds(root / "sounds", count=96))
+    return {"speech": speech, "text": str(root / "topics.txt"), "vision": str(root / "textures" / "pretrain")}
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name.endswith("-tiny")])
+def test_a_tiny_recipe_learns(name: str, folders: dict[str, str], tmp_path: Path) -> None:
+    config = recipes.get(name)
+    data = dataclasses.replace(config.data, path=folders[config.stem.modality], workers=0)
+    run = dataclasses.replace(
+        config.run, dir=str(tmp_path / "run"), steps=STEPS, log_every=1, checkpoint_every=STEPS, threads=1, device="cpu"
+    )
+    lines = read_metrics(pretrain(dataclasses.replace(config, data=data, run=run)) / "metrics.jsonl")
+    assert len(lines) == STEPS
+
+    def mean(key: str, first: int) -> float:
+        return float(sum(line[key] for line in lines[first : first + WINDOW]) / WINDOW)
+
+    assert mean("loss", STEPS - WINDOW) <= 0.9 * mean("loss", 0)
+    assert mean("explained_variance", STEPS - WINDOW) >= 0.05
+    assert mean("prediction_std", STEPS - WINDOW) >= 0.2 * mean("target_std", STEPS - WINDOW)
+    assert mean("content_spread", STEPS - WINDOW) >= 0.5 * lines[0]["content_spread"]

@@ -1,0 +1,174 @@
+"""Speech and text through the whole trainer: files, exact resume, probes, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.sounds import write_sounds, write_text
+
+from d2v import recipes
+from d2v.cli import main
+from d2v.config import Config
+from d2v.evaluate import probe
+from d2v.metrics import read_metrics
+from d2v.train import Trainer, pretrain
+
+from .test_train import assert_same_run
+
+RECIPES = ("speech-tiny", "speech1-tiny", "text-tiny", "text1-tiny")
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """make("text-tiny", "run", data={...}) -> a small configuration with data and its run folder in tmp_path."""
+    sounds = write_sounds(tmp_path / "sounds")
+    text = write_text(tmp_path / "text.txt")
+
+    def build(recipe: str, folder: str = "run", **sections: dict[str, Any]) -> Config:
+        base = recipes.get(recipe)
+        path = sounds if recipe.startswith("speech") else text
+        changes: dict[str, dict[str, Any]] = {
+            "encoder": {"width": 16, "heads": 2, "depth": 2, "dropout": 0.1},
+            "mask": {"copies": 2},
+            "target": {"top_k": 2},
+            "optim": {"warmup_steps": 2},
+            "data": {"path": str(path), "valid": str(path), "global_batch": 4, "micro_batch": 2, "workers": 0},
+            "run": {
+                "dir": str(tmp_path / folder), "steps": 7, "log_every": 3, "checkpoint_every": 2, "threads": 1,
+                "device": "cpu",
+            },
+        }  # fmt: skip
+        if base.version == 2:
+            changes["decoder"] = {"layers": 1, "width": 16, "groups": 2}
+        if recipe.startswith("text"):
+            changes["stem"] = {"vocabulary": 300, "max_tokens": 32, "mask_token": 299 if base.version == 1 else None}
+        for name, values in sections.items():
+            changes[name] = {**changes.get(name, {}), **values}
+        parts = {n: dataclasses.replace(getattr(base, n), **values) for n, values in changes.items()}
+        return dataclasses.replace(base, **parts)
+
+    return build
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_stopping_anywhere_and_resuming_is_exact(recipe: str, make: Make, tmp_path: Path) -> None:
+    folder = pretrain(make(recipe, "whole", data={"workers": 1}))
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    assert all(math.isfinite(v) for line in lines for v in line.values() if v is not None)
+    assert lines[-1]["valid_step"] == 6 or lines[-1]["valid_step"] == 7
+    parts = make(recipe, "parts")
+    original = Trainer.run_update
+
+    def then_stop(self: Trainer, batches: Any) -> Any:
+        out = original(self, batches)
+        if self.update in (1, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "run_update", then_stop)
+        for _ in range(2):
+            with pytest.raises(SystemExit):
+                pretrain(parts)
+    pretrain(parts)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    report = json.loads((folder / "data.json").read_text())
+    assert report["bad"] == 0
+    expected = {"8000 Hz to 16000 Hz": 3, "44100 Hz to 16000 Hz": 3} if recipe.startswith("speech") else {}
+    assert report["converted"] == expected
+    allowed = {".json", ".jsonl", ".safetensors", ".bin", ""}
+    assert {p.suffix for p in folder.rglob("*") if p.is_file() and "tensorboard" not in p.parts} <= allowed
+
+
+def test_probe_of_speech(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, sounds = str(pretrain(make("speech-tiny"))), str(tmp_path / "sounds")
+    names = ["random_init", "log_mel"]
+    result = probe(run, sounds, sounds, baselines=names, labels_per_class=2, draws=2, device="cpu", batch=5)
+    assert set(result["knn"]) == {"pretrained", *names}
+    assert (result["classes"], result["train_samples"]) == (3, 12)
+    assert "12 training and 12 test utterances" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="baselines: expected of random_init, log_mel for utterances, got pixels"):
+        probe(run, sounds, sounds, baselines=["pixels"])
+
+
+def test_probe_of_text(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pretrain(make("text1-tiny"))
+    table = tmp_path / "t.tsv"
+    table.write_text(
+        "".join(f"{'kan sota' if i % 2 else 'meer tor lis'} {'nar ' * (i % 5)}\t{i % 2}\n" for i in range(30))
+    )
+    names = ["random_init", "bag_of_words"]
+    result = probe(str(folder), str(table), str(table), baselines=names, draws=2, device="cpu", batch=7)
+    assert result["linear_probe"]["bag_of_words"] == 1.0
+    assert result["test_samples"] == 30
+    inside = next((folder / "checkpoints").iterdir())
+    assert probe(str(inside), str(table), str(table), draws=1, device="cpu")["classes"] == 2
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="checkpoint: expected its tokenizer in one of"):
+        probe(str(folder), str(table), str(table))
+    capsys.readouterr()
+
+
+def test_a_dry_run_leaves_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    path = str(tmp_path / "text.txt")
+    options = ["--data.path", path, "--data.workers", "0", "--data.global-batch", "2", "--run.device", "cpu"]
+    assert main(["pretrain", "text1-tiny", *options, "--dry-run"]) == 0
+    assert "texts" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_other_data_is_not_taken_for_the_same_run(make: Make, tmp_path: Path) -> None:
+    for recipe in ("speech-tiny", "text-tiny"):
+        pretrain(make(recipe, recipe, run={"steps": 2}))
+    sounds = sorted((tmp_path / "sounds" / "ant").iterdir())
+    sounds[0].write_bytes(sounds[1].read_bytes())
+    write_text(tmp_path / "text.txt", seed=9)
+    for recipe in ("speech-tiny", "text-tiny"):
+        with pytest.raises(ValueError, match=r"data\.path: expected the \d+ samples that .* was trained on"):
+            pretrain(make(recipe, recipe, run={"steps": 2}))
+
+
+def test_nothing_is_written_for_input_that_cannot_be_used(make: Make, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("speech-tiny", {"path": missing}),
+        ("speech-tiny", {"path": str(tmp_path / "text.txt")}),
+        ("speech-tiny", {"min_seconds": 5.0}),
+        ("text-tiny", {"path": missing}),
+        ("text-tiny", {"path": str(tmp_path / "sounds")}),
+        ("text-tiny", {"valid": missing}),
+        ("text-tiny", {"tokenizer": missing}),
+        ("text-tiny", {"block_tokens": 4}),
+    ]
+    for recipe, data in cases:
+        with pytest.raises(ValueError, match="expected"):
+            pretrain(make(recipe, data=data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_are_not_text_are_counted(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "texts"
+    write_text(folder / "a.txt")
+    (folder / "b.txt").write_bytes(b"\xff\xfe\n")
+    (folder / "c.txt").write_bytes(b"")
+    run = pretrain(make("text-tiny", data={"path": str(folder), "valid": None}, run={"steps": 2}))
+    listed = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(Path(e["path"]).name, e["reason"]) for e in listed] == [
+        ("b.txt:1", "not UTF-8 from byte 0"),
+        ("c.txt", "no text"),
+    ]
+    assert "note: 2 of 42 cannot be used; for example" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"data\.bad_fraction: .* got 2 of 42"):
+        pretrain(make("text-tiny", "other", data={"path": str(folder), "valid": None, "bad_fraction": 0.01}))
