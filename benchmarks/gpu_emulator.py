@@ -5,6 +5,7 @@ interpreter that of its compiler. For `--dry` runs and their tests; nothing that
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -30,15 +31,25 @@ def build_commands() -> list[list[str]]:
     return [configure, ["cmake", "--build", str(BUILD), "--target", "d2v_emu"]]
 
 
-def build(timeout_s: float) -> str:
+def build(timeout_s: float, environment: dict[str, str]) -> str:
     """Output of the commands; `RuntimeError` with it when one fails."""
     output = ""
     for command in build_commands():
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+        # Popen looks for a program on the caller's own PATH, not on the one it hands on.
+        command[0] = shutil.which(command[0], path=environment.get("PATH")) or command[0]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, env=environment)
         output += done.stdout + done.stderr
         if done.returncode != 0:
             raise RuntimeError(output)
     return output
+
+
+def is_current() -> bool:
+    """True where the library is built and no source is newer."""
+    if not LIBRARY.exists():
+        return False
+    built = LIBRARY.stat().st_mtime
+    return all(p.stat().st_mtime <= built for p in (ROOT / "csrc").rglob("*") if p.is_file())
 
 
 def install(library: Path | None) -> None:

@@ -50,19 +50,21 @@ class Run:
         """Arguments for children that need to know."""
         if not self.emulated:
             return []
-        return ["--emulated", str(gpu_emulator.LIBRARY) if gpu_emulator.LIBRARY.exists() else "-"]
+        return ["--emulated", str(gpu_emulator.LIBRARY) if gpu_emulator.is_current() else "-"]
 
     def environment(self, **more: str) -> dict[str, str]:
-        """The caller's, with CUDA's tools on PATH; one thread and Triton's interpreter where there is no GPU."""
-        path = os.pathsep.join([os.environ.get("PATH", ""), CUDA_BIN])
+        """The caller's, with this Python's and CUDA's tools on PATH; without a GPU one thread and the interpreter."""
+        path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), CUDA_BIN])
         own = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if self.emulated else {}
         return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **own, **more}
 
 
 def run_child(command: Sequence[str], limit_s: float, environment: dict[str, str]) -> tuple[int | None, str]:
     """Exit status (None: stopped at the limit, with all its children) and output."""
+    # Popen looks for a program on the caller's own PATH, not on the one it hands on.
+    program = shutil.which(command[0], path=environment.get("PATH")) or command[0]
     child = subprocess.Popen(
-        [str(c) for c in command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+        [program, *command[1:]], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     try:
@@ -129,7 +131,7 @@ def _build_commands(architectures: str) -> list[list[str]]:
 
 def _build_emulator(run: Run, limit_s: float) -> Outcome:
     try:
-        output = gpu_emulator.build(limit_s)
+        output = gpu_emulator.build(limit_s, run.environment())
     except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
         run.log("build").write_text(str(error))
         reason = str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__

@@ -13,12 +13,13 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from d2v.cli_options import Export, Features, Import, Init, Plot, Probe, Textures, Tokenizer
 from d2v.config import PUBLISHED_BEHAVIOURS, Config
 
 USAGE = """usage: d2v COMMAND [OPTIONS]
@@ -26,6 +27,9 @@ USAGE = """usage: d2v COMMAND [OPTIONS]
 commands:
   pretrain RECIPE     pre-train a model; resumes if --run.dir holds a checkpoint
   evaluate probe      linear probe, kNN and few-label accuracy on frozen features
+  features            features of images, speech or text to one file, with an index beside it
+  import              read a published fairseq checkpoint or a Hugging Face folder
+  export              write a checkpoint as safetensors, for Hugging Face (1.0) or for fairseq
   plot DIR            draw a run: monitors, probes, similarity of patch features -> DIR/report.png
   recipes             list the recipes
   info                what this installation can run, and why not
@@ -38,108 +42,6 @@ commands:
 
 class UsageError(ValueError):
     """A command line that cannot be used; the text is the sentence for the user."""
-
-
-@dataclass(frozen=True)
-class Init:
-    """Weights to start from."""
-
-    init: str | None = None
-    """Run folder, checkpoint or exported folder whose student and teacher are loaded; unset: random weights."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Accuracy of simple classifiers on frozen features, averaged over the tokens of a sample."""
-
-    checkpoint: str
-    """Run folder, checkpoint inside it, or exported folder."""
-    train: str
-    """Labelled training data. Images: a folder of class folders, or .tar shards with .cls members; speech: the same, or
-    a .tsv of path<TAB>label; text: a .tsv of text<TAB>label or text<TAB>text<TAB>label."""
-    test: str
-    """Labelled test data, same formats."""
-    weights: Literal["student", "teacher"] = "teacher"
-    """Whose features."""
-    baselines: tuple[
-        Literal["random_init", "pixels", "sorted_pixels", "power_spectrum", "log_mel", "bag_of_words"], ...
-    ] = ()
-    """Features to compare with, probed in exactly the same way: random_init for all data; pixels, sorted_pixels,
-    power_spectrum for images; log_mel (mean and deviation over time) for speech; bag_of_words for text."""
-    layer: int | None = None
-    """Blocks that run before the features are taken; unset: all, and the final norm."""
-    neighbours: int = 5
-    """Neighbours k of the kNN classifier."""
-    labels_per_class: int = 10
-    """Labelled samples per class of the few-label probe."""
-    draws: int = 5
-    """Random draws of the few-label probe; mean and spread over them are reported."""
-    seed: int = 0
-    """Seed of these draws."""
-    batch: int = 64
-    """Samples per forward."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU when there is one."""
-    output: str | None = None
-    """File for the result; unset: probe.json in the run folder, where --checkpoint names one."""
-
-
-@dataclass(frozen=True)
-class Plot:
-    """Draws DIR/report.png: loss and monitors, probe bars, similarity of one patch's feature to all others."""
-
-    dir: Annotated[str, tyro.conf.Positional]
-    """Run folder."""
-    images: str | None = None
-    """Images for the similarity panels; unset: the run's own data."""
-    count: int = 6
-    """Number of images."""
-    output: str | None = None
-    """File to write; unset: report.png in the run folder."""
-
-
-@dataclass(frozen=True)
-class Textures:
-    """Writes train/, valid/ and test/ class folders of 32 x 32 grey crops from photographs that ship with scikit-image.
-
-    Train crops come from the left 60 % of each photograph, validation from the next 10 %, test from the right 30 %.
-    """
-
-    output: str
-    """Folder to write; absent or empty."""
-    seed: int = 0
-    """Seed of crop places, turns and mirrors."""
-    size: int = 32
-    """Height and width of a crop in pixels."""
-    train_crops: int = 200
-    """Labelled training crops per class."""
-    valid_crops: int = 100
-    """Validation crops per class."""
-    test_crops: int = 100
-    """Test crops per class."""
-    pretrain_crops: int = 0
-    """Further crops per class from the training regions, written unlabelled to pretrain/; 0: none."""
-
-
-@dataclass(frozen=True)
-class TextPath:
-    """Text to train on."""
-
-    path: str | None = None
-    """A .txt file (documents between blank lines), a .jsonl file with `text`, or a folder of them."""
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """Writes a tokenizer for --data.tokenizer: byte-level BPE trained on text, or the published one imported."""
-
-    output: str
-    """Folder to write; absent or empty."""
-    data: TextPath = field(default_factory=TextPath)
-    vocabulary: int = 50_265
-    """Tokens, with the 5 special ones and 256 for single bytes."""
-    gpt2: str | None = None
-    """Folder with encoder.json, vocab.bpe and dict.txt of the published models, in place of --data.path."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -233,7 +135,7 @@ def option_names(kind: Any) -> list[str]:
     names: list[str] = []
     hints = typing.get_type_hints(kind)
     for f in dataclasses.fields(kind):
-        hint, name = hints[f.name], f.name.replace("_", "-")
+        hint, name = hints[f.name], f.name.strip("_").replace("_", "-")
         if dataclasses.is_dataclass(hint):
             names += [f"--{name}.{inner[2:]}" for inner in option_names(hint)]
             # tyro negates the last part (--data.no-flip); the commands' own switches have no negative.
@@ -327,6 +229,33 @@ def _evaluate_probe(arguments: list[str]) -> int:
     from d2v.evaluate import probe
 
     probe(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)})
+    return 0
+
+
+@_command("features")
+def _features(arguments: list[str]) -> int:
+    options = parse_options(Features, arguments, "d2v features")
+    from d2v.features import extract
+
+    print(extract(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)}))
+    return 0
+
+
+@_command("import")
+def _import(arguments: list[str]) -> int:
+    options = parse_options(Import, arguments, "d2v import")
+    from d2v.convert import import_checkpoint
+
+    print(import_checkpoint(options.from_, options.output))
+    return 0
+
+
+@_command("export")
+def _export(arguments: list[str]) -> int:
+    options = parse_options(Export, arguments, "d2v export")
+    from d2v.convert import export_checkpoint
+
+    print(export_checkpoint(options.checkpoint, options.format, options.output))
     return 0
 
 

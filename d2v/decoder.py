@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Decoder
+from .normalise import norm_gelu
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
-_NORM_EPS = 1e-5
 
 
 class ConvDecoder(nn.Module):
@@ -59,7 +58,7 @@ class ConvDecoder(nn.Module):
             if self.trim:  # an even kernel yields one position too many on every axis
                 for axis in range(1, y.dim() - 1):
                     y = y.narrow(axis, 0, y.shape[axis] - 1)
-            y = F.gelu(F.layer_norm(y, y.shape[-1:], eps=_NORM_EPS))
+            y = norm_gelu(y)
             x = x + y if self.residual and x.shape[-1] == y.shape[-1] else y
         return x.reshape(n, tokens, -1)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v.checkpoint import latest_checkpoint
+from d2v.checkpoint import clean_folder, latest_checkpoint
 from d2v.config import Config
 from d2v.data.documents import DocumentReader, find_texts
 from d2v.data.samples import Batch, Modality, Sample
@@ -61,6 +61,8 @@ class BlockSource(TextSource):
         """Tokenises the files into a cache. A `fresh` run without a given tokenizer trains one on them first."""
         tokenizer = self.modality.settle_tokenizer(folder, self.files if fresh else None)
         cache = self.modality.config.data.cache
+        if cache is None:
+            clean_folder(folder / CACHE)
         tokens = open_tokens(self.files, tokenizer, Path(cache) if cache is not None else folder / CACHE)
         self._ids, self.rejected, self.documents = tokens.ids, list(tokens.rejected), len(tokens.ends)
         payload, mode = self.modality.block_tokens - 1, self.modality.blocks

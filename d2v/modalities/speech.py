@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v_kernels import Masks, gather_tokens, layer_norm_gelu
+from d2v_kernels import Masks, gather_tokens
 
 from ..config import Encoder, Stem
+from ..normalise import NORM_EPS, norm_gelu
 from .positions import Positions, check_lengths, valid_positions
 
 SAMPLE_RATE = 16_000
-_NORM_EPS = 1e-5
 _WINDOW, _HOP, _FFT = 400, 160, 512  # 25 ms every 10 ms
 _LOG_FLOOR = 1e-5
 
@@ -24,13 +23,6 @@ def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     y: Tensor = conv(x.transpose(1, 2)).transpose(1, 2)
     surplus = conv.kernel_size[0] % 2 == 0 and conv.padding[0] != 0
     return (y[:, :-1] if surplus else y).contiguous()
-
-
-def norm_gelu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """GELU of a layer norm over channels: one pass on a GPU. On a CPU the operator is these two calls."""
-    if x.is_cuda:
-        return layer_norm_gelu(x, weight, bias, eps=_NORM_EPS)
-    return F.gelu(F.layer_norm(x, x.shape[-1:], weight, bias, _NORM_EPS))
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -103,8 +95,8 @@ class WaveformStem(SpeechStem):
             nn.Conv1d(i, channels, kernel, stride, bias=config.convolution_bias)
             for i, (channels, kernel, stride) in zip(inputs[:-1], self.spec, strict=True)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(channels, eps=_NORM_EPS) for channels in inputs[1:])
-        self.norm = nn.LayerNorm(inputs[-1], eps=_NORM_EPS)
+        self.norms = nn.ModuleList(nn.LayerNorm(channels, eps=NORM_EPS) for channels in inputs[1:])
+        self.norm = nn.LayerNorm(inputs[-1], eps=NORM_EPS)
         self.proj = nn.Linear(inputs[-1], width)
         for conv in self.convs:
             assert isinstance(conv, nn.Conv1d)
@@ -153,7 +145,7 @@ class LogMelStem(SpeechStem):
         self.frames = config.mel_frames
         self.register_buffer("window", torch.hann_window(_WINDOW), persistent=False)
         self.register_buffer("filters", mel_filters(config.mel_bins), persistent=False)
-        self.norm = nn.LayerNorm(config.mel_bins * self.frames, eps=_NORM_EPS)
+        self.norm = nn.LayerNorm(config.mel_bins * self.frames, eps=NORM_EPS)
         self.proj = nn.Linear(config.mel_bins * self.frames, width)
 
     def samples_needed(self) -> int:
@@ -211,7 +203,7 @@ class ConvPositions(Positions):
             raise ValueError(f"stem.position_groups: expected a divisor of encoder.width {width}, got {groups}")
         kernel = max(3, stem.position_width // stem.position_layers)
         self.zero_input, self.zero_between = zero_input, zero_between
-        self.norm = nn.LayerNorm(width, eps=_NORM_EPS) if stem.position_norm else None
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if stem.position_norm else None
         self.convs = nn.ModuleList(
             nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups) for _ in range(stem.position_layers)
         )

@@ -14,7 +14,7 @@ from support.sounds import encode_sound, make_sound, write_sounds
 from d2v import recipes
 from d2v.config import Config
 from d2v.data.loader import BadSamples, train_updates, validation_batches
-from d2v.data.samples import Batch, Collate, EvaluationSamples
+from d2v.data.samples import Batch, Collate, EvaluationSamples, cut_to_smallest
 from d2v.data.speech import Speech, count_resampled, decode_audio, find_cut, normalise_waveform, resample
 
 CPU = torch.device("cpu")
@@ -157,7 +157,7 @@ def test_crops_are_of_the_shortest_and_masks_of_the_crop(sounds: Path) -> None:
 
 def test_padding_in_place_of_crops(sounds: Path) -> None:
     for recipe in ("speech-tiny", "speech1-tiny"):
-        settings = config(recipe, unequal="pad")
+        settings = config(recipe, steps=7, unequal="pad", global_batch=5)  # batches straddle epochs
         speech = Speech(settings)
         source = speech.open(str(sounds))
         for batches in train_updates(settings, source, 0, CPU):
@@ -168,6 +168,7 @@ def test_padding_in_place_of_crops(sounds: Path) -> None:
             rows = batch.token_lengths.repeat_interleave(settings.mask.copies)
             padding = torch.arange(batch.masks.mask.shape[1]) >= rows[:, None]
             assert not (batch.masks.mask & padding).any()
+            assert recipe == "speech1-tiny" or batch.masks.keep is not None
             counts = batch.masks.mask.sum(1)
             assert recipe == "speech1-tiny" or (counts == counts[0]).all()
             for row, length in zip(batch.inputs, batch.lengths.tolist(), strict=True):
@@ -232,3 +233,13 @@ def test_transcripts_beside_the_files(sounds: Path) -> None:
     assert source.read_transcript(0) == "hello world"
     with pytest.raises(OSError, match="No such file"):
         source.read_transcript(1)
+
+
+def test_rows_of_two_epochs_are_cut_to_the_fewest_masked() -> None:
+    mask = torch.rand(6, 40, generator=torch.Generator().manual_seed(0)) < 0.6
+    keys = torch.arange(6)
+    cut = cut_to_smallest(mask, keys)
+    assert cut.sum(1).tolist() == [int(mask.sum(1).min())] * 6
+    assert not (cut & ~mask).any()
+    assert torch.equal(cut, cut_to_smallest(mask, keys))
+    assert not torch.equal(cut, cut_to_smallest(mask, keys + 1))

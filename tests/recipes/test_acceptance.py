@@ -34,6 +34,7 @@ def small(class_weight: float = 0.0) -> Config:
     return dataclasses.replace(
         config,
         encoder=dataclasses.replace(config.encoder, extra_tokens=1),
+        mask=dataclasses.replace(config.mask, copies=4),
         loss=dataclasses.replace(config.loss, class_weight=class_weight),
     )
 

@@ -20,8 +20,9 @@ from d2v_kernels import MaskSampler, use_backend
 
 
 def tiny(**sections: dict[str, Any]) -> Config:
-    """The quick-start recipe with some fields replaced, for example encoder={"depth": 4}."""
+    """The quick-start recipe with 4 masks and some fields replaced, for example encoder={"depth": 4}."""
     config = recipes.vision_tiny()
+    config = dataclasses.replace(config, mask=dataclasses.replace(config.mask, copies=4))
     changes = {k: dataclasses.replace(getattr(config, k), **v) for k, v in sections.items()}
     return dataclasses.replace(config, **changes)
 

@@ -180,7 +180,7 @@ def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in text, name
     rows = [line for line in text.splitlines() if line.strip("│ ").startswith("--")]
     assert len(rows) > 60
-    for kind in (cli.Probe, cli.Plot, cli.Textures, cli.Tokenizer):
+    for kind in (cli.Probe, cli.Plot, cli.Textures, cli.Tokenizer, cli.Features, cli.Import, cli.Export):
         for option in option_names(kind):
             assert option.startswith("--")
 

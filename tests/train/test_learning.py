@@ -18,6 +18,12 @@ from d2v.metrics import read_metrics
 from d2v.train import pretrain
 
 STEPS, WINDOW = 200, 20
+NAMES = [
+    name if name in ("text1-tiny", "vision1-tiny") else pytest.param(name, marks=pytest.mark.long)
+    for name in recipes.RECIPES
+    if name.endswith("-tiny")
+]
+"""Those that take more than about ten seconds are run with the long tests."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     return {"speech": speech, "text": str(root / "topics.txt"), "vision": str(root / "textures" / "pretrain")}
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name.endswith("-tiny")])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_tiny_recipe_learns(name: str, folders: dict[str, str], tmp_path: Path) -> None:
     config = recipes.get(name)
     data = dataclasses.replace(config.data, path=folders[config.stem.modality], workers=0)

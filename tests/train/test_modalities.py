@@ -65,7 +65,7 @@ def test_stopping_anywhere_and_resuming_is_exact(recipe: str, make: Make, tmp_pa
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [3, 6, 7]
     assert all(math.isfinite(v) for line in lines for v in line.values() if v is not None)
-    assert lines[-1]["valid_step"] == 6 or lines[-1]["valid_step"] == 7
+    assert lines[-1]["valid_step"] == 7
     parts = make(recipe, "parts")
     original = Trainer.run_update
 
@@ -104,9 +104,8 @@ def test_probe_of_speech(make: Make, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_probe_of_text(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = pretrain(make("text1-tiny"))
     table = tmp_path / "t.tsv"
-    table.write_text(
-        "".join(f"{'kan sota' if i % 2 else 'meer tor lis'} {'nar ' * (i % 5)}\t{i % 2}\n" for i in range(30))
-    )
+    lines = [f"{'kan sota' if i % 2 else 'meer tor lis'} {'nar ' * (i % 5)}\t{i % 2}\n" for i in range(30)]
+    table.write_text("".join(lines))
     names = ["random_init", "bag_of_words"]
     result = probe(str(folder), str(table), str(table), baselines=names, draws=2, device="cpu", batch=7)
     assert result["linear_probe"]["bag_of_words"] == 1.0

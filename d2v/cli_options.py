@@ -1,0 +1,158 @@
+"""Options of the `d2v` commands; the text under a field is its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Init:
+    """Weights to start from."""
+
+    init: str | None = None
+    """Run folder, checkpoint or exported folder whose student and teacher are loaded; unset: random weights."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Accuracy of simple classifiers on frozen features, averaged over the tokens of a sample."""
+
+    checkpoint: str
+    """Run folder, checkpoint inside it, or exported folder."""
+    train: str
+    """Labelled training data. Images: a folder of class folders, or .tar shards with .cls members; speech: the same, or
+    a .tsv of path<TAB>label; text: a .tsv of text<TAB>label or text<TAB>text<TAB>label."""
+    test: str
+    """Labelled test data, same formats."""
+    weights: Literal["student", "teacher"] = "teacher"
+    """Whose features."""
+    baselines: tuple[
+        Literal["random_init", "pixels", "sorted_pixels", "power_spectrum", "log_mel", "bag_of_words"], ...
+    ] = ()
+    """Features to compare with, probed in exactly the same way: random_init for all data; pixels, sorted_pixels,
+    power_spectrum for images; log_mel (mean and deviation over time) for speech; bag_of_words for text."""
+    layer: int | None = None
+    """Blocks that run before the features are taken; unset: all, and the final norm."""
+    neighbours: int = 5
+    """Neighbours k of the kNN classifier."""
+    labels_per_class: int = 10
+    """Labelled samples per class of the few-label probe."""
+    draws: int = 5
+    """Random draws of the few-label probe; mean and spread over them are reported."""
+    seed: int = 0
+    """Seed of these draws."""
+    batch: int = 64
+    """Samples per forward."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU when there is one."""
+    output: str | None = None
+    """File for the result; unset: probe.json in the run folder, where --checkpoint names one."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draws DIR/report.png: loss and monitors, probe bars, similarity of one patch's feature to all others."""
+
+    dir: Annotated[str, tyro.conf.Positional]
+    """Run folder."""
+    images: str | None = None
+    """Images for the similarity panels; unset: the run's own data."""
+    count: int = 6
+    """Number of images."""
+    output: str | None = None
+    """File to write; unset: report.png in the run folder."""
+
+
+@dataclass(frozen=True)
+class Textures:
+    """Writes train/, valid/ and test/ class folders of 32 x 32 grey crops from photographs that ship with scikit-image.
+
+    Train crops come from the left 60 % of each photograph, validation from the next 10 %, test from the right 30 %.
+    """
+
+    output: str
+    """Folder to write; absent or empty."""
+    seed: int = 0
+    """Seed of crop places, turns and mirrors."""
+    size: int = 32
+    """Height and width of a crop in pixels."""
+    train_crops: int = 200
+    """Labelled training crops per class."""
+    valid_crops: int = 100
+    """Validation crops per class."""
+    test_crops: int = 100
+    """Test crops per class."""
+    pretrain_crops: int = 0
+    """Further crops per class from the training regions, written unlabelled to pretrain/; 0: none."""
+
+
+@dataclass(frozen=True)
+class TextPath:
+    """Text to train on."""
+
+    path: str | None = None
+    """A .txt file (documents between blank lines), a .jsonl file with `text`, or a folder of them."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Writes a tokenizer for --data.tokenizer: byte-level BPE trained on text, or the published one imported."""
+
+    output: str
+    """Folder to write; absent or empty."""
+    data: TextPath = field(default_factory=TextPath)
+    vocabulary: int = 50_265
+    """Tokens, with the 5 special ones and 256 for single bytes."""
+    gpt2: str | None = None
+    """Folder with encoder.json, vocab.bpe and dict.txt of the published models, in place of --data.path."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Writes features of a data set to one file; OUTPUT.index.tsv says which rows belong to which sample."""
+
+    checkpoint: str
+    """Run folder, checkpoint inside it, or exported folder."""
+    input: str
+    """Images, speech or text, as for pre-training."""
+    output: str
+    """File to write: .npy (an array), or .safetensors (a tensor "features"); float32 rows of C numbers."""
+    weights: Literal["student", "teacher"] = "teacher"
+    """Whose features."""
+    layer: int | None = None
+    """Blocks that run before the features are taken; unset: all, and the final norm."""
+    pool: Literal["tokens", "mean"] = "tokens"
+    """tokens: a row for every valid token; mean: one row a sample."""
+    batch: int = 16
+    """Samples per forward."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU when there is one."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """Reads a published data2vec checkpoint and writes a folder that --checkpoint and --model.init take.
+
+    Nothing in the file is executed: unknown objects in it are read as inert records.
+    """
+
+    from_: Annotated[str, tyro.conf.arg(name="from")]
+    """A fairseq file (1.0, 2.0, or of the separate 1.0 vision repository), or a transformers folder."""
+    output: str
+    """Folder to write; absent or empty."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Writes the model of a checkpoint in another format."""
+
+    checkpoint: str
+    """Run folder, checkpoint inside it, or exported folder."""
+    format: Literal["safetensors", "huggingface", "fairseq"]
+    """safetensors: config and weights with a loading example; huggingface: for transformers (data2vec 1.0: the
+    student's encoder); fairseq: a file that the published code reads."""
+    output: str
+    """Folder to write, absent or empty; for fairseq also a file that ends in .pt."""
