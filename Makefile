@@ -7,7 +7,7 @@ PYTEST := $(RUN) -m pytest
 
 # Nothing is installed for a GPU run: the environment made by `make setup` where there is one, unless PYTHON is given.
 GPU_RUN := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu
-OUT ?= benchmarks/results
+GPU_OUT := $(or $(OUT),benchmarks/results)
 
 .PHONY: help setup quickstart test test-all soak bench bench-check gpu gpu-dry lint format clean
 
@@ -41,10 +41,10 @@ bench-check: setup  ## compare ratios and instruction counts with the stored one
 	$(RUN) -m benchmarks.instructions
 
 gpu:  ## with an NVIDIA GPU: build in place, GPU tests, sanitizer, benchmarks, report; under 9 minutes, installs nothing
-	$(GPU_RUN) --output $(OUT)
+	$(GPU_RUN) --output $(GPU_OUT)
 
 gpu-dry:  ## every stage of `make gpu` without a GPU, on tiny shapes; its records are marked emulated
-	$(GPU_RUN) --output $(OUT) --dry
+	$(GPU_RUN) --output $(GPU_OUT) --dry
 
 lint: setup  ## ruff, mypy, clang-format
 	$(PYTEST) tests/test_style.py

@@ -163,8 +163,8 @@ def _run_tests(run: Run, files: list[Path], limit_s: float, title: str, mode: st
     def together(paths: list[Path]) -> tuple[str, int | None, str]:
         names = [str(p.relative_to(ROOT)) for p in paths]
         # The folder's own configuration only: that of all tests wants packages that a GPU machine may lack.
-        command = [sys.executable, "-m", "pytest", *names, f"--confcutdir={TESTS.relative_to(ROOT)}", "-m", "gpu", "-q",
-                   "-p", "no:cacheprovider", "--durations=5", *run.emulation]  # fmt: skip
+        command = [sys.executable, "-m", "pytest", *names, f"--confcutdir={TESTS.relative_to(ROOT)}", "-m", "gpu", "-v",
+                   "--tb=short", "-p", "no:cacheprovider", "--durations=5", *run.emulation]  # fmt: skip
         if run.only:
             command += ["-k", run.only]
         return (" ".join(names), *run_child(command, deadline - time.monotonic(), run.environment()))
@@ -177,14 +177,22 @@ def _run_tests(run: Run, files: list[Path], limit_s: float, title: str, mode: st
         for names, status, output in done:
             log.write(f"==== {title}: {names}\n{output}\n")
             statuses.append(0 if status == 5 else status)  # 5: no test of this file was asked for
-            lines = output.strip().splitlines()
-            for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1] if lines else ""):
-                counts[word] += int(number)
+            for word, number in _count_tests(output, finished=status is not None).items():
+                counts[word] += number
     reasons = sorted({r for _, _, text in done for r in re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", text, re.M)})
     failed = [name for _, _, text in done for name in re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)]
     worst = None if None in statuses else max(statuses, default=0)
     unfinished = [names for names, status, _ in done if status is None]
     return outcome(worst, counts=counts, failed=failed, skip_reasons=reasons, unfinished=unfinished)
+
+
+def _count_tests(output: str, finished: bool) -> dict[str, int]:
+    """By pytest's closing line; where it was stopped, by the lines of the tests that it got to."""
+    if finished:
+        last = (output.strip().splitlines() or [""])[-1]
+        return {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    words = re.findall(r"^\S+::.* (PASSED|FAILED|SKIPPED|ERROR)", output, re.M)
+    return {word.lower(): words.count(word) for word in set(words)}
 
 
 # ---- sanitizer

@@ -89,7 +89,7 @@ def extract(
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
     model, config, place = load_model(checkpoint, device)
     modality = make_modality(config)
-    source = modality.open(input, option="input")
+    source = modality.open_whole(input, option="input")
     encoder = model.teacher if weights == "teacher" else model
     target = Path(output)
     writer, index, bad = RowWriter(target), ["name\tfirst_row\trows"], []

@@ -107,7 +107,8 @@ def speech_tiny() -> Config:
 
     Not stock: log-mel stem (`stem.kind`), fixed positions scaled by 0.1, no ALiBi, pre-norm blocks, block outputs as
     targets, each normed over the samples at its position, then a layer norm of their mean; PyTorch's initial weights,
-    fast averaging (.98 to .999).
+    fast averaging (.98 to .999); words of any length, padded in place of cropped to the shortest of the batch (whole
+    words gave 4 to 7 points more in every probe of spoken digits by an unseen speaker).
     """
     return Config(
         recipe="speech-tiny",
@@ -118,7 +119,7 @@ def speech_tiny() -> Config:
         target=Target(source="block", top_k=3, norm="position", out_norm="layer"),
         ema=Ema(start=0.98, end=0.999),
         optim=Optim(learning_rate=2e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, clip=3.0, warmup_steps=100),
-        data=Data(global_batch=32, workers=1, min_seconds=0.0),
+        data=Data(global_batch=32, workers=1, min_seconds=0.0, unequal="pad"),
         run=Run(steps=2_000, log_every=50, checkpoint_every=1_000),
     )
 

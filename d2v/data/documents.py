@@ -82,7 +82,7 @@ def _decode(data: bytes, suffix: str) -> tuple[str | None, str | None]:
         return None, f"not UTF-8 from byte {error.start}"
     if suffix == ".jsonl":
         try:
-            value: Any = json.loads(text)
+            value: Any = json.loads(text.removeprefix("\ufeff"))
         except (ValueError, RecursionError):
             return None, "not JSON"
         value = value.get("text") if isinstance(value, dict) else None

@@ -98,6 +98,10 @@ class Modality:
         """The samples at `path`; reads only. `ValueError`, beginning with `option`, where there are none."""
         raise NotImplementedError
 
+    def open_whole(self, path: str, *, option: str) -> Source:
+        """What is at `path` as it is evaluated without labels: whole samples, nothing to prepare."""
+        return self.open(path, option=option)
+
     def load(self, source: Source, index: int) -> tuple[Any, tuple[str, ...]]:
         """A decoded sample and what was converted; `ValueError` or `OSError` where it cannot be used."""
         raise NotImplementedError
@@ -150,13 +154,14 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
     def __getitem__(self, index: Any) -> Sample:
         sample_id, epoch = index
         notes: list[Note] = []
-        picks = random_stream(self.seed, epoch, sample_id, STREAM_REPLACE)
+        picks: np.random.Generator | None = None  # made for the rare sample that needs it
         candidate = sample_id
         for _ in range(ATTEMPTS):
             try:
                 value, converted = self.modality.load(self.source, candidate)
             except (ValueError, OSError) as error:
                 notes.append(Note(candidate, epoch, "bad", describe_error(error)))
+                picks = picks or random_stream(self.seed, epoch, sample_id, STREAM_REPLACE)
                 candidate = int(picks.integers(len(self.source)))
                 continue
             notes.extend(Note(candidate, epoch, "converted", text) for text in converted)

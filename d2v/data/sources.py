@@ -153,7 +153,12 @@ class Subset(Source):
 
 def read_whole(file: BinaryIO) -> bytes:
     """All bytes of a file that is not absurdly large, else `ValueError`."""
-    data = file.read(MAX_ENCODED_BYTES + 1)
+    try:
+        size = os.fstat(file.fileno()).st_size
+    except OSError:  # no file of the system
+        size = MAX_ENCODED_BYTES
+    # A read of more than is there costs a buffer of that size, which took longer than decoding a small image.
+    data = file.read(min(size, MAX_ENCODED_BYTES) + 1)
     if len(data) > MAX_ENCODED_BYTES:
         raise ValueError(f"file is larger than {MAX_ENCODED_BYTES} bytes")
     return data

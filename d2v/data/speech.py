@@ -27,6 +27,8 @@ MAX_VALUES = 1 << 30
 """Frames times channels of the longest recording."""
 MIN_TOKENS = 4
 """Shortest utterance in tokens of the stem, whatever data.min_seconds says: less cannot be masked."""
+SLACK = 16
+"""Bytes that a WAV header may promise too many: some writers do."""
 _NORM_EPS = 1e-5
 _UNKNOWN_SIZE = 0x7FFF_0000
 """WAV files that were written to a pipe have such a size, or more, in their header."""
@@ -83,7 +85,7 @@ def find_cut(data: bytes) -> str | None:
             name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
             if name == b"data":
                 missing = place + 8 + size - len(data)
-                return f"cut off: {missing} bytes are missing" if missing > 0 and size < _UNKNOWN_SIZE else None
+                return f"cut off: {missing} bytes are missing" if missing > SLACK and size < _UNKNOWN_SIZE else None
             place += 8 + size + size % 2
         return "cut off: no data chunk"
     if data[:4] == b"OggS":

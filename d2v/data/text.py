@@ -19,15 +19,15 @@ from d2v.data.documents import DocumentReader, find_texts
 from d2v.data.samples import Batch, Modality, Sample
 from d2v.data.sources import Rejected, Source, find_files, number_classes
 from d2v.data.tokenizer import END, FILE, PADDING, START, BytePairs, save_tokenizer, train_tokenizer
-from d2v.data.tokens import open_tokens
+from d2v.data.tokens import group_documents, open_tokens
 from d2v.modalities import TextStem, make_stem
 
 TOKENIZER, CACHE = "tokenizer", "cache"
 """Folders inside a run folder."""
 MIN_BLOCK = 8
 """Shortest block in tokens, <s> included; shorter ends of documents are left out: there is hardly a token to mask."""
-WORD_BINS = 4096
-"""Features of the bag of words."""
+WORD_BINS = 1024
+"""Features of the bag of words. More of them do worse: rare words weigh too much once features are standardised."""
 
 
 class TextSource(Source):
@@ -111,6 +111,37 @@ def cut_documents(ends: np.ndarray, payload: int) -> tuple[np.ndarray, np.ndarra
     first = np.repeat(np.cumsum(counts) - counts, counts)
     starts = np.repeat(begins, counts) + (np.arange(len(first)) - first) * payload
     return starts, np.minimum(payload, np.repeat(stops, counts) - starts)
+
+
+class WholeTexts(TextSource):
+    """Documents as `<s> ... </s>`, cut to the longest sequence of the model; their ids are held in memory."""
+
+    def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
+        self.files, self.modality = files, modality
+        self.left_out = {}
+        reader = DocumentReader(files)
+        self._ids = [
+            np.array([START, *ids[: modality.config.stem.max_tokens - 2], END], dtype=np.int32)
+            for group in group_documents(reader)
+            for ids in modality.tokenizer.encode(group)
+        ]
+        self.rejected, self.documents = reader.rejected, len(self._ids)
+        if not self._ids:
+            first = f", for example {self.rejected[0].name}: {self.rejected[0].reason}" if self.rejected else ""
+            raise ValueError(f"{option}: expected text in {len(files)} files, found none{first}")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def describe(self, index: int) -> str:
+        where = str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files"
+        return f"document {index + 1} of {where}"
+
+    def block(self, index: int) -> np.ndarray:
+        return self._ids[index].astype(np.int64)
+
+    def digest(self) -> str:
+        return hashlib.sha256(b"".join(hashlib.sha256(ids.tobytes()).digest() for ids in self._ids)).hexdigest()
 
 
 class LabelledTexts(TextSource):
@@ -260,6 +291,10 @@ class Texts(Modality):
         if self.config.data.tokenizer is not None:
             _ = self.tokenizer  # says at once what does not fit
         return BlockSource(files, self, option)
+
+    def open_whole(self, path: str, *, option: str) -> Source:
+        """Every document a sample."""
+        return WholeTexts(find_texts(path, option), self, option)
 
     def _open_table(self, path: str, option: str) -> LabelledTexts:
         places = "a .tsv file of text<TAB>label"

@@ -90,7 +90,7 @@ def _build(files: list[Path], tokenizer: BytePairs, place: Path) -> None:
         total, documents = 0, 0
         report = Reporter("tokenising", reader.bytes / 1e6, "MB")
         with (partial / TOKENS).open("wb") as tokens, (partial / ENDS).open("wb") as ends:
-            for group in _groups(reader):
+            for group in group_documents(reader):
                 lists = [[*ids, END] for ids in tokenizer.encode(group)]
                 sizes = np.array([len(ids) for ids in lists], dtype=np.int64)
                 pair = np.concatenate([np.array(ids, dtype=dtype) for ids in lists]), total + np.cumsum(sizes)
@@ -126,7 +126,8 @@ def _move(partial: Path, place: Path) -> None:
             partial.rename(place)
 
 
-def _groups(reader: DocumentReader) -> Iterator[list[str]]:
+def group_documents(reader: DocumentReader) -> Iterator[list[str]]:
+    """Lists of documents to tokenise at a time."""
     group: list[str] = []
     characters = 0
     for text in reader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from support.sounds import write_text
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.data import documents
+from d2v.data import documents, progress
 from d2v.data.documents import DocumentReader, find_texts
 from d2v.data.loader import train_updates
 from d2v.data.samples import Collate, EvaluationSamples
@@ -65,7 +66,7 @@ def test_documents_of_a_text_file(tmp_path: Path) -> None:
 
 def test_documents_of_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    lines = ['{"text": "one\\n\\nstill one"}', "", "{broken", '{"txt": "x"}', '["text"]', '{"text": "\\ud800"}']
+    lines = ['\ufeff{"text": "one\\n\\nstill one"}', "", "{broken", '{"txt": "x"}', '["text"]', '{"text": "\\ud800"}']
     path.write_text("\n".join([*lines, '{"text": " "}', '{"text": "two", "other": 3}']))
     found, rejected = read(path)
     assert found == ["one\n\nstill one", "two"]
@@ -132,6 +133,18 @@ def test_tokens_are_made_once_and_whole(text: Path, tokenizer: Path, tmp_path: P
     assert len(open_tokens([text], pairs, cache).ends) == 3
     assert len(list(cache.iterdir())) == 2
     assert not [p for p in cache.rglob("*") if p.name.startswith(".partial")]
+
+
+def test_long_work_says_how_far_it_is(
+    text: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_tokens([text], BytePairs(tokenizer), tmp_path / "quick")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    open_tokens([text], BytePairs(tokenizer), tmp_path / "cache")
+    first, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"tokenising: 0 of 0 MB, [\d.]+ MB/s, 0:00 left", first)
+    assert re.fullmatch(r"tokenising: 0 MB in 0:\d\d, [\d.]+ MB/s", last)
 
 
 def test_cuts() -> None:
@@ -252,7 +265,7 @@ def test_labelled_texts(tmp_path: Path, tokenizer: Path) -> None:
         assert (int(row[0]), int(row[length - 1])) == (0, 2)
         assert texts.tokenizer.decode(row[:length].tolist()) == words
     bags = texts.raw_features("bag_of_words", batch)
-    assert bags.shape == (2, 4096)
+    assert bags.shape == (2, 1024)
     assert [(row > 0).sum().item() for row in bags] == [2, 4]
     table.write_text("a\tb\t3.5\nkan\tsota\t1\n")
     pairs = texts.open(str(table), labelled=True)

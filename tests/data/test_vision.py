@@ -179,6 +179,7 @@ def test_masks_follow_the_samples_across_an_epoch_end(image_folder: Path) -> Non
     images = Images(config())
     data = TrainSamples(open_source(str(image_folder)), images, 0)
     collate = MaskingCollate(config(), images)
+    copies = config().mask.copies
     slots = [(2, 0), (5, 0), (1, 1), (2, 1), (4, 1)]
     together = collate([data[s] for s in slots])
     assert together.masks is not None
@@ -187,11 +188,12 @@ def test_masks_follow_the_samples_across_an_epoch_end(image_folder: Path) -> Non
     for i, slot in enumerate(slots):
         alone = collate([data[slot]])
         assert alone.masks is not None
-        rows = slice(4 * i, 4 * i + 4)
+        rows = slice(copies * i, copies * i + copies)
         assert torch.equal(alone.masks.mask, together.masks.mask[rows])
         assert torch.equal(alone.noise_keys, together.noise_keys[rows])  # type: ignore[arg-type]
     assert torch.equal(together.masks.rows, together.masks.mask.flatten().nonzero()[:, 0])
-    assert not torch.equal(together.masks.mask[:4], together.masks.mask[12:16])
+    first, again = (together.masks.mask[copies * i : copies * i + copies] for i in (0, 3))
+    assert not torch.equal(first, again), "sample 2 has other masks in the next epoch"
 
 
 def test_settings_that_images_do_not_have() -> None:

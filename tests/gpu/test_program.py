@@ -128,6 +128,13 @@ def test_a_child_is_stopped_at_its_limit() -> None:
     assert time.monotonic() - begin < 20
 
 
+def test_tests_are_counted_even_where_they_were_stopped() -> None:
+    begun = "tests/gpu/test_a.py::test_x[1-a b] PASSED [ 10%]\ntests/gpu/test_a.py::test_y FAILED [ 20%]\ntests/gpu/tes"
+    assert gpu_stages._count_tests(begun, finished=False) == {"passed": 1, "failed": 1}
+    closing = "x\n===== 1 failed, 12 passed, 3 skipped, 1 warning in 2.00s ====="
+    assert gpu_stages._count_tests(closing, finished=True) == {"failed": 1, "passed": 12, "skipped": 3}
+
+
 @pytest.mark.parametrize(
     ("status", "output", "word", "reason"),
     [

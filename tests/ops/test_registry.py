@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.tensors import random_rows
 
-from d2v_kernels import _env, _library, average_layers, info, registry, use_backend
+from d2v_kernels import _env, _library, average_layers, info, layer_norm_gelu, registry, use_backend
 from d2v_kernels._probe import PROBES
 
 
@@ -27,6 +27,15 @@ def test_forced_backend_that_cannot_run_says_why() -> None:
         average_layers(layers)
     with use_backend("native"), pytest.raises(NotImplementedError, match="average_layers: backend native"):
         average_layers(layers, norm=("batch", "layer"))
+
+
+def test_forcing_a_backend_leaves_operators_that_it_has_no_version_of() -> None:
+    x = random_rows((5, 7), torch.float32, 0)
+    native = next(b for b in registry.backends() if b.name == "native")
+    assert "layer_norm_gelu" not in native.implementations
+    with use_backend("native"):
+        forced = layer_norm_gelu(x)
+    assert torch.equal(forced, layer_norm_gelu(x))
 
 
 def test_unknown_backend() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.sounds import write_sounds, write_text
 
@@ -18,6 +19,7 @@ from d2v import recipes
 from d2v.cli import main
 from d2v.config import Config
 from d2v.evaluate import probe
+from d2v.features import extract
 from d2v.metrics import read_metrics
 from d2v.train import Trainer, pretrain
 
@@ -171,3 +173,19 @@ def test_files_that_are_not_text_are_counted(make: Make, tmp_path: Path, capsys:
     assert "note: 2 of 42 cannot be used; for example" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"data\.bad_fraction: .* got 2 of 42"):
         pretrain(make("text-tiny", "other", data={"path": str(folder), "valid": None, "bad_fraction": 0.01}))
+
+
+@pytest.mark.parametrize("recipe", ["speech1-tiny", "text-tiny"])
+def test_features_of_whole_samples(recipe: str, make: Make, tmp_path: Path) -> None:
+    folder = pretrain(make(recipe, run={"steps": 1}))
+    path = tmp_path / ("sounds" if recipe.startswith("speech") else "text.txt")
+    found = []
+    for batch in (1, 5):
+        output = tmp_path / f"{batch}.npy"
+        summary = extract(str(folder), str(path), str(output), batch=batch, device="cpu")
+        rows = [line.split("\t") for line in Path(f"{output}.index.tsv").read_text().splitlines()[1:]]
+        found.append((np.load(output), rows))
+        assert f"of {len(rows)} " in summary
+    assert found[0][1] == found[1][1]
+    assert len(found[0][1]) == (12 if recipe.startswith("speech") else 40)
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-5 * np.abs(found[0][0]).max())
