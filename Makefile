@@ -35,6 +35,7 @@ bench: setup  ## CPU operators against eager and torch.compile: table, JSON line
 	$(RUN) -m benchmarks.kernels
 	$(PYTEST) benchmarks/host.py --benchmark-columns=min,median,stddev --benchmark-sort=name -q
 	$(RUN) -m benchmarks.instructions
+	$(RUN) -m benchmarks.errors
 
 bench-check: setup  ## compare ratios and instruction counts with the stored ones
 	$(RUN) -m benchmarks.check
