@@ -180,7 +180,7 @@ class Speech(Modality):
             reason = f"shorter than {self.shortest / SAMPLE_RATE:g} s"
             source.left_out[reason] = int(short.sum())
         if not len(rows):
-            left = "".join(f", {n} {reason}" for reason, n in source.left_out.items())
+            left = "".join(f", {n} {reason} (--data.min-seconds)" for reason, n in source.left_out.items())
             first = f", for example {source.rejected[0].name}: {source.rejected[0].reason}" if source.rejected else ""
             raise ValueError(f"{option}: expected {self.noun}, got {int(damaged.sum())} unreadable{left}{first}")
         source.lengths = np.minimum(lengths, self.longest)
