@@ -3,8 +3,8 @@
     python -m benchmarks.memory [--seconds 20] [--samples 1] [--copies 8] [--width 768] [--depth 12]
 
 Each form runs forward and backward once in a process of its own, in float32 on the CPU; the figure is the peak resident
-memory less what was resident before the step. "plain" is the published formulation of attention: the bias of all rows and
-heads as a tensor (N,H,T,T), logits, weights and dropped weights kept for the backward pass; everything else is the
+memory less what was resident before the step. "plain" is the published formulation of attention: the bias of all rows
+and heads as a tensor (N,H,T,T), logits, weights and dropped weights kept for the backward pass; everything else is the
 same code. Both forms give the same loss, which is checked.
 """
 
