@@ -13,7 +13,7 @@ import math
 
 import pytest
 import torch
-from support.golden import FOLDER
+from support.golden import FOLDERS
 from support.tensors import BACKENDS
 from torch import Tensor
 
@@ -32,7 +32,7 @@ CASES = {
     "d2v1_text_base_T512": (dict(kind="token-span", tokens=512, ratio=0.35, span=4), 1),
     "d2v1_vision_base": (dict(kind="rectangles", grid=(14, 14), ratio=75 / 196, span=4), 1),
 }
-STATISTICS = json.loads((FOLDER / "masks.json").read_text())["statistics"]
+STATISTICS = json.loads((FOLDERS[0] / "masks.json").read_text())["statistics"]
 
 
 def draw(name: str) -> tuple[Tensor, int]:
