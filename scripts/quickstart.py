@@ -78,7 +78,7 @@ def main() -> None:
     output, data, run = options.output, options.output / "data", options.output / "run"
     start = time.monotonic()
     prepare(output)
-    call("data", "textures", "--output", str(data), "--seed", str(options.seed), "--pretrain-crops", "3000")
+    call("data", "textures", "--output", str(data), "--seed", str(options.seed), "--pretrain-crops", "2000")
     training = ["--data.path", str(data / "pretrain"), "--run.dir", str(run), "--run.seed", str(options.seed)]
     training += ["--run.threads", str(options.threads)]
     if options.steps is not None:

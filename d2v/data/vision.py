@@ -72,7 +72,7 @@ def random_crop_box(
     Ten tries, then the largest centred crop within the aspect limits (the published RandomResizedCrop).
     """
     low, high = math.log(3 / 4), math.log(4 / 3)
-    for _ in range(10 if scale[0] < 1.0 else 0):  # a crop of the whole area fits no other way
+    for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
