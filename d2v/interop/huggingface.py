@@ -177,34 +177,16 @@ def _fill(model: Data2Vec, family: str, given: dict[str, Tensor], where: str) ->
 
 
 def _name_tensors(model: Data2Vec, family: str) -> dict[str, Tensor]:
-    """The student's tensors by transformers names, as copies."""
+    """The student's tensors by transformers names, as copies: the rules read backwards."""
     own = fairseq.parameters(model)
     tensors: dict[str, Tensor] = {}
-    for name in _list_names(model, family):
+    for name in _candidates(model, family):
         found = published_name(family, name)
-        assert found is not None
-        tensors[name] = _view(own, found).detach().cpu().contiguous().clone()
-    if family == "d2v1_text":
-        width = model.config.encoder.width
-        tensors["embeddings.token_type_embeddings.weight"] = torch.zeros(1, width)
-    if family == "d2v1_vision":
-        tensors = {n: t.view(_vision_shape(n, t)) for n, t in tensors.items()}
-    return tensors
-
-
-def _vision_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
-    return (1, 1, tensor.numel()) if name in ("embeddings.cls_token", "embeddings.mask_token") else tuple(tensor.shape)
-
-
-def _list_names(model: Data2Vec, family: str) -> list[str]:
-    """transformers names of the encoder's tensors: the rules read backwards, over the names that transformers uses."""
-    own = set(fairseq.parameters(model))
-    names = []
-    for candidate in _candidates(model, family):
-        found = published_name(family, candidate)
         if found is not None and found[0] in own:
-            names.append(candidate)
-    return names
+            tensors[name] = _view(own, found).cpu().contiguous().clone()
+    if family == "d2v1_text":
+        tensors["embeddings.token_type_embeddings.weight"] = torch.zeros(1, model.config.encoder.width)
+    return tensors
 
 
 def _candidates(model: Data2Vec, family: str) -> list[str]:
