@@ -73,6 +73,11 @@ class Teacher(nn.Module):
         """Stays in evaluation mode."""
         return super().train(False)
 
+    def copy_student(self) -> None:
+        """Makes the averages equal to the student bit for bit, as at the start of a run."""
+        for name in self.owned:
+            self.get_submodule(name).load_state_dict(self._student[name].state_dict())
+
     @torch.no_grad()
     def update(self, decay: float | Tensor) -> None:
         """One step average <- average + (1 - decay) * (student - average), in one pass over all parameters.

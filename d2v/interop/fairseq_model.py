@@ -61,8 +61,7 @@ def assemble(
     with torch.random.fork_rng(devices=[]):
         model = Data2Vec(config)
     _load("student", student_entries(model), student, optional)
-    for name in model.teacher.owned:
-        model.teacher.get_submodule(name).load_state_dict(model.get_submodule(name).state_dict())
+    model.teacher.copy_student()
     if teacher is not None:
         entries = list(teacher_entries(model))
         shared = {entry.name for entry, averaged in entries if not averaged}

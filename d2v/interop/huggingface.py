@@ -100,8 +100,7 @@ def load(folder: str | Path) -> Data2Vec:
     with torch.random.fork_rng(devices=[]):
         model = Data2Vec(config)
     _fill(model, family, tensors, str(folder))
-    for part in model.teacher.owned:
-        model.teacher.get_submodule(part).load_state_dict(model.get_submodule(part).state_dict())
+    model.teacher.copy_student()
     return model
 
 
