@@ -1,0 +1,132 @@
+"""Settings of how a run trains: moving average, optimiser, data, length and numerics; see `d2v.config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Ema:
+    """The teacher's moving average."""
+
+    start: float = 0.999
+    """Decay at update 0."""
+    end: float = 0.9999
+    """Decay after the annealing."""
+    anneal_steps: int | None = None
+    """Updates over which the decay rises linearly; unset: the whole run."""
+    scope: Literal["all", "encoder", "transformer", "layers", "blocks"] = "all"
+    """What is averaged: all: everything but decoder and head (published: images); encoder: not the stem (2.0 speech);
+    transformer: blocks, attention biases (1.0 images in fairseq); layers: blocks and the norm before them (1.0 speech);
+    blocks: only the main blocks (text). The teacher uses the student's own parts for the rest."""
+
+    def decay(self, update: int, steps: int) -> float:
+        """Decay used after optimiser update number `update` (1-based) of a run of `steps` updates."""
+        anneal = self.anneal_steps if self.anneal_steps is not None else steps
+        if update >= anneal:
+            return self.end
+        return self.end - (self.end - self.start) * (1.0 - update / anneal)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with warm-up and cosine decay."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of Adam's moments."""
+    eps: float = 1e-6
+    """Added to the root of Adam's second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, per unit of learning rate."""
+    decay_all: bool = True
+    """Decay biases and norm gains too, as the published runs did."""
+    clip: float | None = None
+    """Largest global gradient norm; unset: no clipping."""
+    warmup_steps: int = 10_000
+    """Updates of linear warm-up from 0."""
+    schedule: Literal["cosine", "tri-stage"] = "cosine"
+    """After the warm-up: half a cosine, or constant and then an exponential fall (1.0 speech)."""
+    final_rate: float = 0.0
+    """Learning rate at the end of the run, over the peak; tri-stage: also at its start."""
+    hold_steps: int = 0
+    """Updates at the peak (tri-stage)."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where samples come from and how they are batched."""
+
+    path: str = ""
+    """Folder, file, or shard pattern to train on."""
+    valid: str | None = None
+    """Held-out data, same formats; unset: none."""
+    global_batch: int = 256
+    """Samples per optimiser update, over all ranks and accumulation steps."""
+    micro_batch: int | None = None
+    """Samples per forward on one rank; unset: the whole share of a rank."""
+    workers: int = 1
+    """Loader processes per rank; masks are drawn there."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of a random crop over the area of the image."""
+    flip: bool = True
+    """Mirror half of the images left to right."""
+    rotate: bool = False
+    """Turn each image by a random multiple of 90 degrees."""
+    grey: bool = False
+    """Convert to grey, repeated to the stem's channels."""
+    standardise: Literal["imagenet", "sample"] = "imagenet"
+    """Fixed ImageNet mean and deviation per channel, or zero mean and unit variance per image."""
+    bad_fraction: float = 0.05
+    """Stop when more than this share of the samples cannot be decoded."""
+    min_seconds: float = 2.0
+    """Speech: shorter utterances are left out and counted. Published: 2."""
+    max_seconds: float = 20.0
+    """Speech: longest crop, and longest utterance of an evaluation. Published: 20."""
+    unequal: Literal["crop", "pad"] = "crop"
+    """Speech: random crops of the length of the batch's shortest utterance (published), or padding to its longest."""
+    tokenizer: str | None = None
+    """Text: folder of a tokenizer (`d2v data tokenizer`); unset: one of stem.vocabulary tokens is trained on the data
+    and kept in the run folder."""
+    blocks: Literal["stream", "documents"] | None = None
+    """Text: cut the stream of all documents (published 2.0), or every document by itself (published 1.0); unset: as
+    published."""
+    block_tokens: int | None = None
+    """Text: tokens of a block, the leading <s> included; unset: stem.max_tokens."""
+    cache: str | None = None
+    """Text: folder for the tokenised text, shared by runs on the same data; unset: in the run folder."""
+    allow_commands: bool = False
+    """Run shell commands that a data path or a manifest names (pipe:COMMAND, COMMAND |)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Length, logging, checkpoints, numerics."""
+
+    dir: str = ""
+    """Run folder; resumes if it holds a checkpoint."""
+    steps: int = 400_000
+    """Optimiser updates."""
+    seed: int = 0
+    """Seed of weights, masks, noise, crops and order."""
+    log_every: int = 50
+    """Updates between lines of metrics.jsonl."""
+    checkpoint_every: int = 5_000
+    """Updates between checkpoints."""
+    keep_checkpoints: int = 2
+    """Most recent checkpoints kept."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products under autocast, fp32 master weights."""
+    threads: int | None = None
+    """CPU threads of PyTorch; unset: its default."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU when there is one."""
+    collapse_after: int = 5_000
+    """Updates after which the collapse rule applies: the run stops when both monitors below are under their limit, or
+    NaN. A loss that is not finite stops the run at any time."""
+    collapse_prediction_std: float = 0.01
+    """Limit on prediction_std; 0 turns the collapse rule off."""
+    collapse_content_spread: float = 0.01
+    """Limit on content_spread; 0 turns the collapse rule off."""
