@@ -1,98 +1,146 @@
 """Checkpoints: folders of safetensors and JSON that appear whole or not at all, and never hold a pickle.
 
-A checkpoint is written into a temporary folder, flushed to the disk and renamed; a kill at any moment leaves the one
-before it. Layout: `checkpoints/step-00001000/{config.json, state.json, model.safetensors, trainer.safetensors}`.
+Layout: `checkpoints/step-00001000/{config.json, state.json, metadata.json, shard-00000.safetensors, ...}`; written and
+read by torch.distributed.checkpoint through `d2v.storage`, so a run may go on with another number of ranks.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
-import os
+import math
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from d2v.config import Config
+from d2v.config_run import Run
+from d2v.dist import World
+from d2v.files import PARTIAL
+from d2v.storage import METADATA, SafetensorsReader, SafetensorsWriter, read_tensors
 
-MODEL, TRAINER, STATE, CONFIG = "model.safetensors", "trainer.safetensors", "state.json", "config.json"
+MODEL, STATE, CONFIG = "model.safetensors", "state.json", "config.json"
+MODEL_PREFIX = "model."
+"""Begins the names of the model's tensors in the checkpoint of a run; an exported folder has them in `MODEL`."""
 _NAME = re.compile(r"step-(\d{8,})")
-_PARTIAL = ".partial-"
 _REMOVED = ".removed-"
+# One process is no mistake.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file (text as UTF-8) beside its place, flushes it and renames it."""
-    temporary = path.with_name(f"{_PARTIAL}{path.name}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    _flush(temporary)
-    temporary.replace(path)
-    _flush(path.parent)
+class Saver:
+    """Writes the checkpoints of a run, one at a time, beside the training where `run.async_checkpoint` is on."""
+
+    def __init__(self, folder: Path, world: World, run: Run) -> None:
+        self.folder, self.world, self.run = folder, world, run
+        self._pending: concurrent.futures.Future[Any] | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+        """Begins checkpoint `step`, once the one before it stands; `OSError` where that or this one cannot be written.
+
+        Args:
+            step: completed updates.
+            tensors: flat names; what all ranks hold alike is written once, sharded tensors by their owners.
+            texts: JSON files, name -> content.
+        """
+        self.wait()
+        final = self.folder / f"step-{step:08d}"
+        if self.world.share(final.is_dir()):
+            return  # the same step of the same run: the same state
+        writer = SafetensorsWriter(final, self.world.rank, texts, self._prune)
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        staged = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+        result = dcp.async_save(
+            staged, storage_writer=writer, planner=planner, async_stager=_AlreadyStaged(),
+            process_group=self.world.storage, no_dist=not self.world.is_parallel,
+        )  # fmt: skip
+        assert isinstance(result, concurrent.futures.Future)
+        self._pending = result
+        if not self.run.async_checkpoint:
+            self.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint in writing could not be written; `wait` raises why."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Until the checkpoint in writing stands; `OSError` or `RuntimeError` where it does not."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except CheckpointException as error:
+            clean_folder(self.folder)
+            rank, (reason, _) = sorted(error.failures.items())[0]
+            where = f" on rank {rank}" if self.world.size > 1 else ""
+            kind = OSError if isinstance(reason, (OSError, SafetensorError)) else RuntimeError
+            kept = latest_checkpoint(self.folder.parent)
+            raise kind(f"checkpoint: cannot write to {str(self.folder)!r}{where}: {reason}; kept: {kept}") from None
+
+    def _prune(self) -> None:
+        """Removes what the rules of `run` do not keep."""
+        found = list_checkpoints(self.folder)
+        kept = set(found[-self.run.keep_checkpoints :])
+        if self.run.keep_every is not None:
+            kept |= {c for c in found if step_of(c) % self.run.keep_every == 0}
+        if self.run.keep_best is not None and (best := find_best(found, self.run)):
+            kept.add(best)
+        for old in found:
+            if old not in kept:
+                _remove(old)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class _AlreadyStaged:
+    """For tensors that are copies on the host already."""
+
+    should_synchronize_after_execute = _synchronize_after_execute = False
+
+    def stage(self, state_dict: Any) -> Any:
+        return state_dict
+
+    def synchronize_staging(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    *,
-    config: Config,
-    model: Mapping[str, Tensor],
-    trainer: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Writes checkpoint `step` under `folder` and removes all but the newest `keep`.
+def find_best(checkpoints: Sequence[Path], run: Run) -> Path | None:
+    """The checkpoint with the best finite value of the metric `run.keep_best`, the earliest of equals; or None."""
+    values: dict[Path, float] = {}
+    for checkpoint in checkpoints:
+        value = load_json(checkpoint / STATE).get("metrics", {}).get(run.keep_best)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            values[checkpoint] = -value if run.best == "highest" else value
+    return min(values, key=lambda c: values[c], default=None)
 
-    `model` and `trainer` are flat name -> tensor maps, `state` is plain JSON. Returns the checkpoint's folder.
+
+def load_into(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
+    """Fills tensors, whole or sharded, with those of the same names in a checkpoint; each rank reads what it needs.
+
+    `ValueError` names a damaged file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
-    if final.is_dir():
-        return final  # the same step of the same run: the same state
-    temporary = folder / f"{_PARTIAL}{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        save_file(_separate(model), temporary / MODEL)
-        save_file(_separate(trainer), temporary / TRAINER)
-        (temporary / CONFIG).write_text(config.to_json(), encoding="utf-8")
-        (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
-        for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    temporary.rename(final)
-    _flush(folder)
-    for old in list_checkpoints(folder)[: -max(keep, 1)]:
-        _remove(old)
-    return final
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous host copies where tensors share memory or have gaps, which safetensors refuses."""
-    seen: set[int] = set()
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu()
-        address = value.untyped_storage().data_ptr()
-        whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
-        result[name] = value if whole and address not in seen else value.contiguous().clone()
-        seen.add(address)
-    return result
+        dcp.load(
+            tensors, storage_reader=SafetensorsReader(folder), process_group=world.control,
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=not world.is_parallel,
+        )  # fmt: skip
+    except CheckpointException as error:
+        _, (reason, _) = sorted(error.failures.items())[0]
+        raise ValueError(str(reason)) from None
 
 
 def _remove(checkpoint: Path) -> None:
@@ -107,7 +155,7 @@ def clean_folder(folder: Path) -> None:
     """Removes what a killed run left half-written or half-removed."""
     if folder.is_dir():
         for entry in folder.iterdir():
-            if entry.name.startswith((_PARTIAL, _REMOVED)):
+            if entry.name.startswith((PARTIAL, _REMOVED)):
                 shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -119,6 +167,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [entry for _, entry in sorted(found)]
 
 
+def step_of(checkpoint: Path) -> int:
+    """Completed updates of a checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def latest_checkpoint(run: Path) -> Path | None:
     """Newest checkpoint of a run folder, or None."""
     found = list_checkpoints(run / "checkpoints")
@@ -126,11 +179,11 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def find_checkpoint(path: str, option: str = "checkpoint") -> Path:
-    """The folder with `config.json` and `model.safetensors` that `path` means: of a run, a checkpoint or an export."""
+    """The folder with a configuration and weights that `path` means: of a run, a checkpoint or an export."""
     folder = Path(path)
     if not path or not folder.is_dir():
         raise ValueError(f"{option}: expected a run folder, a checkpoint or an exported folder, found none at {path!r}")
-    if (folder / MODEL).is_file() and (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (MODEL, METADATA)):
         return folder
     newest = latest_checkpoint(folder)
     if newest is None:
@@ -139,7 +192,12 @@ def find_checkpoint(path: str, option: str = "checkpoint") -> Path:
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """A safetensors file of a checkpoint, on the host. `ValueError` names a missing or damaged file."""
+    """Tensors of a safetensors file, on the host; for `MODEL` also from the shards of a run's checkpoint.
+
+    `ValueError` names a missing or damaged file.
+    """
+    if name == MODEL and (folder / METADATA).is_file():
+        return read_tensors(folder, MODEL_PREFIX)
     try:
         return load_file(folder / name)
     except (SafetensorError, OSError) as error:

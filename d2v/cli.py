@@ -179,6 +179,8 @@ def _settings_class() -> Any:
     sections.append(("model", Init, Init()))
     text = "Build everything, run one update without writing anything, print shapes and sizes."
     sections.append(("dry_run", Annotated[bool, tyro.conf.arg(help=text), tyro.conf.FlagCreatePairsOff], False))
+    text = "Updates to record, after two others: a trace with named ranges and a table in RUN/profile; 0: none."
+    sections.append(("profile", Annotated[int, tyro.conf.arg(help=text)], 0))
     return dataclasses.make_dataclass("Settings", sections, frozen=True, namespace={"__doc__": "Settings of a run."})
 
 
@@ -209,6 +211,8 @@ def _pretrain(arguments: list[str]) -> int:
     default = kind(**{**start, "published": tuple(sorted(base.published))})
     settings = parse_options(kind, arguments[1:], f"d2v pretrain {arguments[0]}", default)
     config = settings_to_config(settings, base)
+    if settings.profile < 0:
+        raise UsageError(f"profile: expected 0 updates or more, got {settings.profile}")
     if settings.dry_run:
         from d2v.dryrun import dry_run
 
@@ -217,7 +221,7 @@ def _pretrain(arguments: list[str]) -> int:
     from d2v.train import pretrain
 
     try:
-        pretrain(config, init=settings.model.init)
+        pretrain(config, init=settings.model.init, profile=settings.profile)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     return 0

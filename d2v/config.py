@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .config_checks import check_model, require
+from .config_checks import check_model, check_run, require
 from .config_run import Data, Ema, Optim, Run
 
 PUBLISHED_BEHAVIOURS = frozenset(
@@ -40,7 +40,7 @@ SPEECH_CONVOLUTIONS = ((512, 10, 5), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512
 class Stem:
     """What turns raw input into T features of width C, and where the features stand.
 
-    The first four fields concern every kind of input, the next images, then speech, then text.
+    The first five fields concern every kind of input, the next images, then speech, then text.
     """
 
     modality: Literal["speech", "vision", "text"] = "vision"
@@ -53,6 +53,8 @@ class Stem:
     attention (1.0 images); none (text, whose stem has learned positions)."""
     dropout: float = 0.0
     """Dropout on the features. Text: inside the stem; speech: on what the student sees only."""
+    norm_eps: float = 1e-5
+    """Epsilon of the layer norm on embeddings (text) or on the convolutions' output (speech)."""
     image_size: int = 224
     """Height and width of an image in pixels."""
     patch_size: int = 16
@@ -285,16 +287,13 @@ class Config:
         check_model(self)
         require(0.0 <= self.ema.start <= 1.0, "ema.start", "0 to 1", self)
         require(0.0 <= self.ema.end <= 1.0, "ema.end", "0 to 1", self)
-        require(self.run.steps >= 0, "run.steps", "0 or more", self)
-        require(self.run.log_every >= 1, "run.log_every", "1 or more", self)
-        require(self.run.checkpoint_every >= 1, "run.checkpoint_every", "1 or more", self)
         require(self.data.global_batch >= 1, "data.global_batch", "1 or more", self)
         require(self.data.workers >= 0, "data.workers", "0 or more", self)
         micro = self.data.micro_batch
         require(micro is None or micro >= 1, "data.micro_batch", "1 or more", self)
+        require(self.data.shuffle_buffer >= 1, "data.shuffle_buffer", "1 or more", self)
         require(0.0 <= self.data.bad_fraction <= 1.0, "data.bad_fraction", "0 to 1", self)
-        require(self.run.keep_checkpoints >= 1, "run.keep_checkpoints", "1 or more", self)
-        require(self.run.threads is None or self.run.threads >= 1, "run.threads", "1 or more", self)
+        check_run(self)
         require(self.optim.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self)
         require(self.optim.hold_steps >= 0, "optim.hold_steps", "0 or more", self)
         positive = self.optim.final_rate > 0.0 or self.optim.schedule == "cosine"
@@ -321,11 +320,12 @@ class Config:
         value = json.loads(text)
         if not isinstance(value, dict):
             raise ValueError(f"config: expected a JSON object, got {type(value).__name__}")
-        config: Config = _build(Config, value, "config")
+        config: Config = build_section(Config, value, "config")
         return config
 
 
-def _build(cls: Any, value: dict[str, Any], where: str) -> Any:
+def build_section(cls: Any, value: dict[str, Any], where: str) -> Any:
+    """A dataclass of settings from JSON; `ValueError`, beginning with `where`, names unknown fields."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(value) - set(fields)):
         raise ValueError(f"{where}: unknown fields {unknown}; expected {sorted(fields)}")
@@ -333,7 +333,7 @@ def _build(cls: Any, value: dict[str, Any], where: str) -> Any:
     for name, item in value.items():
         section = fields[name].default_factory
         if dataclasses.is_dataclass(section):
-            kwargs[name] = _build(section, item, f"{where}.{name}")
+            kwargs[name] = build_section(section, item, f"{where}.{name}")
         elif name == "published":
             kwargs[name] = frozenset(item)
         else:

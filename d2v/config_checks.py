@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .config import Config
 
 
-def require(condition: bool, name: str, expected: str, config: Config) -> None:
+def require(condition: bool, name: str, expected: str, config: Any) -> None:
     """`ValueError` naming a setting by its dotted name, what was expected and what was given."""
     if not condition:
         value: Any = config
@@ -43,3 +43,18 @@ def check_model(config: Config) -> None:
     require(not both, "encoder.alibi", "none with relative positions", config)
     heads = config.encoder.alibi_heads if config.encoder.alibi != "none" else None
     require(heads is None or 1 <= heads <= config.encoder.heads, "encoder.alibi_heads", "1 to encoder.heads", config)
+
+
+def check_run(config: Any) -> None:
+    """How long, how often and on how many ranks; `config` has a section `run` and one `data`."""
+    run = config.run
+    require(run.steps >= 0, "run.steps", "0 or more", config)
+    for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+        require(getattr(run, name) >= 1, f"run.{name}", "1 or more", config)
+    for name in ("threads", "keep_every", "shard_ranks"):
+        value = getattr(run, name)
+        require(value is None or value >= 1, f"run.{name}", "1 or more", config)
+    require(run.timeout >= 5.0, "run.timeout", "5 or more", config)
+    require(run.shard_ranks is None or run.parallel == "fsdp", "run.shard_ranks", "nothing without fsdp", config)
+    # The scaler of the loss would have to agree over the shards of each gradient.
+    require(run.parallel == "ddp" or run.precision != "fp16", "run.precision", "fp32 or bf16 with fsdp", config)

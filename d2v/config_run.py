@@ -69,6 +69,11 @@ class Data:
     """Samples per forward on one rank; unset: the whole share of a rank."""
     workers: int = 1
     """Loader processes per rank; masks are drawn there."""
+    shuffle: Literal["full", "shards"] = "full"
+    """full: an epoch is a random permutation of all samples. shards: .tar shards are read in random order, several in
+    turn and each in its own order, and windows of data.shuffle_buffer samples are permuted: for slow storage."""
+    shuffle_buffer: int = 10_000
+    """Samples of a window with data.shuffle shards."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Area of a random crop over the area of the image."""
     flip: bool = True
@@ -85,6 +90,9 @@ class Data:
     """Speech: shorter utterances are left out and counted. Published: 2."""
     max_seconds: float = 20.0
     """Speech: longest crop, and longest utterance of an evaluation. Published: 20."""
+    batch_seconds: float | None = None
+    """Speech: most seconds of audio of a micro-batch, padding included; an update has as many micro-batches as this
+    needs, the same number on all ranks. Unset: data.micro_batch alone decides."""
     unequal: Literal["crop", "pad"] = "crop"
     """Speech: random crops of the length of the batch's shortest utterance (published), or padding to its longest."""
     tokenizer: str | None = None
@@ -96,7 +104,8 @@ class Data:
     block_tokens: int | None = None
     """Text: tokens of a block, the leading <s> included; unset: stem.max_tokens."""
     cache: str | None = None
-    """Text: folder for the tokenised text, shared by runs on the same data; unset: in the run folder."""
+    """Folder for what is made of the data once and shared by runs on it: tokenised text, the index of shards, lengths
+    of speech; unset: in the run folder."""
     allow_commands: bool = False
     """Run shell commands that a data path or a manifest names (pipe:COMMAND, COMMAND |)."""
 
@@ -117,8 +126,29 @@ class Run:
     """Updates between checkpoints."""
     keep_checkpoints: int = 2
     """Most recent checkpoints kept."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products under autocast, fp32 master weights."""
+    keep_every: int | None = None
+    """Checkpoints of updates that are a multiple of this are kept for good; unset: none."""
+    keep_best: str | None = None
+    """Metric, for example valid_loss, whose best checkpoint is kept for good, too; unset: none."""
+    best: Literal["lowest", "highest"] = "lowest"
+    """Which value of keep_best is the best."""
+    async_checkpoint: bool = True
+    """Write checkpoints from a copy in memory while the training goes on."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16: matrix products under autocast, fp32 master weights; fp16: the same with a scaled loss; an update whose
+    gradients overflow changes neither weights nor teacher."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun. ddp: every rank has the whole model (DistributedDataParallel); fsdp: weights, gradients, Adam's
+    moments and teacher are split over the ranks (fully_shard)."""
+    shard_ranks: int | None = None
+    """fsdp: neighbouring ranks that a model is split over; such groups hold copies of each other (hybrid sharding).
+    Unset: all ranks."""
+    timeout: float = 600.0
+    """Seconds of silence after which a rank counts as lost and the others stop, naming it."""
+    compile: bool = False
+    """torch.compile the transformer blocks of student and teacher."""
+    activation_checkpointing: bool = False
+    """Compute the student's blocks a second time in the backward pass in place of keeping their activations."""
     threads: int | None = None
     """CPU threads of PyTorch; unset: its default."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from d2v.checkpoint import CONFIG, MODEL, find_checkpoint, load_json, write_atomically
+from d2v.checkpoint import CONFIG, MODEL, find_checkpoint, load_json
 from d2v.data2vec import Data2Vec
 from d2v.evaluate import load_model
+from d2v.files import write_atomically
 from d2v.interop import fairseq, huggingface
 from d2v.interop.fairseq_file import Origin
 

@@ -17,10 +17,15 @@ from .encoder import Context, MainBlocks, initialise_linears
 from .heads import RegressionHead
 from .masking import MaskedRows, make_mask_sampler, resolve_masks
 from .modalities import PADDING, make_positions, make_stem, valid_positions
+from .profile import span
 from .targets import make_targets
 from .teacher import PARTS, Encoded, Teacher, encode_parts, evaluating
 
 __all__ = ["Data2Vec", "Output", "make_mask_sampler"]
+
+
+WORKING_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dtype of the teacher's working copies by `run.precision`."""
 
 
 @dataclass
@@ -43,6 +48,8 @@ class Output:
     """0-D: mean over channels of the predictions' standard deviation over the P rows."""
     target_std: Tensor
     """0-D: the same of the targets."""
+    features: Tensor
+    """(B,T,C): the stem's output, what the local encoder makes of the samples; without gradient."""
     class_prediction: Tensor | None = None
     """(N,C), or None without class loss."""
     class_target: Tensor | None = None
@@ -69,7 +76,7 @@ class Data2Vec(nn.Module):
         """Weights are drawn from torch's global generator; the teacher starts equal to the student.
 
         Args:
-            config: the model's sections, and run.precision: bf16 gives the teacher bfloat16 working copies.
+            config: the model's sections, and run.precision: bf16 and fp16 give the teacher such working copies.
 
         Raises:
             ValueError: sizes that do not fit.
@@ -93,7 +100,8 @@ class Data2Vec(nn.Module):
                 self.mask_token = nn.Parameter(torch.rand(width))
         self._initialise()
         student = {name: self.get_submodule(name) for name in PARTS}
-        working_dtype = torch.bfloat16 if config.run.precision == "bf16" else None
+        # A sharded teacher is cast as it is gathered.
+        working_dtype = WORKING_DTYPES.get(config.run.precision) if config.run.parallel == "ddp" else None
         self.teacher = Teacher(student, config.ema.scope, working_dtype)
         self._drawn = 0
 
@@ -138,19 +146,25 @@ class Data2Vec(nn.Module):
         self._drawn += batch if masks is None else 0
         drawn = rows.masks.to(inputs.device, non_blocking=True)
         if self.decoder is not None:
-            features, encoded = self._encode_visible(inputs, drawn, rows, valid)
-            prediction = self._decode(encoded, drawn, rows, noise, noise_keys)
+            with span("student"):
+                features, encoded = self._encode_visible(inputs, drawn, rows, valid)
+            with span("decoder"):
+                prediction = self._decode(encoded, drawn, rows, noise, noise_keys)
         else:
             if noise is not None:
                 raise ValueError(f"noise: expected None, 1.0 has no decoder; got shape {tuple(noise.shape)}")
-            features, encoded = self._encode_masked(inputs, drawn, rows, valid)
-            prediction = self._regress(encoded, drawn.rows, tokens)
+            with span("student"):
+                features, encoded = self._encode_masked(inputs, drawn, rows, valid)
+            with span("decoder"):
+                prediction = self._regress(encoded, drawn.rows, tokens)
         takes_text = self.config.stem.modality == "text" and self.decoder is None
-        if takes_text and "masked-tokens-only-teacher" in self.config.published:
-            targets = self._make_targets_of_masked_tokens(inputs, drawn.mask, rows.masks.mask)
-        else:
-            targets = self._make_targets(inputs, features, valid)
-        return self._compute_loss(prediction, encoded, targets, drawn.rows, rows.copies, valid)
+        with span("teacher"):
+            if takes_text and "masked-tokens-only-teacher" in self.config.published:
+                targets = self._make_targets_of_masked_tokens(inputs, drawn.mask, rows.masks.mask)
+            else:
+                targets = self._make_targets(inputs, features, valid)
+        with span("loss"):
+            return self._compute_loss(prediction, encoded, targets, features, drawn.rows, rows.copies, valid)
 
     def _measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int, Tensor | None]:
         stem: Any = self.stem
@@ -275,8 +289,9 @@ class Data2Vec(nn.Module):
         return gather_tokens(y, order.argsort(dim=1))
 
     def _compute_loss(
-        self, prediction: Tensor, encoded: Tensor, targets: Tensor, rows: Tensor, copies: int, lengths: Tensor | None
-    ) -> Output:
+        self, prediction: Tensor, encoded: Tensor, targets: Tensor, features: Tensor, rows: Tensor, copies: int,
+        lengths: Tensor | None,
+    ) -> Output:  # fmt: skip
         config = self.config.loss
         batch, tokens, _ = targets.shape
         sample_size = rows.shape[0]
@@ -298,7 +313,8 @@ class Data2Vec(nn.Module):
         return Output(
             loss=total / max(sample_size, 1), losses=losses, sample_size=sample_size, prediction=prediction,
             targets=targets, target_rows=target_rows, prediction_std=regression.prediction_std,
-            target_std=regression.target_std, class_prediction=class_prediction, class_target=class_target,
+            target_std=regression.target_std, features=features.detach(),
+            class_prediction=class_prediction, class_target=class_target,
         )  # fmt: skip
 
     def _mean_targets(self, targets: Tensor, lengths: Tensor | None) -> Tensor:

@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import itertools
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.loader import BadSamples, train_updates
+from d2v.data.order import UpdateSampler
 from d2v.data.samples import Batch
-from d2v.train import Trainer, choose_device, load_weights, open_data, prepare_data
+from d2v.data.sources import Source
+from d2v.dist import World, choose_device
+from d2v.flops import count_work
+from d2v.pretraining import Pretraining
+from d2v.profile import memory_bytes
+from d2v.train import load_weights, open_data
+from d2v.trainer import Trainer
+
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Numbers of ranks whose shares are shown, as far as the global batch reaches."""
+MIB = float(1 << 20)
 
 
 def dry_run(config: Config, *, init: str | None = None) -> str:
-    """Builds everything and runs one update on real data; returns a description. Leaves nothing behind."""
+    """Builds everything and runs one update on real data in one process; returns a description: shapes, parameters,
+    memory, length of the run, and the share of a rank for several numbers of ranks. Leaves nothing behind."""
     source, valid = open_data(config)
-    device = choose_device(config)
+    device = choose_device(config.run.device)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    trainer = Trainer(config, source, device)
+    objective = Pretraining(config, source, valid, device)
     if init is not None:
-        load_weights(trainer.model, init, "model.init")
+        load_weights(objective.model, init, "model.init")
+    trainer = Trainer(objective, World(device))
     with tempfile.TemporaryDirectory(prefix="d2v-dry-run-") as folder:
-        prepare_data(source, valid, Path(folder), fresh=True)
+        for part in (source, valid):
+            if part is not None:
+                part.prepare(Path(folder), fresh=part is source)
         batches = next(train_updates(_without_workers(config), source, 0, device))
-        shapes = _describe_shapes(trainer, batches[0])
+        shapes, activations = _try_forward(trainer, objective, batches[0])
         trainer.run_update(batches)
         bad = BadSamples(source, config.data.bad_fraction, None)
         for batch in batches:
             bad.add(batch.notes)
         bad.check(config.data.global_batch)
         left_out = "".join(f", {n} {reason} left out" for reason, n in source.left_out.items())
-        samples = f"{len(source)} {trainer.modality.noun}{left_out}, {len(bad.entries)} bad in the first batch"
-        return "\n".join([f"data         {samples}", *shapes])
+        samples = f"{len(source)} {objective.noun}{left_out}, {len(bad.entries)} bad in the first batch"
+        static = count_static(trainer, objective)
+        lines = [
+            f"data         {samples}",
+            *shapes,
+            *_describe_memory(static, activations, len(batches[0]), trainer),
+            *_describe_run(config, len(source), batches),
+            *_describe_ranks(config, source, sum(static.values()), activations / len(batches[0])),
+        ]
+        return "\n".join(lines)
 
 
 def _without_workers(config: Config) -> Config:
@@ -44,27 +68,90 @@ def _without_workers(config: Config) -> Config:
     return replace(config, data=replace(config.data, workers=0), run=replace(config.run, steps=steps))
 
 
-@torch.no_grad()
-def _describe_shapes(trainer: Trainer, batch: Batch) -> list[str]:
+def _try_forward(trainer: Trainer, objective: Pretraining, batch: Batch) -> tuple[list[str], int]:
+    """Shapes of a micro-batch, and the bytes that its forward keeps for the backward pass."""
     assert batch.masks is not None
-    out = trainer.forward(batch)
+    device, masks = trainer.world.device, batch.masks
+    trainer.model.train()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = objective.run_model(trainer.network, batch, device)
+    own = itertools.chain(trainer.model.parameters(), trainer.model.buffers())
+    activations = count_bytes(kept, without=own)
+    rows, tokens = masks.mask.shape
+    visible = f"{masks.keep.shape[1]} visible" if trainer.config.version == 2 and masks.keep is not None else "all seen"
+    inputs = objective.inputs_of(batch, device)
+    loss = float(out.loss.detach())
+    return [
+        f"inputs       {tuple(inputs.shape)} per micro-batch, {trainer.config.data.global_batch} samples per update",
+        f"student      {rows} rows of {tokens} tokens, {visible}, {len(masks.rows)} masked positions",
+        f"prediction   {tuple(out.prediction.shape)}, targets {tuple(out.targets.shape)}, loss {loss:.4f}",
+    ], activations
+
+
+def count_bytes(tensors: Iterable[Tensor], without: Iterable[Tensor] = ()) -> int:
+    """Bytes of memory behind tensors, each piece of memory once; not those that `without` share."""
+    own = {t.untyped_storage().data_ptr() for t in without}
+    pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for place, size in pieces.items() if place not in own)
+
+
+def count_static(trainer: Trainer, objective: Pretraining) -> dict[str, int]:
+    """Bytes that stay from update to update on one rank without sharding."""
+    teacher = objective.model.teacher
+    trained = count_bytes(trainer.parameters)
+    copies = teacher.working_parts().values() if teacher.working_dtype is not None else ()
+    return {
+        "weights": trained,
+        "gradients": trained,
+        "Adam moments": 2 * trained,
+        "teacher": count_bytes(teacher.parameters()),
+        "its working copies": sum(count_bytes(part.parameters()) for part in copies),
+    }
+
+
+def _describe_memory(static: dict[str, int], activations: int, samples: int, trainer: Trainer) -> list[str]:
     trainable = sum(p.numel() for p in trainer.parameters)
     total = sum(p.numel() for p in trainer.model.parameters())
-    masks = batch.masks
-    rows, tokens = masks.mask.shape
-    visible = masks.keep.shape[1] if masks.keep is not None else -1
-    static = 4 * (4 * trainable + (total - trainable))
-    if trainer.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(trainer.device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    mib = float(1 << 20)
+    parts = ", ".join(f"{name} {size / MIB:.1f}" for name, size in static.items() if size)
+    device = trainer.world.device
+    where = "at its peak on the GPU" if device.type == "cuda" else "in this process, PyTorch and data included"
     return [
-        f"inputs       {tuple(trainer.inputs_of(batch).shape)} per micro-batch, "
-        f"{trainer.config.data.global_batch} samples per update",
-        f"student      {rows} rows of {tokens} tokens, {visible} visible, {len(masks.rows)} masked positions",
-        f"prediction   {tuple(out.prediction.shape)}, targets {tuple(out.targets.shape)}, loss {float(out.loss):.4f}",
         f"parameters   {trainable:,} trained, {total - trainable:,} averaged",
-        f"memory       {static / mib:.1f} MiB for weights, gradients, Adam moments and teacher; "
-        f"{peak / mib:.0f} MiB peak {'on the GPU' if trainer.device.type == 'cuda' else 'of the process'} so far",
+        f"memory, MiB  {parts}: {sum(static.values()) / MIB:.1f}; "
+        f"activations of a micro-batch of {samples}, measured: {activations / MIB:.1f}; "
+        f"{memory_bytes(device) / MIB:.0f} {where}",
     ]
+
+
+def _describe_run(config: Config, samples: int, batches: list[Batch]) -> list[str]:
+    steps, total = config.run.steps, config.data.global_batch
+    flops = sum(count_work(config, batch)["flops"] for batch in batches)
+    return [
+        f"run          {steps:,} updates of {total} samples: {steps * total / samples:.1f} epochs; "
+        f"warm-up {config.optim.warmup_steps:,} updates",
+        f"work         {flops:.3g} FLOPs in the first update",
+    ]
+
+
+def _describe_ranks(config: Config, source: Source, static: int, activations: float) -> list[str]:
+    """For each number of ranks: samples, micro-batches and memory of the rank that has most. Sharding, where it is on,
+    splits what is static."""
+    sharded = config.run.parallel == "fsdp"
+    lines = [f"ranks        samples  micro-batches  largest  MiB a rank ({config.run.parallel})"]
+    for ranks in (r for r in RANKS if r <= config.data.global_batch):
+        try:
+            slots = UpdateSampler(config, source, 0, 1, rank=0, ranks=ranks).slots(0)
+        except ValueError as error:
+            lines.append(f"{ranks:>5}        {error}")
+            continue
+        largest = max(len(s) for s in slots)
+        pieces = min(config.run.shard_ranks or ranks, ranks) if sharded else 1
+        memory = (static / pieces + activations * largest) / MIB
+        lines.append(f"{ranks:>5}        {sum(map(len, slots)):>7}  {len(slots):>13}  {largest:>7}  {memory:>10.1f}")
+    return lines

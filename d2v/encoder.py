@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from d2v_kernels import Alibi, attend
 
@@ -120,6 +123,15 @@ def make_norm(config: Encoder) -> nn.LayerNorm:
     return nn.LayerNorm(config.width, eps=config.norm_eps, elementwise_affine=config.norm_affine)
 
 
+class Exposed(NamedTuple):
+    """What a block computes; both (N,T,C)."""
+
+    output: Tensor
+    """Input of the next block."""
+    ffn: Tensor
+    """The MLP output before the residual sum."""
+
+
 class Block(nn.Module):
     """One transformer block.
 
@@ -159,9 +171,13 @@ class Block(nn.Module):
         out = residual + self.drop_path(self.dropout(f))
         return out if self.pre_norm else self.norm2(out)
 
-    def forward(self, x: Tensor, around: Surroundings = ALONE, index: int = 0) -> Tensor:
-        """(N,T,C) to (N,T,C)."""
-        return self.merge(*self.branch(x, around, index))
+    def forward(self, x: Tensor, around: Surroundings = ALONE, index: int = 0, output: bool = True) -> Exposed:
+        """(N,T,C) to (N,T,C); `output` False: the block's output is not needed, and x comes back in its place.
+
+        Sharded and compiled blocks know their parameters in this call only.
+        """
+        residual, f = self.branch(x, around, index)
+        return Exposed(self.merge(residual, f) if output else x, f)
 
 
 class Context(nn.Module):
@@ -174,6 +190,7 @@ class Context(nn.Module):
         self.extra_tokens = nn.Parameter(torch.randn(1, count, config.width)) if count else None
         self.norm = make_norm(config) if config.norm_order == "post" and config.input_norm else None
         self.dropout = nn.Dropout(config.prenet_dropout)
+        self.recompute = False
         self.blocks = nn.ModuleList(Block(config, 0.0, keep_residual) for _ in range(config.prenet_depth))
         initialise_linears(self, config.init_std)
 
@@ -190,8 +207,17 @@ class Context(nn.Module):
         """Tokens (N,T,C) to (N,E+T,C), E extra tokens first; `around` counts them."""
         x = self.embed(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, around, i)
+            x = run_block(block, x, around, i, self.recompute)
         return x
+
+
+def run_block(block: nn.Module, x: Tensor, around: Surroundings, index: int, recompute: bool = False) -> Tensor:
+    """(N,T,C) to (N,T,C); `recompute`: keep no activations for the backward pass, run the block there once more."""
+    if recompute and torch.is_grad_enabled():
+        result: Exposed = checkpoint(block, x, around, index, use_reentrant=False)
+    else:
+        result = block(x, around, index)
+    return result.output
 
 
 class MainBlocks(nn.Module):
@@ -202,6 +228,8 @@ class MainBlocks(nn.Module):
         depth = config.depth
         rates = [config.drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.layer_drop, self.first = config.layer_drop, config.prenet_depth
+        self.recompute = False
+        self.skipped: frozenset[int] | None = None
         self.blocks = nn.ModuleList(Block(config, rate, keep_residual) for rate in rates)
         self.norm = make_norm(config) if config.norm_order == "pre" else None
         initialise_linears(self, config.init_std)
@@ -210,11 +238,21 @@ class MainBlocks(nn.Module):
 
     def forward(self, x: Tensor, around: Surroundings = ALONE) -> Tensor:
         """(N,T,C) to (N,T,C); in training a block is skipped with probability `layer_drop`."""
-        for i, block in enumerate(self.blocks, self.first):
-            if self.training and self.layer_drop > 0.0 and float(torch.rand(())) < self.layer_drop:
-                continue
-            x = block(x, around, i)
+        skipped = self._choose_skipped() if self.training and self.layer_drop > 0.0 else ()
+        for i, block in enumerate(self.blocks):
+            if i not in skipped:
+                x = run_block(block, x, around, self.first + i, self.recompute)
         return x if self.norm is None else self.norm(x)
+
+    def _choose_skipped(self) -> Collection[int]:
+        """Blocks that this forward leaves out: those of the update, or drawn anew where no trainer chose any."""
+        if self.skipped is not None:
+            return self.skipped
+        return self.draw_skipped(torch.rand(len(self.blocks)).tolist())
+
+    def draw_skipped(self, uniform: Sequence[float]) -> frozenset[int]:
+        """Blocks whose number of [0, 1) is below `layer_drop`."""
+        return frozenset(i for i, u in enumerate(uniform) if u < self.layer_drop)
 
     def collect(self, x: Tensor, top_k: int, source: str, around: Surroundings = ALONE) -> list[Tensor]:
         """Target tensors of the top K blocks, lowest first; stops after the last tensor it needs.
@@ -231,15 +269,9 @@ class MainBlocks(nn.Module):
         first, last = len(self.blocks) - top_k, len(self.blocks) - 1
         tensors: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            residual, f = block.branch(x, around, self.first + i)
-            if source == "ffn" and i >= first:
-                tensors.append(f)
-                if i == last:
-                    break
-            x = block.merge(residual, f)
-            if source == "block" and i >= first:
-                tensors.append(x)
+            x, f = block(x, around, self.first + i, output=i < last or source == "block")
+            if i >= first:
+                tensors.append(f if source == "ffn" else x)
         return tensors
 
 

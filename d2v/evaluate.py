@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v.checkpoint import MODEL, copy_into, find_checkpoint, load_config, load_tensors, write_atomically
+from d2v.checkpoint import MODEL, copy_into, find_checkpoint, load_config, load_tensors
 from d2v.config import Config
 from d2v.data import make_modality
 from d2v.data.loader import evaluation_batches
 from d2v.data.samples import Batch, Modality
 from d2v.data.sources import Source
 from d2v.data2vec import Data2Vec
-from d2v.train import build_model, choose_device
+from d2v.dist import choose_device
+from d2v.files import write_atomically
+from d2v.pretraining import build_model
 
 
 def load_model(checkpoint: str, device: str = "auto") -> tuple[Data2Vec, Config, torch.device]:
@@ -29,7 +31,7 @@ def load_model(checkpoint: str, device: str = "auto") -> tuple[Data2Vec, Config,
     folder = find_checkpoint(checkpoint)
     config = load_config(folder)
     config = replace(config, run=replace(config.run, device=device))  # type: ignore[arg-type]
-    place = choose_device(config)
+    place = choose_device(device)
     model = build_model(config)
     copy_into(model.state_dict(), load_tensors(folder, MODEL), f"checkpoint {str(folder)!r}")
     # No sample is too short to be evaluated, as far as the stem can take it.

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2v.checkpoint import write_atomically
 from d2v.data import make_modality
 from d2v.data.loader import evaluation_batches
 from d2v.data.progress import Reporter
 from d2v.evaluate import load_model
+from d2v.files import write_atomically
 
 POOLS = ("tokens", "mean")
 SUFFIXES = (".npy", ".safetensors")

@@ -1,64 +1,43 @@
-"""Monitors of a run: what is logged, how it is measured, and when it means collapse.
+"""What a run writes about itself: means between two lines, `metrics.jsonl`, TensorBoard.
 
-The published monitor `target_std` is pinned near 1 wherever targets are instance- or batch-normed and layer-normed, so
-it says little there; `content_spread` and `explained_variance` stand beside it. Values stay on the device until a line
-is written.
+Values stay on the device until a line is written. What is measured is in `d2v.monitors`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from d2v.checkpoint import write_atomically
-from d2v.config import Run
+from d2v.files import write_atomically
+from d2v.profile import span
 
-_EPS = 1e-6
-
-
-def measure_content_spread(targets: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Standard deviation over samples at a fixed position, averaged over positions and channels.
-
-    What the position alone does not explain; 0 when every sample has the same target. targets (B,T,C) -> 0-D; NaN for
-    fewer than 2 samples. lengths (B,): tokens of a row before its padding, which does not count; positions that fewer
-    than 2 rows have are left out.
-    """
-    if len(targets) < 2:
-        return torch.full((), math.nan, device=targets.device)
-    values = targets.float()
-    if lengths is None:
-        return (values.var(dim=0, unbiased=True) + _EPS).sqrt().mean()
-    places = torch.arange(values.shape[1], device=values.device)
-    valid = (places < lengths.to(values.device)[:, None])[..., None]
-    count = valid.sum(dim=0)
-    mean = (values * valid).sum(dim=0) / count.clamp_min(1)
-    variance = ((values - mean).square() * valid).sum(dim=0) / (count - 1).clamp_min(1)
-    return (variance + _EPS).sqrt()[count[:, 0] >= 2].mean()
-
-
-def measure_explained_variance(prediction: Tensor, target: Tensor) -> Tensor:
-    """1 - mean squared error / variance of the target over rows; both (P,C) -> 0-D. 0: no better than the mean."""
-    error = (prediction.float() - target.float()).square().mean()
-    variance = target.float().var(dim=0, unbiased=False).mean()
-    return 1.0 - error / (variance + _EPS)
+Item = TypeVar("Item")
+Reduce = Callable[[Tensor], object]
+"""Sums a float64 tensor over all ranks, in place."""
 
 
 class Window:
-    """Running sums of 0-D device tensors between two lines, in float64; nothing is read until `means`."""
+    """What happened between two lines: running sums of 0-D device tensors in float64, host counts, and the clock.
+
+    Nothing is read from the device until `means`. With several ranks every rank adds its part of a value (its share of
+    the loss, say), so that the sum over ranks is the value.
+    """
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.updates = 0
         self._sums: Tensor | None = None
+        self._counts: dict[str, float] = {}
         self._timed_updates = 0
-        self._seconds = 0.0
+        self._seconds = self._waited = 0.0
         self._running_since: float | None = None
 
     def add(self, values: Mapping[str, Tensor]) -> None:
@@ -70,11 +49,37 @@ class Window:
         self.updates += 1
         self._timed_updates += 1
 
-    def means(self) -> dict[str, float]:
-        """Mean of each value over the updates since the last reset; waits for the device."""
+    def count(self, **amounts: float) -> None:
+        """Adds host numbers that are known without the device, tokens or FLOPs of this rank, for `rates`."""
+        for name, amount in amounts.items():
+            self._counts[name] = self._counts.get(name, 0.0) + amount
+
+    def means(self, reduce: Reduce | None = None) -> dict[str, float]:
+        """Mean of each value over the updates since the last reset; waits for the device.
+
+        reduce: sums a float64 device tensor over ranks in place; every rank calls then. The window goes on unchanged.
+        """
         if self._sums is None or not self.updates:
             return {}
-        return dict(zip(self.names, (self._sums / self.updates).tolist(), strict=True))
+        sums = self._sums.clone()
+        if reduce is not None:
+            reduce(sums)
+        return dict(zip(self.names, (sums / self.updates).tolist(), strict=True))
+
+    def rates(self, reduce: Reduce | None = None, device: torch.device | None = None) -> dict[str, float]:
+        """Each count per second since the last reset, by the clock of this rank.
+
+        reduce: as in `means`; device: where it wants its tensor.
+        """
+        if not self._counts:
+            return {}
+        totals = torch.tensor(list(self._counts.values()), dtype=torch.float64, device=device)
+        if reduce is not None:
+            reduce(totals)
+        seconds = self.seconds()
+        return {k: v / seconds if seconds else math.nan for k, v in zip(self._counts, totals.tolist(), strict=True)}
+
+    # ---- the clock --------------------------------------------------------------------------------------------
 
     def resume_clock(self) -> None:
         """Counts time from here."""
@@ -86,30 +91,74 @@ class Window:
             self._seconds += time.perf_counter() - self._running_since
         self._running_since = None
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is time blocked on the loader."""
+        start = time.perf_counter()
+        try:
+            with span("data"):
+                yield
+        finally:
+            if self._running_since is not None:
+                self._waited += time.perf_counter() - start
+
+    def watch(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items; the time until each comes counts as `waiting`."""
+        source = iter(items)
+        while True:
+            with self.waiting():
+                try:
+                    item = next(source)
+                except StopIteration:
+                    return
+            yield item
+
+    def seconds(self) -> float:
+        """Seconds that the clock counted since the last reset."""
+        running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
+        return self._seconds + running
+
     def step_seconds(self) -> float:
         """Seconds per update of this process since the last reset."""
-        running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
-        return (self._seconds + running) / max(self._timed_updates, 1)
+        return self.seconds() / max(self._timed_updates, 1)
+
+    def data_wait(self) -> float:
+        """Share of that time this process was blocked on the loader, 0 to 1."""
+        seconds = self.seconds()
+        return min(self._waited / seconds, 1.0) if seconds else 0.0
+
+    # ---- state ------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Starts a new window."""
         self.updates = self._timed_updates = 0
-        self._seconds = 0.0
+        self._counts = {}
+        self._seconds = self._waited = 0.0
         if self._running_since is not None:
             self._running_since = time.perf_counter()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """State for a checkpoint, with `state`."""
-        return {} if self._sums is None or not self.updates else {"metrics.sums": self._sums}
+    def tensors(self, reduce: Reduce | None = None) -> dict[str, Tensor]:
+        """State for a checkpoint, with `state`. reduce: as in `means`, for the sums of all ranks."""
+        if self._sums is None or not self.updates:
+            return {}
+        sums = self._sums.clone()
+        if reduce is not None:
+            reduce(sums)
+        return {"metrics.sums": sums}
 
     def state(self) -> dict[str, Any]:
         """Names and count for a checkpoint (JSON)."""
         return {"names": self.names, "updates": self.updates}
 
-    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Continues a window; its time starts anew."""
+    def restore(
+        self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device, main: bool = True
+    ) -> None:
+        """Continues a window; its time and counts start anew. main: one rank takes the sums, the others begin at 0."""
         self.names, self.updates = list(state["names"]), int(state["updates"])
-        self._sums = tensors["metrics.sums"].to(device).clone() if self.updates else None
+        self._sums = None
+        if self.updates:
+            sums = tensors["metrics.sums"].to(device).clone()
+            self._sums = sums if main else torch.zeros_like(sums)
 
 
 class MetricsFile:
@@ -165,20 +214,3 @@ class Board:
     def close(self) -> None:
         """Flushes and closes."""
         self._writer.close()
-
-
-def find_failure(line: Mapping[str, Any], run: Run, samples: int) -> str | None:
-    """Why a run must stop after this line of metrics, or None. `samples`: rows that content_spread was taken over.
-
-    Comparisons are written so that NaN raises the alarm.
-    """
-    broken = {k: line[k] for k in ("loss", "grad_norm") if k in line and not math.isfinite(line[k])}
-    if broken:
-        return f"not finite: {', '.join(f'{k} {v}' for k, v in broken.items())}"
-    limits = {"prediction_std": run.collapse_prediction_std, "content_spread": run.collapse_content_spread}
-    if line["step"] <= run.collapse_after or min(limits.values()) <= 0.0 or samples < 2:
-        return None
-    if any(line[name] >= limit for name, limit in limits.items()):
-        return None
-    found = ", ".join(f"{name} {line[name]:.2g} (limit {limit:g})" for name, limit in limits.items())
-    return f"collapse: {found}"

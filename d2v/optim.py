@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from d2v.config import Optim
+from d2v.config_run import Optim
+
+PREFIX = "optim."
+"""Begins the names of the optimiser's tensors in a checkpoint."""
 
 
 def learning_rate_at(optim: Optim, update: int, steps: int) -> float:
@@ -33,61 +38,81 @@ def learning_rate_at(optim: Optim, update: int, steps: int) -> float:
     return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """AdamW over the parameters that require gradients, fused where every one is floating point on CPU or CUDA.
+def decay_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+    """The parameters that require gradients in two groups, with weight decay and without.
 
     With `decay_all` off, parameters with fewer than two dimensions (biases, norm gains) are not decayed.
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     decayed = {n for n, p in named.items() if optim.decay_all or p.dim() >= 2}
-    groups = [
+    return [
         {"params": [p for n, p in named.items() if n in decayed], "weight_decay": optim.weight_decay},
         {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
     ]
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in named.values())
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=fused
-    )
+
+
+def build_optimiser(groups: Sequence[dict[str, Any]], optim: Optim) -> torch.optim.AdamW:
+    """AdamW over groups of parameters, fused where every one is floating point on CPU or CUDA."""
+    groups = [g for g in groups if g["params"]]
+    parameters = [p for g in groups for p in g["params"]]
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=fused)
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the rate of every parameter group."""
+    """Sets the rate of every parameter group, times its own factor `rate` where it has one."""
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate", 1.0)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
     """Scales gradients by min(1, limit / norm), norm = global L2 norm; returns the norm (0-D, on the device).
 
-    Nothing is read from the device. Without a limit only the norm is computed.
+    Nothing is read from the device. Without a limit only the norm is computed. Of sharded gradients every rank scales
+    its shards by the norm of the whole.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(())
     norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if limit is not None:
-        torch._foreach_mul_(gradients, (limit / norm).clamp(max=1.0))
+        torch._foreach_mul_([_local(g) for g in gradients], (limit / norm).clamp(max=1.0))
     return norm
 
 
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of the optimiser as `optim.<entry>.<parameter name>` -> tensor."""
+    """State of the optimiser as `optim.<entry>.<parameter name>` -> tensor, sharded as the parameter is."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for entry, value in optimiser.state.get(parameter, {}).items():
-            tensors[f"optim.{entry}.{name}"] = torch.as_tensor(value)
+            tensors[f"{PREFIX}{entry}.{name}"] = torch.as_tensor(value)
     return tensors
 
 
-def load_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restores what `optimiser_tensors` returned; `ValueError` where names do not fit the model."""
-    named = dict(model.named_parameters())
-    for key, value in tensors.items():
+def make_state(model: nn.Module, optimiser: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
+    """State of the optimiser for `names` of `optimiser_tensors`, zero, to be filled in place from a checkpoint.
+
+    `ValueError` where a name does not fit the model.
+    """
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for key in names:
         _, entry, name = key.split(".", 2)
-        if name not in named or (value.dim() and value.shape != named[name].shape):
+        if name not in named:
             raise ValueError(f"checkpoint: optimiser state {key!r} does not fit the model")
-        place = value.clone() if entry == "step" and not _step_on_device(optimiser) else value.to(named[name].device)
-        optimiser.state[named[name]][entry] = place
+        parameter = named[name]
+        if entry == "step":
+            device = parameter.device if _step_on_device(optimiser) else torch.device("cpu")
+            value = torch.zeros((), dtype=torch.float32, device=device)
+        else:
+            value = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+        optimiser.state[parameter][entry] = value
+    return optimiser_tensors(model, optimiser)
 
 
 def _step_on_device(optimiser: torch.optim.Optimizer) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Progress:
-    """Rate, time left, loss and content spread of a run."""
+    """Rate, time left, loss, content spread and share of time spent waiting for data."""
 
     def __init__(self, update: int, steps: int) -> None:
         self.steps = steps
@@ -25,8 +25,7 @@ class Progress:
 
     def show(self, line: Mapping[str, Any]) -> None:
         """Shows a line of metrics."""
-        rate = line["samples_per_second"]
-        values = f"loss {line['loss']:.4f}, spread {line['content_spread']:.3f}, {rate:.0f} samples/s"
+        values = describe_line(line)
         if self._bar is not None:
             self._bar.set_postfix_str(values, refresh=False)
         else:
@@ -44,6 +43,19 @@ class Progress:
         """Leaves the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
+
+
+def describe_line(line: Mapping[str, Any]) -> str:
+    """Loss, spread, rate and data wait of a line of metrics in a few words; what the line lacks is left out."""
+    words = [f"loss {line['loss']:.4f}"]
+    if "valid_loss" in line:
+        words.append(f"valid {line['valid_loss']:.4f}")
+    if "content_spread" in line:
+        words.append(f"spread {line['content_spread']:.3f}")
+    words.append(f"{line['samples_per_second']:.0f} samples/s")
+    if "data_wait" in line:
+        words.append(f"data wait {line['data_wait']:.0%}")
+    return ", ".join(words)
 
 
 def format_seconds(seconds: float) -> str:

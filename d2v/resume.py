@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from d2v.config import Config
 
 FREE_FIELDS = frozenset(
     {
@@ -17,10 +15,20 @@ FREE_FIELDS = frozenset(
         "data.tokenizer",  # the tokens themselves are compared
         "data.cache",
         "data.allow_commands",
+        "data.micro_batch",  # memory; with statistics over a batch, numbers too: it is reported
         "run.dir",
         "run.log_every",
         "run.checkpoint_every",
         "run.keep_checkpoints",
+        "run.keep_every",
+        "run.keep_best",
+        "run.best",
+        "run.async_checkpoint",
+        "run.parallel",
+        "run.shard_ranks",
+        "run.timeout",
+        "run.compile",
+        "run.activation_checkpointing",
         "run.threads",
         "run.device",
         "run.collapse_after",
@@ -31,22 +39,25 @@ FREE_FIELDS = frozenset(
 """Settings that leave the sequence of updates as it is."""
 
 
-def flatten_config(config: Config) -> dict[str, Any]:
-    """Settings by dotted name."""
+def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a configuration's JSON object by dotted name."""
     flat: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            flat |= {f"{field.name}.{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)}
+    for section, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{section}.{name}": item for name, item in value.items()}
         else:
-            flat[field.name] = value
+            flat[section] = value
     return flat
 
 
-def compare_configs(stored: Config, given: Config, folder: Path) -> None:
-    """Raises `ValueError` naming the settings in which a run differs from the one that `folder` holds."""
+def compare_configs(stored: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> list[str]:
+    """What of the free settings differs from the run that `folder` holds, in words; both as JSON objects.
+
+    `ValueError` names the other settings that differ. Settings that the stored run did not know yet count as equal.
+    """
     before, now = flatten_config(stored), flatten_config(given)
-    differing = [name for name in now if name not in FREE_FIELDS and before.get(name) != now[name]]
-    if differing:
-        listed = ", ".join(f"{n} (stored {before.get(n)}, given {now[n]})" for n in differing)
-        raise ValueError(f"run.dir: {str(folder)!r} holds a run with other settings: {listed}")
+    differing = [name for name in now if name in before and before[name] != now[name]]
+    texts = {n: f"{n} (stored {before[n]}, given {now[n]})" for n in differing}
+    if refused := [texts[n] for n in differing if n not in FREE_FIELDS]:
+        raise ValueError(f"run.dir: {str(folder)!r} holds a run with other settings: {', '.join(refused)}")
+    return [texts[n] for n in differing]

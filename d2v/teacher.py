@@ -86,7 +86,7 @@ class Teacher(nn.Module):
             decay: in [0, 1]; or a 0-D float64 tensor on the device holding 1 - decay.
         """
         if self.working_dtype is not None:
-            self._working_parts()
+            self.working_parts()
         if self._plan is None:
             sources = [p for name in self.owned for p in self._student[name].parameters()]
             copies = [p for part in self._working.values() for p in part.parameters()]
@@ -138,13 +138,13 @@ class Teacher(nn.Module):
         return torch.autocast(device.type, dtype=self.working_dtype)
 
     def _parts(self) -> dict[str, nn.Module]:
-        own = dict(self.named_children()) if self.working_dtype is None else self._working_parts()
+        own = dict(self.named_children()) if self.working_dtype is None else self.working_parts()
         return {**self._student, **own}
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
         return tuple((t.data_ptr(), t._version) for t in itertools.chain(self.parameters(), self.buffers()))
 
-    def _working_parts(self) -> dict[str, nn.Module]:
+    def working_parts(self) -> dict[str, nn.Module]:
         """Working copies, made on first use and rewritten when an average was changed from outside (a checkpoint)."""
         if not self._working:
             self._working = {name: copy.deepcopy(part) for name, part in self.named_children()}
@@ -198,7 +198,7 @@ def encode_parts(parts: Mapping[str, nn.Module], inputs: Tensor, lengths: Tensor
         around = positions.surround(x, lengths)
         x = context.embed(positions(x, lengths))
         for i, block in enumerate(blocks[:layer]):
-            x = block(x, around, i)
+            x = block(x, around, i).output
         if layer is None and main.norm is not None:
             x = main.norm(x)
     extra = x.shape[1] - tokens

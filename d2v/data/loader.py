@@ -1,118 +1,35 @@
-"""Order of samples, worker processes, and the account of bad samples."""
+"""Worker processes, batches of updates and of one pass, and the account of bad samples."""
 
 from __future__ import annotations
 
 import json
 import signal
+import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from d2v.checkpoint import write_atomically
 from d2v.config import Config
 from d2v.data import make_modality
+from d2v.data.order import UpdateSampler
 from d2v.data.samples import (
-    STREAM_ORDER,
     Batch,
     Collate,
     EvaluationSamples,
     MaskingCollate,
     Note,
     TrainSamples,
-    random_stream,
 )
 from d2v.data.sources import Source
+from d2v.files import write_atomically
 
 TERM_GRACE_SECONDS = 10
 """Life of a loader worker after a SIGTERM."""
 FIRST_VERDICT = 200
 """Samples tried before the share of bad ones is judged (or all, when there are fewer)."""
-
-
-BUCKET_RATIO = 1.1
-"""Lengths within this ratio count as equal when samples are grouped by length."""
-
-
-class SampleOrder:
-    """The stream of samples of a run: one random permutation per epoch, joined without gaps.
-
-    Every batch is full, every sample comes once per epoch, and a position alone tells where a run is. With lengths,
-    samples of about equal length stand together in groups of `group` positions that begin at multiples of `group`, in
-    random order; the groups at the two ends of an epoch are what is left of a group that straddles it.
-    """
-
-    def __init__(self, samples: int, seed: int, lengths: np.ndarray | None = None, group: int = 1) -> None:
-        """
-        Args:
-            samples: number of samples.
-            seed: of the permutations.
-            lengths: (samples,) above 0, to group by; None: no groups.
-            group: positions of a group.
-        """
-        self.samples, self.seed, self.group = samples, seed, group
-        self._buckets = None
-        if lengths is not None and group > 1:
-            self._buckets = np.floor(np.log(lengths) / np.log(BUCKET_RATIO)).astype(np.int64)
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def epoch(self, epoch: int) -> np.ndarray:
-        """(samples,) int64: sample ids of an epoch in their order."""
-        if epoch not in self._epochs:
-            while len(self._epochs) >= 2:
-                del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = self._draw(epoch)
-        return self._epochs[epoch]
-
-    def _draw(self, epoch: int) -> np.ndarray:
-        rng = random_stream(self.seed, epoch, 0, STREAM_ORDER)
-        order = rng.permutation(self.samples)
-        if self._buckets is None:
-            return order
-        order = order[np.argsort(self._buckets[order], kind="stable")]
-        # Positions of this epoch at which a group begins; the pieces between are dealt out to runs of equal lengths.
-        first = -epoch * self.samples % self.group
-        edges = np.concatenate([[0], np.arange(first or self.group, self.samples, self.group), [self.samples]])
-        starts, sizes = edges[:-1], np.diff(edges)
-        pieces = rng.permutation(len(sizes))
-        result = np.empty_like(order)
-        taken = 0
-        for piece in pieces:
-            size = int(sizes[piece])
-            result[starts[piece] : starts[piece] + size] = order[taken : taken + size]
-            taken += size
-        return result
-
-    def take(self, start: int, count: int) -> list[tuple[int, int]]:
-        """(sample id, epoch) at the stream positions `start` to `start + count - 1`."""
-        positions = (divmod(p, self.samples) for p in range(start, start + count))
-        return [(int(self.epoch(epoch)[offset]), epoch) for epoch, offset in positions]
-
-
-class UpdateSampler:
-    """Index lists of the micro-batches of the updates `first` to `last - 1` (0-based)."""
-
-    def __init__(self, config: Config, samples: int, first: int, last: int, lengths: np.ndarray | None = None) -> None:
-        self.first, self.last = first, last
-        self.share = config.data.global_batch
-        self.micro = min(config.data.micro_batch or self.share, self.share)
-        # Samples that are forwarded together have about the same length.
-        group = self.micro if self.share % self.micro == 0 else self.share
-        self.order = SampleOrder(samples, config.run.seed, lengths, group)
-
-    @property
-    def per_update(self) -> int:
-        """Micro-batches of an update."""
-        return -(-self.share // self.micro)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for update in range(self.first, self.last):
-            indices = self.order.take(update * self.share, self.share)
-            for start in range(0, self.share, self.micro):
-                yield indices[start : start + self.micro]
 
 
 def outlive_signals(_worker: int) -> None:
@@ -141,25 +58,38 @@ def _loader(dataset: Any, collate: Any, workers: int, device: torch.device, **kw
 
 
 def train_updates(
-    config: Config, source: Source, first: int, device: torch.device
+    config: Config, source: Source, first: int, device: torch.device, rank: int = 0, ranks: int = 1
 ) -> Generator[list[Batch], None, None]:
-    """Lists of micro-batches, one list per update, from update `first` (0-based) to the end of the run."""
+    """Lists of a rank's micro-batches, one list per update, from update `first` (0-based) to the end of the run.
+
+    All ranks have the same number of micro-batches in an update; `ValueError` where they cannot.
+    """
+    sampler = UpdateSampler(config, source, first, config.run.steps, rank, ranks)
+    return _load_updates(config, source, sampler, device)
+
+
+def _load_updates(
+    config: Config, source: Source, sampler: UpdateSampler, device: torch.device
+) -> Generator[list[Batch], None, None]:
     modality = make_modality(config)
-    sampler = UpdateSampler(config, len(source), first, config.run.steps, source.lengths)
     dataset = TrainSamples(source, modality, config.run.seed)
     collate = MaskingCollate(config, modality)
     batches = iter(_loader(dataset, collate, config.data.workers, device, batch_sampler=sampler))
-    for _ in range(first, config.run.steps):
-        yield [next(batches) for _ in range(sampler.per_update)]
+    for update in range(sampler.first, sampler.last):
+        yield [next(batches) for _ in range(sampler.count(update))]
 
 
-def validation_batches(config: Config, source: Source, device: torch.device) -> Generator[Batch, None, None]:
-    """One pass over held-out samples without augmentation, with the masks of epoch 0."""
+def validation_batches(
+    config: Config, source: Source, device: torch.device, rank: int = 0, ranks: int = 1
+) -> Generator[Batch, None, None]:
+    """One pass over held-out samples without augmentation, with the masks of epoch 0; of `ranks` ranks each takes every
+    `ranks`-th sample, so that the number of batches may differ."""
     modality = make_modality(config)
-    size = min(config.data.micro_batch or config.data.global_batch, len(source))
+    share = range(rank, len(source), ranks)
+    size = min(config.data.micro_batch or -(-config.data.global_batch // ranks), max(len(share), 1))
     collate = MaskingCollate(config, modality, training=False)
     yield from _loader(
-        EvaluationSamples(source, modality), collate, config.data.workers, device, batch_size=size
+        EvaluationSamples(source, modality), collate, config.data.workers, device, batch_size=size, sampler=share
     )  # fmt: skip
 
 
@@ -175,6 +105,8 @@ class BadSamples:
     """Counts what could not be decoded, lists it in `bad_samples.jsonl`, and says when it is too much.
 
     A sample counts once however often it comes. The verdict falls once `FIRST_VERDICT` samples, or all, were tried.
+    With several ranks each counts its own; what `take` returns on each is given to `add_entries` of all the others,
+    after which all come to the same verdict.
     """
 
     def __init__(self, source: Source, allowed: float, file: Path | None) -> None:
@@ -184,6 +116,10 @@ class BadSamples:
         self._ids: set[int] = set()
         self._written = 0
         self._fatal: str | None = None
+        self._origin = uuid.uuid4().hex[:12]
+        self._taken = len(self.entries)
+        self._converted_taken: dict[str, int] = {}
+        self._first: dict[str, str] = {}
 
     def add(self, notes: tuple[Note, ...]) -> list[str]:
         """Takes the notes of a batch; returns sentences about conversions of a kind that was not met before.
@@ -193,15 +129,55 @@ class BadSamples:
         news = []
         for note in notes:
             if note.kind == "converted" and note.epoch == 0:
-                if note.text not in self.converted:
-                    news.append(f"converted: {note.text}, first in {self.source.describe(note.sample_id)}")
-                self.converted[note.text] = self.converted.get(note.text, 0) + 1
+                news += self._count(note.text, 1, self.source.describe(note.sample_id))
             elif note.kind == "bad" and note.sample_id not in self._ids:
                 self._ids.add(note.sample_id)
                 path = self.source.describe(note.sample_id)
                 self.entries.append({"id": note.sample_id, "path": path, "reason": note.text})
             elif note.kind == "fatal":
                 self._fatal = note.text
+        return news
+
+    def _count(self, text: str, number: int, path: str) -> list[str]:
+        """Counts conversions; a sentence where they are the first of their kind."""
+        news = [] if text in self.converted else [f"converted: {text}, first in {path}"]
+        self._first.setdefault(text, path)
+        self.converted[text] = self.converted.get(text, 0) + number
+        return news
+
+    def take(self) -> list[dict[str, Any]]:
+        """What this rank has found since the last call, JSON values for `add_entries` of the other ranks."""
+        found: list[dict[str, Any]] = [{"kind": "bad", **entry} for entry in self.entries[self._taken :]]
+        for text, number in self.converted.items():
+            if more := number - self._converted_taken.get(text, 0):
+                found.append({"kind": "converted", "text": text, "number": more, "path": self._first.get(text, "")})
+        if self._fatal is not None:
+            found.append({"kind": "fatal", "text": self._fatal})
+        self._mark_taken()
+        return [{"from": self._origin, **entry} for entry in found]
+
+    def _mark_taken(self) -> None:
+        self._taken, self._converted_taken = len(self.entries), dict(self.converted)
+
+    def add_entries(self, entries: list[dict[str, Any]]) -> list[str]:
+        """Takes what other ranks found; what came from here is passed over. Returns sentences like `add`.
+
+        Raises `ValueError` where something was found here that was not taken yet: it would be lost to the others.
+        """
+        if self._taken != len(self.entries) or self._converted_taken != self.converted:
+            raise ValueError("BadSamples.add_entries: expected take to come first, got entries that were not taken")
+        news = []
+        for entry in entries:
+            if entry["from"] == self._origin:
+                continue
+            if entry["kind"] == "converted":
+                news += self._count(entry["text"], entry["number"], entry["path"])
+            elif entry["kind"] == "fatal":
+                self._fatal = entry["text"]
+            elif entry["id"] not in self._ids:
+                self._ids.add(entry["id"])
+                self.entries.append({name: entry[name] for name in ("id", "path", "reason")})
+        self._mark_taken()
         return news
 
     def check(self, drawn: int) -> None:
@@ -245,6 +221,7 @@ class BadSamples:
         """Counters of a checkpoint; rewrites the file, which may hold entries from after it."""
         self.entries, self.converted = list(state["entries"]), dict(state["converted"])
         self._ids = {e["id"] for e in self.entries if e["id"] is not None}
+        self._mark_taken()
         self.start_file()
 
     def start_file(self) -> None:

@@ -9,6 +9,7 @@ stay as they were. The slot keeps its own crop, masks and noise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from d2v_kernels import Masks, MaskSampler, masks_from_bool
 ATTEMPTS = 64
 """Replacements tried for one slot before the data counts as unusable."""
 
-STREAM_CROP, STREAM_REPLACE, STREAM_ORDER, STREAM_CUT = 0, 1, 2, 3
+STREAM_CROP, STREAM_REPLACE, STREAM_ORDER, STREAM_CUT, STREAM_LAYERS = 0, 1, 2, 3, 4
 _U64 = 0xFFFFFFFFFFFFFFFF
 
 
@@ -33,6 +34,27 @@ def random_stream(seed: int, epoch: int, sample_id: int, purpose: int) -> np.ran
     key = np.array([seed & _U64, epoch & _U64], dtype=np.uint64)
     counter = np.array([0, 0, purpose, sample_id & _U64], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+class Group(NamedTuple):
+    """Samples that are made equal, in length and in how much is masked, on whatever rank each of them is."""
+
+    places: tuple[tuple[int, int], ...]
+    """(sample id, epoch) of each."""
+    lengths: tuple[int, ...] | None
+    """Length of each by the index; None: no lengths in this kind of data."""
+    crop: int | None
+    """The length that all are cropped to; None: they are not."""
+
+
+class Slot(NamedTuple):
+    """One position of the stream: which sample, and what it is made equal to."""
+
+    sample_id: int
+    epoch: int
+    group: Group | None = None
+    place: int = 0
+    """Number in the group."""
 
 
 class Note(NamedTuple):
@@ -51,6 +73,10 @@ class Sample(NamedTuple):
     epoch: int
     value: np.ndarray
     notes: tuple[Note, ...]
+    group: Group | None = None
+    """What it is made equal to; None: its batch."""
+    place: int = 0
+    """Its number in the group."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +152,10 @@ class Modality:
         """Tokens T of a row (images: None, their stem knows), and the token lengths of the rows or None: all T."""
         raise NotImplementedError
 
+    def count_tokens(self, length: int) -> int:
+        """Tokens of a sample whose length by the index is `length`; where there are lengths."""
+        raise NotImplementedError
+
     def prepare(self, inputs: Tensor) -> Tensor:
         """Inputs of the model, on the device of the stacked inputs."""
         raise NotImplementedError
@@ -143,7 +173,10 @@ def describe_error(error: Exception) -> str:
 
 
 class TrainSamples(torch.utils.data.Dataset[Sample]):
-    """Map from (sample id, epoch) to an augmented sample."""
+    """Map from a slot, or (sample id, epoch), to an augmented sample.
+
+    A sample that is shorter than its group's crop, against what the index says, counts as bad.
+    """
 
     def __init__(self, source: Source, modality: Modality, seed: int) -> None:
         self.source, self.modality, self.seed = source, modality, seed
@@ -152,23 +185,35 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, index: Any) -> Sample:
-        sample_id, epoch = index
+        sample_id, epoch, group, place = Slot(*index)
+        length = group.crop if group is not None else None
         notes: list[Note] = []
         picks: np.random.Generator | None = None  # made for the rare sample that needs it
         candidate = sample_id
         for _ in range(ATTEMPTS):
             try:
                 value, converted = self.modality.load(self.source, candidate)
+                if length is not None and len(value) < length:
+                    raise ValueError(f"shorter than the index says: {len(value)}, needed {length}")
             except (ValueError, OSError) as error:
                 notes.append(Note(candidate, epoch, "bad", describe_error(error)))
                 picks = picks or random_stream(self.seed, epoch, sample_id, STREAM_REPLACE)
-                candidate = int(picks.integers(len(self.source)))
+                candidate = self._pick(picks, length)
                 continue
             notes.extend(Note(candidate, epoch, "converted", text) for text in converted)
             rng = random_stream(self.seed, epoch, sample_id, STREAM_CROP)
-            return Sample(sample_id, epoch, self.modality.augment(value, rng), tuple(notes))
+            return Sample(sample_id, epoch, self.modality.augment(value, rng), tuple(notes), group, place)
         notes.append(Note(sample_id, epoch, "fatal", f"{ATTEMPTS} samples in a row cannot be decoded"))
-        return Sample(sample_id, epoch, self.modality.blank(), tuple(notes))
+        blank = self.modality.blank()
+        if length is not None:
+            blank = np.resize(blank, length)
+        return Sample(sample_id, epoch, blank, tuple(notes), group, place)
+
+    def _pick(self, rng: np.random.Generator, length: int | None) -> int:
+        """A replacement, as long as the group's samples are."""
+        if length is None or self.source.lengths is None:
+            return int(rng.integers(len(self.source)))
+        return int(rng.choice(np.flatnonzero(self.source.lengths >= length)))
 
 
 class EvaluationSamples(torch.utils.data.Dataset[Sample]):
@@ -215,23 +260,50 @@ class MaskingCollate:
     def __call__(self, samples: list[Sample]) -> Batch:
         inputs, lengths = self.modality.stack(samples, self.training)
         tokens, valid = self.modality.measure(inputs, lengths)
-        if tokens not in self._samplers:
-            self._samplers[tokens] = make_mask_sampler(self.config, tokens=tokens)
-        masks, keys = self._draw(self._samplers[tokens], samples, valid)
+        masks, keys = self._draw(samples, tokens, valid)
         notes = tuple(n for s in samples for n in s.notes)
         return Batch(inputs, lengths, valid, masks, keys if self.config.version == 2 else None, notes)
 
-    def _draw(self, sampler: MaskSampler, samples: list[Sample], valid: Tensor | None) -> tuple[Masks, Tensor]:
+    def _sampler(self, tokens: int | None) -> MaskSampler:
+        if tokens not in self._samplers:
+            self._samplers[tokens] = make_mask_sampler(self.config, tokens=tokens)
+        return self._samplers[tokens]
+
+    def _draw(self, samples: list[Sample], tokens: int | None, valid: Tensor | None) -> tuple[Masks, Tensor]:
+        """Masks and noise keys. Where rows are cut to the fewest masked positions, it is those of the whole group."""
+        sampler, group = self._sampler(tokens), samples[0].group
+        places = [(s.sample_id, s.epoch) for s in samples]
+        if self.hits_padding:
+            return self._draw_rows(sampler, places, None)
+        if group is None or not sampler.equal_counts or len(group.places) == len(samples):
+            return self._draw_rows(sampler, places, valid)
+        lengths = None
+        if group.crop is None and tokens is not None:
+            if group.lengths is None:
+                return self._draw_rows(sampler, places, valid)
+            lengths = torch.tensor([self.modality.count_tokens(n) for n in group.lengths])
+            # A replacement has a length of its own.
+            lengths[[s.place for s in samples]] = torch.tensor([tokens] * len(samples)) if valid is None else valid
+            sampler = self._sampler(int(lengths.max()))
+        masks, keys = self._draw_rows(sampler, group.places, lengths)
+        copies = self.config.mask.copies
+        rows = slice(samples[0].place * copies, (samples[-1].place + 1) * copies)
+        return masks_from_bool(masks.mask[rows, :tokens].contiguous()), keys[rows]
+
+    def _draw_rows(
+        self, sampler: MaskSampler, places: Sequence[tuple[int, int]], lengths: Tensor | None
+    ) -> tuple[Masks, Tensor]:
+        """The same of samples (id, epoch) alone."""
         copies = self.config.mask.copies
         masks: list[Masks] = []
         keys: list[Tensor] = []
         start = 0
-        while start < len(samples):  # a batch may straddle the end of an epoch
-            epoch = samples[start].epoch
-            stop = next((i for i in range(start, len(samples)) if samples[i].epoch != epoch), len(samples))
-            ids = [s.sample_id for s in samples[start:stop]]
-            lengths = None if valid is None or self.hits_padding else valid[start:stop]
-            masks.append(sampler.draw(ids, epoch, copies=copies, lengths=lengths))
+        while start < len(places):  # a batch may straddle the end of an epoch
+            epoch = places[start][1]
+            stop = next((i for i in range(start, len(places)) if places[i][1] != epoch), len(places))
+            ids = [sample_id for sample_id, _ in places[start:stop]]
+            part = None if lengths is None else lengths[start:stop]
+            masks.append(sampler.draw(ids, epoch, copies=copies, lengths=part))
             keys.append(sampler.noise_keys(ids, epoch, copies=copies))
             start = stop
         joined, noise = masks[0], torch.cat(keys)

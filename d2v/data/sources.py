@@ -76,13 +76,15 @@ class Source:
     """Indexed encoded samples.
 
     `labels` (int64, one per sample) and `classes` are None for unlabelled data, `lengths` (int64, in the modality's
-    unit) where all samples are alike. `left_out` counts, by reason, what is sound but not used.
+    unit) where all samples are alike, `shards` (int64, ascending, the shard of each) where there are none. `left_out`
+    counts, by reason, what is sound but not used.
     """
 
     names: NameTable
     labels: np.ndarray | None = None
     classes: list[str] | None = None
     lengths: np.ndarray | None = None
+    shards: np.ndarray | None = None
     rejected: list[Rejected]
     left_out: dict[str, int]
 
@@ -130,6 +132,7 @@ class Subset(Source):
         self.labels = None if base.labels is None else base.labels[rows]
         self.classes = base.classes
         self.lengths = None if base.lengths is None else base.lengths[rows]
+        self.shards = None if base.shards is None else base.shards[rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -214,7 +217,7 @@ class ShardSource(Source):
     transcripts are members `key.txt`."""
 
     def __init__(self, shards: Sequence[Path], kind: Kind, *, labelled: bool, option: str) -> None:
-        self.shards, self.kind = [Path(s) for s in shards], kind
+        self.files, self.kind = [Path(s) for s in shards], kind
         self.rejected, self.left_out = [], {}
         self._open: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()
@@ -222,7 +225,7 @@ class ShardSource(Source):
         texts: list[str] = []
         rows: list[tuple[int, int, int]] = []
         self._transcripts: dict[int, tuple[int, int, int]] = {}
-        for number, shard in enumerate(self.shards):
+        for number, shard in enumerate(self.files):
             for key, member, label, text in self._index_shard(shard, labelled, option):
                 if text is not None:
                     self._transcripts[len(rows)] = number, text.offset_data, text.size
@@ -232,14 +235,15 @@ class ShardSource(Source):
                     raise ValueError(f"{option}: expected {key}.cls in {str(shard)!r}, found none")
                 texts.append(label or "")
         if not rows:
-            raise ValueError(f"{option}: expected {kind.noun} in {len(self.shards)} .tar shards, found none")
+            raise ValueError(f"{option}: expected {kind.noun} in {len(self.files)} .tar shards, found none")
         self.names = NameTable(names)
         self._rows = np.asarray(rows, dtype=np.int64)
+        self.shards = self._rows[:, 0]
         if labelled:
             self.labels, self.classes = number_classes(texts)
 
     def describe(self, index: int) -> str:
-        return f"{self.shards[int(self._rows[index, 0])].parent / self.names[index]}"
+        return f"{self.files[int(self._rows[index, 0])].parent / self.names[index]}"
 
     def read(self, index: int) -> bytes:
         number, offset, size = (int(v) for v in self._rows[index])
@@ -269,7 +273,7 @@ class ShardSource(Source):
         if number in self._open:
             self._open.move_to_end(number)
         else:
-            self._open[number] = os.open(self.shards[number], os.O_RDONLY | os.O_CLOEXEC)
+            self._open[number] = os.open(self.files[number], os.O_RDONLY | os.O_CLOEXEC)
             if len(self._open) > MAX_OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[number]

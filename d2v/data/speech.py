@@ -206,10 +206,13 @@ class Speech(Modality):
         return np.zeros(self.shortest, dtype=np.float32)
 
     def stack(self, samples: list[Sample], training: bool) -> tuple[Tensor, Tensor | None]:
-        """Waveforms (B,S), cropped to the shortest (data.unequal crop, training) or padded to the longest."""
+        """Waveforms (B,S), cropped to the shortest of their group (data.unequal crop, training) or padded to the
+        longest."""
         lengths = [min(len(s.value), self.longest) for s in samples]
         if training and self.config.data.unequal == "crop":
-            lengths = [min(lengths)] * len(samples)
+            # The group may be on several ranks: its length comes with the samples.
+            crops = [s.group.crop for s in samples if s.group is not None and s.group.crop is not None]
+            lengths = [min(lengths + crops)] * len(samples)
         inputs = torch.zeros(len(samples), max(lengths))
         for row, sample, length in zip(inputs, samples, lengths, strict=True):
             row[:length] = torch.from_numpy(self._crop(sample, length) if training else sample.value[:length])
@@ -224,6 +227,10 @@ class Speech(Modality):
     def measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int, Tensor | None]:
         """Tokens by the stem."""
         return self.stem.measure(inputs, lengths)
+
+    def count_tokens(self, length: int) -> int:
+        """Tokens of so many samples."""
+        return self.stem.count_tokens(length)
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """The waveforms as they are."""

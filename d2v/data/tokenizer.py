@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2v.checkpoint import write_atomically
 from d2v.data.documents import DocumentReader, find_texts
 from d2v.data.progress import Reporter
+from d2v.files import write_atomically
 
 FILE = "tokenizer.json"
 START, PADDING, END, UNKNOWN = 0, 1, 2, 3

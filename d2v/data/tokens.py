@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from d2v.checkpoint import write_atomically
 from d2v.data.documents import DocumentReader
 from d2v.data.progress import Reporter
 from d2v.data.sources import Rejected
 from d2v.data.tokenizer import END, BytePairs
+from d2v.files import write_atomically
 
 FORMAT = 1
 TOKENS, ENDS, INDEX = "tokens.bin", "ends.bin", "index.json"

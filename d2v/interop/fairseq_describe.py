@@ -16,6 +16,7 @@ def describe(config: Config, family: str) -> dict[str, Any]:
     Raises:
         NotImplementedError: something that the published code has no option for.
     """
+    _refuse(config.stem.norm_eps != 1e-5, "stem.norm_eps", "1e-05", config.stem.norm_eps)
     if family == "d2v1_audio":
         return _describe_audio1(config)
     if family == "d2v1_text":

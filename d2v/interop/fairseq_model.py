@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,12 +54,15 @@ def assemble(
     student: Mapping[str, Tensor],
     teacher: Mapping[str, Tensor] | None,
     optional: re.Pattern[str] | None = None,
+    prepare: Callable[[Data2Vec], None] | None = None,
 ) -> Data2Vec:
     """A model with tensors by published names; arguments as of `build`. Names that `optional` matches may be missing:
-    such tensors start at random."""
+    such tensors start at random. `prepare` takes parts out of the model first."""
     # The averages are used as they are; the random weights drawn here are overwritten.
     with torch.random.fork_rng(devices=[]):
         model = Data2Vec(config)
+    if prepare is not None:
+        prepare(model)
     _load("student", student_entries(model), student, optional)
     model.teacher.copy_student()
     if teacher is not None:

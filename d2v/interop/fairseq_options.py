@@ -36,7 +36,7 @@ _NAMES = {
         depthwise_conv_kernel_size attn_type fp16 adp_num adp_dim adp_act_fn adp_trf_idx min_target_var min_pred_var
         log_norms
     """,
-    "text1": "_name max_positions load_checkpoint_heads",
+    "text1": "_name max_positions load_checkpoint_heads pooler_dropout pooler_activation_fn",
     "transformer": """
         _name decoder max_target_positions share_decoder_input_output_embed share_all_embeddings merge_src_tgt_embed
         adaptive_softmax_cutoff adaptive_softmax_dropout adaptive_softmax_factor tie_adaptive_weights
@@ -45,6 +45,22 @@ _NAMES = {
     """,
     "transformer.encoder": "_name embed_path layers_to_keep",
     "vision1": "_name mlp_ratio max_mask_patches_per_block",
+    "speech head": """
+        _name w2v_path model_path no_pretrained_weights dropout_input dropout attention_dropout activation_dropout
+        conv_feature_layers encoder_embed_dim apply_mask mask_length mask_prob mask_selection mask_other no_mask_overlap
+        mask_min_space require_same_masks mask_dropout mask_channel_length mask_channel_prob mask_channel_selection
+        mask_channel_other no_mask_channel_overlap mask_channel_min_space mask_channel_before freeze_finetune_updates
+        feature_grad_mult layerdrop drop_path data w2v_args d2v_args offload_activations min_params_to_wrap
+        checkpoint_activations ddp_backend zero_mask load_ema layer_decay inverse_mask update_alibi blank_mode
+        mixup_prob source_mixup same_mixup label_mixup gain_mode extreme_factor conv_stride two_convs
+        required_seq_len_multiple layer_type adp_num adp_dim adp_act_fn adp_trf_idx freeze_regex
+    """,
+    "image head": """
+        _name model_path no_pretrained_weights linear_classifier num_classes mixup cutmix label_smoothing drop_path_rate
+        layer_decay mixup_prob mixup_switch_prob mixup_mode pretrained_model_args data encoder_dropout post_mlp_drop
+        attention_dropout activation_dropout dropout_input layerdrop prenet_layerdrop prenet_dropout no_decay_blocks
+    """,
+    "text head": "_name model_path no_pretrained_weights pretrained_model_args quant_noise_pq_block_size",
 }
 NO_EFFECT = {section: frozenset(names.split()) for section, names in _NAMES.items()}
 _warned: set[str] = set()

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import write_atomically
+from ..checkpoint import copy_into
 from ..data2vec import Data2Vec
+from ..files import write_atomically
+from ..finetune.heads import make_head
+from ..finetuned import FineTuned, strip_pretraining
 from . import fairseq
 from .fairseq_names import family_of
 from .huggingface_config import FAMILIES, read_config, write_config
+from .huggingface_heads import choose_model, describe_head, find_model, name_tensors, read_head, read_labels
 
 PREFIXES = {"d2v1_audio": "data2vec_audio.", "d2v1_text": "data2vec_text.", "d2v1_vision": "data2vec_vision."}
 """What checkpoints of task models put before the encoder's names."""
@@ -80,14 +84,16 @@ _NOT_LOADED = {
 """Heads, and tables that follow from the configuration."""
 
 
-def load(folder: str | Path) -> Data2Vec:
-    """The encoder of a transformers folder (`config.json`, `model.safetensors`).
+def load(folder: str | Path) -> Data2Vec | FineTuned:
+    """The encoder of a transformers folder (`config.json`, `model.safetensors`), or, of a task model, a `FineTuned`.
 
-    Heads of fine-tuned models are left out, with a warning that names them; the pre-training head, which the format
-    does not have, starts at random. Padding is treated as transformers does ("positions-see-padding").
+    Heads of a folder whose `architectures` name no task model are left out, with a warning that names them; the
+    pre-training head, which the format does not have, starts at random. Padding is treated as transformers does
+    ("positions-see-padding"). Labels are those of `id2label`, or of the `vocab.json` of a CTC tokenizer.
 
     Raises:
-        ValueError: files or tensors missing, unexpected or misshapen. NotImplementedError: an option that is not built.
+        ValueError: files or tensors missing, unexpected or misshapen. NotImplementedError: an option or a task model
+            that is not built.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
@@ -95,20 +101,33 @@ def load(folder: str | Path) -> Data2Vec:
             raise ValueError(
                 f"checkpoint: expected {name} in {str(folder)!r}, found none (pickled weights are not read)"
             )
-    family, config = read_config(_read_json(folder / "config.json"))
+    given = _read_json(folder / "config.json")
+    family, config = read_config(given)
+    task = find_model(given)
     tensors = _read_tensors(folder / "model.safetensors", PREFIXES[family])
     with torch.random.fork_rng(devices=[]):
         model = Data2Vec(config)
+    if task is None:
+        _fill(model, family, tensors, str(folder))
+        model.teacher.copy_student()
+        return model
+    settings, own = read_head(task, given, tensors)
+    strip_pretraining(model)
+    if family == "d2v1_vision" and "embeddings.mask_token" not in tensors:
+        model.mask_token = None
+    head = make_head(settings, config.encoder.width)
+    fine_tuned = FineTuned(model, head, read_labels(folder, given, settings))
     _fill(model, family, tensors, str(folder))
-    model.teacher.copy_student()
-    return model
+    copy_into(head.state_dict(), own, f"checkpoint {str(folder)!r}: head")
+    return fine_tuned
 
 
-def save(model: Data2Vec, folder: str | Path) -> Path:
-    """Writes the student's encoder as `AutoModel.from_pretrained` reads it; returns the folder.
+def save(model: Data2Vec | FineTuned, folder: str | Path) -> Path:
+    """Writes the student's encoder as `AutoModel.from_pretrained` reads it, or a fine-tuned model as its task class
+    does; returns the folder.
 
     The format has no pre-training head and no teacher: they are not written. transformers lets convolutional positions
-    of speech see padded frames, whatever the model was trained with.
+    of speech see padded frames, whatever the model was trained with. The labels of CTC go to `vocab.json`.
 
     Raises:
         NotImplementedError: data2vec 2.0, or a variant that transformers has no model for.
@@ -117,15 +136,41 @@ def save(model: Data2Vec, folder: str | Path) -> Path:
         raise NotImplementedError(
             "format huggingface: expected a data2vec 1.0 model, got 2.0, which transformers lacks"
         )
-    family, folder = family_of(model), Path(folder)
+    encoder = model.encoder if isinstance(model, FineTuned) else model
+    family, folder = family_of(encoder), Path(folder)
     description = write_config(model.config)
     from safetensors.torch import save as to_bytes
 
-    tensors = _name_tensors(model, family)
+    tensors = _name_tensors(encoder, family)
+    vocabulary = None
+    if isinstance(model, FineTuned):
+        description, tensors = _add_head(model, family, description, tensors)
+        if model.head.settings.task == "ctc":
+            vocabulary = {label: i for i, label in enumerate(model.labels)}
     folder.mkdir(parents=True, exist_ok=True)
+    if vocabulary is not None:
+        write_atomically(folder / "vocab.json", json.dumps(vocabulary, indent=1) + "\n")
     write_atomically(folder / "model.safetensors", to_bytes(tensors, metadata={"format": "pt"}))
     write_atomically(folder / "config.json", json.dumps(description, indent=2) + "\n")
     return folder
+
+
+def _add_head(
+    model: FineTuned, family: str, description: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    width = model.config.encoder.width
+    name = choose_model(model.head, model.config, model.labels)
+    if family == "d2v1_vision":
+        description["use_mask_token"] = model.encoder.mask_token is not None
+        if model.head.settings.pool == "class":  # the norm is the encoder's, before the class token is taken
+            tensors = {n.replace("pooler.layernorm", "layernorm"): t for n, t in tensors.items()}
+    embeddings = tensors.get("embeddings.word_embeddings.weight")
+    tensors = {PREFIXES[family] + n: t for n, t in tensors.items()}
+    inner = ("pooler.",)  # inside the encoder of transformers
+    for key, tensor in name_tensors(name, model.head, embeddings, width).items():
+        tensors[PREFIXES[family] + key if key.startswith(inner) else key] = tensor
+    description |= describe_head(name, model.head.settings, model.labels, width)
+    return description, tensors
 
 
 def published_name(family: str, name: str) -> tuple[str, int | None] | None:
@@ -149,6 +194,8 @@ def _fill(model: Data2Vec, family: str, given: dict[str, Tensor], where: str) ->
     missing = {
         n for n in own if not re.match(r"final_proj|encoder\.regression_head|.*relative_position_index|.*version", n)
     }
+    if family == "d2v1_vision":
+        missing.discard("mask_emb")  # only pre-training has it
     types = given.pop("embeddings.token_type_embeddings.weight", None)
     unknown, heads = [], set()
     for name, value in given.items():

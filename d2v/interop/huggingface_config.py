@@ -43,9 +43,12 @@ def read_config(given: Mapping[str, Any]) -> tuple[str, Config]:
         config.encoder, width=width, heads=int(given["num_attention_heads"]), depth=int(given["num_hidden_layers"]),
         mlp_ratio=int(given["intermediate_size"]) / width, norm_eps=float(given["layer_norm_eps"]),
     )  # fmt: skip
+    stem = dataclasses.replace(config.stem, norm_eps=encoder.norm_eps)
     target = dataclasses.replace(config.target, top_k=min(config.target.top_k, encoder.depth))
     published = frozenset({"positions-see-padding"}) if kind == "data2vec-audio" else frozenset()
-    return family, dataclasses.replace(config, recipe="", encoder=encoder, target=target, published=published)
+    return family, dataclasses.replace(
+        config, recipe="", stem=stem, encoder=encoder, target=target, published=published
+    )
 
 
 def _read_audio(given: Mapping[str, Any]) -> Config:
@@ -111,6 +114,10 @@ def write_config(config: Config) -> dict[str, Any]:
         raise NotImplementedError(
             f"format huggingface: expected {order}-norm blocks with learned norms, no prenet blocks and no ALiBi, "
             f"got norm_order {encoder.norm_order}, prenet_depth {encoder.prenet_depth}, alibi {encoder.alibi}"
+        )
+    if stem.modality != "vision" and stem.norm_eps != encoder.norm_eps:
+        raise NotImplementedError(
+            f"format huggingface: stem.norm_eps: expected encoder.norm_eps {encoder.norm_eps}, got {stem.norm_eps}"
         )
     common: dict[str, Any] = {
         "hidden_size": encoder.width, "num_attention_heads": encoder.heads, "num_hidden_layers": encoder.depth,

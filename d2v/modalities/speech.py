@@ -96,7 +96,7 @@ class WaveformStem(SpeechStem):
             for i, (channels, kernel, stride) in zip(inputs[:-1], self.spec, strict=True)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(channels, eps=NORM_EPS) for channels in inputs[1:])
-        self.norm = nn.LayerNorm(inputs[-1], eps=NORM_EPS)
+        self.norm = nn.LayerNorm(inputs[-1], eps=config.norm_eps)
         self.proj = nn.Linear(inputs[-1], width)
         for conv in self.convs:
             assert isinstance(conv, nn.Conv1d)

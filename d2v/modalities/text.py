@@ -11,7 +11,6 @@ from .positions import check_lengths, valid_positions
 PADDING = 1
 """Id of the padding token; position ids start behind it, at 2."""
 _INIT_STD = 0.02
-_NORM_EPS = 1e-5
 
 
 class TextStem(nn.Module):
@@ -30,7 +29,7 @@ class TextStem(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocabulary, width, PADDING)
         learned = config.learned_positions
         self.embed_positions = nn.Embedding(config.max_tokens + PADDING + 1, width, PADDING) if learned else None
-        self.norm = nn.LayerNorm(width, eps=_NORM_EPS) if config.embedding_norm else None
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.dropout)
         for embedding in (self.embed_tokens, self.embed_positions):
             if embedding is not None:

@@ -6,13 +6,12 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.data.loader import BUCKET_RATIO, BadSamples, SampleOrder, UpdateSampler, train_updates, validation_batches
+from d2v.data.loader import BadSamples, train_updates, validation_batches
 from d2v.data.samples import Batch, Note
 from d2v.data.sources import Rejected, Source, open_source
 
@@ -30,47 +29,6 @@ def flatten(updates: list[list[Batch]]) -> tuple[torch.Tensor, torch.Tensor, tor
     masks = torch.cat([b.masks.mask for b in batches if b.masks is not None])
     keys = torch.cat([b.noise_keys for b in batches if b.noise_keys is not None])
     return torch.cat([b.inputs for b in batches]), masks, keys
-
-
-def test_every_sample_once_per_epoch_and_batches_always_full() -> None:
-    order = SampleOrder(7, 3)
-    stream = order.take(0, 21)
-    for epoch in range(3):
-        part = stream[7 * epoch : 7 * epoch + 7]
-        assert sorted(i for i, _ in part) == list(range(7))
-        assert {e for _, e in part} == {epoch}
-    assert [i for i, _ in stream[:7]] != [i for i, _ in stream[7:14]]
-    assert order.take(5, 9) == stream[5:14]
-    assert SampleOrder(7, 4).take(0, 7) != stream[:7]
-    assert len(SampleOrder(2, 0).take(0, 9)) == 9
-
-
-def test_samples_of_about_equal_length_stand_together() -> None:
-    lengths = np.random.default_rng(0).integers(1_000, 320_000, 103)
-    order = SampleOrder(103, 3, lengths, group=8)
-    stream = order.take(0, 8 * 60)
-    for epoch in range(4):
-        assert sorted(i for i, e in stream[103 * epoch : 103 * epoch + 103]) == list(range(103))
-    ratios, firsts = [], []
-    for start in range(0, len(stream), 8):
-        group = stream[start : start + 8]
-        values = lengths[[i for i, _ in group]]
-        if group[0][1] == group[-1][1]:  # a group that straddles two epochs has two lengths
-            ratios.append(values.max() / values.min())
-            firsts.append(values.mean())
-    # Groups of 8 of 103 samples span several buckets of 10 %; unsorted ones span a factor of about 10.
-    assert np.median(ratios) < 1.5 < BUCKET_RATIO**8
-    assert np.abs(np.corrcoef(firsts, np.arange(len(firsts)))[0, 1]) < 0.4, "lengths must not follow the order"
-    assert [i for i, _ in stream[:103]] != [i for i, _ in stream[103:206]]
-    assert SampleOrder(103, 3, lengths, group=8).take(250, 30) == stream[250:280]
-    tiny = SampleOrder(3, 0, lengths[:3], group=8)
-    assert all(sorted(tiny.epoch(e)) == [0, 1, 2] for e in range(9))
-
-
-def test_groups_are_the_micro_batches() -> None:
-    lengths = np.arange(1, 101) ** 2
-    for batch, micro, group in ((12, 4, 4), (12, None, 12), (10, 4, 10)):
-        assert UpdateSampler(config(5, batch, micro), 100, 0, 5, lengths).order.group == group
 
 
 def test_results_do_not_depend_on_workers_or_micro_batches(image_folder: Path) -> None:
@@ -163,3 +121,62 @@ def test_conversions_are_counted_per_sample(image_folder: Path) -> None:
     make_image(0, mode="P").save(source.describe(2))
     make_image(0, mode="RGBA").save(source.describe(8))
     assert run_through(source, 0.0, None, steps=10).converted == {"palette": 1, "alpha": 1}
+
+
+def test_batches_of_two_ranks_are_those_of_one(image_folder: Path) -> None:
+    source = open_source(str(image_folder))
+    for published in (frozenset[str](), frozenset({"equal-mask-counts"})):
+        for recipe in ("vision-tiny", "vision1-tiny"):
+            settings = dataclasses.replace(recipes.get(recipe), published=published)
+            settings = dataclasses.replace(settings, data=dataclasses.replace(config(4, 8).data, global_batch=8))
+            settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, steps=4))
+            whole = list(train_updates(settings, source, 1, CPU))
+            parts = [list(train_updates(settings, source, 1, CPU, rank, 2)) for rank in range(2)]
+            for update, (expected,) in enumerate(whole):
+                shares = [part[update][0] for part in parts]
+                assert torch.equal(torch.cat([b.inputs for b in shares]), expected.inputs)
+                assert expected.masks is not None
+                masks = [b.masks.mask for b in shares if b.masks is not None]
+                assert torch.equal(torch.cat(masks), expected.masks.mask), (recipe, published)
+    sizes = [[len(b) for b in validation_batches(config(batch=8), source, CPU, rank, 5)] for rank in range(5)]
+    assert sizes == [[2, 1], [2, 1], [2], [2], [2]]
+    seen = [b.inputs for rank in range(5) for b in validation_batches(config(batch=8), source, CPU, rank, 5)]
+    (one,) = validation_batches(config(batch=12), source, CPU)
+    assert torch.equal(torch.cat(seen).flatten(1).sum(1).sort().values, one.inputs.flatten(1).sum(1).sort().values)
+
+
+def test_ranks_come_to_the_same_verdict(image_folder: Path, tmp_path: Path) -> None:
+    source = open_source(str(image_folder))
+    source.rejected = [Rejected("x.png", "cut off")]
+    ranks = [BadSamples(source, 0.2, tmp_path / "bad.jsonl" if rank == 0 else None) for rank in range(3)]
+    found = [
+        (Note(1, 0, "bad", "odd"), Note(2, 0, "converted", "grey")),
+        (Note(1, 1, "bad", "odd"), Note(5, 0, "bad", "cut"), Note(3, 0, "converted", "grey")),
+        (Note(6, 0, "bad", "cut"), Note(4, 0, "converted", "alpha"), Note(9, 1, "converted", "grey")),
+    ]
+    for bad, notes in zip(ranks, found, strict=True):
+        bad.add(notes)
+        bad.check(12)  # none has seen enough by itself
+    with pytest.raises(ValueError, match="expected take to come first"):
+        ranks[0].add_entries([])
+    lists = json.loads(json.dumps([bad.take() for bad in ranks]))
+    news = [bad.add_entries([entry for part in lists for entry in part]) for bad in ranks]
+    assert news[0] == [f"converted: alpha, first in {source.describe(4)}"]
+    for bad in ranks:
+        assert {e["id"] for e in bad.entries} == {None, 1, 5, 6}
+        assert bad.converted == {"grey": 2, "alpha": 1}
+        assert bad.take() == []
+        with pytest.raises(ValueError, match=r"got 3 of 12 \(25\.0%\)"):
+            bad.check(12)
+    ranks[0].write()
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 4
+    again = BadSamples(source, 0.2, None)
+    again.restore(ranks[0].state())
+    assert again.take() == []
+    ranks[1].add((Note(7, 2, "fatal", "none can be read"),))
+    for entries in (ranks[1].take(),):
+        ranks[2].take()
+        ranks[2].add_entries(entries)
+    for bad in ranks[1:]:
+        with pytest.raises(ValueError, match="none can be read"):
+            bad.check(0)

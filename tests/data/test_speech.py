@@ -14,6 +14,7 @@ from support.sounds import encode_sound, make_sound, write_sounds
 from d2v import recipes
 from d2v.config import Config
 from d2v.data.loader import BadSamples, train_updates, validation_batches
+from d2v.data.order import UpdateSampler
 from d2v.data.samples import Batch, Collate, EvaluationSamples, cut_to_smallest
 from d2v.data.speech import Speech, count_resampled, decode_audio, find_cut, normalise_waveform, resample
 
@@ -244,3 +245,52 @@ def test_rows_of_two_epochs_are_cut_to_the_fewest_masked() -> None:
     assert not (cut & ~mask).any()
     assert torch.equal(cut, cut_to_smallest(mask, keys))
     assert not torch.equal(cut, cut_to_smallest(mask, keys + 1))
+
+
+def test_crops_and_masks_do_not_depend_on_ranks(sounds: Path) -> None:
+    for batch, micro, ranks, unequal in (
+        (8, None, 2, "crop"),
+        (8, 4, 4, "crop"),
+        (12, 4, 2, "crop"),
+        (8, None, 2, "pad"),
+    ):
+        settings = config(steps=6, global_batch=batch, micro_batch=micro, unequal=unequal)
+        source = Speech(settings).open(str(sounds))
+        whole = list(train_updates(settings, source, 1, CPU))
+        parts = [list(train_updates(settings, source, 1, CPU, rank, ranks)) for rank in range(ranks)]
+        for update, expected in enumerate(whole):
+            shares = [part[update] for part in parts]
+            assert len({len(share) for share in shares}) == 1
+            for one, other in zip(rows_of(expected), rows_of([b for s in shares for b in s]), strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), (batch, micro, ranks, unequal)
+
+
+def rows_of(batches: list[Batch]) -> list[tuple[torch.Tensor, ...]]:
+    """(waveform without its padding, masks of its copies without theirs, noise keys) of every sample in order."""
+    rows: list[tuple[torch.Tensor, ...]] = []
+    for batch in batches:
+        assert batch.masks is not None
+        assert batch.noise_keys is not None
+        copies = len(batch.noise_keys) // len(batch)
+        for i, values in enumerate(batch.inputs):
+            samples = len(values) if batch.lengths is None else int(batch.lengths[i])
+            part = slice(i * copies, (i + 1) * copies)
+            tokens = batch.masks.mask.shape[1] if batch.token_lengths is None else int(batch.token_lengths[i])
+            rows.append((values[:samples], batch.masks.mask[part, :tokens], batch.noise_keys[part]))
+    return rows
+
+
+def test_a_sample_shorter_than_the_index_says_is_replaced_by_one_that_is_not(sounds: Path) -> None:
+    settings = config(steps=6, global_batch=4, micro_batch=4)
+    source = Speech(settings).open(str(sounds))
+    assert source.lengths is not None
+    longest = int(source.lengths.argmax())
+    Path(source.describe(longest)).write_bytes(encode_sound(make_sound(0, 0.2), kind="FLAC"))
+    bad = BadSamples(source, 0.5, None)
+    widths = []
+    for batches in train_updates(settings, source, 0, CPU):
+        bad.add(batches[0].notes)
+        widths.append(batches[0].inputs.shape[1])
+    assert [(e["id"], e["reason"].split(":")[0]) for e in bad.entries] == [(longest, "shorter than the index says")]
+    expected = [min(int(source.lengths[s.sample_id]) for s in batch) for batch in UpdateSampler(settings, source, 0, 6)]
+    assert widths == expected

@@ -98,16 +98,15 @@ def test_older_files_hold_a_namespace(tmp_path: Path) -> None:
     assert fairseq.load(tmp_path / "a.pt").config.stem.modality == "speech"
 
 
-def test_fine_tuned_speech(tmp_path: Path) -> None:
+def test_unknown_heads_are_named(tmp_path: Path) -> None:
     state = published_state("d2v1_audio")
-    inner = state.pop("cfg")["model"]
     tensors = {f"w2v_encoder.w2v_model.{n}": t for n, t in state["model"].items() if n != "_ema"}
-    tensors = {n: t for n, t in tensors.items() if not n.startswith("w2v_encoder.w2v_model.final_proj")}
-    tensors |= {"w2v_encoder.proj.weight": torch.ones(5, 8), "w2v_encoder.proj.bias": torch.ones(5)}
-    config = {"_name": "wav2vec_ctc", "w2v_args": {"model": inner}}
+    tensors["decoder.embed_tokens.weight"] = torch.ones(5, 8)
+    config = {"_name": "wav2vec_seq2seq", "w2v_args": {"model": state["cfg"]["model"]}}
     torch.save({"cfg": {"model": config}, "model": tensors}, tmp_path / "a.pt")
-    with pytest.warns(UserWarning, match=r"left out the heads w2v_encoder\.proj"):
+    with pytest.warns(UserWarning, match=r"left out the heads decoder\.embed_tokens"):
         model = fairseq.load(tmp_path / "a.pt")
+    assert isinstance(model, d2v.Data2Vec)
     own = fairseq.parameters(model)
     assert torch.equal(own["post_extract_proj.weight"], state["model"]["post_extract_proj.weight"])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,53 +12,115 @@ from typing import Any
 import pytest
 import torch
 
-from d2v import checkpoint
+from d2v import storage
 from d2v.checkpoint import (
+    Saver,
     clean_folder,
     copy_into,
     find_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     load_config,
+    load_into,
     load_json,
     load_tensors,
-    save_checkpoint,
+    step_of,
 )
 from d2v.config import Config
+from d2v.config_run import Run
+from d2v.dist import World
+
+WORLD = World(torch.device("cpu"))
 
 
-def save(folder: Path, step: int, keep: int = 9) -> Path:
+def save(folder: Path, step: int, metrics: dict[str, Any] | None = None, **run: Any) -> Path:
     shared = torch.arange(6.0).reshape(2, 3)
     model = {"a": shared, "b": shared, "c": shared.T, "d": torch.tensor(step), "e": shared[:, 1:]}
-    return save_checkpoint(
-        folder / "checkpoints", step, config=Config(), model=model, trainer={"x": torch.zeros(2)}, state={}, keep=keep
-    )
+    tensors = {f"model.{name}": value for name, value in model.items()} | {"optim.x": torch.zeros(2)}
+    texts = {"config.json": Config().to_json(), "state.json": json.dumps({"step": step, "metrics": metrics or {}})}
+    saver = Saver(folder / "checkpoints", WORLD, Run(**{"keep_checkpoints": 9, **run}))
+    saver.save(step, tensors, texts)
+    saver.wait()
+    return folder / "checkpoints" / f"step-{step:08d}"
 
 
 def test_round_trip(tmp_path: Path) -> None:
     folder = save(tmp_path, 12)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json", "model.safetensors", "state.json", "trainer.safetensors",
+        "config.json", "metadata.json", "shard-00000.safetensors", "state.json",
     ]  # fmt: skip
     tensors = load_tensors(folder, "model.safetensors")
     shared = torch.arange(6.0).reshape(2, 3)
     assert torch.equal(tensors["b"], shared)
     assert torch.equal(tensors["c"], shared.T)
     assert torch.equal(tensors["e"], shared[:, 1:])
+    assert tensors["d"].shape == ()
     assert load_json(folder / "state.json")["step"] == 12
+    places = {"model.c": torch.empty(3, 2), "optim.x": torch.ones(2)}
+    load_into(folder, places, WORLD)
+    assert torch.equal(places["model.c"], shared.T)
+    assert not places["optim.x"].any()
     assert load_config(folder) == Config()
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (5, 100, 20, 100_000_000):
-        save(tmp_path, step, keep=2)
+        save(tmp_path, step, keep_checkpoints=2)
     assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000100", "step-100000000"]
     assert find_checkpoint(str(tmp_path)) == latest_checkpoint(tmp_path)
     inside = tmp_path / "checkpoints" / "step-00000100"
     assert find_checkpoint(str(inside)) == inside
 
 
-@pytest.mark.parametrize("where", ["save_file", "_flush", "rename"])
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: math.nan, 5: 1.0, 6: 5.0}
+    for step, loss in losses.items():
+        metrics = {"valid_loss": loss} if math.isfinite(loss) else {}
+        save(tmp_path, step, metrics, keep_checkpoints=1, keep_every=3, keep_best="valid_loss")
+    assert [step_of(c) for c in list_checkpoints(tmp_path / "checkpoints")] == [2, 3, 6]
+    save(tmp_path, 7, {"valid_loss": 9.0}, keep_checkpoints=1, keep_best="valid_loss", best="highest")
+    assert [step_of(c) for c in list_checkpoints(tmp_path / "checkpoints")] == [7]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is what was there when `save` was called."""
+    began, go_on = threading.Event(), threading.Event()
+    original = storage.save_file
+
+    def slow(*args: Any) -> None:
+        began.set()
+        assert go_on.wait(30)
+        original(*args)
+
+    monkeypatch.setattr(storage, "save_file", slow)
+    weights = torch.zeros(1000)
+    saver = Saver(tmp_path / "checkpoints", WORLD, Run())
+    saver.save(1, {"model.w": weights}, {"config.json": "{}", "state.json": "{}"})
+    assert began.wait(30)
+    weights += 1.0
+    assert not list_checkpoints(tmp_path / "checkpoints")
+    go_on.set()
+    saver.wait()
+    (written,) = list_checkpoints(tmp_path / "checkpoints")
+    assert not load_tensors(written, "model.safetensors")["w"].any()
+
+
+def test_metadata_is_not_trusted(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    good = (folder / "metadata.json").read_text()
+    for old, new, text in (
+        ("shard-00000.safetensors", "../../other.safetensors", "the name of a file"),
+        ("float32", "save", "the name of a dtype"),
+        ("d2v-checkpoint-1", "other", "expected format"),
+        ('"shape": [2, 3]', '"shape": [2, -3]', "sizes of 0 or more"),
+        ("{", "[", "cannot read"),
+    ):
+        (folder / "metadata.json").write_text(good.replace(old, new))
+        with pytest.raises(ValueError, match=text):
+            load_tensors(folder, "model.safetensors")
+
+
+@pytest.mark.parametrize("where", ["save_file", "flush", "rename"])
 def test_a_failure_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     save(tmp_path, 1)
 
@@ -67,7 +131,7 @@ def test_a_failure_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.Mon
         if where == "rename":
             patch.setattr(Path, "rename", fail)
         else:
-            patch.setattr(checkpoint, where, fail)
+            patch.setattr(storage, where, fail)
         with pytest.raises(OSError, match="No space left"):
             save(tmp_path, 2)
     assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
@@ -94,10 +158,13 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"found neither model\.safetensors nor"):
         find_checkpoint(str(tmp_path / "empty"))
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"cannot read .*model\.safetensors"):
+    shard = folder / "shard-00000.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"cannot read .*shard-00000\.safetensors"):
         load_tensors(folder, "model.safetensors")
+    with pytest.raises(ValueError, match=r"cannot read .*shard-00000\.safetensors"):
+        load_into(folder, {"model.c": torch.empty(3, 2)}, WORLD)
     (folder / "state.json").write_text("[1")
     with pytest.raises(ValueError, match=r"cannot read .*state\.json"):
         load_json(folder / "state.json")

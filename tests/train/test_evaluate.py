@@ -27,7 +27,8 @@ from d2v.evaluate import (
     standardise_features,
 )
 from d2v.plot import compare_patches, draw_report
-from d2v.train import build_model, pretrain
+from d2v.pretraining import build_model
+from d2v.train import pretrain
 
 OPTIONS = {"neighbours": 3, "labels_per_class": 5, "draws": 3, "seed": 0}
 CPU = torch.device("cpu")

@@ -1,39 +1,16 @@
-"""Monitors: they see what the published one does not; alarms are not blind to NaN."""
+"""Windows of metrics on one and several ranks, the clock, and the file of metrics."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from d2v.config import Run
-from d2v.metrics import (
-    MetricsFile,
-    Window,
-    find_failure,
-    measure_content_spread,
-    measure_explained_variance,
-    read_metrics,
-)
-
-
-def test_content_spread_ignores_what_the_position_explains() -> None:
-    torch.manual_seed(0)
-    position, content = torch.randn(1, 50, 8), torch.randn(400, 50, 8)
-    assert measure_content_spread(position.expand(400, -1, -1)) < 0.002
-    assert measure_content_spread(3 * position + 0.5 * content) == pytest.approx(0.5, rel=0.02)
-    assert math.isnan(measure_content_spread(content[:1]))
-
-
-def test_explained_variance() -> None:
-    torch.manual_seed(0)
-    target = torch.randn(1000, 8) * 3 + 5
-    assert measure_explained_variance(target, target) == pytest.approx(1.0, abs=1e-6)
-    assert measure_explained_variance(target.mean(0).expand_as(target), target) == pytest.approx(0.0, abs=1e-5)
-    assert measure_explained_variance(target + 3 * torch.randn(1000, 8), target) == pytest.approx(0.0, abs=0.1)
+from d2v.metrics import MetricsFile, Window, read_metrics
 
 
 def test_window_means_and_resume() -> None:
@@ -53,26 +30,57 @@ def test_window_means_and_resume() -> None:
     assert window.tensors() == {}
 
 
-def line(**values: float) -> dict[str, float]:
-    usual = {"step": 10_000, "loss": 1.0, "grad_norm": 1.0, "prediction_std": 0.5, "content_spread": 0.5}
-    return {**usual, **values}
+def test_sums_of_all_ranks() -> None:
+    """Every rank adds its part; what is reduced is the sum, and the window itself goes on."""
+    ranks = [Window(), Window()]
+    for update in range(3):
+        for rank, window in enumerate(ranks):
+            window.add({"loss": torch.tensor(1.0 + update + 10 * rank)})
+            window.count(tokens=100.0 * (rank + 1))
+    sums = [w.tensors()["metrics.sums"].clone() for w in ranks]
+
+    def reduce(values: torch.Tensor) -> None:
+        assert values.dtype == torch.float64
+        values += sums[1]
+
+    for _ in range(2):
+        assert ranks[0].means(reduce) == {"loss": pytest.approx((2.0 * 6 + 30) / 3)}
+    assert ranks[0].means() == {"loss": 2.0}
+    assert ranks[0].tensors(reduce)["metrics.sums"].tolist() == [42.0]
+    # The first rank of a resumed run takes the sums; the others begin at 0, so that they count once.
+    stored = ranks[0].tensors(reduce)
+    again = [Window(), Window()]
+    for rank, window in enumerate(again):
+        window.restore(ranks[0].state(), stored, torch.device("cpu"), main=rank == 0)
+    assert [w.means()["loss"] for w in again] == [14.0, 0.0]
 
 
-def test_failures() -> None:
-    run = Run(collapse_after=100)
-    nan = math.nan
-    assert find_failure(line(), run, 8) is None
-    for broken in ({"loss": nan}, {"grad_norm": math.inf}, {"loss": nan, "step": 1}):
-        assert "not finite" in str(find_failure(line(**broken), run, 8))
-    low = {"prediction_std": 0.001, "content_spread": 0.001}
-    assert "collapse: prediction_std 0.001 (limit 0.01)" in str(find_failure(line(**low), run, 8))
-    assert find_failure(line(prediction_std=nan, content_spread=nan), run, 8) is not None
-    assert find_failure(line(**{**low, "prediction_std": nan}), run, 8) is not None
-    # One monitor alone does not stop a run; nor does anything early, with one sample, or with the rule off.
-    assert find_failure(line(content_spread=0.001), run, 8) is None
-    assert find_failure(line(**low, step=50), run, 8) is None
-    assert find_failure(line(**low), run, 1) is None
-    assert find_failure(line(**low), Run(collapse_content_spread=0.0), 8) is None
+def test_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("d2v.metrics.time.perf_counter", lambda: now[0])
+
+    def late(count: int) -> Iterator[int]:
+        for i in range(count):
+            now[0] += 1.0
+            yield i
+
+    window = Window()
+    window.resume_clock()
+    for _ in window.watch(late(4)):
+        now[0] += 3.0
+        window.add({"loss": torch.tensor(1.0)})
+        window.count(tokens=8.0, flops=80.0)
+    assert window.step_seconds() == 4.0
+    assert window.data_wait() == 0.25
+    assert window.rates() == {"tokens": 2.0, "flops": 20.0}
+    assert window.rates(lambda values: values.mul_(3)) == {"tokens": 6.0, "flops": 60.0}
+    window.pause_clock()
+    now[0] += 50.0
+    with window.waiting():  # validation has its own loader
+        now[0] += 50.0
+    assert (window.seconds(), window.data_wait()) == (16.0, 0.25)
+    window.reset()
+    assert (window.seconds(), window.data_wait(), window.rates()) == (0.0, 0.0, {})
 
 
 def test_metrics_file_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:

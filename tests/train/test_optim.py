@@ -12,8 +12,9 @@ from d2v.config import Ema, Optim
 from d2v.optim import (
     build_optimiser,
     clip_gradients,
+    decay_groups,
     learning_rate_at,
-    load_optimiser,
+    make_state,
     optimiser_tensors,
     set_learning_rate,
 )
@@ -39,7 +40,7 @@ def test_first_update_changes_no_weight() -> None:
     model = nn.Linear(3, 2)
     before = model.weight.detach().clone()
     optim = Optim(learning_rate=0.1, warmup_steps=10)
-    optimiser = build_optimiser(model, optim)
+    optimiser = build_optimiser(decay_groups(model, optim), optim)
     model(torch.ones(1, 3)).sum().backward()
     set_learning_rate(optimiser, learning_rate_at(optim, 1, 100))
     optimiser.step()
@@ -51,7 +52,8 @@ def test_first_update_changes_no_weight() -> None:
 def test_decay_groups(decay_all: bool) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     model[0].bias.requires_grad_(False)
-    optimiser = build_optimiser(model, Optim(weight_decay=0.3, decay_all=decay_all))
+    optim = Optim(weight_decay=0.3, decay_all=decay_all)
+    optimiser = build_optimiser(decay_groups(model, optim), optim)
     decay = {id(p): g["weight_decay"] for g in optimiser.param_groups for p in g["params"]}
     assert id(model[0].bias) not in decay
     assert decay[id(model[0].weight)] == 0.3
@@ -78,7 +80,7 @@ def test_optimiser_state_round_trip() -> None:
     torch.manual_seed(0)
     models = [nn.Linear(3, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    optimisers = [build_optimiser(m, Optim(learning_rate=0.1)) for m in models]
+    optimisers = [build_optimiser(decay_groups(m, Optim(learning_rate=0.1)), Optim(learning_rate=0.1)) for m in models]
 
     def step(i: int) -> None:
         models[i](torch.ones(1, 3)).square().sum().backward()
@@ -87,11 +89,18 @@ def test_optimiser_state_round_trip() -> None:
 
     step(0)
     models[1].load_state_dict(models[0].state_dict())
-    load_optimiser(
-        models[1], optimisers[1], {k: v.clone() for k, v in optimiser_tensors(models[0], optimisers[0]).items()}
-    )
+    stored = optimiser_tensors(models[0], optimisers[0])
+    for name, place in make_state(models[1], optimisers[1], stored).items():
+        place.copy_(stored[name])
     for i in (0, 1):
         step(i)
     assert torch.equal(models[0].weight, models[1].weight)
     with pytest.raises(ValueError, match="does not fit the model"):
-        load_optimiser(models[1], optimisers[1], {"optim.exp_avg.other": torch.zeros(2)})
+        make_state(models[1], optimisers[1], ["optim.exp_avg.other"])
+
+
+def test_groups_have_rates_of_their_own() -> None:
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "rate": 0.5}, {"params": [nn.Parameter(torch.zeros(1))]}]
+    optimiser = build_optimiser(groups, Optim())
+    set_learning_rate(optimiser, 0.2)
+    assert [g["lr"] for g in optimiser.param_groups] == [0.1, 0.2]

@@ -18,13 +18,15 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (its import is slow; once, outside the tests)
 
-from d2v import train
+from d2v import pretraining, train
 from d2v.checkpoint import latest_checkpoint, list_checkpoints, load_tensors
 from d2v.config import Config
-from d2v.data.loader import train_updates
+from d2v.dist import World
 from d2v.metrics import read_metrics
 from d2v.optim import learning_rate_at
-from d2v.train import RunStopped, Trainer, load_weights, open_data, pretrain
+from d2v.pretraining import Pretraining, build_model
+from d2v.train import RunStopped, load_weights, open_data, pretrain
+from d2v.trainer import Trainer
 
 from .conftest import tiny_options
 
@@ -33,8 +35,13 @@ CONTRACT_KEYS = {
     "step", "loss", "target_std", "prediction_std", "explained_variance", "content_spread", "learning_rate",
     "ema_decay", "grad_norm", "samples_per_second", "step_seconds",
 }  # fmt: skip
-TIMES = {"samples_per_second", "step_seconds"}
+TIMES = {"samples_per_second", "step_seconds", "tokens_per_second", "data_wait", "memory_bytes", "mfu"}
 Make = Callable[..., Config]
+
+
+def make_trainer(config: Config) -> Trainer:
+    source, valid = open_data(config)
+    return Trainer(Pretraining(config, source, valid, CPU), World(CPU))
 
 
 def metrics_of(folder: Path | str) -> list[dict[str, Any]]:
@@ -75,10 +82,9 @@ def test_a_run_writes_what_the_contract_says(make_config: Make, images: Path) ->
 
 def test_first_update_moves_nothing_but_the_moments(make_config: Make) -> None:
     config = make_config()
-    source, _ = open_data(config)
-    trainer = Trainer(config, source, CPU)
+    trainer = make_trainer(config)
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    batches = train_updates(config, source, 0, CPU)
+    batches = trainer.objective.updates(0, trainer.world)
     trainer.run_update(next(batches))
     # Rate 0; and the teacher equals the student, so its average stays too.
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
@@ -90,18 +96,19 @@ def test_teacher_is_updated_once_per_update_with_the_scheduled_decay(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(data={"micro_batch": 2})
-    source, _ = open_data(config)
-    trainer = Trainer(config, source, CPU)
+    trainer = make_trainer(config)
     decays: list[float] = []
-    monkeypatch.setattr(trainer.model.teacher, "update", decays.append)
-    for batches in train_updates(config, source, 0, CPU):
+    monkeypatch.setattr(trainer.model.get_submodule("teacher"), "update", decays.append)
+    for batches in trainer.objective.updates(0, trainer.world):
         assert len(batches) == 2
         trainer.run_update(batches)
     assert decays == [config.ema.decay(u, 6) for u in range(1, 7)]
 
 
 @pytest.mark.parametrize("micro", [1, 3])
-def test_micro_batches_give_the_gradient_of_the_whole(make_config: Make, micro: int) -> None:
+def test_micro_batches_give_the_gradient_of_the_whole(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, micro: int
+) -> None:
     gradients: list[dict[str, torch.Tensor]] = []
     losses = []
     for size in (None, micro):
@@ -111,8 +118,9 @@ def test_micro_batches_give_the_gradient_of_the_whole(make_config: Make, micro: 
             encoder={"dropout": 0.0, "extra_tokens": 1},
             loss={"class_weight": 0.01},
         )
-        source, _ = open_data(config)
-        trainer = Trainer(config, source, CPU)
+        trainer = make_trainer(config)
+        objective = trainer.objective
+        assert isinstance(objective, Pretraining)
         trainer.model.double()
         kept: dict[str, torch.Tensor] = {}
 
@@ -120,8 +128,9 @@ def test_micro_batches_give_the_gradient_of_the_whole(make_config: Make, micro: 
             kept.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
 
         trainer.optimiser.register_step_pre_hook(remember)
-        trainer.inputs_of = lambda b, t=trainer: Trainer.inputs_of(t, b).double()  # type: ignore[method-assign]
-        trainer.run_update(next(train_updates(config, source, 0, CPU)))
+        prepare = objective.modality.prepare
+        monkeypatch.setattr(objective.modality, "prepare", lambda x, prepare=prepare: prepare(x).double())
+        trainer.run_update(next(trainer.objective.updates(0, trainer.world)))
         gradients.append(kept)
         losses.append(trainer.window.means())
     assert gradients[0].keys() == gradients[1].keys()
@@ -151,7 +160,7 @@ def test_stopping_anywhere_and_resuming_is_exact(make_config: Make, tmp_path: Pa
         for _ in range(6):
             with pytest.raises(SystemExit) as stop:
                 pretrain(parts)
-            assert stop.value.code == 128 + signal.SIGTERM
+            assert stop.value.code == 75
     pretrain(parts)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     texts = [(tmp_path / n / "bad_samples.jsonl").read_text() for n in ("whole", "parts")]
@@ -186,8 +195,8 @@ def test_a_killed_run_resumes_exactly(make_config: Make, tmp_path: Path, images:
     assert_same_run(tmp_path / "whole", folder)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_to_the_whole_process_group_saves(name: str, tmp_path: Path, images: Path) -> None:
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+def test_a_signal_to_the_whole_process_group_saves(name: str, code: int, tmp_path: Path, images: Path) -> None:
     """As job schedulers and Ctrl-C send it: loader workers get it too."""
     folder, number = tmp_path / "run", getattr(signal, name)
     command = [
@@ -202,7 +211,8 @@ def test_a_signal_to_the_whole_process_group_saves(name: str, tmp_path: Path, im
         time.sleep(0.01)
     os.killpg(process.pid, number)
     _, text = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, text
+    assert process.returncode == code, text
+    assert (folder / "requeue").is_file() == (code == 75)
     assert f"{name}: saved update" in text
     newest = latest_checkpoint(folder)
     assert newest is not None
@@ -251,7 +261,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_checkpoint(
 
 
 def test_collapse_stops(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "measure_content_spread", lambda *_: torch.tensor(math.nan))
+    monkeypatch.setattr(pretraining, "measure", lambda *_: {"content_spread": math.nan})
     config = make_config(run={"collapse_after": 3, "collapse_prediction_std": 100.0})
     with pytest.raises(RunStopped, match="stopped at update 4: collapse: prediction_std"):
         pretrain(config)
@@ -282,7 +292,7 @@ def test_two_processes_cannot_share_a_run(make_config: Make) -> None:
     config = make_config()
     Path(config.run.dir).mkdir()
     (Path(config.run.dir) / "config.json").write_text(config.to_json())
-    hold = "import sys; from pathlib import Path; from d2v.train import lock_folder\n"
+    hold = "import sys; from pathlib import Path; from d2v.runfolder import lock_folder\n"
     hold += "with lock_folder(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, config.run.dir]
     with subprocess.Popen(
@@ -300,13 +310,13 @@ def test_two_processes_cannot_share_a_run(make_config: Make) -> None:
 def test_starting_from_other_weights(make_config: Make, tmp_path: Path) -> None:
     first = pretrain(make_config())
     config = make_config(run={"dir": str(tmp_path / "second"), "seed": 5})
-    trainer = Trainer(config, open_data(config)[0], CPU)
-    load_weights(trainer.model, str(first), "model.init")
+    model = build_model(config)
+    load_weights(model, str(first), "model.init")
     stored = weights_of(first)
-    assert all(torch.equal(v, stored[k]) for k, v in trainer.model.state_dict().items())
+    assert all(torch.equal(v, stored[k]) for k, v in model.state_dict().items())
     wide = make_config(encoder={"width": 32})
     with pytest.raises(ValueError, match=r"model\.init .*expected shape"):
-        load_weights(Trainer(wide, open_data(wide)[0], CPU).model, str(first), "model.init")
+        load_weights(build_model(wide), str(first), "model.init")
 
 
 def test_bf16_trains_and_resumes(make_config: Make, tmp_path: Path) -> None:
@@ -321,6 +331,48 @@ def test_bf16_trains_and_resumes(make_config: Make, tmp_path: Path) -> None:
     pretrain(config)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert all(t.dtype == torch.float32 for t in weights_of(tmp_path / "whole").values() if t.is_floating_point())
+
+
+def test_fp16_skips_updates_that_overflow(make_config: Make) -> None:
+    """A loss scale that is far too large: weights and teacher stay until it has come down."""
+    trainer = make_trainer(make_config(run={"precision": "fp16", "steps": 30}, optim={"warmup_steps": 1}))
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    updates = trainer.objective.updates(0, trainer.world)
+    trainer.run_update(next(updates))
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.run_update(next(updates))
+    assert trainer.window.means()["skipped"] == 1.0
+    assert trainer.window.means()["grad_norm"] == 0.0
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+    for batches in updates:
+        trainer.run_update(batches)
+    assert 0.0 < trainer.window.means()["skipped"] < 1.0
+    changed = {k for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert any(k.startswith("teacher.") for k in changed)
+    assert any(k.startswith("blocks.") for k in changed)
+
+
+def test_activation_checkpointing_changes_nothing(make_config: Make, tmp_path: Path) -> None:
+    """Dropout included: its random numbers are drawn again."""
+    for on in (False, True):
+        run = {"activation_checkpointing": on, "dir": str(tmp_path / str(on))}
+        pretrain(make_config(run=run, encoder={"dropout": 0.1, "prenet_depth": 1}))
+    assert_same_run(tmp_path / "False", tmp_path / "True")
+
+
+def test_layer_drop_is_a_draw_of_the_update(make_config: Make, tmp_path: Path) -> None:
+    """Micro-batches of an update skip the same blocks: the gradient is that of the whole."""
+    for micro in (None, 2):
+        run = {"dir": str(tmp_path / str(micro)), "log_every": 1}
+        pretrain(make_config(run=run, encoder={"layer_drop": 0.5, "depth": 4, "dropout": 0.0}, data={"micro_batch": micro}))
+    left, right = (metrics_of(tmp_path / n) for n in ("None", "2"))
+    assert [a["loss"] for a in left] == pytest.approx([b["loss"] for b in right], rel=1e-5)
+
+
+def test_changed_free_settings_are_said(make_config: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain(make_config(run={"steps": 3}))
+    pretrain(make_config(run={"steps": 3, "log_every": 1}))
+    assert "note: changed run.log_every (stored 2, given 1)" in capsys.readouterr().err
 
 
 def test_settings_survive_json(make_config: Make) -> None:

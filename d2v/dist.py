@@ -1,0 +1,168 @@
+"""The processes of a run: who they are, and the few things that they tell each other outside the training step."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from d2v.config_run import Run
+from d2v.heartbeat import Heartbeat
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run; without a launcher, one rank and no communication."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    control: dist.ProcessGroup | None = None
+    """Gloo: messages between hosts' memories, so that no GPU is waited for."""
+    storage: dist.ProcessGroup | None = None
+    """Gloo, for checkpoints alone, which are written beside the training."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes the run's files and speaks."""
+        return self.rank == 0
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether a process group exists."""
+        return self.control is not None
+
+    def sum_(self, value: Tensor) -> Tensor:
+        """Sum over the ranks, in place, on the device of `value`."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def share(self, value: _T) -> _T:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: _T) -> list[_T]:
+        """The values of all ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def in_step(self, items: Iterable[_T]) -> Iterator[tuple[_T, bool]]:
+        """Items, as often on every rank as on the one that has most: a rank that has run out gets its last item again,
+        with False. For forwards of a sharded model, in which all ranks take part."""
+        source, last = iter(items), None
+        while True:
+            item = next(source, None)
+            if not any(self.gather(item is not None)):
+                return
+            last = last if item is None else item
+            assert last is not None
+            yield last, item is not None
+
+    @contextlib.contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Rank 0 passes through the block before the others enter it; where it fails, they do not."""
+        if self.is_first:
+            failure = None
+            try:
+                yield
+            except BaseException as error:
+                failure = f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                self.share(failure)
+        else:
+            failure = self.share(None)
+            if failure is not None:
+                raise RuntimeError(f"rank 0 failed: {failure}")
+            yield
+
+
+class Agreement:
+    """What any rank asks for, known to all one update later: the largest value counts.
+
+    The exchange runs on host memory while the device computes; it is waited for an update later, when it is long done.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._pending: tuple[Tensor, Any] | None = None
+
+    def exchange(self, value: int) -> int:
+        """Tells the others `value`; returns the largest value of the previous call (one rank: of this one)."""
+        if self._world.size == 1:
+            return value
+        previous = self.finish()
+        told = torch.tensor([value])
+        work = dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._world.control, async_op=True)
+        self._pending = told, work
+        return previous
+
+    def finish(self) -> int:
+        """The largest value of the last call."""
+        if self._pending is None:
+            return 0
+        told, work = self._pending
+        self._pending = None
+        work.wait()
+        return int(told)
+
+
+def choose_device(device: str) -> torch.device:
+    """`run.device` as a torch device of this process; `ValueError` where CUDA is asked for and absent."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device: expected cuda to be available, got a PyTorch that sees no GPU")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = dist.get_node_local_rank(fallback_rank=0)
+    if local >= torch.cuda.device_count():
+        raise ValueError(f"run.device: expected a GPU for local rank {local}, got {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+@contextlib.contextmanager
+def open_world(run: Run) -> Iterator[World]:
+    """Joins the ranks that torchrun started, or makes a world of one; leaves it at the end.
+
+    Raises `ValueError` for a device that is not there. A rank that is silent for `run.timeout` seconds ends the others
+    (`d2v.heartbeat`).
+    """
+    device = choose_device(run.device)
+    launched = dist.is_torchelastic_launched()
+    if not launched and run.parallel == "ddp":
+        yield World(device)
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    timeout = datetime.timedelta(seconds=run.timeout)
+    dist.init_process_group(backend, timeout=timeout, **alone)
+    try:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        control, storage = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+        name = f"rank {rank} on {socket.gethostname()}"
+        with Heartbeat(rank, size, name, run.timeout) if size > 1 else contextlib.nullcontext():
+            yield World(device, rank, size, control, storage)
+    finally:
+        dist.destroy_process_group()

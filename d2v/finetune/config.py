@@ -1,0 +1,138 @@
+"""Settings of a fine-tuned model and of the run that made it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import Config, build_section
+from ..config_checks import require
+from .heads import HeadSettings
+
+TASKS = ("speech-ctc", "speech-classify", "vision-classify", "text-classify")
+SECTION = "finetune"
+"""Name of the section in `config.json` that a pre-trained model does not have."""
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """How a task is learned; each concerns the tasks that its text names, or all."""
+
+    weights: Literal["student", "teacher"] = "student"
+    """Pre-trained weights to start from; published: the student's."""
+    pool: Literal["mean", "class"] = "mean"
+    """Images: classify the mean of the patches (published 2.0), or the class token."""
+    head_dropout: float = 0.0
+    """Dropout before the last layer."""
+    regression: bool = False
+    """Text: labels are numbers (STS-B)."""
+    units: Literal["letters", "bpe"] = "letters"
+    """CTC: what the model spells with: the characters of the training transcripts, or byte-level byte pairs of
+    task.bpe."""
+    bpe: str | None = None
+    """CTC, units bpe: folder of a tokenizer (`d2v data tokenizer`)."""
+    lower: bool = True
+    """CTC: transcripts in lower case."""
+    freeze_encoder: int = 0
+    """Updates during which only the head is trained."""
+    freeze_stem: bool = False
+    """Speech: never train the convolutions of the waveform."""
+    layer_decay: float = 1.0
+    """Learning rate of a block over that of the block behind it."""
+    decay_stem: bool = False
+    """Let stem, positions and class token have the rate before the first block's, as BEiT does; published 2.0: the full
+    one."""
+    valid_share: float = 0.1
+    """Share of the training samples that is held out where no --valid is given."""
+    label_smoothing: float = 0.0
+    """Share of a target that is spread over all classes."""
+    mixup: float = 0.0
+    """Images: alpha of mixup; 0: none."""
+    cutmix: float = 0.0
+    """Images: alpha of CutMix; 0: none."""
+    mix_probability: float = 1.0
+    """Images: share of the batches that are mixed."""
+    switch_probability: float = 0.5
+    """Images: share of the mixed batches that get CutMix, where both are on."""
+    erasing: float = 0.0
+    """Images: probability that a rectangle is replaced by noise."""
+    time_mask: float = 0.0
+    """Speech: share of the frames at which a masked span may begin, times its length."""
+    time_span: int = 10
+    """Speech: frames of a masked span."""
+    channel_mask: float = 0.0
+    """Speech: the same for channels of the features."""
+    channel_span: int = 64
+    """Speech: channels of a masked span."""
+    drop_path: float | None = None
+    """Stochastic depth of the last block; unset: as pre-trained."""
+    dropout: float | None = None
+    """Dropout of the encoder; unset: as pre-trained."""
+    attention_dropout: float | None = None
+    """Dropout on attention weights; unset: as pre-trained."""
+    activation_dropout: float | None = None
+    """Dropout inside the MLPs; unset: as pre-trained."""
+    layer_drop: float | None = None
+    """Probability of skipping a block in training; unset: as pre-trained."""
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """What a fine-tuned model has besides its encoder."""
+
+    task: str = ""
+    """One of `TASKS`; empty: a model of another program."""
+    head: HeadSettings = field(default_factory=HeadSettings)
+    labels: tuple[str, ...] = ()
+    """Names of the head's outputs."""
+    options: TaskOptions = field(default_factory=TaskOptions)
+
+
+@dataclass(frozen=True)
+class FineTuneConfig(Config):
+    """Configuration of the encoder, of the head, and of the fine-tuning run."""
+
+    finetune: FineTune = field(default_factory=FineTune)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("mix_probability", "switch_probability", "erasing", "time_mask", "channel_mask"):
+            value = getattr(self.finetune.options, name)
+            require(0.0 <= value <= 1.0, f"finetune.options.{name}", "0 to 1", self)
+        for name in ("label_smoothing", "head_dropout"):
+            value = getattr(self.finetune.options, name)
+            require(0.0 <= value < 1.0, f"finetune.options.{name}", "0 to below 1", self)
+        for name in ("mixup", "cutmix", "freeze_encoder"):
+            require(getattr(self.finetune.options, name) >= 0, f"finetune.options.{name}", "0 or more", self)
+        for name in ("time_span", "channel_span"):
+            require(getattr(self.finetune.options, name) >= 1, f"finetune.options.{name}", "1 or more", self)
+        require(0.0 < self.finetune.options.layer_decay <= 1.0, "finetune.options.layer_decay", "above 0, to 1", self)
+        require(0.0 < self.finetune.options.valid_share < 1.0, "finetune.options.valid_share", "between 0 and 1", self)
+
+    @staticmethod
+    def of(config: Config, **changes: Any) -> FineTuneConfig:
+        """A configuration of an encoder with other sections, `finetune` among them."""
+        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
+        return FineTuneConfig(**{**values, **changes})
+
+    @staticmethod
+    def from_json(text: str) -> FineTuneConfig:
+        """Rebuilds a configuration; unknown fields raise `ValueError` with their names."""
+        config: FineTuneConfig = build_section(FineTuneConfig, json.loads(text), "config")
+        return config
+
+
+def read_config(file: Path) -> Config | FineTuneConfig:
+    """The configuration in a file, of a pre-trained or of a fine-tuned model; `ValueError` where it cannot be read."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"checkpoint: cannot read {str(file)!r}: {error}") from None
+    try:
+        tuned = SECTION in json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"checkpoint: cannot read {str(file)!r}: {error}") from None
+    return FineTuneConfig.from_json(text) if tuned else Config.from_json(text)

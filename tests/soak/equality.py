@@ -1,0 +1,81 @@
+"""The same losses on any number of ranks: from the start, and after a change of ranks in mid-run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from soak.cases import MODALITIES, NO_DROPOUT, make_data, options
+from soak.jobs import finish, largest_difference, last_step, losses
+from soak.ranks import run_all
+
+LIMIT = 1e-5
+"""Largest relative difference of a loss."""
+MICRO = {"whole": 4, "accumulated": 2}
+"""Samples per forward for a global batch of 8: one forward on each of two ranks, or two."""
+
+
+def compare_ranks(
+    folder: Path, modalities: Sequence[str] = MODALITIES, parallels: Sequence[str] = ("ddp", "fsdp"),
+    micros: Sequence[str] = ("whole", "accumulated"), *, steps: int = 30, small: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Losses of two ranks against one rank with the same global batch and micro-batches, without dropout.
+
+    Returns case -> largest relative difference over `steps` updates. Raises `AssertionError` above `LIMIT`, or where
+    the losses do not move (a comparison of nothing).
+    """
+    one: dict[str, list[str]] = {}
+    two: dict[str, list[str]] = {}
+    for modality in modalities:
+        data = make_data(modality, folder / "data")
+        for micro in micros:
+            more = ["--data.micro-batch", str(MICRO[micro]), *NO_DROPOUT]
+            name = f"{modality}-{micro}"
+            one[name] = options(modality, data, folder / f"1-{name}", steps, *more, every=steps, small=small)
+            for parallel in parallels:
+                run = folder / f"2-{name}-{parallel}"
+                more_parallel = [*more, "--run.parallel", parallel]
+                two[f"{name}-{parallel}"] = options(modality, data, run, steps, *more_parallel, every=steps, small=small)
+    run_all(list(one.values()), 1, folder / "logs")
+    run_all(list(two.values()), 2, folder / "logs")
+    differences = {}
+    for name in two:
+        expected = losses(folder / f"1-{name.rpartition('-')[0]}")
+        assert len(expected) == steps and len(set(expected)) == steps, f"{name}: expected {steps} different losses"
+        differences[name] = largest_difference(losses(folder / f"2-{name}"), expected)
+    too_far = {n: d for n, d in differences.items() if not d <= LIMIT}
+    assert not too_far, f"expected relative differences of at most {LIMIT}, got {too_far}"
+    return differences
+
+
+def reshard(
+    folder: Path, ranks: Sequence[int] = (1, 4), parallels: Sequence[str] = ("ddp", "fsdp"), *, steps: int = 30,
+    modality: str = "vision", small: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Two ranks save in mid-run; other numbers of ranks go on from there as the two would have.
+
+    Returns "parallel to ranks" -> largest relative difference of the losses after the change. Raises `AssertionError`
+    above `LIMIT`.
+    """
+    data, half, differences = make_data(modality, folder / "data"), steps // 2, {}
+    for parallel in parallels:
+        more = ["--data.micro-batch", "2", *NO_DROPOUT, "--run.parallel", parallel, "--run.keep-checkpoints", "9"]
+        whole = folder / f"whole-{parallel}"
+        finish(options(modality, data, whole, steps, *more, every=half, small=small), folder / f"{parallel}.log", ranks=2)
+        for count in ranks:
+            run = folder / f"{parallel}-{count}"
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(whole, run)
+            for checkpoint in (run / "checkpoints").iterdir():
+                if checkpoint.name != f"step-{half:08d}":
+                    shutil.rmtree(checkpoint)
+            assert last_step(run) == half
+            log = folder / f"{parallel}-{count}.log"
+            finish(options(modality, data, run, steps, *more, every=half, small=small), log, ranks=count)
+            got, expected = losses(run), losses(whole)
+            assert got[:half] == expected[:half]
+            differences[f"{parallel} 2 to {count}"] = largest_difference(got[half:], expected[half:])
+    too_far = {n: d for n, d in differences.items() if not d <= LIMIT}
+    assert not too_far, f"expected relative differences of at most {LIMIT}, got {too_far}"
+    return differences

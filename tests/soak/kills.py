@@ -1,0 +1,83 @@
+"""kill -9 at random moments, and the certainty that nothing is lost: the resumed run ends with the same bits."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from pathlib import Path
+
+from soak.cases import RANDOM, make_data, options
+from soak.jobs import Job, assert_same_weights, finish, last_step, read_metrics, running, wait_until
+
+WHOLE = re.compile(r"step-\d{8,}")
+
+
+def is_writing(run: Path) -> bool:
+    """Whether a checkpoint is being written: its folder holds something under another name than a whole one's."""
+    folder = run / "checkpoints"
+    try:
+        return any(not WHOLE.fullmatch(entry.name) for entry in folder.iterdir())
+    except FileNotFoundError:
+        return False
+
+
+def wait_and_kill(job: Job, run: Path, moment: str, rng: random.Random) -> str:
+    """Kills everything, "training": a random time after the first update of this start; "writing": a random time
+    after a checkpoint began to be written. Returns what the kill hit: "start", "training", "writing" or "end"."""
+    begun = time.time()
+
+    def has_moved() -> bool:
+        path = run / "metrics.jsonl"
+        return path.is_file() and path.stat().st_mtime >= begun and bool(read_metrics(run))
+
+    def is_due() -> bool:
+        return not job.is_running() or (is_writing(run) if moment == "writing" else has_moved())
+
+    wait_until(is_due, job, f"a moment of {moment}") if job.is_running() else None
+    time.sleep(rng.uniform(0.0, 0.02 if moment == "writing" else 0.6))
+    if not job.is_running():
+        return "end"
+    job.kill()
+    return "writing" if is_writing(run) else "training"
+
+
+def kill_and_resume(
+    folder: Path, *, ranks: int = 1, kills: int = 20, parallel: str = "ddp", steps: int = 120, seed: int = 0,
+    modality: str = "vision", small: bool = True, more: tuple[str, ...] = (),
+) -> dict[str, int]:  # fmt: skip
+    """Kills a run with dropout and layer drop `kills` times, half of them while a checkpoint is written; each time
+    the same command resumes it; a run that ends in between is compared and a new one begun.
+
+    Returns how often each moment was hit, the number of finished runs, and of tensors compared bit by bit with those
+    of an uninterrupted run.
+    """
+    data, rng = make_data(modality, folder / "data"), random.Random(seed)
+    extra = [*RANDOM, "--run.parallel", parallel, "--data.micro-batch", "2", "--data.workers", "1", *more]
+
+    def command(run: Path) -> list[str]:
+        return options(modality, data, run, steps, *extra, every=3, small=small)
+
+    reference = folder / "uninterrupted"
+    finish(command(reference), folder / "logs" / "uninterrupted.log", ranks=ranks)
+    assert last_step(reference) == steps
+    counts = {"writing": 0, "training": 0, "runs": 0, "tensors": 0}
+    number, done, run = 0, 0, folder / "killed-0"
+    while done < kills:
+        moment = ("training", "writing")[done % 2]
+        with running(command(run), folder / "logs" / f"{run.name}-{number}.log", ranks=ranks) as job:
+            hit = wait_and_kill(job, run, moment, rng)
+            number += 1
+            if hit != "end":
+                counts[hit] += 1
+                done += 1
+                continue
+            codes = job.codes(60)
+            assert not any(codes), f"expected exit code 0, got {codes}:\n{job.tail()}"
+        counts["tensors"] += assert_same_weights(run, reference)
+        counts["runs"] += 1
+        run = folder / f"killed-{counts['runs']}"
+    finish(command(run), folder / "logs" / f"{run.name}-last.log", ranks=ranks)
+    counts["tensors"] += assert_same_weights(run, reference)
+    counts["runs"] += 1
+    return counts

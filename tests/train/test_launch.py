@@ -1,0 +1,90 @@
+"""`scripts/slurm.sbatch` against a fake Slurm and a fake trainer: what it starts, and when it queues itself again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from soak.jobs import Job
+from soak.slurm import SCRIPT, FakeSlurm
+
+# Stands for Python with torchrun: a launcher with one rank. The rank saves on SIGUSR1, which takes longer than it takes
+# the launcher to leave on a SIGTERM; the launcher hides the rank's exit code, as torchrun does.
+LAUNCHER = """#!/usr/bin/env bash
+echo "launcher: $*"
+exec 3>&1
+bash -c 'trap "sleep 0.3; echo saved >&3; $ON_SIGNAL exit 75" USR1; echo ready >&3
+         for i in $(seq $LIFE); do sleep 0.05; done; exit $CODE' &
+trap "echo launcher was hit >&3; kill -9 $!; exit 143" TERM USR1
+wait $! || exit 1
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> FakeSlurm:
+    fake = tmp_path / "python"
+    fake.write_text(LAUNCHER)
+    fake.chmod(0o755)
+    made = FakeSlurm(tmp_path / "slurm", python=str(fake), ranks=1)
+    run = tmp_path / "run"
+    run.mkdir()
+    made.environment |= {"ON_SIGNAL": f"touch {run}/requeue;", "LIFE": "400", "CODE": "0"}
+    return made
+
+
+def wait_for_rank(job: Job) -> None:
+    deadline = time.monotonic() + 20
+    while "ready" not in job.text():
+        assert job.is_running() and time.monotonic() < deadline, job.tail()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_saves_and_requeues(slurm: FakeSlurm, tmp_path: Path, number: int) -> None:
+    job = slurm.start(["vision-tiny", "--data.path", "x y", "--run.dir", str(tmp_path / "run")])
+    try:
+        wait_for_rank(job)
+        os.kill(job.processes[0].pid, number)
+        assert job.codes(20) == [0], job.tail()
+    finally:
+        job.kill()
+    assert "saved" in job.text() and "launcher was hit" not in job.text()
+    assert (slurm.folder / "requeued").read_text() == "4242\n"
+    assert "--nnodes=1 --nproc-per-node=1" in job.text() and "--rdzv-backend=c10d" in job.text()
+    assert f"-m d2v pretrain vision-tiny --data.path x y --run.dir {tmp_path}/run" in job.text()
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_an_end_without_a_signal_is_not_requeued(slurm: FakeSlurm, tmp_path: Path, code: int) -> None:
+    (tmp_path / "run" / "requeue").touch()  # of an earlier start
+    job = slurm.start(["vision-tiny", f"--run.dir={tmp_path / 'run'}"], {"LIFE": "1", "CODE": str(code)})
+    assert job.codes(20) == [code], job.tail()
+    assert slurm.requeued() == 0
+
+
+def test_a_signal_before_the_trainer_listens_requeues(slurm: FakeSlurm, tmp_path: Path) -> None:
+    slurm.environment["ON_SIGNAL"] = ""  # dies of the signal without a word
+    job = slurm.start(["vision-tiny", "--run.dir", str(tmp_path / "run")])
+    try:
+        wait_for_rank(job)
+        os.kill(job.processes[0].pid, signal.SIGUSR1)
+        assert job.codes(20) == [0], job.tail()
+    finally:
+        job.kill()
+    assert slurm.requeued() == 1
+
+
+def test_no_run_folder_is_refused(slurm: FakeSlurm) -> None:
+    job = slurm.start(["vision-tiny"])
+    assert job.codes(20) == [2]
+    assert "expected --run.dir" in job.text() and "launcher" not in job.text()
+
+
+def test_the_script_is_valid() -> None:
+    assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
+    directives = [line for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --requeue" in directives and "#SBATCH --signal=B:USR1@300" in directives
