@@ -124,7 +124,7 @@ def _describe_memory(static: dict[str, int], activations: int, samples: int, tra
     return [
         f"parameters   {trainable:,} trained, {total - trainable:,} averaged",
         f"memory, MiB  {parts}: {sum(static.values()) / MIB:.1f}; "
-        f"activations of a micro-batch of {samples}, measured: {activations / MIB:.1f}; "
+        f"activations of a micro-batch of {samples}, measured: {activations / MIB:.4g}; "
         f"{memory_bytes(device) / MIB:.0f} {where}",
     ]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v.checkpoint import MODEL, copy_into, find_checkpoint, load_config, load_tensors
+from d2v.checkpoint import CONFIG, MODEL, copy_into, find_checkpoint, load_tensors
 from d2v.config import Config
 from d2v.data import make_modality
 from d2v.data.loader import evaluation_batches
@@ -23,19 +23,42 @@ from d2v.data.sources import Source
 from d2v.data2vec import Data2Vec
 from d2v.dist import choose_device
 from d2v.files import write_atomically
+from d2v.finetune.config import FineTuneConfig, read_config
+from d2v.finetuned import FineTuned, build_finetuned
 from d2v.pretraining import build_model
+
+BEST = "best"
+"""Folder, in that of a fine-tuning run, with the model that was chosen."""
 
 
 def load_model(checkpoint: str, device: str = "auto") -> tuple[Data2Vec, Config, torch.device]:
-    """The model of a checkpoint, in evaluation mode, with its configuration and device."""
+    """The model of a checkpoint, in evaluation mode, with its configuration and device; of a fine-tuned one the
+    encoder."""
+    model, config, place = load_any(checkpoint, device)
+    return (model.encoder if isinstance(model, FineTuned) else model), config, place
+
+
+def load_any(
+    checkpoint: str, device: str = "auto", *, takes_data: bool = True
+) -> tuple[Data2Vec | FineTuned, Config, torch.device]:
+    """The model of a checkpoint, pre-trained or fine-tuned; else as `load_model`.
+
+    Of the folder of a fine-tuning run the model that it chose on held-out data. takes_data: False where no text will be
+    read, for which a tokenizer has to be found.
+    """
     folder = find_checkpoint(checkpoint)
-    config = load_config(folder)
+    if (Path(checkpoint) / BEST / CONFIG).is_file():
+        folder = Path(checkpoint) / BEST
+    config = read_config(folder / CONFIG)
     config = replace(config, run=replace(config.run, device=device))  # type: ignore[arg-type]
     place = choose_device(device)
-    model = build_model(config)
-    copy_into(model.state_dict(), load_tensors(folder, MODEL), f"checkpoint {str(folder)!r}")
+    tensors = load_tensors(folder, MODEL)
+    model: Data2Vec | FineTuned
+    model = build_finetuned(config, tensors) if isinstance(config, FineTuneConfig) else build_model(config)
+    copy_into(model.state_dict(), tensors, f"checkpoint {str(folder)!r}")
     # No sample is too short to be evaluated, as far as the stem can take it.
-    data = replace(config.data, min_seconds=0.0, tokenizer=find_tokenizer(folder, config))
+    tokenizer = find_tokenizer(folder, config) if takes_data else config.data.tokenizer
+    data = replace(config.data, min_seconds=0.0, tokenizer=tokenizer)
     return model.to(place).eval(), replace(config, data=data), place
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d2v.config_run import Run
 from d2v.dist import World
+
+# The option's name changed in torch 2.13.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
 
 
 def parallelise(
@@ -36,10 +44,10 @@ def parallelise(
     if not world.is_parallel:
         return model
     if run.parallel == "ddp":
-        # Without device_ids the inputs stay where they are: lengths and masks are read on the host.
-        return DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=may_skip
-        )
+        # Without device_ids the inputs stay where they are: lengths and masks are read on the host. Buffers are fixed
+        # positions, equal from the beginning.
+        options: dict[str, Any] = {_SYNC_BUFFERS: False, "find_unused_parameters": may_skip}
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
     mesh = make_mesh(run, world)
     # Student and teacher are sharded alike, so the moving average is local. Nothing stays gathered after a forward:
     # the teacher has no backward pass that would free it.

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from d2v.data.names import NameTable
 from d2v.files import write_atomically
 
 CACHE = "cache"
@@ -35,39 +36,6 @@ def stamp_of(path: Path) -> Stamp:
     except OSError:
         return -1, -1
     return status.st_size, status.st_mtime_ns
-
-
-class NameTable(Sequence[str]):
-    """Immutable list of strings in one byte string; millions of names stay cheap and forked workers share the pages."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._bytes = b"".join(encoded)
-        self._ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: Any) -> Any:
-        start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._bytes[start : int(self._ends[index])])
-
-    def digest(self) -> str:
-        """SHA-256 of the names and their lengths."""
-        return hashlib.sha256(self._bytes + self._ends.tobytes()).hexdigest()
-
-    def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """The table as arrays `name` (uint8) and `name`_ends (int64)."""
-        return {name: np.frombuffer(self._bytes, dtype=np.uint8), f"{name}_ends": self._ends}
-
-    @staticmethod
-    def of(arrays: dict[str, np.ndarray], name: str) -> NameTable:
-        """The table that `arrays` were made of; `ValueError` where they are none."""
-        table = NameTable(())
-        table._bytes, table._ends = arrays[name].tobytes(), arrays[f"{name}_ends"]
-        if (table._ends[-1] if len(table) else 0) != len(table._bytes):
-            raise ValueError(f"{name}: expected names of {len(table._bytes)} bytes")
-        return table
 
 
 class IndexCache:
@@ -113,7 +81,9 @@ class IndexCache:
                 folder.mkdir(parents=True, exist_ok=True)
                 _write_alone(folder / name, data)
         except OSError as error:
-            print(f"note: cannot write the index {folder}: {error.strerror}; it is made at every start", file=sys.stderr)
+            print(
+                f"note: cannot write the index {folder}: {error.strerror}; it is made at every start", file=sys.stderr
+            )
         self._pending = {}
 
 
@@ -245,11 +215,11 @@ def index_lengths(
         if reason is not None:
             reasons[row] = reason
     for row in np.flatnonzero(missing).tolist():
-        length = measure(row)
-        if isinstance(length, str):
-            reasons[row] = length
+        measured = measure(row)
+        if isinstance(measured, str):
+            reasons[row] = measured
         else:
-            values[row] = length
+            values[row] = measured
     if cache is not None and missing.any():
         arrays = names.arrays("names") | {"stamps": stamps, "lengths": values}
         cache.keep(file, arrays, {"reasons": {str(row): reason for row, reason in reasons.items()}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -43,8 +44,10 @@ def outlive_signals(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(TERM_GRACE_SECONDS))
 
 
-def _loader(dataset: Any, collate: Any, workers: int, device: torch.device, **kwargs: Any) -> DataLoader[Batch]:
-    more: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+def _loader(
+    dataset: Any, collate: Any, workers: int, device: torch.device, timeout: float, **kwargs: Any
+) -> DataLoader[Batch]:
+    more: dict[str, Any] = {"prefetch_factor": 4, "timeout": timeout} if workers else {}
     return DataLoader(
         dataset,
         collate_fn=collate,
@@ -74,9 +77,44 @@ def _load_updates(
     modality = make_modality(config)
     dataset = TrainSamples(source, modality, config.run.seed)
     collate = MaskingCollate(config, modality)
-    batches = iter(_loader(dataset, collate, config.data.workers, device, batch_sampler=sampler))
+    loader = _loader(dataset, collate, config.data.workers, device, config.run.timeout, batch_sampler=sampler)
+    batches = _watch(loader)
     for update in range(sampler.first, sampler.last):
         yield [next(batches) for _ in range(sampler.count(update))]
+
+
+def _watch(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
+    """The batches of a loader; `ChildProcessError`, in one sentence, where a worker has died or is stuck."""
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    workers = list(getattr(batches, "_workers", ()))
+    if workers and threading.current_thread() is threading.main_thread():
+        # The loader's handler would raise in the midst of an update; it asks for the workers when it waits for them.
+        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not workers or not str(error).startswith("DataLoader"):
+                raise
+            raise ChildProcessError(_describe_workers(workers, str(error))) from None
+        yield batch
+
+
+def _describe_workers(workers: list[Any], error: str) -> str:
+    """What has become of the workers of a loader, for a message."""
+    last = "the last checkpoint is whole, the same command resumes it"
+    dead = [(i, w) for i, w in enumerate(workers) if w.exitcode is not None]
+    if not dead:
+        return f"data.workers: no batch came from {len(workers)} loader workers: {error}; {last}"
+    number, worker = dead[0]
+    code = worker.exitcode
+    how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+    hint = ", perhaps for want of shared memory (/dev/shm)" if code == -signal.SIGBUS else hint
+    return f"data.workers: loader worker {number} (process {worker.pid}) {how}{hint}; {last}"
 
 
 def validation_batches(
@@ -88,9 +126,8 @@ def validation_batches(
     share = range(rank, len(source), ranks)
     size = min(config.data.micro_batch or -(-config.data.global_batch // ranks), max(len(share), 1))
     collate = MaskingCollate(config, modality, training=False)
-    yield from _loader(
-        EvaluationSamples(source, modality), collate, config.data.workers, device, batch_size=size, sampler=share
-    )  # fmt: skip
+    samples, workers = EvaluationSamples(source, modality), config.data.workers
+    yield from _watch(_loader(samples, collate, workers, device, config.run.timeout, batch_size=size, sampler=share))
 
 
 def evaluation_batches(
@@ -98,7 +135,8 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """One pass over the source in order, without augmentation and masks."""
     modality = make_modality(config)
-    yield from _loader(EvaluationSamples(source, modality), Collate(modality), workers, device, batch_size=batch)
+    samples, collate = EvaluationSamples(source, modality), Collate(modality)
+    yield from _watch(_loader(samples, collate, workers, device, config.run.timeout, batch_size=batch))
 
 
 class BadSamples:
@@ -115,7 +153,6 @@ class BadSamples:
         self.converted: dict[str, int] = {}
         self._ids: set[int] = set()
         self._written = 0
-        self._fatal: str | None = None
         self._origin = uuid.uuid4().hex[:12]
         self._taken = len(self.entries)
         self._converted_taken: dict[str, int] = {}
@@ -124,7 +161,8 @@ class BadSamples:
     def add(self, notes: tuple[Note, ...]) -> list[str]:
         """Takes the notes of a batch; returns sentences about conversions of a kind that was not met before.
 
-        Conversions are counted in epoch 0, where every sample comes exactly once.
+        Conversions are counted in epoch 0, where every sample comes exactly once. Raises `ValueError` for what no run
+        survives: before the batch is trained on, and without the other ranks, which are told why this one ends.
         """
         news = []
         for note in notes:
@@ -134,8 +172,10 @@ class BadSamples:
                 self._ids.add(note.sample_id)
                 path = self.source.describe(note.sample_id)
                 self.entries.append({"id": note.sample_id, "path": path, "reason": note.text})
+            elif note.kind == "lost":
+                raise ValueError(f"data.path: {note.text}; put it back, then the same command resumes")
             elif note.kind == "fatal":
-                self._fatal = note.text
+                raise ValueError(f"data.path: {note.text}; {self.examples()}")
         return news
 
     def _count(self, text: str, number: int, path: str) -> list[str]:
@@ -151,8 +191,6 @@ class BadSamples:
         for text, number in self.converted.items():
             if more := number - self._converted_taken.get(text, 0):
                 found.append({"kind": "converted", "text": text, "number": more, "path": self._first.get(text, "")})
-        if self._fatal is not None:
-            found.append({"kind": "fatal", "text": self._fatal})
         self._mark_taken()
         return [{"from": self._origin, **entry} for entry in found]
 
@@ -172,8 +210,6 @@ class BadSamples:
                 continue
             if entry["kind"] == "converted":
                 news += self._count(entry["text"], entry["number"], entry["path"])
-            elif entry["kind"] == "fatal":
-                self._fatal = entry["text"]
             elif entry["id"] not in self._ids:
                 self._ids.add(entry["id"])
                 self.entries.append({name: entry[name] for name in ("id", "path", "reason")})
@@ -183,19 +219,18 @@ class BadSamples:
     def check(self, drawn: int) -> None:
         """Raises `ValueError` with a summary where more than the allowed share is bad: of what the index looked at, or
         of the `drawn` samples tried."""
-        allowed, fatal = self.allowed, f"; {self._fatal}" if self._fatal else ""
         rejected, indexed = len(self.source.rejected), self.source.indexed
-        if rejected > allowed * indexed:
-            self._refuse(rejected, indexed, fatal)
+        if rejected > self.allowed * indexed:
+            self._refuse(rejected, indexed)
         tried, total = min(drawn, len(self.source)), len(self.source)
         bad = len(self._ids)
-        if self._fatal or (tried >= min(FIRST_VERDICT, total) and bad > allowed * tried):
-            self._refuse(bad, tried, fatal)
+        if tried >= min(FIRST_VERDICT, total) and bad > self.allowed * tried:
+            self._refuse(bad, tried)
 
-    def _refuse(self, bad: int, tried: int, fatal: str) -> None:
+    def _refuse(self, bad: int, tried: int) -> None:
         raise ValueError(
             f"data.bad_fraction: expected at most {self.allowed:.1%} of the samples to be undecodable, got "
-            f"{bad} of {tried} ({bad / max(tried, 1):.1%}){fatal}; {self.examples()}"
+            f"{bad} of {tried} ({bad / max(tried, 1):.1%}); {self.examples()}"
         )
 
     def examples(self, count: int = 3) -> str:

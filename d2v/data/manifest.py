@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from d2v.data.index_cache import IndexCache, Stamp, stamp_of
 from d2v.data.sources import (
     MAX_ENCODED_BYTES,
     FileSlice,
@@ -35,9 +36,11 @@ class ManifestSource(Source):
     manifest: letters separated by spaces, `|` between words.
     """
 
-    def __init__(self, file: Path, kind: Kind, *, labelled: bool, option: str, commands: bool) -> None:
+    def __init__(
+        self, file: Path, kind: Kind, *, labelled: bool, option: str, commands: bool, cache: IndexCache | None = None
+    ) -> None:
         self.rejected, self.left_out = [], {}
-        self.file, self.kind, self.commands = file, kind, commands
+        self.file, self.kind, self.commands, self.cache = file, kind, commands, cache
         self.counts: np.ndarray | None = None
         self._letters: list[str] | None = None
         lines = _read_lines(file, option)
@@ -78,7 +81,25 @@ class ManifestSource(Source):
 
     def describe(self, index: int) -> str:
         name = self.names[index]
-        return name if name.rstrip().endswith("|") else str(self.root / name)
+        return name if self.is_command(index) else str(self.root / name)
+
+    @property
+    def place(self) -> str:
+        return str(self.file.absolute())
+
+    def is_command(self, index: int) -> bool:
+        """Whether a sample is the output of a command."""
+        return bool(self.names[index].rstrip().endswith("|"))
+
+    def stamps(self) -> np.ndarray:
+        rows = [self._stamp(index) for index in range(len(self))]
+        return np.asarray(rows, dtype=np.int64).reshape(-1, 2)
+
+    def _stamp(self, index: int) -> Stamp:
+        if self.is_command(index):
+            return -1, -1
+        stamp, match = stamp_of(self.root / self.names[index]), _STORED.fullmatch(self.names[index])
+        return stamp_of(self.root / match.group(1)) if stamp[0] < 0 and match is not None else stamp
 
     def read(self, index: int) -> bytes:
         with self.open_file(index) as file:
@@ -86,7 +107,7 @@ class ManifestSource(Source):
 
     def open_file(self, index: int) -> BinaryIO:
         name = self.names[index]
-        if name.rstrip().endswith("|"):
+        if self.is_command(index):
             done = subprocess.run(name.rstrip()[:-1], shell=True, stdout=subprocess.PIPE, check=False)
             if done.returncode:
                 raise ValueError(f"command ended with exit code {done.returncode}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 
 from d2v.progress import format_seconds
@@ -23,6 +24,14 @@ class Reporter:
         """
         self.what, self.total, self.unit = what, total, unit
         self.start = self.said = time.monotonic()
+        self.done = 0.0
+        self._lock = threading.Lock()
+
+    def add(self, done: float) -> None:
+        """Counts more work as done; for work by several threads."""
+        with self._lock:
+            self.done += done
+            self.show(self.done)
 
     def show(self, done: float) -> None:
         """Says how much is done, unless it just did."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.data.sources import Source
+from d2v.data.index_cache import CACHE, IndexCache
+from d2v.data.sources import ShardLost, Source
 from d2v.data2vec import make_mask_sampler
 from d2v_kernels import Masks, MaskSampler, masks_from_bool
 
@@ -58,7 +60,8 @@ class Slot(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What the loader has to say about a sample. `kind`: "bad", "converted" or "fatal"."""
+    """What the loader has to say about a sample. `kind`: "bad", "converted", or one after which no run goes on: "fatal"
+    (no sample of many can be decoded), "lost" (a shard is gone)."""
 
     sample_id: int
     epoch: int
@@ -123,6 +126,13 @@ class Modality:
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
         """The samples at `path`; reads only. `ValueError`, beginning with `option`, where there are none."""
         raise NotImplementedError
+
+    def index_cache(self) -> IndexCache:
+        """Where indices of the data are kept."""
+        if self.config.data.cache is not None:
+            return IndexCache(Path(self.config.data.cache), shared=True)
+        run = self.config.run.dir
+        return IndexCache(Path(run) / CACHE if run else None, shared=False)
 
     def open_whole(self, path: str, *, option: str) -> Source:
         """What is at `path` as it is evaluated without labels: whole samples, nothing to prepare."""
@@ -195,6 +205,9 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
                 value, converted = self.modality.load(self.source, candidate)
                 if length is not None and len(value) < length:
                     raise ValueError(f"shorter than the index says: {len(value)}, needed {length}")
+            except ShardLost as error:
+                notes.append(Note(candidate, epoch, "lost", str(error)))
+                break
             except (ValueError, OSError) as error:
                 notes.append(Note(candidate, epoch, "bad", describe_error(error)))
                 picks = picks or random_stream(self.seed, epoch, sample_id, STREAM_REPLACE)
@@ -203,7 +216,8 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
             notes.extend(Note(candidate, epoch, "converted", text) for text in converted)
             rng = random_stream(self.seed, epoch, sample_id, STREAM_CROP)
             return Sample(sample_id, epoch, self.modality.augment(value, rng), tuple(notes), group, place)
-        notes.append(Note(sample_id, epoch, "fatal", f"{ATTEMPTS} samples in a row cannot be decoded"))
+        else:
+            notes.append(Note(sample_id, epoch, "fatal", f"{ATTEMPTS} samples in a row cannot be decoded"))
         blank = self.modality.blank()
         if length is not None:
             blank = np.resize(blank, length)

@@ -13,21 +13,23 @@ import os
 import re
 import shutil
 import subprocess
-import tarfile
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from d2v.data.index_cache import CACHE, IndexCache, ShardIndex, index_shards, stamp_of
+from d2v.data.names import NameTable
+from d2v.data.progress import Reporter
+from d2v.data.shards import scan_shard
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 MAX_ENCODED_BYTES = 256 << 20
 """Largest encoded sample that is read; a bigger file or tar member counts as a bad sample."""
-MAX_LABEL_BYTES = 4096
-MAX_TAR_HEADER_BYTES = 1 << 20
 MAX_OPEN_SHARDS = 32
 
 
@@ -52,24 +54,8 @@ class Rejected(NamedTuple):
     reason: str
 
 
-class NameTable(Sequence[str]):
-    """Immutable list of strings in one byte string; millions of names stay cheap and forked workers share the pages."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._bytes = b"".join(encoded)
-        self._ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: Any) -> Any:
-        start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._bytes[start : int(self._ends[index])])
-
-    def digest(self) -> str:
-        """SHA-256 of the names and their lengths."""
-        return hashlib.sha256(self._bytes + self._ends.tobytes()).hexdigest()
+class ShardLost(OSError):
+    """A shard cannot be read any more: all of its samples are gone, which no replacement makes good."""
 
 
 class Source:
@@ -85,6 +71,7 @@ class Source:
     classes: list[str] | None = None
     lengths: np.ndarray | None = None
     shards: np.ndarray | None = None
+    cache: IndexCache | None = None
     rejected: list[Rejected]
     left_out: dict[str, int]
 
@@ -107,16 +94,28 @@ class Source:
         """The text that goes with a sample; `ValueError` or `OSError` where there is none."""
         raise ValueError(f"{self.describe(index)}: expected a transcript, this kind of source has none")
 
+    def stamps(self) -> np.ndarray:
+        """(samples,2) int64: size and time of change of the file of each sample; -1 where that says nothing."""
+        return np.full((len(self), 2), -1, dtype=np.int64)
+
+    @property
+    def place(self) -> str:
+        """Where the samples are: a name for their cache."""
+        return ""
+
     @property
     def indexed(self) -> int:
         """What the index looked at, rejected things included."""
         return len(self) + len(self.rejected)
 
     def prepare(self, folder: Path, fresh: bool) -> None:
-        """Writes what must exist before samples can be read into `folder`, the run's; nothing for most sources.
+        """Writes what must exist before samples can be read into `folder`, the run's: for most sources only what the
+        next start need not look up again.
 
         fresh: the run begins, and this is the data that it trains on.
         """
+        if self.cache is not None:
+            self.cache.write(folder / CACHE)
 
     def digest(self) -> str:
         """Identity of the index: a resumed run must see the same samples in the same order."""
@@ -149,6 +148,9 @@ class Subset(Source):
     def read_transcript(self, index: int) -> str:
         return self.base.read_transcript(int(self.rows[index]))
 
+    def prepare(self, folder: Path, fresh: bool) -> None:
+        self.base.prepare(folder, fresh)
+
     def digest(self) -> str:
         lengths = b"" if self.lengths is None else self.lengths.tobytes()
         return hashlib.sha256(self.base.digest().encode() + self.rows.tobytes() + lengths).hexdigest()
@@ -170,8 +172,8 @@ def read_whole(file: BinaryIO) -> bytes:
 class FolderSource(Source):
     """Files of a kind at any depth under `root`; with labels, the first folder level names the class."""
 
-    def __init__(self, root: Path, kind: Kind, *, labelled: bool, option: str) -> None:
-        self.root = root
+    def __init__(self, root: Path, kind: Kind, *, labelled: bool, option: str, cache: IndexCache | None = None) -> None:
+        self.root, self.cache = root, cache
         self.rejected, self.left_out = [], {}
         files = sorted(walk_files(root))
         found = [name for name in files if Path(name).suffix.lower() in kind.suffixes]
@@ -190,6 +192,13 @@ class FolderSource(Source):
 
     def describe(self, index: int) -> str:
         return str(self.root / self.names[index])
+
+    @property
+    def place(self) -> str:
+        return str(self.root.absolute())
+
+    def stamps(self) -> np.ndarray:
+        return np.asarray([stamp_of(self.root / name) for name in self.names], dtype=np.int64)
 
     def read(self, index: int) -> bytes:
         with self.open_file(index) as file:
@@ -216,141 +225,104 @@ class ShardSource(Source):
     """Members of a kind of uncompressed .tar shards in webdataset naming: `key.jpg` and, with labels, `key.cls`;
     transcripts are members `key.txt`."""
 
-    def __init__(self, shards: Sequence[Path], kind: Kind, *, labelled: bool, option: str) -> None:
-        self.files, self.kind = [Path(s) for s in shards], kind
+    def __init__(
+        self, shards: Sequence[Path], kind: Kind, *, labelled: bool, option: str, cache: IndexCache | None = None
+    ) -> None:
+        self.files, self.kind, self.cache = [Path(s) for s in shards], kind, cache
         self.rejected, self.left_out = [], {}
         self._open: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()
-        names: list[str] = []
-        texts: list[str] = []
-        rows: list[tuple[int, int, int]] = []
-        self._transcripts: dict[int, tuple[int, int, int]] = {}
-        for number, shard in enumerate(self.files):
-            for key, member, label, text in self._index_shard(shard, labelled, option):
-                if text is not None:
-                    self._transcripts[len(rows)] = number, text.offset_data, text.size
-                rows.append((number, member.offset_data, member.size))
-                names.append(f"{shard.name}:{member.name}")
-                if label is None and labelled:
-                    raise ValueError(f"{option}: expected {key}.cls in {str(shard)!r}, found none")
-                texts.append(label or "")
-        if not rows:
+        suffixes, singular = kind.suffixes, kind.noun.removesuffix("s")
+        report = Reporter("indexing", len(self.files), "shards")
+
+        def scan(shard: Path) -> ShardIndex:
+            found = scan_shard(shard, suffixes, singular, labelled=labelled, option=option)
+            report.add(1)
+            return found
+
+        indices = index_shards(self.files, scan, cache, kind.noun, labelled)
+        report.finish(report.done)
+        self.rejected = [Rejected(*entry) for index in indices for entry in index.rejected]
+        sizes = [len(index.names) for index in indices]
+        if not sum(sizes):
             raise ValueError(f"{option}: expected {kind.noun} in {len(self.files)} .tar shards, found none")
-        self.names = NameTable(names)
-        self._rows = np.asarray(rows, dtype=np.int64)
-        self.shards = self._rows[:, 0]
+        pairs = zip(self.files, indices, strict=True)
+        self.names = NameTable([f"{shard.name}:{name}" for shard, index in pairs for name in index.names])
+        self._places = np.concatenate([index.places for index in indices])
+        self._texts = np.concatenate([index.texts for index in indices])
+        self.shards = np.repeat(np.arange(len(self.files)), sizes)
+        self._stamps = [stamp_of(file) for file in self.files]
         if labelled:
-            self.labels, self.classes = number_classes(texts)
+            self.labels, self.classes = number_classes([label for index in indices for label in index.labels])
 
     def describe(self, index: int) -> str:
-        return f"{self.files[int(self._rows[index, 0])].parent / self.names[index]}"
+        return f"{self._file_of(index).parent / self.names[index]}"
+
+    def _file_of(self, index: int) -> Path:
+        assert self.shards is not None
+        return self.files[int(self.shards[index])]
+
+    @property
+    def place(self) -> str:
+        return "\n".join(str(file.absolute()) for file in self.files)
+
+    def stamps(self) -> np.ndarray:
+        return np.asarray(self._stamps, dtype=np.int64)[self.shards]
 
     def read(self, index: int) -> bytes:
-        number, offset, size = (int(v) for v in self._rows[index])
+        offset, size = (int(v) for v in self._places[index])
         if size > MAX_ENCODED_BYTES:
             raise ValueError(f"tar member of {size} bytes is larger than {MAX_ENCODED_BYTES}")
-        return self._read_at(number, offset, size)
+        return self._read_at(index, offset, size)
 
-    def _read_at(self, number: int, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor(number), size, offset)
+    def _read_at(self, index: int, offset: int, size: int) -> bytes:
+        data = os.pread(self._descriptor(index), size, offset)
         if len(data) != size:
-            raise ValueError(f"expected {size} bytes in the shard, got {len(data)}")
+            raise ShardLost(f"the shard {self._file_of(index)} is cut off: {size} bytes at {offset}, got {len(data)}")
         return data
 
     def open_file(self, index: int) -> BinaryIO:
-        number, offset, size = (int(v) for v in self._rows[index])
-        return FileSlice(self._descriptor(number), offset, size)  # type: ignore[return-value]
+        offset, size = (int(v) for v in self._places[index])
+        return FileSlice(self._descriptor(index), offset, size)  # type: ignore[return-value]
 
     def read_transcript(self, index: int) -> str:
-        if index not in self._transcripts:
+        offset, size = (int(v) for v in self._texts[index])
+        if offset < 0:
             raise ValueError(f"{self.describe(index)}: expected a .txt member beside it, found none")
-        number, offset, size = self._transcripts[index]
-        return self._read_at(number, offset, min(size, MAX_ENCODED_BYTES)).decode("utf-8").strip()
+        return self._read_at(index, offset, min(size, MAX_ENCODED_BYTES)).decode("utf-8").strip()
 
-    def _descriptor(self, number: int) -> int:
+    def _descriptor(self, index: int) -> int:
+        assert self.shards is not None
+        number = int(self.shards[index])
         if self._owner != os.getpid():  # a forked worker must not close its parent's files
             self._open, self._owner = OrderedDict(), os.getpid()
         if number in self._open:
             self._open.move_to_end(number)
         else:
-            self._open[number] = os.open(self.files[number], os.O_RDONLY | os.O_CLOEXEC)
+            self._open[number] = self._open_shard(number)
             if len(self._open) > MAX_OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[number]
 
+    def _open_shard(self, number: int) -> int:
+        file, expected = self.files[number], self._stamps[number][0]
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardLost(f"the shard {file} cannot be opened: {error.strerror}") from None
+        size = os.fstat(descriptor).st_size
+        if size != expected:
+            os.close(descriptor)
+            raise ShardLost(f"the shard {file} has changed: {expected} bytes when it was indexed, now {size}")
+        return descriptor
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "cache": None}
 
     def __del__(self) -> None:
         if getattr(self, "_owner", None) == os.getpid():
             for descriptor in self._open.values():
                 os.close(descriptor)
-
-    def _index_shard(
-        self, shard: Path, labelled: bool, option: str
-    ) -> list[tuple[str, tarfile.TarInfo, str | None, tarfile.TarInfo | None]]:
-        """(key, member, label, transcript) of the samples of a shard, by key."""
-        found: dict[str, tarfile.TarInfo] = {}
-        labels: dict[str, str] = {}
-        texts: dict[str, tarfile.TarInfo] = {}
-        singular = self.kind.noun.removesuffix("s")
-        with shard.open("rb") as file:
-            for member in self._members(shard, file, option):
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if f".{extension.lower()}" in self.kind.suffixes:
-                    if key in found:
-                        self.rejected.append(Rejected(f"{shard}:{member.name}", f"second {singular} of key {key!r}"))
-                    else:
-                        found[key] = member
-                elif labelled and extension == "cls":
-                    labels[key] = self._read_label(file, member)
-                elif extension == "txt":
-                    texts[key] = member
-        return [(key, found[key], labels.get(key), texts.get(key)) for key in sorted(found)]
-
-    def _members(self, shard: Path, file: Any, option: str) -> Iterator[tarfile.TarInfo]:
-        """Regular, whole, unpacked members; what is cut off or damaged goes to `rejected`."""
-        total = os.fstat(file.fileno()).st_size
-        try:
-            archive = tarfile.open(fileobj=file, mode="r:", tarinfo=_Member)  # noqa: SIM115
-        except tarfile.TarError as error:
-            raise ValueError(f"{option}: expected an uncompressed tar archive, got {str(shard)!r} ({error})") from None
-        while True:
-            try:
-                member = archive.next()
-            except tarfile.TarError:
-                break  # cut off inside the last member, which is rejected below by its size
-            if member is None:
-                break
-            vars(archive)["members"] = []  # tarfile would keep every header of a large shard
-            if not member.isreg() or member.sparse is not None:
-                if not member.isdir():
-                    self.rejected.append(Rejected(f"{shard}:{member.name}", "not a regular file"))
-            elif member.offset_data + member.size > total:
-                self.rejected.append(Rejected(f"{shard}:{member.name}", "cut off: the shard ends inside this member"))
-            else:
-                yield member
-        block = os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset)
-        if block.strip(b"\0"):
-            self.rejected.append(Rejected(str(shard), f"damaged from byte {archive.offset}: what follows is not read"))
-
-    @staticmethod
-    def _read_label(file: Any, member: tarfile.TarInfo) -> str:
-        data = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset_data)
-        return data.decode("utf-8", errors="replace").strip()
-
-
-class _Member(tarfile.TarInfo):
-    """Refuses extended headers of absurd size, which tarfile would read into memory as a whole."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
-        member = super().frombuf(buf, encoding, errors)
-        if not member.isfile() and not member.isdir() and member.size > MAX_TAR_HEADER_BYTES:
-            raise tarfile.HeaderError(f"extended header of {member.size} bytes")
-        return member
 
 
 class FileSlice(io.RawIOBase):
@@ -382,11 +354,18 @@ class FileSlice(io.RawIOBase):
 
 
 def open_source(
-    path: str, kind: Kind = IMAGES, *, labelled: bool = False, option: str = "data.path", commands: bool = False
+    path: str,
+    kind: Kind = IMAGES,
+    *,
+    labelled: bool = False,
+    option: str = "data.path",
+    commands: bool = False,
+    cache: IndexCache | None = None,
 ) -> Source:
     """Opens a folder of files of a kind, one .tar shard, or a glob or brace pattern of shards.
 
     `option` begins every error message. `commands`: `pipe:COMMAND` may be run by the shell; its output is one shard.
+    `cache` keeps what the index learns.
     Raises `ValueError` where the path is empty, missing or holds no such file.
     """
     if not path:
@@ -399,12 +378,12 @@ def open_source(
             )
         return open_command(path.removeprefix("pipe:"), kind, labelled=labelled, option=option)
     if Path(path).is_dir():
-        return FolderSource(Path(path), kind, labelled=labelled, option=option)
+        return FolderSource(Path(path), kind, labelled=labelled, option=option, cache=cache)
     files = find_files(path, kind.places, option)
     odd = next((f for f in files if f.suffix != ".tar" or not f.is_file()), None)
     if odd is not None:
         raise ValueError(f"{option}: expected .tar shards or one folder, got {str(odd)!r}")
-    return ShardSource(files, kind, labelled=labelled, option=option)
+    return ShardSource(files, kind, labelled=labelled, option=option, cache=cache)
 
 
 def find_files(path: str, places: str, option: str) -> list[Path]:

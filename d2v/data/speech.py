@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2v.config import Config
+from d2v.data.index_cache import index_lengths
 from d2v.data.manifest import ManifestSource
 from d2v.data.progress import Reporter
 from d2v.data.samples import STREAM_CROP, Batch, Modality, Sample, random_stream
@@ -27,6 +29,8 @@ MAX_VALUES = 1 << 30
 """Frames times channels of the longest recording."""
 MIN_TOKENS = 4
 """Shortest utterance in tokens of the stem, whatever data.min_seconds says: less cannot be masked."""
+PROBES = 8
+"""Files whose headers are compared with what a manifest says."""
 SLACK = 16
 """Bytes that a WAV header may promise too many: some writers do."""
 _NORM_EPS = 1e-5
@@ -157,21 +161,25 @@ class Speech(Modality):
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
         """A folder of audio files, of class folders, a `.tsv` manifest, or .tar shards.
 
-        Headers are read for lengths; a manifest gives its own. What has a damaged header is rejected, what is too short
+        Headers are read for lengths; a manifest gives its own, unless a few headers say otherwise. What has a damaged header is rejected, what is too short
         is left out and counted.
         """
-        allowed = self.config.data.allow_commands
+        allowed, cache = self.config.data.allow_commands, self.index_cache()
         if path.endswith(".tsv"):
             files = find_files(path, SPEECH.places, option)
             if len(files) != 1:
                 raise ValueError(f"{option}: expected one manifest, got {len(files)} at {path!r}")
-            source: Source = ManifestSource(files[0], SPEECH, labelled=labelled, option=option, commands=allowed)
+            source: Source = ManifestSource(
+                files[0], SPEECH, labelled=labelled, option=option, commands=allowed, cache=cache
+            )  # fmt: skip
         else:
-            source = open_source(path, SPEECH, labelled=labelled, option=option, commands=allowed)
+            source = open_source(
+                path, SPEECH, labelled=labelled, option=option, commands=allowed, cache=cache
+            )  # fmt: skip
         return self._select(source, option)
 
     def _select(self, source: Source, option: str) -> Source:
-        lengths = getattr(source, "counts", None)
+        lengths = count_by_manifest(source) if isinstance(source, ManifestSource) else None
         if lengths is None:
             lengths = read_lengths(source)
         damaged, short = lengths < 0, (lengths >= 0) & (lengths < self.shortest)
@@ -248,21 +256,48 @@ class Speech(Modality):
         return torch.stack(rows)
 
 
-def read_lengths(source: Source) -> np.ndarray:
-    """(samples,) int64: samples at 16 kHz by the headers; -1 where a header is damaged, which goes to `rejected`."""
+def measure_header(source: Source, index: int) -> int | str:
+    """Samples at 16 kHz by the header, or why there are none."""
     import soundfile
 
-    lengths = np.full(len(source), -1, dtype=np.int64)
+    try:
+        with source.open_file(index) as file:
+            info = soundfile.info(file)
+        _check_header(info.frames, info.samplerate, info.channels)
+        return count_resampled(info.frames, info.samplerate)
+    except (soundfile.SoundFileError, ValueError, OSError) as error:
+        return error.strerror if isinstance(error, OSError) and error.strerror else _explain(error)
+
+
+def count_by_manifest(source: ManifestSource) -> np.ndarray | None:
+    """(samples,) int64: the counts of a manifest; None where it has none.
+
+    Manifests count frames at the rate of the file. Where the headers of a few files tell other lengths at 16 kHz, the
+    counts are of no use: what is cropped together must have the length that the index says.
+    """
+    if source.counts is None:
+        return None
+    for index in np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)).tolist():
+        found = None if source.is_command(index) else measure_header(source, index)
+        if isinstance(found, int) and found != source.counts[index]:
+            print(
+                f"note: {source.file} says {source.counts[index]} samples for {source.describe(index)}, which has "
+                f"{found} at {SAMPLE_RATE} Hz: lengths are read from the files",
+                file=sys.stderr,
+            )
+            return None
+    return source.counts
+
+
+def read_lengths(source: Source) -> np.ndarray:
+    """(samples,) int64: samples at 16 kHz by the headers; -1 where a header is damaged, which goes to `rejected`."""
     report = Reporter("reading headers", len(source), "files")
-    for index in range(len(source)):
-        try:
-            with source.open_file(index) as file:
-                info = soundfile.info(file)
-            _check_header(info.frames, info.samplerate, info.channels)
-            lengths[index] = count_resampled(info.frames, info.samplerate)
-        except (soundfile.SoundFileError, ValueError, OSError) as error:
-            text = error.strerror if isinstance(error, OSError) and error.strerror else _explain(error)
-            source.rejected.append(Rejected(source.describe(index), text))
-        report.show(index + 1)
-    report.finish(len(source))
-    return lengths
+
+    def measure(index: int) -> int | str:
+        report.add(1)
+        return measure_header(source, index)
+
+    lengths = index_lengths(source.names, source.place, source.stamps(), measure, source.cache)
+    report.finish(report.done)
+    source.rejected += [Rejected(source.describe(index), reason) for index, reason in lengths.reasons.items()]
+    return lengths.values

@@ -171,7 +171,10 @@ class Images(Modality):
 
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
         """A folder of images, of class folders, or .tar shards."""
-        return open_source(path, IMAGES, labelled=labelled, option=option, commands=self.config.data.allow_commands)
+        allowed = self.config.data.allow_commands
+        return open_source(
+            path, IMAGES, labelled=labelled, option=option, commands=allowed, cache=self.index_cache()
+        )  # fmt: skip
 
     def load(self, source: Source, index: int) -> tuple[Image.Image, tuple[str, ...]]:
         """An RGB image."""

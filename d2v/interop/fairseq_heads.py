@@ -142,7 +142,7 @@ def _read_text(options: Mapping[str, Any], outputs: int, _: bool) -> HeadSetting
     section.only("quant_noise_pq", 0)
     section.only("spectral_norm_classification_head", False)
     dropout = float(section.get("pooler_dropout", 0.0))
-    if section.values.get("_name") != "data2vec_text":  # there the options of encoder and head are one section
+    if "pretrained_model_args" in options:  # in 1.0 the options of encoder and head are one section
         section.close()
     task: Any = "regression" if outputs == 1 else "classification"
     return HeadSettings("sentence", outputs, task=task, dropout=dropout)
@@ -162,6 +162,7 @@ def forget_training(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     its own training: masks, noise, skipped layers. Values that are not built may stand there."""
     model = {k: v for k, v in config.items() if not _OF_TRAINING.fullmatch(k)}
     if family.startswith("d2v2"):
+        model["post_mlp_drop"] = model.get("encoder_dropout", 0.1)
         modalities = {name: dict(value or {}) for name, value in (model.get("modalities") or {}).items()}
         for value in modalities.values():
             for key in [k for k in value if _OF_TRAINING.fullmatch(k)]:

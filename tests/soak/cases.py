@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
 from pydoc_data.topics import topics
+
 from support.images import encode, make_image, write_class_folders, write_tar
 from support.sounds import write_sounds
 

@@ -36,7 +36,9 @@ def compare_ranks(
             for parallel in parallels:
                 run = folder / f"2-{name}-{parallel}"
                 more_parallel = [*more, "--run.parallel", parallel]
-                two[f"{name}-{parallel}"] = options(modality, data, run, steps, *more_parallel, every=steps, small=small)
+                two[f"{name}-{parallel}"] = options(
+                    modality, data, run, steps, *more_parallel, every=steps, small=small
+                )
     run_all(list(one.values()), 1, folder / "logs")
     run_all(list(two.values()), 2, folder / "logs")
     differences = {}
@@ -62,7 +64,9 @@ def reshard(
     for parallel in parallels:
         more = ["--data.micro-batch", "2", *NO_DROPOUT, "--run.parallel", parallel, "--run.keep-checkpoints", "9"]
         whole = folder / f"whole-{parallel}"
-        finish(options(modality, data, whole, steps, *more, every=half, small=small), folder / f"{parallel}.log", ranks=2)
+        finish(
+            options(modality, data, whole, steps, *more, every=half, small=small), folder / f"{parallel}.log", ranks=2
+        )
         for count in ranks:
             run = folder / f"{parallel}-{count}"
             shutil.rmtree(run, ignore_errors=True)

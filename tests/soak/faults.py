@@ -67,7 +67,9 @@ class Fault:
         assert_same_weights(run, self.reference())
 
 
-def expect_end(job: Job, codes: Sequence[int], words: Sequence[str], timeout: float, ranks: Sequence[int] = (0,)) -> float:
+def expect_end(
+    job: Job, codes: Sequence[int], words: Sequence[str], timeout: float, ranks: Sequence[int] = (0,)
+) -> float:
     """Waits for the end of a job; its exit codes must be among `codes`, and each of `ranks` must have printed one
     sentence of d2v that holds all `words`. Returns the seconds that it took."""
     begun = time.monotonic()
@@ -89,18 +91,14 @@ def full_disk(folder: Path, *, ranks: int = 1, free_kilobytes: Sequence[int] = (
         run = disk / "run"
         with open_disk(disk, 64) as small:
             inside = small.outside(run)
-            with running(
-                fault.command(run), fault.log(f"full-{free}"), ranks=ranks, prefix=small.prefix
-            ) as job:
+            with running(fault.command(run), fault.log(f"full-{free}"), ranks=ranks, prefix=small.prefix) as job:
                 wait_until(has_reached(inside, 12), job, "update 12")
                 fill(inside.parent / "filler", free)
                 codes = (1, 2) if ranks > 1 else (2,)
                 expect_end(job, codes, ["No space left on device"], 120)
             (inside.parent / "filler").unlink()
             sizes[f"step kept with {free} kB free"] = last_step(inside)
-            finish(
-                fault.command(run), fault.log(f"full-{free}-resumed"), ranks=ranks, prefix=small.prefix
-            )
+            finish(fault.command(run), fault.log(f"full-{free}-resumed"), ranks=ranks, prefix=small.prefix)
             assert_same_weights(inside, fault.reference())
     return sizes
 
@@ -262,12 +260,16 @@ def wait_for_others(job: Job, others: Sequence[int], words: Sequence[str], begun
     alone = len(job.processes) > 1
     ends: Callable[[], bool] = lambda: all(job.processes[r].poll() is not None for r in (others if alone else [0]))  # noqa: E731
     while not ends():
-        assert time.monotonic() < begun + TIMEOUT + slack, f"expected an end within {TIMEOUT} + {slack} s:\n{job.tail(3000)}"
+        assert time.monotonic() < begun + TIMEOUT + slack, (
+            f"expected an end within {TIMEOUT} + {slack} s:\n{job.tail(3000)}"
+        )
         time.sleep(0.05)
     seconds = time.monotonic() - begun
     for rank in others if alone else [0]:
         code, text = job.processes[rank].poll(), job.text(rank)
-        assert code == LOST if alone else code != 0, f"rank {rank}: expected exit code {LOST}, got {code}:\n{job.tail(3000)}"
+        assert code == LOST if alone else code != 0, (
+            f"rank {rank}: expected exit code {LOST}, got {code}:\n{job.tail(3000)}"
+        )
         lines = [line for line in text.splitlines() if all(w in line for w in words)]
         assert lines, f"expected a line with {words} from rank {rank}:\n{job.tail(3000)}"
     return seconds

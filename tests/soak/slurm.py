@@ -1,4 +1,4 @@
-"""A Slurm of one node, made of three shell scripts on PATH: what `scripts/slurm.sbatch` does when a job is pre-empted."""
+"""A Slurm of one node, made of scripts on PATH: what `scripts/slurm.sbatch` does when a job is pre-empted."""
 
 from __future__ import annotations
 
