@@ -19,14 +19,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from d2v.cli_options import Export, Features, Import, Init, Plot, Probe, Textures, Tokenizer
+from d2v.cli_options import EvaluateModel, Export, Features, Import, Init, Plot, Probe, Textures, Tokenizer
 from d2v.config import PUBLISHED_BEHAVIOURS, Config
 
 USAGE = """usage: d2v COMMAND [OPTIONS]
 
 commands:
   pretrain RECIPE     pre-train a model; resumes if --run.dir holds a checkpoint
+  finetune TASK       train a head and the encoder on labels; resumes if --run.dir holds a checkpoint
   evaluate probe      linear probe, kNN and few-label accuracy on frozen features
+  evaluate model      scores of a fine-tuned model: accuracy, F1, correlation, or word error rate
   features            features of images, speech or text to one file, with an index beside it
   import              read a published fairseq checkpoint or a Hugging Face folder
   export              write a checkpoint as safetensors, for Hugging Face (1.0) or for fairseq
@@ -234,6 +236,22 @@ def _evaluate_probe(arguments: list[str]) -> int:
 
     probe(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)})
     return 0
+
+
+@_command("evaluate model")
+def _evaluate_model(arguments: list[str]) -> int:
+    options = parse_options(EvaluateModel, arguments, "d2v evaluate model")
+    from d2v.finetune.run import evaluate_model
+
+    evaluate_model(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)})
+    return 0
+
+
+@_command("finetune")
+def _finetune(arguments: list[str]) -> int:
+    from d2v.finetune.command import run_command
+
+    return run_command(arguments)
 
 
 @_command("features")

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from d2v.finetune.decoding import Decoding
+
 
 @dataclass(frozen=True)
 class Init:
@@ -54,14 +56,15 @@ class Probe:
 
 @dataclass(frozen=True)
 class Plot:
-    """Draws DIR/report.png: loss and monitors, probe bars, similarity of one patch's feature to all others."""
+    """Draws DIR/report.png: all that metrics.jsonl holds over the updates, probe bars, similarity of the features of a few
+    samples. Works for runs that are going on or were cut off."""
 
     dir: Annotated[str, tyro.conf.Positional]
     """Run folder."""
     images: str | None = None
-    """Images for the similarity panels; unset: the run's own data."""
+    """Images, speech or text for the similarity panels; unset: the run's own data."""
     count: int = 6
-    """Number of images."""
+    """Number of samples in them."""
     output: str | None = None
     """File to write; unset: report.png in the run folder."""
 
@@ -156,3 +159,29 @@ class Export:
     student's encoder); fairseq: a file that the published code reads."""
     output: str
     """Folder to write, absent or empty; for fairseq also a file that ends in .pt."""
+
+
+@dataclass(frozen=True)
+class EvaluateModel:
+    """Scores of a fine-tuned model with 95 % confidence intervals: accuracy, F1 and Matthews correlation; Pearson and
+    Spearman correlation; or word and character error rates. Writes the confusion matrix and the worst samples."""
+
+    checkpoint: str
+    """Run folder of a fine-tuning run, checkpoint inside it, or exported folder."""
+    test: str
+    """Labelled data, as for fine-tuning."""
+    decode: Decoding = field(default_factory=Decoding)
+    """How transcripts are found."""
+    labels: str | None = None
+    """Text file with the names of the model's outputs, one a line, in place of those it has."""
+    bad_labels: Literal["refuse", "skip"] = "refuse"
+    """What to do about samples without a usable label: refuse the data, or leave them out and count them."""
+    batch: int = 32
+    """Samples per forward."""
+    worst: int = 50
+    """Samples that are listed as the worst."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU when there is one."""
+    output: str | None = None
+    """Folder for result.json, worst.tsv and confusion.png; unset: evaluation/ in the run folder, where --checkpoint
+    names one."""

@@ -296,7 +296,7 @@ class Config:
         check_run(self)
         require(self.optim.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self)
         require(self.optim.hold_steps >= 0, "optim.hold_steps", "0 or more", self)
-        positive = self.optim.final_rate > 0.0 or self.optim.schedule == "cosine"
+        positive = self.optim.final_rate > 0.0 or self.optim.schedule != "tri-stage"
         require(positive and self.optim.final_rate >= 0.0, "optim.final_rate", "0 or more, tri-stage above 0", self)
         require(self.optim.learning_rate >= 0.0, "optim.learning_rate", "0 or more", self)
         unknown = self.published - PUBLISHED_BEHAVIOURS

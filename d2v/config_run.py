@@ -47,8 +47,8 @@ class Optim:
     """Largest global gradient norm; unset: no clipping."""
     warmup_steps: int = 10_000
     """Updates of linear warm-up from 0."""
-    schedule: Literal["cosine", "tri-stage"] = "cosine"
-    """After the warm-up: half a cosine, or constant and then an exponential fall (1.0 speech)."""
+    schedule: Literal["cosine", "tri-stage", "linear"] = "cosine"
+    """After the warm-up: half a cosine, constant and then an exponential fall (1.0 speech), or a straight line (GLUE)."""
     final_rate: float = 0.0
     """Learning rate at the end of the run, over the peak; tri-stage: also at its start."""
     hold_steps: int = 0

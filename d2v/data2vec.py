@@ -49,7 +49,8 @@ class Output:
     target_std: Tensor
     """0-D: the same of the targets."""
     features: Tensor
-    """(B,T,C): the stem's output, what the local encoder makes of the samples; without gradient."""
+    """(B,T,C): the stem's output, what the local encoder makes of the samples (1.0 text with an averaged stem: of their
+    first masked copy); without gradient."""
     class_prediction: Tensor | None = None
     """(N,C), or None without class loss."""
     class_target: Tensor | None = None
@@ -313,7 +314,7 @@ class Data2Vec(nn.Module):
         return Output(
             loss=total / max(sample_size, 1), losses=losses, sample_size=sample_size, prediction=prediction,
             targets=targets, target_rows=target_rows, prediction_std=regression.prediction_std,
-            target_std=regression.target_std, features=features.detach(),
+            target_std=regression.target_std, features=features.detach()[:: features.shape[0] // batch],
             class_prediction=class_prediction, class_target=class_target,
         )  # fmt: skip
 

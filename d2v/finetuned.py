@@ -25,6 +25,8 @@ class FineTuned(nn.Module):
     """
 
     origin: object = None
+    frozen = False
+    """Train the head alone."""
 
     def __init__(self, encoder: Data2Vec, head: Head, labels: Sequence[str]) -> None:
         """Takes the encoder over: the final norm of a pre-norm encoder goes where the head has its own behind the pool,
@@ -71,11 +73,11 @@ class FineTuned(nn.Module):
         """
         stem: Any = self.encoder.stem
         tokens, lengths = stem.measure(inputs, lengths)
-        x = stem(inputs, lengths)
-        x = self._hide(x, mask, channels, noise_keys)
-        around = self.encoder.positions.surround(x, lengths)
-        x = self.encoder.context(self.encoder.positions(x, lengths), around)
-        x = self.encoder.blocks(x, around)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            x = self._hide(stem(inputs, lengths), mask, channels, noise_keys)
+            around = self.encoder.positions.surround(x, lengths)
+            x = self.encoder.context(self.encoder.positions(x, lengths), around)
+            x = self.encoder.blocks(x, around)
         result: Tensor = self.head(x, x.shape[1] - tokens, valid_positions(lengths, tokens, x.device))
         return result
 

@@ -130,7 +130,8 @@ def _count_positions(config: Config, tokens: int) -> float:
     if stem.positions != "conv":
         return 0.0
     kernel = max(3, stem.position_width // stem.position_layers)
-    return stem.position_layers * 2.0 * tokens * kernel * width * width / stem.position_groups
+    surplus = 1 - kernel % 2  # an even kernel yields one position more, which is cut
+    return stem.position_layers * 2.0 * (tokens + surplus) * kernel * width * width / stem.position_groups
 
 
 def _count_stem(config: Config, shape: Shape) -> tuple[float, float, float]:

@@ -22,7 +22,7 @@ def learning_rate_at(optim: Optim, update: int, steps: int) -> float:
     The schedule is evaluated at the count u = update - 1 of completed updates, so the first update of a cosine has rate
     0. With W warm-up updates, f = final_rate * lr: u < W: lr * u / W; else f + (lr - f) / 2 * (1 + cos(pi * (u - W) /
     (steps - W))). (data2vec 2.0.) Tri-stage, with H hold updates: from f to lr over W, lr over H, then down to f
-    exponentially over the rest. (data2vec 1.0, speech.)
+    exponentially over the rest. (data2vec 1.0, speech.) Linear: a straight line from lr to f after the warm-up.
     """
     count, warmup, peak = update - 1, optim.warmup_steps, optim.learning_rate
     final = optim.final_rate * peak
@@ -35,6 +35,8 @@ def learning_rate_at(optim: Optim, update: int, steps: int) -> float:
     if count < warmup:
         return peak * count / warmup
     progress = min(1.0, (count - warmup) / max(1, steps - warmup))
+    if optim.schedule == "linear":
+        return final + (peak - final) * (1.0 - progress)
     return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

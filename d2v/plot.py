@@ -1,35 +1,53 @@
-"""`report.png` of a run: monitors over time, probe bars, and what one patch's feature is similar to."""
+"""`report.png` of a run: monitors over time, probe bars, and what the features of some samples are similar to."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from d2v.config import Config
-from d2v.data.sources import open_source
-from d2v.data.vision import ImageSettings, centre_image, decode_image, normalise_images
 from d2v.metrics import read_metrics
+from d2v.pictures import Picture, compare_patches, draw_pictures, plan_height, save_figure, take_pictures
+
+__all__ = ["PANELS", "compare_patches", "draw_report"]
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("loss", ("loss", "valid_loss")),
+    ("loss", ("loss", "valid_loss", "regression", "cls")),
     ("spread", ("target_std", "prediction_std", "content_spread")),
     ("explained variance", ("explained_variance",)),
+    ("effective rank", ("stem_rank", "target_rank")),
+    ("gradient norm", ("grad_norm",)),
     ("learning rate", ("learning_rate",)),
+    ("EMA decay", ("ema_decay",)),
+    ("per second", ("samples_per_second", "tokens_per_second")),
+    ("data wait and MFU, shares", ("data_wait", "mfu")),
+    ("memory, GiB", ("memory_bytes",)),
 )
+"""Title and keys of the panels. A key that stands in no panel gets one of its own."""
+LOGARITHMIC = frozenset({"effective rank", "gradient norm", "per second"})
+UNITS = {"memory_bytes": 2.0**-30}
+LEFT_OUT = frozenset({"step", "valid_step", "step_seconds"})
+"""Keys that say nothing that another does not."""
+COLUMNS = 5
 PROBES = (("linear_probe", "linear"), ("knn", "kNN"), ("few_label", "few labels"))
 
 
 def draw_report(folder: Path, *, images: str | None = None, count: int = 6, output: str | None = None) -> str:
     """Draws the report of a run folder; returns a line that names the file and what was left out.
 
-    Raises `ValueError` where `folder` holds no run.
+    Works for runs of any age: without probes, without a checkpoint, cut off in the middle of a line.
+
+    Args:
+        folder: of the run.
+        images: samples whose features are drawn, in the formats of the run's data; None: the run's own data.
+        count: number of these.
+        output: file to write; None: report.png in the folder.
+
+    Raises:
+        ValueError: `folder` holds no run; `images` are given and cannot be used.
     """
     if count < 1:
         raise ValueError(f"count: expected 1 or more, got {count}")
@@ -38,90 +56,110 @@ def draw_report(folder: Path, *, images: str | None = None, count: int = 6, outp
     lines = read_metrics(folder / "metrics.jsonl")
     if not lines:
         raise ValueError(f"dir: expected lines in {str(folder / 'metrics.jsonl')!r}, found none")
-    result = json.loads((folder / "probe.json").read_text()) if (folder / "probe.json").is_file() else None
+    result = _read_probe(folder / "probe.json")
     missing = [] if result is not None else ["no probe.json"]
-    similarities, reason = _similarities(folder, images, count)
+    pictures, config, reason = _find_pictures(folder, images, count)
     missing += [reason] if reason else []
     path = Path(output) if output is not None else folder / "report.png"
-    figure = _draw(lines, result, similarities, str(folder))
-    figure.savefig(path, dpi=110)
+    figure = _draw(lines, result, pictures, config, str(folder))
+    save_figure(figure, path)
     return f"{path}" + (f" (left out: {'; '.join(missing)})" if missing else "")
 
 
-def _similarities(folder: Path, images: str | None, count: int) -> tuple[list[tuple[np.ndarray, Any, Any]], str]:
-    """[(picture (H,W[,3]) in 0 to 1, marked patch (row, column), similarity (h,w))], or a reason for none."""
+def _read_probe(path: Path) -> dict[str, Any] | None:
+    """The result of `d2v evaluate probe`, or None where there is none."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and all(key in result for key, _ in PROBES) else None
+
+
+def _find_pictures(folder: Path, images: str | None, count: int) -> tuple[list[Picture], Config | None, str]:
+    """Pictures of some samples by the last checkpoint, and its configuration; or a reason for none."""
     from d2v.checkpoint import latest_checkpoint
+    from d2v.data import make_modality
     from d2v.evaluate import load_model
 
     if latest_checkpoint(folder) is None:
-        return [], "no checkpoint"
+        return [], None, "no checkpoint"
     model, config, device = load_model(str(folder))
-    path = images if images is not None else config.data.path
+    modality = make_modality(config)
     try:
-        source = open_source(path, option="images")
+        source = modality.open_whole(images if images is not None else config.data.path, option="images")
     except ValueError as error:
         if images is not None:
             raise
-        return [], str(error)
-    settings = ImageSettings.of(config)
-    chosen = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-    panels = []
-    for index in chosen:
-        try:
-            image, _ = decode_image(source.read(int(index)))
-        except (ValueError, OSError):
-            continue
-        pixels = torch.from_numpy(centre_image(image, settings).copy())
-        inputs = normalise_images(pixels[None].to(device), settings, config.data.standardise)
-        patch, similarity = compare_patches(model.teacher.encode(inputs).features[0].float().cpu(), config)
-        picture = pixels.permute(1, 2, 0).numpy()
-        panels.append((picture[..., 0] if settings.grey else picture, patch, similarity))
-    return panels, "" if panels else "no image could be decoded"
+        return [], config, str(error)
+    pictures = take_pictures(config, modality, source, model.teacher, device, count)
+    return pictures, config, "" if pictures else f"none of the {modality.noun} could be decoded"
 
 
-def compare_patches(features: Tensor, config: Config) -> tuple[tuple[int, int], np.ndarray]:
-    """Features (T,C) of one image -> (patch (row, column), cosine similarity (h,w) of its feature to all others).
-
-    The mean over the patches is taken off first: it is common to all and hides the differences. The patch is the one
-    whose feature lies farthest from the mean.
-    """
-    centred = features - features.mean(0, keepdim=True)
-    rows, columns = config.stem.grid
-    patch = int(centred.norm(dim=1).argmax())
-    similarity = torch.nn.functional.cosine_similarity(centred[patch][None], centred, dim=1)
-    return (patch // columns, patch % columns), similarity.reshape(rows, columns).numpy()
-
-
-def _draw(lines: Sequence[dict[str, Any]], result: dict[str, Any] | None, pictures: Sequence[Any], title: str) -> Any:
+def _draw(
+    lines: Sequence[dict[str, Any]],
+    result: dict[str, Any] | None,
+    pictures: Sequence[Picture],
+    config: Config | None,
+    title: str,
+) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = 1 + (result is not None) + (2 if pictures else 0)
-    heights = [2.6] + [2.6] * (result is not None) + ([1.7, 1.7] if pictures else [])
-    figure = Figure(figsize=(13, sum(heights) + 0.6), layout="constrained")
+    panels = choose_panels(lines)
+    rows = -(-len(panels) // COLUMNS)
+    heights = [2.3 * rows] + [2.6] * (result is not None)
+    if pictures and config is not None:
+        heights.append(plan_height(config.stem.modality))
+    figure = Figure(figsize=(15, sum(heights) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    parts = figure.subfigures(rows, 1, height_ratios=heights, squeeze=False)[:, 0]
-    figure.suptitle(title)
-    _draw_curves(parts[0], lines)
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    figure.suptitle(title.replace("$", r"\$"))
+    _draw_curves(parts[0], lines, panels, rows)
     if result is not None:
         _draw_bars(parts[1], result)
-    if pictures:
-        _draw_pictures(parts[-2], parts[-1], pictures)
+    if pictures and config is not None:
+        draw_pictures(parts[-1], pictures, config)
     return figure
 
 
-def _draw_curves(part: Any, lines: Sequence[dict[str, Any]]) -> None:
-    for axis, (name, keys) in zip(part.subplots(1, len(PANELS)), PANELS, strict=True):
+def choose_panels(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
+    """Title and keys of the panels that have something to show: the known ones, then one for every other number."""
+    numbers = (int, float)
+    found = dict.fromkeys(k for line in lines for k, v in line.items() if isinstance(v, numbers) or v is None)
+    panels = [(title, tuple(key for key in keys if key in found)) for title, keys in PANELS]
+    known = {key for _, keys in PANELS for key in keys} | LEFT_OUT
+    panels += [(key.replace("_", " "), (key,)) for key in found if key not in known]
+    return [(title, keys) for title, keys in panels if keys]
+
+
+def _draw_curves(
+    part: Any, lines: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, tuple[str, ...]]], rows: int
+) -> None:
+    axes = part.subplots(rows, min(COLUMNS, len(panels)), squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, keys) in zip(axes, panels, strict=False):
         for key in keys:
-            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            unit = UNITS.get(key, 1.0)
+            points = [(line["step"], line[key] * unit) for line in lines if line.get(key) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), label=key, linewidth=1.2, marker="." if len(points) < 4 else None)
-        axis.set_title(name, fontsize=10)
+            for line in lines:
+                if key in line and line[key] is None:  # it was not finite
+                    axis.axvline(line["step"], color="red", linewidth=0.8, linestyle=":")
+        if title in LOGARITHMIC and _is_positive(lines, keys):
+            axis.set_yscale("log")
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("update", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend(fontsize=7)
+
+
+def _is_positive(lines: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> bool:
+    values = [line[key] for line in lines for key in keys if line.get(key) is not None]
+    return bool(values) and all(value > 0 and math.isfinite(value) for value in values)
 
 
 def _draw_bars(part: Any, result: dict[str, Any]) -> None:
@@ -139,21 +177,3 @@ def _draw_bars(part: Any, result: dict[str, Any]) -> None:
     axis.set_ylabel("test accuracy, %", fontsize=9)
     axis.set_ylim(0, 108)
     axis.legend(fontsize=7, ncols=len(names) + 1, loc="upper center", bbox_to_anchor=(0.5, 1.16))
-
-
-def _draw_pictures(upper: Any, lower: Any, pictures: Sequence[Any]) -> None:
-    tops, bottoms = (p.subplots(1, len(pictures), squeeze=False)[0] for p in (upper, lower))
-    upper.suptitle("images, one patch marked; below, cosine similarity of its feature to the others", fontsize=9)
-    image = None
-    for top, bottom, (picture, (row, column), similarity) in zip(tops, bottoms, pictures, strict=True):
-        side = picture.shape[0] / similarity.shape[0]
-        top.imshow(picture, cmap="gray" if picture.ndim == 2 else None)
-        left, low = column * side - 0.5, row * side - 0.5
-        top.plot([left, left + side, left + side, left, left], [low, low, low + side, low + side, low], color="red")
-        image = bottom.imshow(similarity, vmin=-1, vmax=1, cmap="RdBu_r")
-        bottom.plot(column, row, marker="x", color="black")
-        for axis in (top, bottom):
-            axis.set_xticks([])
-            axis.set_yticks([])
-    if image is not None and math.isfinite(float(pictures[0][2].max())):
-        lower.colorbar(image, ax=list(bottoms), shrink=0.8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -24,11 +25,13 @@ from d2v.data.samples import (
     Note,
     TrainSamples,
 )
-from d2v.data.sources import Source
+from d2v.data.sources import ShardLost, Source
 from d2v.files import write_atomically
 
 TERM_GRACE_SECONDS = 10
 """Life of a loader worker after a SIGTERM."""
+LOOK_SECONDS = 5.0
+"""While no batch comes, the workers are looked at this often."""
 FIRST_VERDICT = 200
 """Samples tried before the share of bad ones is judged (or all, when there are fewer)."""
 
@@ -45,10 +48,12 @@ def outlive_signals(_worker: int) -> None:
 
 
 def _loader(
-    dataset: Any, collate: Any, workers: int, device: torch.device, timeout: float, **kwargs: Any
-) -> DataLoader[Batch]:
-    more: dict[str, Any] = {"prefetch_factor": 4, "timeout": timeout} if workers else {}
-    return DataLoader(
+    dataset: Any, collate: Any, workers: int, device: torch.device, patience: float, **kwargs: Any
+) -> Generator[Batch, None, None]:
+    """The batches of a dataset; `ChildProcessError` where a worker has died, or has given nothing for `patience`
+    seconds; `ShardLost` where a shard cannot be read any more."""
+    more: dict[str, Any] = {"prefetch_factor": 4, "timeout": LOOK_SECONDS} if workers else {}
+    loader = DataLoader(
         dataset,
         collate_fn=collate,
         num_workers=workers,
@@ -58,6 +63,55 @@ def _loader(
         **more,
         **kwargs,
     )
+    yield from _watch(loader, patience)
+
+
+def _watch(loader: DataLoader[Batch], patience: float) -> Generator[Batch, None, None]:
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    workers = list(getattr(batches, "_workers", ()))
+    if workers and threading.current_thread() is threading.main_thread():
+        # The loader's handler would raise in the midst of an update; here its workers are looked at while it waits.
+        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+    try:
+        while (batch := _next_batch(batches, workers, patience)) is not None:
+            lost = next((note.text for note in batch.notes if note.kind == "lost"), None)
+            if lost is not None:
+                raise ShardLost(f"{lost}; put it back, then the same command goes on")
+            yield batch
+    finally:
+        if workers:  # at once, though the traceback of an error may still hold the loader
+            batches._shutdown_workers()
+
+
+def _next_batch(batches: Any, workers: list[Any], patience: float) -> Batch | None:
+    """The next batch of a loader's iterator, or None."""
+    asked = time.monotonic()
+    while True:
+        try:
+            batch: Batch | None = next(batches, None)
+            return batch
+        except RuntimeError as error:
+            if not workers or not str(error).startswith("DataLoader"):
+                raise
+            waited = time.monotonic() - asked
+            if waited >= patience or any(w.exitcode is not None for w in workers):
+                text = _describe_workers(workers, waited)
+                for worker in workers:
+                    worker.kill()
+                raise ChildProcessError(text) from None
+
+
+def _describe_workers(workers: list[Any], waited: float) -> str:
+    """What has become of the workers of a loader, in one sentence."""
+    last = "the last checkpoint is whole, the same command resumes it"
+    number, worker = next(((i, w) for i, w in enumerate(workers) if w.exitcode is not None), (0, workers[0]))
+    code = worker.exitcode
+    if code is None:
+        return f"data.workers: no batch came from {len(workers)} loader workers in {waited:.0f} s (run.timeout); {last}"
+    how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    hints = {-signal.SIGKILL: ", perhaps for want of memory", -signal.SIGBUS: ", perhaps for want of shared memory"}
+    return f"data.workers: loader worker {number} (process {worker.pid}) {how}{hints.get(code, '')}; {last}"
 
 
 def train_updates(
@@ -67,54 +121,20 @@ def train_updates(
 
     All ranks have the same number of micro-batches in an update; `ValueError` where they cannot.
     """
-    sampler = UpdateSampler(config, source, first, config.run.steps, rank, ranks)
-    return _load_updates(config, source, sampler, device)
-
-
-def _load_updates(
-    config: Config, source: Source, sampler: UpdateSampler, device: torch.device
-) -> Generator[list[Batch], None, None]:
     modality = make_modality(config)
-    dataset = TrainSamples(source, modality, config.run.seed)
-    collate = MaskingCollate(config, modality)
-    loader = _loader(dataset, collate, config.data.workers, device, config.run.timeout, batch_sampler=sampler)
-    batches = _watch(loader)
+    dataset, collate = TrainSamples(source, modality, config.run.seed), MaskingCollate(config, modality)
+    sampler = UpdateSampler(config, source, first, config.run.steps, rank, ranks)
+    return load_updates(config, dataset, collate, sampler, device)
+
+
+def load_updates(
+    config: Config, dataset: TrainSamples, collate: Any, sampler: UpdateSampler, device: torch.device
+) -> Generator[list[Batch], None, None]:
+    """Lists of micro-batches that `collate` makes of the sampler's slots, one list per update."""
+    workers, patience = config.data.workers, config.run.timeout
+    batches = _loader(dataset, collate, workers, device, patience, batch_sampler=sampler)
     for update in range(sampler.first, sampler.last):
         yield [next(batches) for _ in range(sampler.count(update))]
-
-
-def _watch(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
-    """The batches of a loader; `ChildProcessError`, in one sentence, where a worker has died or is stuck."""
-    before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
-    workers = list(getattr(batches, "_workers", ()))
-    if workers and threading.current_thread() is threading.main_thread():
-        # The loader's handler would raise in the midst of an update; it asks for the workers when it waits for them.
-        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if not workers or not str(error).startswith("DataLoader"):
-                raise
-            raise ChildProcessError(_describe_workers(workers, str(error))) from None
-        yield batch
-
-
-def _describe_workers(workers: list[Any], error: str) -> str:
-    """What has become of the workers of a loader, for a message."""
-    last = "the last checkpoint is whole, the same command resumes it"
-    dead = [(i, w) for i, w in enumerate(workers) if w.exitcode is not None]
-    if not dead:
-        return f"data.workers: no batch came from {len(workers)} loader workers: {error}; {last}"
-    number, worker = dead[0]
-    code = worker.exitcode
-    how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-    hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
-    hint = ", perhaps for want of shared memory (/dev/shm)" if code == -signal.SIGBUS else hint
-    return f"data.workers: loader worker {number} (process {worker.pid}) {how}{hint}; {last}"
 
 
 def validation_batches(
@@ -127,7 +147,7 @@ def validation_batches(
     size = min(config.data.micro_batch or -(-config.data.global_batch // ranks), max(len(share), 1))
     collate = MaskingCollate(config, modality, training=False)
     samples, workers = EvaluationSamples(source, modality), config.data.workers
-    yield from _watch(_loader(samples, collate, workers, device, config.run.timeout, batch_size=size, sampler=share))
+    yield from _loader(samples, collate, workers, device, config.run.timeout, batch_size=size, sampler=share)
 
 
 def evaluation_batches(
@@ -136,7 +156,17 @@ def evaluation_batches(
     """One pass over the source in order, without augmentation and masks."""
     modality = make_modality(config)
     samples, collate = EvaluationSamples(source, modality), Collate(modality)
-    yield from _watch(_loader(samples, collate, workers, device, config.run.timeout, batch_size=batch))
+    yield from load_pass(config, samples, collate, device, batch, workers=workers)
+
+
+def load_pass(
+    config: Config, samples: EvaluationSamples, collate: Any, device: torch.device, batch: int, rank: int = 0,
+    ranks: int = 1, workers: int = 0,
+) -> Generator[Batch, None, None]:  # fmt: skip
+    """One pass over samples in order, in batches that `collate` makes; of `ranks` ranks each takes every `ranks`-th
+    sample."""
+    share = range(rank, len(samples), ranks)
+    yield from _loader(samples, collate, workers, device, config.run.timeout, batch_size=batch, sampler=share)
 
 
 class BadSamples:
@@ -172,8 +202,6 @@ class BadSamples:
                 self._ids.add(note.sample_id)
                 path = self.source.describe(note.sample_id)
                 self.entries.append({"id": note.sample_id, "path": path, "reason": note.text})
-            elif note.kind == "lost":
-                raise ValueError(f"data.path: {note.text}; put it back, then the same command resumes")
             elif note.kind == "fatal":
                 raise ValueError(f"data.path: {note.text}; {self.examples()}")
         return news

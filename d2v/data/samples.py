@@ -244,7 +244,8 @@ class EvaluationSamples(torch.utils.data.Dataset[Sample]):
             value, _ = self.modality.load(self.source, index)
             return Sample(index, 0, self.modality.settle(value), ())
         except (ValueError, OSError) as error:
-            return Sample(index, 0, self.modality.blank(), (Note(index, 0, "bad", describe_error(error)),))
+            kind = "lost" if isinstance(error, ShardLost) else "bad"
+            return Sample(index, 0, self.modality.blank(), (Note(index, 0, kind, describe_error(error)),))
 
 
 class Collate:

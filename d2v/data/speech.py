@@ -161,8 +161,8 @@ class Speech(Modality):
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
         """A folder of audio files, of class folders, a `.tsv` manifest, or .tar shards.
 
-        Headers are read for lengths; a manifest gives its own, unless a few headers say otherwise. What has a damaged header is rejected, what is too short
-        is left out and counted.
+        Headers are read for lengths; a manifest gives its own, unless a few headers say otherwise. What has a damaged
+        header is rejected, what is too short is left out and counted.
         """
         allowed, cache = self.config.data.allow_commands, self.index_cache()
         if path.endswith(".tsv"):

@@ -34,8 +34,17 @@ class TaskOptions:
     task.bpe."""
     bpe: str | None = None
     """CTC, units bpe: folder of a tokenizer (`d2v data tokenizer`)."""
-    lower: bool = True
-    """CTC: transcripts in lower case."""
+    case: Literal["lower", "upper", "keep"] = "lower"
+    """CTC: case of the transcripts."""
+    bad_labels: Literal["refuse", "skip"] = "refuse"
+    """What to do about samples without a usable label (none, empty, not a number, an unknown class or character):
+    refuse the data, or leave them out and count them."""
+    epochs: float = 10.0
+    """Passes over the training samples, where run.steps is 0; the checkpoints then stand at the ends of epochs."""
+    warmup: float = 0.1
+    """Share of the updates with a rising learning rate, where optim.warmup_steps is 0."""
+    hold: float = 0.0
+    """Share of the updates at the peak, where optim.hold_steps is 0 (tri-stage)."""
     freeze_encoder: int = 0
     """Updates during which only the head is trained."""
     freeze_stem: bool = False

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from d2v.metrics import MetricsFile, Window, read_metrics
+from d2v.progress import Progress, describe_line, format_seconds
 
 
 def test_window_means_and_resume() -> None:
@@ -96,3 +97,20 @@ def test_metrics_file_drops_what_came_after_the_checkpoint(tmp_path: Path) -> No
     assert path.read_text() == '{"step": 1, "loss": 1.5}\n{"step": 2, "loss": null}\n'
     MetricsFile(path, 0).close()
     assert path.read_text() == ""
+
+
+def test_the_console_line() -> None:
+    line = {"step": 5, "loss": 1.23456, "content_spread": 0.5, "samples_per_second": 12.3, "step_seconds": 2.0}
+    assert describe_line(line) == "loss 1.2346, spread 0.500, 12 samples/s"
+    full = {**line, "valid_loss": 2.0, "data_wait": 0.07}
+    assert describe_line(full) == "loss 1.2346, valid 2.0000, spread 0.500, 12 samples/s, data wait 7%"
+    # Other training has no spread.
+    assert describe_line({"loss": 1.0, "samples_per_second": 3.0}) == "loss 1.0000, 3 samples/s"
+
+
+def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(0, 35)
+    progress.show({"step": 5, "loss": 1.0, "samples_per_second": 3.0, "step_seconds": 2.0})
+    progress.close()
+    assert capsys.readouterr().err == "update 5/35: loss 1.0000, 3 samples/s, 1:00 left\n"
+    assert [format_seconds(s) for s in (59.6, 3_661.0, math.nan, math.inf)] == ["1:00", "1:01:01", "?", "?"]

@@ -1,0 +1,299 @@
+"""Labelled samples: opened, checked before anything is trained, split, and stacked with their targets.
+
+What is wrong with labels is an error that says how many samples it concerns and names one; with `task.bad_labels skip`
+those samples are left out and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v.data.samples import Batch, Modality, Sample
+from d2v.data.sources import Source, Subset
+from d2v_kernels import MaskSampler
+
+from .config import FineTuneConfig
+from .spelling import Spelling, normalise_transcript
+
+STREAM_SPLIT = 101
+"""Purpose of the random stream that chooses held-out samples."""
+
+
+class LabelledSource(Subset):
+    """Some samples of a modality's source with a target each: a class number, a number, or a transcript."""
+
+    def __init__(self, base: Source, rows: np.ndarray, targets: Sequence[Any]) -> None:
+        super().__init__(base, rows)
+        self.targets = list(targets)
+
+    def take(self, places: np.ndarray) -> LabelledSource:
+        """Some of these samples."""
+        return LabelledSource(self.base, self.rows[places], [self.targets[i] for i in places])
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"{super().digest()} {self.targets!r}".encode()).hexdigest()
+
+
+class Labelled(Modality):
+    """A modality whose samples are pairs of the modality's value and a target."""
+
+    def __init__(self, inner: Modality) -> None:
+        super().__init__(inner.config)
+        self.inner, self.noun = inner, inner.noun
+
+    def load(self, source: Source, index: int) -> tuple[Any, tuple[str, ...]]:
+        """(value, target)."""
+        assert isinstance(source, LabelledSource)
+        value, converted = self.inner.load(source.base, int(source.rows[index]))
+        return (value, source.targets[index]), converted
+
+    def augment(self, value: Any, rng: np.random.Generator) -> Any:
+        """(augmented value, target)."""
+        return self.inner.augment(value[0], rng), value[1]
+
+    def settle(self, value: Any) -> Any:
+        """(value as evaluation sees it, target)."""
+        return self.inner.settle(value[0]), value[1]
+
+    def blank(self) -> Any:
+        """(blank value, no target)."""
+        return self.inner.blank(), None
+
+    def stack(self, samples: list[Sample], training: bool) -> tuple[Tensor, Tensor | None]:
+        """Inputs and lengths, without the targets."""
+        return self.inner.stack([s._replace(value=s.value[0]) for s in samples], training)
+
+    def measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int | None, Tensor | None]:
+        """As the modality."""
+        return self.inner.measure(inputs, lengths)
+
+    def count_tokens(self, length: int) -> int:
+        """As the modality."""
+        return self.inner.count_tokens(length)
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """As the modality."""
+        return self.inner.prepare(inputs)
+
+
+@dataclass(frozen=True)
+class LabelledBatch(Batch):
+    """A micro-batch with targets; all tensors on the host."""
+
+    targets: Tensor
+    """(B,) int64 classes, or float32 numbers; CTC: int64 labels of all transcripts, joined."""
+    target_lengths: Tensor | None
+    """CTC: (B,) int64 labels of each transcript."""
+    hidden: Tensor | None
+    """Speech: bool (B,T), frames that are masked."""
+    channels: Tensor | None
+    """Speech: bool (B,C), channels that are masked."""
+    rows: tuple[int, ...]
+    """Numbers of the samples in their source."""
+    bad: tuple[int, ...]
+    """Rows of the batch that could not be decoded."""
+
+    def pin_memory(self) -> LabelledBatch:
+        """See `Batch`."""
+        pinned = super().pin_memory()
+        assert isinstance(pinned, LabelledBatch)
+        return replace(pinned, targets=self.targets.pin_memory())
+
+
+class LabelledCollate:
+    """Samples -> batch with targets and, in training, masks of speech; runs in the loader's workers."""
+
+    def __init__(self, config: FineTuneConfig, modality: Labelled, spelling: Spelling | None, training: bool) -> None:
+        self.config, self.modality, self.spelling, self.training = config, modality, spelling, training
+        self._samplers: dict[tuple[int, int], MaskSampler] = {}
+
+    def __call__(self, samples: list[Sample]) -> LabelledBatch:
+        inputs, lengths = self.modality.stack(samples, self.training)
+        tokens, valid = self.modality.measure(inputs, lengths)
+        values = [s.value[1] for s in samples]
+        targets, counts = self._stack_targets(values)
+        hidden = channels = keys = None
+        options = self.config.finetune.options
+        if self.training and self.config.stem.modality == "speech":
+            if options.time_mask > 0.0 and tokens is not None:
+                hidden, keys = self._draw(samples, tokens, options.time_mask, options.time_span, valid)
+            if options.channel_mask > 0.0:
+                width = self.config.encoder.width
+                channels, _ = self._draw(samples, width, options.channel_mask, options.channel_span, None)
+        return LabelledBatch(
+            inputs, lengths, valid, None, keys, tuple(n for s in samples for n in s.notes), targets, counts, hidden,
+            channels, tuple(s.sample_id for s in samples), tuple(i for i, v in enumerate(values) if v is None),
+        )  # fmt: skip
+
+    def _stack_targets(self, values: list[Any]) -> tuple[Tensor, Tensor | None]:
+        task = self.config.finetune.head.task
+        if task == "ctc":
+            assert self.spelling is not None
+            spelled = [[] if v is None else self.spelling.encode(v) for v in values]
+            joined = torch.tensor([i for ids in spelled for i in ids], dtype=torch.int64)
+            return joined, torch.tensor([len(ids) for ids in spelled])
+        dtype = torch.float32 if task == "regression" else torch.int64
+        return torch.tensor([0 if v is None else v for v in values], dtype=dtype), None
+
+    def _draw(
+        self, samples: list[Sample], length: int, ratio: float, span: int, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Span masks (B,length) and noise keys (B,), a function of seed, epoch and sample id."""
+        if (length, span) not in self._samplers:
+            # Time and channels must not draw alike.
+            seed = self.config.run.seed + (1 << 20) * (length == self.config.encoder.width)
+            span = min(span, length)
+            self._samplers[length, span] = MaskSampler("span", tokens=length, ratio=ratio, span=span, seed=seed)
+        sampler = self._samplers[length, span]
+        masks, keys = [], []
+        for i, sample in enumerate(samples):
+            own = None if valid is None else valid[i : i + 1]
+            masks.append(sampler.draw([sample.sample_id], sample.epoch, lengths=own).mask)
+            keys.append(sampler.noise_keys([sample.sample_id], sample.epoch))
+        return torch.cat(masks), torch.cat(keys)
+
+
+# ---- opening ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Samples whose label cannot be used."""
+
+    places: list[int]
+    reason: str
+
+    def describe(self, source: Source, option: str, expected: str) -> str:
+        """One sentence."""
+        first = source.describe(self.places[0])
+        return f"{option}: expected {expected}, got {len(self.places)} of {len(source)} {self.reason}; first: {first}"
+
+
+def _settle(
+    source: Source, targets: list[Any], problems: list[tuple[Problem, str]], option: str, skip: bool
+) -> LabelledSource:
+    """The samples without the problematic ones; `ValueError` for the first problem unless they are skipped."""
+    problems = [(p, expected) for p, expected in problems if p.places]
+    if problems and not skip:
+        problem, expected = problems[0]
+        raise ValueError(f"{problem.describe(source, option, expected)} (--task.bad-labels skip leaves them out)")
+    bad = {place for problem, _ in problems for place in problem.places}
+    rows = np.array([i for i in range(len(source)) if i not in bad], dtype=np.int64)
+    if not len(rows):
+        raise ValueError(f"{option}: expected samples with a label, got {len(source)} without a usable one")
+    for problem, _ in problems:
+        source.left_out[f"{problem.reason}, first {source.describe(problem.places[0])}"] = len(problem.places)
+    return LabelledSource(source, rows, [targets[i] for i in rows])
+
+
+def open_classes(
+    modality: Modality, path: str, option: str, known: Sequence[str] | None, skip: bool
+) -> tuple[LabelledSource, list[str]]:
+    """Samples with class numbers, and the names of the classes: `known` ones, or those that the data has.
+
+    Raises:
+        ValueError: a class that is not known; fewer than two classes in training data.
+    """
+    source = modality.open(path, labelled=True, option=option)
+    assert source.labels is not None and source.classes is not None
+    present = sorted(set(source.labels.tolist()))
+    found = [source.classes[i] for i in present]
+    classes = list(known) if known is not None else found
+    if known is None and len(classes) < 2:
+        raise ValueError(f"{option}: expected at least 2 classes, got {len(source)} samples of {classes} at {path!r}")
+    numbers = {name: i for i, name in enumerate(classes)}
+    targets = [numbers.get(source.classes[i]) for i in source.labels.tolist()]
+    strange = [i for i, target in enumerate(targets) if target is None]
+    names = sorted({source.classes[source.labels[i]] for i in strange})
+    problem = Problem(strange, f"of classes that the training data lacks ({', '.join(names[:5])})")
+    return _settle(source, targets, [(problem, "the classes of the training data")], option, skip), classes
+
+
+def open_numbers(modality: Modality, path: str, option: str, skip: bool) -> LabelledSource:
+    """Samples with numbers to predict."""
+    source = modality.open(path, labelled=True, option=option)
+    assert source.labels is not None and source.classes is not None
+    values = [_to_number(name) for name in source.classes]
+    targets = [values[i] for i in source.labels.tolist()]
+    odd = Problem([i for i, value in enumerate(targets) if value is None], "that are not finite numbers")
+    return _settle(source, targets, [(odd, "numbers as labels")], option, skip)
+
+
+def _to_number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if np.isfinite(value) else None
+
+
+def open_transcripts(
+    modality: Modality, path: str, option: str, *, case: str, longest: int, skip: bool,
+    check: Callable[[str], str] | None = None,
+) -> LabelledSource:  # fmt: skip
+    """Utterances with transcripts.
+
+    Args:
+        case: see `normalise_transcript`.
+        longest: samples at 16 kHz; longer utterances, whose end would be cut off, are left out and counted.
+        check: the characters of a transcript that cannot be spelled; None: all can.
+    """
+    source = modality.open(path, option=option)
+    texts: list[str | None] = []
+    reasons = ""
+    for index in range(len(source)):
+        try:
+            texts.append(normalise_transcript(source.read_transcript(index), case))
+        except (ValueError, OSError) as error:
+            reasons = reasons or (error.strerror if isinstance(error, OSError) and error.strerror else str(error))
+            texts.append(None)
+    long = []
+    if source.lengths is not None:
+        long = [i for i, length in enumerate(source.lengths.tolist()) if length >= longest]
+        if long:
+            source.left_out[f"utterances of {longest / 16_000:g} s or more (--data.max-seconds)"] = len(long)
+    problems = [
+        (Problem([i for i, t in enumerate(texts) if t is None], f"without one ({reasons})"), "a transcript for each"),
+        (Problem([i for i, t in enumerate(texts) if t == ""], "that are empty"), "transcripts"),
+    ]
+    if check is not None:
+        odd = {i: check(t) for i, t in enumerate(texts) if t}
+        letters = "".join(sorted(set("".join(odd.values()))))
+        reason = f"with characters outside the alphabet ({letters[:20]!r})"
+        problems.append((Problem([i for i, found in odd.items() if found], reason), "the characters of the training"))
+    settled = _settle(source, texts, problems, option, skip)
+    if not long:
+        return settled
+    kept = np.array([i for i, row in enumerate(settled.rows.tolist()) if row not in set(long)], dtype=np.int64)
+    if not len(kept):
+        raise ValueError(f"{option}: expected utterances below {longest / 16_000:g} s (--data.max-seconds), got none")
+    return settled.take(kept)
+
+
+def hold_out(source: LabelledSource, share: float, seed: int) -> tuple[LabelledSource, LabelledSource]:
+    """Training samples and a random share of them that is held out; of each class about the same share.
+
+    Raises:
+        ValueError: so few samples that one part would be empty.
+    """
+    rng = np.random.default_rng([seed, STREAM_SPLIT])
+    order = rng.permutation(len(source))
+    if source.targets and isinstance(source.targets[0], int):
+        # Every class's samples in random order, spread evenly over the whole.
+        targets = np.array(source.targets)[order]
+        places = np.empty(len(order))
+        for target in np.unique(targets):
+            own = np.flatnonzero(targets == target)
+            places[own] = (np.arange(len(own)) + rng.random()) / len(own)
+        order = order[np.argsort(places, kind="stable")]
+    count = max(1, round(share * len(source)))
+    if count >= len(source):
+        raise ValueError(f"train: expected at least 2 samples to hold one out, got {len(source)}; pass --valid")
+    return source.take(np.sort(order[count:])), source.take(np.sort(order[:count]))

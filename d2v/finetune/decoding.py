@@ -1,0 +1,153 @@
+"""Transcripts from the outputs of CTC: the best label of each frame, or a beam search with a language model.
+
+The beam search is flashlight-text's (pip install flashlight-text), as in the published evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .spelling import SPECIALS, Spelling
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How transcripts are found."""
+
+    method: Literal["greedy", "beam"] = "greedy"
+    """greedy: the best label of each frame; beam: the best transcripts, all their alignments counted together."""
+    beam: int = 50
+    """Beam: hypotheses that are kept at each frame."""
+    lm: str | None = None
+    """Beam: KenLM language model of words, .arpa or .bin; with it, only words of --decode.lexicon are found."""
+    lexicon: str | None = None
+    """Beam: text file with a word a line."""
+    lm_weight: float = 2.0
+    """Beam: factor on the language model's log-probability."""
+    word_score: float = 0.0
+    """Beam: added for every word."""
+    space_score: float = 0.0
+    """Beam: added for every space."""
+
+
+def decode_greedily(log_probabilities: Tensor, blank: int) -> list[int]:
+    """Labels of one utterance: the best of each frame, repetitions joined, blanks left out.
+
+    log_probabilities: (T,K) of the valid frames.
+    """
+    best = log_probabilities.argmax(dim=-1).unique_consecutive().tolist()
+    return [i for i in best if i != blank]
+
+
+class Decoder:
+    """Finds transcripts in outputs of CTC."""
+
+    def __init__(self, settings: Decoding, spelling: Spelling, blank: int) -> None:
+        """Raises `ValueError` for settings that do not go together, or a library or file that is not there."""
+        self.settings, self.spelling, self.blank = settings, spelling, blank
+        self._search: Any = None
+        if settings.beam < 1:
+            raise ValueError(f"decode.beam: expected 1 or more, got {settings.beam}")
+        if settings.method == "greedy" and (settings.lm is not None or settings.lexicon is not None):
+            raise ValueError("decode.lm: expected --decode.method beam with a language model or lexicon, got greedy")
+        if settings.method == "beam":
+            self._search = _make_search(settings, spelling, blank)
+
+    def decode(self, log_probabilities: Tensor) -> str:
+        """Transcript of one utterance from (T,K) log-probabilities of its valid frames."""
+        if self._search is None:
+            return self.spelling.decode(decode_greedily(log_probabilities, self.blank))
+        emissions = log_probabilities.float().cpu().contiguous()
+        best = self._search.decode(emissions.data_ptr(), *emissions.shape)[0]
+        if self.settings.lexicon is not None:
+            return " ".join(self._words[i] for i in best.words if i >= 0)
+        labels = [i for i in _join_repeats(best.tokens) if i != self.blank]
+        return self.spelling.decode(labels)
+
+    @property
+    def _words(self) -> list[str]:
+        words: list[str] = self._search.d2v_words
+        return words
+
+
+def _join_repeats(ids: Sequence[int]) -> list[int]:
+    return [i for n, i in enumerate(ids) if i >= 0 and (n == 0 or i != ids[n - 1])]
+
+
+def _import_library() -> tuple[Any, Any, Any]:
+    try:
+        from flashlight.lib.text import decoder, dictionary
+        from flashlight.lib.text.decoder import kenlm
+    except ImportError as error:
+        raise ValueError(
+            f"decode.method: expected flashlight-text for beam (pip install flashlight-text), got {error}"
+        ) from None
+    return decoder, dictionary, kenlm
+
+
+class _Search:
+    """A decoder of the library with what it must not outlive."""
+
+    def __init__(self, search: Any, words: list[str], *kept: Any) -> None:
+        self.decode, self.d2v_words, self._kept = search.decode, words, (search, kept)
+
+
+def _make_search(settings: Decoding, spelling: Spelling, blank: int) -> _Search:
+    library, dictionary, kenlm = _import_library()
+    labels = spelling.labels
+    ctc, usable = library.CriterionType.CTC, min(len(labels), 100)
+    if settings.lexicon is None:
+        if settings.lm is not None:
+            raise ValueError("decode.lexicon: expected a file of words with --decode.lm, got nothing")
+        options = library.LexiconFreeDecoderOptions(
+            beam_size=settings.beam, beam_size_token=usable, beam_threshold=50.0, lm_weight=0.0,
+            sil_score=settings.space_score, log_add=True, criterion_type=ctc,
+        )  # fmt: skip
+        model = library.ZeroLM()
+        return _Search(library.LexiconFreeDecoder(options, model, spelling.space, blank, []), [], model)
+    words = read_words(settings.lexicon)
+    spelled = [(word, spelling.encode(word)) for word in words if not spelling.unknown(word)]
+    spelled = [(word, ids) for word, ids in spelled if ids]
+    if not spelled:
+        raise ValueError(f"decode.lexicon: expected words that the model can spell, got none in {settings.lexicon!r}")
+    names = dictionary.Dictionary()
+    for word, _ in spelled:
+        names.add_entry(word)
+    names.add_entry("<unk>")
+    model = library.ZeroLM()
+    if settings.lm is not None:
+        if not Path(settings.lm).is_file():
+            raise ValueError(f"decode.lm: expected a KenLM file, found none at {settings.lm!r}")
+        model = kenlm.KenLM(settings.lm, names)
+    trie = library.Trie(len(labels), spelling.space)
+    start = model.start(False)
+    for word, ids in spelled:
+        index = names.get_index(word)
+        _, score = model.score(start, index)
+        trie.insert(ids, index, score)
+    trie.smear(library.SmearingMode.MAX)
+    options = library.LexiconDecoderOptions(
+        beam_size=settings.beam, beam_size_token=usable, beam_threshold=50.0,
+        lm_weight=settings.lm_weight if settings.lm is not None else 0.0, word_score=settings.word_score,
+        unk_score=-float("inf"), sil_score=settings.space_score, log_add=True, criterion_type=ctc,
+    )  # fmt: skip
+    unknown = names.get_index("<unk>")
+    search = library.LexiconDecoder(options, trie, model, spelling.space, blank, unknown, [], False)
+    return _Search(search, [word for word, _ in spelled], trie, model, names)
+
+
+def read_words(path: str) -> list[str]:
+    """Words of a file, one a line, each once; `ValueError` where there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"decode.lexicon: expected a text file with a word a line, got {path!r}: {error}") from None
+    words = list(dict.fromkeys(w for line in lines if (w := line.strip()) and w not in SPECIALS))
+    if any(" " in word or "\t" in word for word in words) or not words:
+        raise ValueError(f"decode.lexicon: expected a word a line in {path!r}, got {words[:1]}")
+    return words

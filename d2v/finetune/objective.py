@@ -1,0 +1,267 @@
+"""The objective of fine-tuning: the loss of a task on labelled samples."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v.data.loader import load_pass, load_updates
+from d2v.data.order import UpdateSampler
+from d2v.data.samples import STREAM_LAYERS, Batch, EvaluationSamples, TrainSamples, random_stream
+from d2v.dist import World
+from d2v.encoder import MainBlocks
+from d2v.finetuned import FineTuned
+from d2v.objective import Objective, Step, autocast
+
+from .augment import erase_rectangles, mix_images, smooth_targets
+from .config import FineTuneConfig
+from .data import Labelled, LabelledBatch, LabelledCollate, LabelledSource
+from .decoding import Decoder
+from .scores import count_errors, headline
+from .spelling import Spelling
+
+STREAM_MIX = 102
+"""Purpose of the random stream of mixup, CutMix and erasing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model made of one sample."""
+
+    row: int
+    """Number of the sample in its source."""
+    truth: Any
+    """Class number, number, or transcript."""
+    predicted: Any
+    loss: float
+    confidence: float
+    """Probability of the predicted class; CTC: mean log-probability of the best labels; numbers: nan."""
+
+
+class FineTuning(Objective):
+    """A fine-tuned model and its labelled samples."""
+
+    model: FineTuned
+
+    def __init__(
+        self, config: FineTuneConfig, model: FineTuned, modality: Labelled, source: LabelledSource,
+        valid: LabelledSource, spelling: Spelling | None,
+    ) -> None:  # fmt: skip
+        self.config, self.model, self.source, self.valid = config, model, source, valid
+        self.modality, self.spelling, self.noun = modality, spelling, modality.noun
+        self.options, self.task = config.finetune.options, config.finetune.head.task
+        self._update = 0
+        for part in (model.encoder.context, model.encoder.blocks):
+            part.recompute = config.run.activation_checkpointing
+
+    # ---- the model ------------------------------------------------------------------------------------------
+
+    def blocks(self) -> list[nn.Module]:
+        """Of the encoder."""
+        encoder = self.model.encoder
+        return [*encoder.context.blocks, *encoder.blocks.blocks]
+
+    @property
+    def may_skip(self) -> bool:
+        """A frozen encoder or stem has no gradient, nor has a skipped block, nor a class token that is not read."""
+        return True
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups by weight decay and learning rate: block i of N has rate d^(N - i), the head 1, what stands before the
+        blocks 1 (published 2.0), or d^(N + 1) with `decay_stem` (BEiT)."""
+        optim = self.config.optim
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                decay = optim.weight_decay if optim.decay_all or parameter.dim() >= 2 else 0.0
+                groups.setdefault((decay, self.rate_of(name)), []).append(parameter)
+        return [{"params": p, "weight_decay": decay, "rate": rate} for (decay, rate), p in groups.items()]
+
+    def rate_of(self, name: str) -> float:
+        """Learning rate of a parameter over that of the head."""
+        decay, depth = self.options.layer_decay, len(self.blocks())
+        parts = name.split(".")
+        if parts[0] == "head":
+            return 1.0
+        if len(parts) > 3 and parts[2] == "blocks" and parts[1] in ("context", "blocks"):
+            prenet = len(self.model.encoder.context.blocks) if parts[1] == "blocks" else 0
+            return decay ** (depth - prenet - int(parts[3]))
+        if parts[1] == "blocks":  # a final norm
+            return 1.0
+        return decay ** (depth + 1) if self.options.decay_stem else 1.0
+
+    # ---- an update ------------------------------------------------------------------------------------------
+
+    def updates(self, first: int, world: World) -> Generator[list[Batch], None, None]:
+        """Labelled micro-batches, with masks of speech."""
+        sampler = UpdateSampler(self.config, self.source, first, self.config.run.steps, world.rank, world.size)
+        dataset = TrainSamples(self.source, self.modality, self.config.run.seed)
+        collate = LabelledCollate(self.config, self.modality, self.spelling, training=True)
+        return load_updates(self.config, dataset, collate, sampler, world.device)
+
+    def weigh(self, batch: Batch) -> float:
+        """Samples."""
+        return float(len(batch))
+
+    def begin_update(self, update: int) -> None:
+        """One draw of the skipped blocks for all ranks; freezes the encoder in the first updates."""
+        self._update = update
+        self.model.frozen = update <= self.options.freeze_encoder
+        blocks: MainBlocks = self.model.encoder.blocks
+        if blocks.layer_drop > 0.0:
+            rng = random_stream(self.config.run.seed, update, 0, STREAM_LAYERS)
+            blocks.skipped = blocks.draw_skipped(rng.random(len(blocks.blocks)).tolist())
+
+    def forward(self, network: nn.Module, batch: Batch, world: World) -> Step:
+        """The task's loss, summed over samples."""
+        assert isinstance(batch, LabelledBatch)
+        inputs = self.modality.prepare(batch.inputs.to(world.device, non_blocking=True))
+        targets = batch.targets.to(world.device, non_blocking=True)
+        if self.task == "classification":
+            targets = smooth_targets(targets, len(self.model.labels), self.options.label_smoothing)
+            if self.config.stem.modality == "vision":
+                rng = random_stream(self.config.run.seed, self._update, batch.rows[0], STREAM_MIX)
+                inputs = erase_rectangles(inputs, self.options.erasing, rng)
+                inputs, targets = mix_images(inputs, targets, self.options, rng)
+        with autocast(self.config.run.precision, world.device):
+            logits = network(
+                inputs, batch.lengths, mask=_move(batch.hidden, world.device),
+                channels=_move(batch.channels, world.device), noise_keys=_move(batch.noise_keys, world.device),
+            )  # fmt: skip
+        losses = self.measure_losses(logits, targets, batch)
+        share = 1.0 / self.config.data.global_batch
+        values = {}
+        if self.task == "classification":
+            hits = (logits.argmax(-1) == targets.argmax(-1)).sum()
+            values["accuracy"] = hits * share
+        return Step({"task": losses.sum()}, values, logits.detach())
+
+    def measure_losses(self, logits: Tensor, targets: Tensor, batch: LabelledBatch) -> Tensor:
+        """(B,) float32: cross entropy with (soft) targets, squared error, or CTC."""
+        logits = logits.float()
+        if self.task == "classification":
+            soft = targets if targets.dim() == 2 else F.one_hot(targets, logits.shape[1]).float()
+            return -(soft * logits.log_softmax(-1)).sum(-1)
+        if self.task == "regression":
+            return (logits[:, 0] - targets).square()
+        assert batch.target_lengths is not None
+        lengths = token_lengths(batch, logits)
+        return F.ctc_loss(
+            logits.log_softmax(-1).transpose(0, 1), targets, lengths, batch.target_lengths,
+            blank=self.config.finetune.head.blank, reduction="none", zero_infinity=True,
+        )  # fmt: skip
+
+    # ---- what is shown --------------------------------------------------------------------------------------
+
+    def monitor(self, step: Step, batch: Batch) -> dict[str, float]:
+        """Spread of the outputs: 0 where a model says the same of every sample."""
+        logits = step.out.float()
+        flat = logits.flatten(0, -2)
+        return {"output_std": float(flat.std(dim=0).mean()) if len(flat) > 1 else math.nan}
+
+    def validate(self, network: nn.Module, world: World) -> dict[str, float]:
+        """Loss and the score that chooses a checkpoint, on the held-out samples."""
+        assert isinstance(self.valid, LabelledSource)
+        if len(self.valid) < world.size:
+            raise ValueError(f"valid: expected a sample for each of {world.size} ranks, got {len(self.valid)}")
+        outcomes = [o for part in world.gather(self.predict(self.valid, world)) for o in part]
+        if not outcomes:
+            raise ValueError(f"valid: expected {self.noun} that can be decoded, got none of {len(self.valid)}")
+        name, _ = headline(self.task)
+        scores = {"valid_loss": float(np.mean([o.loss for o in outcomes]))}
+        scores[f"valid_{name}"] = quick_score(outcomes, name)
+        if self.task == "classification" and len(self.model.labels) == 2:
+            scores["valid_f1"] = quick_score(outcomes, "f1")
+        return scores
+
+    @torch.no_grad()
+    def predict(self, source: LabelledSource, world: World, decoder: Decoder | None = None) -> list[Outcome]:
+        """Outcomes of this rank's share of the samples that can be decoded."""
+        data = self.config.data
+        decoder = decoder or self.make_decoder()
+        collate = LabelledCollate(self.config, self.modality, self.spelling, training=False)
+        size = data.micro_batch or -(-data.global_batch // world.size)
+        samples = EvaluationSamples(source, self.modality)
+        batches = load_pass(self.config, samples, collate, world.device, size, world.rank, world.size, data.workers)
+        self.model.eval()
+        outcomes: list[Outcome] = []
+        with contextlib.closing(batches):
+            for batch, counted in world.in_step(batches):
+                assert isinstance(batch, LabelledBatch)
+                inputs = self.modality.prepare(batch.inputs.to(world.device))
+                with autocast(self.config.run.precision, world.device):
+                    logits = self.model(inputs, batch.lengths)
+                losses = self.measure_losses(logits, batch.targets.to(world.device), batch)
+                if counted:
+                    outcomes += self._judge(source, batch, logits.float().cpu(), losses.cpu(), decoder)
+        return outcomes
+
+    def make_decoder(self) -> Decoder | None:
+        """The greedy decoder of CTC."""
+        from .decoding import Decoding
+
+        if self.spelling is None:
+            return None
+        return Decoder(Decoding(), self.spelling, self.config.finetune.head.blank)
+
+    def _judge(
+        self, source: LabelledSource, batch: LabelledBatch, logits: Tensor, losses: Tensor, decoder: Decoder | None
+    ) -> list[Outcome]:
+        lengths = token_lengths(batch, logits) if decoder is not None else None
+        outcomes = []
+        for i, row in enumerate(batch.rows):
+            if i in batch.bad:
+                continue
+            predicted: Any
+            if decoder is not None and lengths is not None:
+                frames = logits[i, : int(lengths[i])].log_softmax(-1)
+                predicted, confidence = decoder.decode(frames), float(frames.max(-1).values.mean())
+            elif self.task == "regression":
+                predicted, confidence = float(logits[i, 0]), math.nan
+            else:
+                probabilities = logits[i].softmax(-1)
+                predicted, confidence = int(probabilities.argmax()), float(probabilities.max())
+            outcomes.append(Outcome(row, source.targets[row], predicted, float(losses[i]), confidence))
+        return outcomes
+
+    def find_failure(self, line: Mapping[str, Any], batch: Batch | None) -> str | None:
+        """A loss or gradient that is not finite."""
+        broken = {k: line[k] for k in ("loss", "grad_norm") if k in line and not math.isfinite(line[k])}
+        if not broken:
+            return None
+        found = ", ".join(f"{k} {v}" for k, v in broken.items())
+        return f"not finite: {found}; try a lower optim.learning_rate or optim.clip"
+
+
+def _move(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True)
+
+
+def token_lengths(batch: Batch, logits: Tensor) -> Tensor:
+    """(B,) int64 on the host: valid frames of each row of logits (B,T,K)."""
+    if batch.token_lengths is not None:
+        return batch.token_lengths
+    return torch.full((logits.shape[0],), logits.shape[1])
+
+
+def quick_score(outcomes: list[Outcome], name: str) -> float:
+    """A score without its interval."""
+    if name == "wer":
+        table, _ = count_errors([o.truth for o in outcomes], [o.predicted for o in outcomes])
+        return float(table[:, 0].sum() / max(table[:, 1].sum(), 1))
+    truth, predicted = (np.array([getattr(o, k) for o in outcomes]) for k in ("truth", "predicted"))
+    if name == "pearson":
+        spread = truth.std() * predicted.std()
+        return float(((truth - truth.mean()) * (predicted - predicted.mean())).mean() / spread) if spread else 0.0
+    if name == "f1":
+        hits = ((truth == 1) & (predicted == 1)).sum()
+        return float(2 * hits / max((truth == 1).sum() + (predicted == 1).sum(), 1))
+    return float((truth == predicted).mean())

@@ -1,0 +1,106 @@
+"""What is written about the predictions on a labelled set: scores, confusion matrix, worst samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2v.data.sources import Source
+from d2v.files import write_atomically
+
+from .objective import Outcome
+from .scores import count_errors, score_classes, score_numbers, score_transcripts
+
+RESULT, CONFUSION, WORST = "result.json", "confusion.png", "worst.tsv"
+MOST_CLASSES = 60
+"""Classes that a picture of the confusion matrix can show."""
+MOST_NAMED = 30
+
+
+def score_outcomes(outcomes: Sequence[Outcome], task: str, labels: Sequence[str]) -> dict[str, Any]:
+    """Scores of a task with their 95 % intervals, `samples`, and the mean `loss`."""
+    truth, predicted = [o.truth for o in outcomes], [o.predicted for o in outcomes]
+    if task == "ctc":
+        scores: dict[str, Any] = score_transcripts(truth, predicted)
+    elif task == "regression":
+        scores = score_numbers(np.array(truth, dtype=np.float64), np.array(predicted, dtype=np.float64))
+    else:
+        scores = score_classes(np.array(truth), np.array(predicted), len(labels))
+        scores["classes"] = len(labels)
+    loss = float(np.mean([o.loss for o in outcomes]))
+    return {"task": task, "samples": len(outcomes), **scores, "loss": round(loss, 6)}
+
+
+def write_report(
+    folder: Path, source: Source, outcomes: Sequence[Outcome], result: dict[str, Any], labels: Sequence[str],
+    worst: int,
+) -> None:  # fmt: skip
+    """Writes result.json, worst.tsv and, for classes, confusion.png into `folder`; result.json comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    task = result["task"]
+    write_atomically(folder / WORST, _list_worst(source, outcomes, task, labels, worst))
+    if task == "classification" and len(labels) <= MOST_CLASSES:
+        draw_confusion(folder / CONFUSION, count_confusions(outcomes, len(labels)), labels)
+    write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def count_confusions(outcomes: Sequence[Outcome], classes: int) -> np.ndarray:
+    """(K,K) int64: samples of each true class (row) and predicted class (column)."""
+    flat = np.array([o.truth * classes + o.predicted for o in outcomes], dtype=np.int64)
+    return np.bincount(flat, minlength=classes * classes).reshape(classes, classes)
+
+
+def _list_worst(source: Source, outcomes: Sequence[Outcome], task: str, labels: Sequence[str], count: int) -> str:
+    """Tab-separated lines of the samples with the largest errors: what they are, truth, prediction, error."""
+    if task == "ctc":
+        table, rates = count_errors([o.truth for o in outcomes], [o.predicted for o in outcomes])
+        order = np.lexsort((-np.array([o.loss for o in outcomes]), -rates))
+        head, errors = "word_errors\twords", [f"{row[0]}\t{row[1]}" for row in table.tolist()]
+    else:
+        order = np.argsort([-o.loss for o in outcomes], kind="stable")
+        head = "squared_error" if task == "regression" else "loss\tconfidence"
+        errors = [f"{o.loss:.4g}" + ("" if task == "regression" else f"\t{o.confidence:.4g}") for o in outcomes]
+    lines = [f"sample\ttruth\tpredicted\t{head}"]
+    for i in order[:count].tolist():
+        outcome = outcomes[i]
+        shown = [_show(value, task, labels) for value in (outcome.truth, outcome.predicted)]
+        name = " ".join(source.describe(outcome.row).split())
+        lines.append("\t".join([name, *shown, errors[i]]))
+    return "\n".join(lines) + "\n"
+
+
+def _show(value: Any, task: str, labels: Sequence[str]) -> str:
+    if task == "regression":
+        return f"{value:.6g}"
+    return " ".join(str(value if task == "ctc" else labels[value]).split())
+
+
+def draw_confusion(path: Path, confusion: np.ndarray, labels: Sequence[str]) -> None:
+    """Confusion matrix as a picture: shares of each true class, counts written in small ones."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    classes = len(labels)
+    side = min(12.0, 2.5 + 0.42 * classes)
+    figure = Figure(figsize=(side + 1.0, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    image = axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    if classes <= MOST_NAMED:
+        axis.set_xticks(range(classes), labels, rotation=90, fontsize=8)
+        axis.set_yticks(range(classes), labels, fontsize=8)
+        for row, column in zip(*np.nonzero(confusion), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, str(confusion[row, column]), ha="center", va="center", fontsize=7, color=colour)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    axis.set_title(f"accuracy {np.trace(confusion) / max(confusion.sum(), 1):.1%} of {confusion.sum()}", fontsize=10)
+    figure.colorbar(image, shrink=0.8, label="share of the true class")
+    temporary = path.with_name(f".partial-{path.name}")
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(path)

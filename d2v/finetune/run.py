@@ -1,0 +1,348 @@
+"""A fine-tuning run: data checked, model built, trained, the best checkpoint chosen, the test set looked at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2v.checkpoint import MODEL, copy_into, find_best, find_checkpoint, list_checkpoints, load_tensors
+from d2v.config import Config
+from d2v.config_run import Data, Optim, Run
+from d2v.convert import write_folder
+from d2v.data import make_modality
+from d2v.data2vec import Data2Vec
+from d2v.dist import World, open_world
+from d2v.evaluate import BEST, find_tokenizer, load_any
+from d2v.finetuned import FineTuned, build_finetuned, strip_pretraining
+from d2v.runfolder import RunFolder
+from d2v.train import train
+
+from .config import FineTune, FineTuneConfig, TaskOptions, read_config
+from .data import Labelled, LabelledSource, hold_out, open_classes, open_numbers, open_transcripts
+from .decoding import Decoder, Decoding
+from .defaults import default_sections
+from .heads import HeadSettings, make_head
+from .objective import FineTuning
+from .report import RESULT, score_outcomes, write_report
+from .scores import headline, require_jiwer
+from .spelling import Letters, Pieces, Spelling, spelling_of
+
+TEST = "test"
+"""Folder inside the run folder with what was found on the test set."""
+SAMPLE_RATE = 16_000
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Labelled samples of a run."""
+
+    modality: Labelled
+    train: LabelledSource
+    valid: LabelledSource
+    test: LabelledSource | None
+    labels: tuple[str, ...]
+    spelling: Spelling | None
+
+
+def read_defaults(task: str, checkpoint: str) -> tuple[Config, tuple[Optim, Data, Run, TaskOptions]]:
+    """Configuration of the pre-trained model, and the sections that a run of the task starts from."""
+    folder = find_checkpoint(checkpoint)
+    if (Path(checkpoint) / BEST).is_dir():
+        folder = Path(checkpoint) / BEST
+    config = read_config(folder / "config.json")
+    config = replace(config, data=replace(config.data, tokenizer=find_tokenizer(folder, config)))
+    return config, default_sections(task, config)
+
+
+def finetune(
+    task: str, checkpoint: str, train_path: str, test_path: str | None, *, run: Run, optim: Optim, data: Data,
+    options: TaskOptions, decode: Decoding | None = None, worst: int = 50,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs or resumes a fine-tuning run; returns the result on the test set, or what was best on held-out data.
+
+    Under torchrun every rank calls it. data.valid: held-out samples; None: a share of the training samples. The result
+    is printed as one JSON object. Raises as `d2v.train.pretrain` does.
+    """
+    if task == "speech-ctc":
+        require_jiwer()
+    base, _ = read_defaults(task, checkpoint)
+    data = replace(data, path=train_path)
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    sets = open_sets(task, _encoder_config(base, data, run, optim, options), test_path, options)
+    config = make_config(task, base, sets, run=run, optim=optim, data=data, options=options)
+    decoder = make_decoder(config, sets, decode or Decoding())
+    with open_world(run) as world:
+        folder = RunFolder(config, world)
+        model = build_model(config, checkpoint).to(world.device)
+        objective = FineTuning(config, model, sets.modality, sets.train, sets.valid, sets.spelling)
+        _say(world, f"{len(sets.train)} training, {len(sets.valid)} held-out {objective.noun}, {_describe(sets)}")
+        place = train(objective, world, folder)
+        result: dict[str, Any] = {}
+        if world.is_first:
+            write_best(place, config)
+            result = _conclude(place, config, sets, world, decoder, worst)
+        world.wait()
+    return result
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_first:
+        print(text, file=sys.stderr)
+
+
+def _describe(sets: Sets) -> str:
+    if sets.spelling is not None:
+        return f"{len(sets.labels)} labels"
+    return "numbers" if len(sets.labels) == 1 else f"{len(sets.labels)} classes"
+
+
+# ---- data -------------------------------------------------------------------------------------------------------
+
+
+def open_sets(task: str, config: Config, test_path: str | None, options: TaskOptions) -> Sets:
+    """Opens and checks all labelled samples of a run; `ValueError` says what is wrong with which."""
+    modality = make_modality(config)
+    paths = {"train": config.data.path, "valid": config.data.valid, "test": test_path}
+    found: dict[str, LabelledSource] = {}
+    known: list[str] | None = None
+    spelling: Spelling | None = None
+    skip = options.bad_labels == "skip"
+    for name, path in paths.items():
+        if path is None:
+            continue
+        if task == "speech-ctc":
+            longest = round(config.data.max_seconds * SAMPLE_RATE)
+            check = spelling.unknown if spelling is not None else None
+            found[name] = open_transcripts(
+                modality, path, name, case=options.case, longest=longest, skip=skip, check=check
+            )
+            spelling = spelling or learn_spelling(found[name].targets, options)
+        elif options.regression:
+            found[name] = open_numbers(modality, path, name, skip)
+        else:
+            found[name], known = open_classes(modality, path, name, known, skip)
+    train_set, valid = found["train"], found.get("valid")
+    if valid is None:
+        train_set, valid = hold_out(train_set, options.valid_share, config.run.seed)
+    labels = spelling.labels if spelling is not None else known or ["number"]
+    return Sets(Labelled(modality), train_set, valid, found.get("test"), tuple(labels), spelling)
+
+
+def learn_spelling(transcripts: Sequence[str], options: TaskOptions) -> Spelling:
+    """The labels of CTC."""
+    if options.units == "letters":
+        return Letters.learn(transcripts)
+    if options.bpe is None:
+        raise ValueError("task.bpe: expected the folder of a tokenizer with task.units bpe, got nothing")
+    return Pieces.read(options.bpe)
+
+
+# ---- configuration and model ------------------------------------------------------------------------------------
+
+
+def _encoder_config(base: Config, data: Data, run: Run, optim: Optim, options: TaskOptions) -> Config:
+    """The encoder's configuration with the run's sections and the task's dropouts."""
+    given = {
+        name: getattr(options, name)
+        for name in ("drop_path", "dropout", "attention_dropout", "activation_dropout", "layer_drop")
+        if getattr(options, name) is not None
+    }
+    if "dropout" in given:
+        given["prenet_dropout"] = given["dropout"]
+    stem = replace(base.stem, gradient_scale=0.0) if options.freeze_stem else base.stem
+    values = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
+    changed = {
+        "stem": stem, "encoder": replace(base.encoder, **given), "data": data, "run": run, "optim": optim,
+    }  # fmt: skip
+    return Config(**{**values, **changed})
+
+
+def make_config(
+    task: str, base: Config, sets: Sets, *, run: Run, optim: Optim, data: Data, options: TaskOptions
+) -> FineTuneConfig:
+    """The configuration of a run: numbers of updates from numbers of epochs, the head from the labels."""
+    per_epoch = len(sets.train) / data.global_batch
+    steps = run.steps or max(1, round(options.epochs * per_epoch))
+    if not run.steps and options.epochs <= 0.0:
+        raise ValueError(f"task.epochs: expected above 0 where run.steps is 0, got {options.epochs}")
+    every = run.checkpoint_every
+    if every == Run().checkpoint_every:
+        every = min(steps, max(1, round(per_epoch)))
+    name, best = headline(_meaning(task, options))
+    run = replace(
+        run, steps=steps, checkpoint_every=every, keep_best=run.keep_best or f"valid_{name}",
+        best=run.best if run.keep_best else best,  # type: ignore[arg-type]
+    )  # fmt: skip
+    optim = replace(
+        optim, warmup_steps=optim.warmup_steps or round(options.warmup * steps),
+        hold_steps=optim.hold_steps or round(options.hold * steps),
+    )  # fmt: skip
+    config = _encoder_config(base, data, run, optim, options)
+    tuned = FineTune(task, make_head_settings(task, config, sets.labels, options), sets.labels, options)
+    return FineTuneConfig.of(config, finetune=tuned)
+
+
+def _meaning(task: str, options: TaskOptions) -> Any:
+    return "ctc" if task == "speech-ctc" else "regression" if options.regression else "classification"
+
+
+def make_head_settings(task: str, config: Config, labels: Sequence[str], options: TaskOptions) -> HeadSettings:
+    """The published head of a task."""
+    common: dict[str, Any] = {
+        "outputs": len(labels), "task": _meaning(task, options), "dropout": options.head_dropout,
+    }  # fmt: skip
+    if task == "speech-ctc":
+        return HeadSettings("tokens", **common)
+    if task == "speech-classify":
+        return HeadSettings("pooled", **common)
+    if task == "text-classify":
+        return HeadSettings("sentence", **common)
+    if options.pool == "class" and not config.encoder.extra_tokens:
+        raise ValueError("task.pool: expected mean for a model without a class token, got class")
+    # A pre-norm encoder has a norm before its class token already.
+    normed = options.pool == "mean" or config.encoder.norm_order == "post"
+    eps = config.encoder.norm_eps if config.version == 1 else 1e-6
+    return HeadSettings("pooled", pool=options.pool, norm_eps=eps if normed else None, **common)
+
+
+def build_model(config: FineTuneConfig, checkpoint: str) -> FineTuned:
+    """The model before the first update: pre-trained encoder, random head (a function of run.seed)."""
+    given, _, _ = load_any(checkpoint, "cpu", takes_data=False)
+    source = given.encoder if isinstance(given, FineTuned) else given
+    torch.manual_seed(config.run.seed)
+    encoder = strip_pretraining(Data2Vec(config))
+    if source.mask_token is None or config.stem.modality == "vision":
+        encoder.mask_token = None
+    tensors = source.state_dict()
+    if config.finetune.options.weights == "teacher":
+        if isinstance(given, FineTuned):
+            raise ValueError("task.weights: expected student for a fine-tuned model, got teacher")
+        tensors |= {n.removeprefix("teacher."): t for n, t in tensors.items() if n.startswith("teacher.")}
+    own = encoder.state_dict()
+    if source.blocks.norm is None and encoder.blocks.norm is not None:
+        encoder.blocks.norm, own = None, {n: t for n, t in own.items() if not n.startswith("blocks.norm.")}
+    copy_into(own, {n: t for n, t in tensors.items() if n in own}, f"checkpoint {checkpoint!r}")
+    head = make_head(config.finetune.head, config.encoder.width)
+    return FineTuned(encoder, head, config.finetune.labels)
+
+
+# ---- the end ----------------------------------------------------------------------------------------------------
+
+
+def write_best(folder: Path, config: FineTuneConfig) -> Path:
+    """The checkpoint with the best held-out score as an exported folder `best` of the run; returns that."""
+    place = folder / BEST
+    found = list_checkpoints(folder / "checkpoints")
+    best = find_best(found, config.run) or found[-1]
+    shutil.rmtree(place, ignore_errors=True)
+    tensors = load_tensors(best, MODEL)
+    model = build_finetuned(config, tensors)
+    copy_into(model.state_dict(), tensors, f"checkpoint {str(best)!r}")
+    write_folder(model, place, config)
+    if config.stem.modality == "text" and config.data.tokenizer is not None:
+        shutil.copytree(config.data.tokenizer, place / "tokenizer")
+    print(f"chose {best.name} by {config.run.keep_best}: {place}", file=sys.stderr)
+    return place
+
+
+def _conclude(
+    folder: Path, config: FineTuneConfig, sets: Sets, world: World, decoder: Decoder | None, worst: int
+) -> dict[str, Any]:
+    """Evaluates the chosen model on the test set, once in the life of a run."""
+    file = folder / TEST / RESULT
+    if sets.test is None:
+        return {}
+    if file.is_file():
+        print(f"the test set was looked at before: {file}", file=sys.stderr)
+        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        alone = World(world.device)
+        model, _, _ = load_any(str(folder / BEST), config.run.device)
+        assert isinstance(model, FineTuned)
+        objective = FineTuning(config, model, sets.modality, sets.test, sets.test, sets.spelling)
+        result = judge(objective, sets.test, alone, decoder, file.parent, worst)
+    print(json.dumps(result))
+    return result
+
+
+def judge(
+    objective: FineTuning, source: LabelledSource, world: World, decoder: Decoder | None, folder: Path | None,
+    worst: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Scores of a model on labelled samples, written into `folder` with the confusion matrix and the worst samples."""
+    outcomes = objective.predict(source, world, decoder)
+    if not outcomes:
+        raise ValueError(f"test: expected {objective.noun} that can be decoded, got none of {len(source)}")
+    labels = objective.model.labels
+    result = score_outcomes(outcomes, objective.task, labels)
+    result["left_out"] = {**source.left_out, **({"undecodable": n} if (n := len(source) - len(outcomes)) else {})}
+    if folder is not None:
+        write_report(folder, source, outcomes, result, labels, worst)
+    return result
+
+
+def make_decoder(config: FineTuneConfig, sets: Sets, settings: Decoding) -> Decoder | None:
+    """The decoder of the test set, made before the training so that what it lacks is said then."""
+    if sets.spelling is None:
+        if settings != Decoding():
+            raise ValueError("decode: expected nothing but for speech-ctc, got settings")
+        return None
+    return Decoder(settings, sets.spelling, config.finetune.head.blank)
+
+
+def evaluate_model(
+    checkpoint: str, test: str, *, decode: Decoding | None = None, labels: str | None = None, batch: int = 32,
+    device: str = "auto", output: str | None = None, worst: int = 50, bad_labels: str = "refuse",
+) -> dict[str, Any]:  # fmt: skip
+    """Scores of a fine-tuned model on labelled data; prints one JSON object, which it returns.
+
+    labels: file with the names of the outputs, one a line, in place of those of the model. output: folder for the
+    result; None: `evaluation` in the run folder, where `checkpoint` names one.
+    """
+    model, config, place = load_any(checkpoint, device)
+    if not isinstance(model, FineTuned) or not isinstance(config, FineTuneConfig):
+        raise ValueError(f"checkpoint: expected a fine-tuned model, got a pre-trained one at {checkpoint!r}")
+    if labels is not None:
+        names = Path(labels).read_text(encoding="utf-8").splitlines()
+        model = FineTuned(model.encoder, model.head, names)
+    kind, options = model.head.settings.task, config.finetune.options
+    tuned = replace(config.finetune, labels=model.labels)
+    data = replace(config.data, global_batch=batch, micro_batch=batch, workers=0, unequal="pad")
+    config = replace(config, finetune=tuned, data=data)
+    modality = make_modality(config)
+    spelling: Spelling | None = None
+    skip = bad_labels == "skip"
+    if kind == "ctc":
+        require_jiwer()
+        spelling = spelling_of(options.units, model.labels, options.bpe)
+        case = options.case if config.finetune.task or not isinstance(spelling, Letters) else spelling.case
+        longest = round(config.data.max_seconds * SAMPLE_RATE)
+        source = open_transcripts(modality, test, "test", case=case, longest=longest, skip=skip, check=spelling.unknown)
+    elif kind == "regression":
+        source = open_numbers(modality, test, "test", skip)
+    elif kind == "classification":
+        source, _ = open_classes(modality, test, "test", model.labels, skip)
+    else:
+        raise ValueError(f"checkpoint: expected a head for classification, regression or ctc, got {kind}")
+    objective = FineTuning(config, model.eval(), Labelled(modality), source, source, spelling)
+    decoder = None
+    if spelling is not None:
+        decoder = Decoder(decode or Decoding(), spelling, model.head.settings.blank)
+    folder = Path(output) if output is not None else _find_output(checkpoint)
+    result = judge(objective, source, World(place), decoder, folder, worst)
+    print(json.dumps(result))
+    return result
+
+
+def _find_output(checkpoint: str) -> Path | None:
+    folder = Path(checkpoint)
+    return folder / "evaluation" if (folder / "metrics.jsonl").is_file() else None

@@ -1,0 +1,146 @@
+"""Scores of predictions with 95 % confidence intervals: accuracy, F1, Matthews, correlations, error rates of words.
+
+Proportions have Wilson's interval; all others a percentile bootstrap over samples.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+DRAWS = 1000
+"""Bootstrap draws."""
+_Z = 1.959963984540054
+
+
+class Score(NamedTuple):
+    """A value with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def entries(self, name: str) -> dict[str, float]:
+        """Under `name`, `name`_low and `name`_high, rounded."""
+        return {f"{name}{end}": round(float(v), 6) for end, v in zip(("", "_low", "_high"), self, strict=True)}
+
+
+def score_proportion(hits: int, samples: int) -> Score:
+    """A share of samples with Wilson's interval (Wilson 1927)."""
+    if samples < 1:
+        return Score(math.nan, math.nan, math.nan)
+    p, n, z2 = hits / samples, samples, _Z * _Z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return Score(p, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def bootstrap(measure: Callable[[np.ndarray], float], samples: int, draws: int = DRAWS, seed: int = 0) -> Score:
+    """`measure` of the rows 0 to samples - 1, and the 2.5 and 97.5 percentiles of its values on rows drawn with
+    replacement; draws on which it is not defined do not count."""
+    value = measure(np.arange(samples))
+    rng = np.random.default_rng(seed)
+    values = np.array([measure(rng.integers(samples, size=samples)) for _ in range(draws)])
+    values = values[np.isfinite(values)]
+    low, high = np.percentile(values, [2.5, 97.5]) if len(values) else (math.nan, math.nan)
+    return Score(float(value), float(low), float(high))
+
+
+def score_classes(truth: np.ndarray, predicted: np.ndarray, classes: int) -> dict[str, float]:
+    """accuracy; f1 of class 1 where there are two classes, else the mean over classes; matthews.
+
+    truth, predicted: int64 (n,). As the GLUE tasks ask for them; of two classes the second is the positive one.
+    """
+    result = score_proportion(int((truth == predicted).sum()), len(truth)).entries("accuracy")
+
+    def confusion(rows: np.ndarray) -> np.ndarray:
+        flat = truth[rows] * classes + predicted[rows]
+        return np.bincount(flat, minlength=classes * classes).reshape(classes, classes)
+
+    def f1(rows: np.ndarray) -> float:
+        table = confusion(rows)
+        hits, sums = np.diag(table), table.sum(0) + table.sum(1)
+        scores = np.where(sums > 0, 2 * hits / np.maximum(sums, 1), 0.0)
+        return float(scores[1]) if classes == 2 else float(scores[sums > 0].mean())
+
+    result |= bootstrap(f1, len(truth)).entries("f1")
+    result |= bootstrap(lambda rows: measure_matthews(confusion(rows)), len(truth)).entries("matthews")
+    return result
+
+
+def measure_matthews(confusion: np.ndarray) -> float:
+    """Matthews correlation of a confusion matrix (K,K); 0 where all truths or all predictions are alike (Gorodkin
+    2004)."""
+    table = confusion.astype(np.float64)
+    n, hits = table.sum(), np.trace(table)
+    true, found = table.sum(1), table.sum(0)
+    spread = math.sqrt(n * n - float(true @ true)) * math.sqrt(n * n - float(found @ found))
+    return float((hits * n - true @ found) / spread) if spread > 0.0 else 0.0
+
+
+def score_numbers(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """pearson, spearman, and the root mean squared error; float64 (n,)."""
+    from scipy.stats import rankdata
+
+    def pearson(x: np.ndarray, y: np.ndarray) -> float:
+        x, y = x - x.mean(), y - y.mean()
+        spread = math.sqrt(float(x @ x) * float(y @ y))
+        return float(x @ y) / spread if spread > 0.0 else math.nan
+
+    n = len(truth)
+    result = bootstrap(lambda r: pearson(truth[r], predicted[r]), n).entries("pearson")
+    result |= bootstrap(lambda r: pearson(rankdata(truth[r]), rankdata(predicted[r])), n).entries("spearman")
+    error = bootstrap(lambda r: math.sqrt(float(np.mean((truth[r] - predicted[r]) ** 2))), n)
+    return result | error.entries("rmse")
+
+
+def require_jiwer() -> Any:
+    """The library that counts errors; `ValueError` with the way to install it."""
+    try:
+        import jiwer
+    except ImportError as error:
+        raise ValueError(
+            f"speech-ctc: expected jiwer for word error rates (pip install 'd2v[finetune]'), got {error}"
+        ) from None
+    return jiwer
+
+
+def count_errors(truth: Sequence[str], predicted: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(n,4) int64: word errors, words, character errors, characters of each transcript, and (n,) word error rates.
+
+    Transcripts are not empty; a prediction may be. Counted by jiwer.
+    """
+    jiwer = require_jiwer()
+    rows = []
+    for expected, found in zip(truth, predicted, strict=True):
+        words, letters = jiwer.process_words(expected, found), jiwer.process_characters(expected, found)
+        rows.append([*_errors(words), *_errors(letters)])
+    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    return table, table[:, 0] / np.maximum(table[:, 1], 1)
+
+
+def _errors(output: Any) -> tuple[int, int]:
+    errors = output.substitutions + output.deletions + output.insertions
+    return errors, output.hits + output.substitutions + output.deletions
+
+
+def score_transcripts(truth: Sequence[str], predicted: Sequence[str]) -> dict[str, float]:
+    """wer and cer: errors over words or characters of all transcripts."""
+    table, _ = count_errors(truth, predicted)
+
+    def rate(column: int) -> Callable[[np.ndarray], float]:
+        return lambda rows: float(table[rows, column].sum() / max(table[rows, column + 1].sum(), 1))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bootstrap(rate(0), len(table)).entries("wer") | bootstrap(rate(2), len(table)).entries("cer")
+
+
+def headline(task: str) -> tuple[str, str]:
+    """(metric that chooses a checkpoint, "lowest" or "highest") of a head's task."""
+    names = {"ctc": ("wer", "lowest"), "regression": ("pearson", "highest")}
+    return names.get(task, ("accuracy", "highest"))

@@ -1,0 +1,121 @@
+"""What breaks while a run trains: shards that vanish or are cut off, workers that die or hang."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.images import encode, make_image, write_tar
+
+from d2v import recipes
+from d2v.config import Config
+from d2v.data import loader
+from d2v.data.loader import BadSamples, evaluation_batches, train_updates, validation_batches
+from d2v.data.samples import Batch
+from d2v.data.sources import Source, open_source
+
+CPU = torch.device("cpu")
+
+
+def config(workers: int = 0, timeout: float = 600.0) -> Config:
+    base = recipes.vision_tiny()
+    data = dataclasses.replace(base.data, global_batch=4, workers=workers)
+    return dataclasses.replace(base, data=data, run=dataclasses.replace(base.run, steps=100, timeout=timeout))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[Path]:
+    return [
+        write_tar(tmp_path / f"{s}.tar", {f"{i}.png": encode(make_image(10 * s + i)) for i in range(6)})
+        for s in range(3)
+    ]
+
+
+def open_shards(shards: list[Path]) -> Source:
+    return open_source(str(shards[0].parent / "*.tar"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_vanishes_ends_the_run_by_its_name(shards: list[Path], workers: int) -> None:
+    source = open_shards(shards)
+    shards[1].unlink()
+    with pytest.raises(OSError, match=r"^the shard .*1\.tar cannot be opened: No such file or directory; put it back"):
+        list(train_updates(config(workers), source, 0, CPU))
+    with pytest.raises(OSError, match=r"^the shard .*1\.tar cannot be opened"):
+        list(validation_batches(config(workers), source, CPU))
+
+
+def test_a_shard_that_is_cut_off_ends_the_run_by_its_name(shards: list[Path]) -> None:
+    source = open_shards(shards)
+    batches = train_updates(config(), source, 0, CPU)
+    next(batches)
+    os.truncate(shards[2], 2_000)
+    with pytest.raises(OSError, match=r"^the shard .*2\.tar (is cut off|has changed)") as error:
+        list(batches)
+    assert "\n" not in str(error.value)
+    with pytest.raises(OSError, match=r"2\.tar has changed: \d+ bytes when it was indexed, now 2000"):
+        list(evaluation_batches(config(), open_after(source), CPU))
+
+
+def open_after(source: Source) -> Source:
+    """The same index in a process that has no shard open."""
+    import pickle
+
+    again: Source = pickle.loads(pickle.dumps(source))
+    return again
+
+
+def test_a_shard_that_is_overwritten_is_a_shard_of_bad_samples(shards: list[Path]) -> None:
+    source = open_shards(shards)
+    size = shards[0].stat().st_size
+    shards[0].write_bytes(os.urandom(size))
+    bad = BadSamples(source, 0.2, None)
+    for batches in train_updates(config(), source, 0, CPU):
+        bad.add(tuple(note for batch in batches for note in batch.notes))
+    with pytest.raises(ValueError, match=r"expected at most 20\.0%.*got 6 of 18 .*0\.tar:.*\.png"):
+        bad.check(400)
+    assert len(bad.entries) == 6
+
+
+def test_a_worker_that_dies_ends_the_run_by_its_number(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "LOOK_SECONDS", 0.5)
+    batches = train_updates(config(workers=2), open_source(str(image_folder)), 0, CPU)
+    next(batches)
+    workers = sorted(multiprocessing.active_children(), key=lambda w: w.pid or 0)
+    assert len(workers) == 2
+    os.kill(workers[1].pid or 0, signal.SIGKILL)
+    end = time.monotonic() + 30
+    while workers[1].is_alive():  # no exception here, in what would be the midst of an update
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    expected = rf"^data\.workers: loader worker 1 \(process {workers[1].pid}\) was killed by SIGKILL, perhaps for want"
+    with pytest.raises(ChildProcessError, match=expected) as error:
+        list(batches)
+    assert "\n" not in str(error.value)
+    assert time.monotonic() < end
+    assert not workers[0].is_alive(), "the other worker ends with the loader"
+
+
+def test_a_worker_that_hangs_ends_the_run(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "LOOK_SECONDS", 0.2)
+    batches = train_updates(config(workers=1, timeout=5.0), open_source(str(image_folder)), 0, CPU)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid or 0, signal.SIGSTOP)
+    try:
+        with pytest.raises(ChildProcessError, match=r"^data\.workers: no batch came from 1 loader workers in \d s"):
+            consume(batches)
+    finally:
+        os.kill(worker.pid or 0, signal.SIGKILL)
+
+
+def consume(batches: Iterator[list[Batch]]) -> None:
+    for _ in batches:
+        pass
