@@ -58,3 +58,5 @@ def check_run(config: Any) -> None:
     require(run.shard_ranks is None or run.parallel == "fsdp", "run.shard_ranks", "nothing without fsdp", config)
     # The scaler of the loss would have to agree over the shards of each gradient.
     require(run.parallel == "ddp" or run.precision != "fp16", "run.precision", "fp32 or bf16 with fsdp", config)
+    alone = run.parallel == "ddp" and not run.compile
+    require(alone or not run.teacher_graph, "run.teacher_graph", "False with fsdp or run.compile", config)

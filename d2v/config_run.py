@@ -147,6 +147,8 @@ class Run:
     """Seconds of silence after which a rank counts as lost and the others stop, naming it."""
     compile: bool = False
     """torch.compile the transformer blocks of student and teacher."""
+    teacher_graph: bool = False
+    """Run the teacher as a CUDA graph: on GPUs, with ddp, without compile, for batches without padding."""
     activation_checkpointing: bool = False
     """Compute the student's blocks a second time in the backward pass in place of keeping their activations."""
     threads: int | None = None

@@ -14,6 +14,7 @@ from d2v_kernels import Masks, Noise, gather_tokens, masked_regression_loss, res
 from .config import Config
 from .decoder import ConvDecoder
 from .encoder import Context, MainBlocks, initialise_linears
+from .graphs import GraphedTargets, Record
 from .heads import RegressionHead
 from .masking import MaskedRows, make_mask_sampler, resolve_masks
 from .modalities import PADDING, make_positions, make_stem, valid_positions
@@ -104,6 +105,7 @@ class Data2Vec(nn.Module):
         # A sharded teacher is cast as it is gathered.
         working_dtype = WORKING_DTYPES.get(config.run.precision) if config.run.parallel == "ddp" else None
         self.teacher = Teacher(student, config.ema.scope, working_dtype)
+        self.graphed: GraphedTargets | None = None
         self._drawn = 0
 
     @torch.no_grad()
@@ -268,9 +270,23 @@ class Data2Vec(nn.Module):
     @torch.no_grad()
     def _make_targets(self, inputs: Tensor, features: Tensor, lengths: Tensor | None) -> Tensor:
         """(B,T,C) targets: mean of the teacher's K normalised tensors, normalised again (section 3.3 of the paper)."""
+        if self.graphed is None or lengths is not None:
+            return self._compute_targets(inputs, features, lengths)
+        if self.teacher.working_dtype is not None:
+            self.teacher.working_parts()  # rewritten where the averages came from a checkpoint
+        return self.graphed(inputs, features)
+
+    def _compute_targets(self, inputs: Tensor, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         target = self.config.target
         layers = self.teacher.collect(inputs, features, lengths, target.top_k, target.source)
         return make_targets(self.config, layers, lengths)
+
+    def graph_teacher(self, record: Record | None = None) -> None:
+        """From here on the targets of batches without padding come from a recording (`d2v.graphs`).
+
+        record: as in `GraphedTargets`; unset: CUDA graphs.
+        """
+        self.graphed = GraphedTargets(torch.no_grad()(self._compute_targets), record)
 
     @torch.no_grad()
     def _make_targets_of_masked_tokens(self, inputs: Tensor, mask: Tensor, host_mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ and an update costs
     3 (student + positions + decoder or head + stem) + teacher
 
 where 3 stands for forward and backward, which is twice the forward; the student's N rows hold the visible tokens (1.0:
-all), the teacher's B rows all tokens; the first layer of a stem has no gradient of its input and counts 2.
+all), the teacher's B rows all tokens; a first layer that sees the data has no gradient of its input and counts 2.
 """
 
 from __future__ import annotations
@@ -113,10 +113,8 @@ def count_flops(config: Config, shape: Shape) -> float:
     positions = _count_positions(config, shape.tokens)
     first, rest, fixed = _count_stem(config, shape)
     trained = student + rows * positions + _count_prediction(config, shape, rows)
-    frozen = config.stem.gradient_scale == 0.0 and config.stem.modality == "speech"
-    stem = first + rest if frozen else 2.0 * first + 3.0 * rest
     again = first + rest + fixed if config.ema.scope == "all" else 0.0
-    return 3.0 * trained + teacher + samples * (stem + fixed + positions + again)
+    return 3.0 * trained + teacher + samples * (2.0 * first + 3.0 * rest + fixed + positions + again)
 
 
 def _count_block(encoder: Encoder, tokens: int) -> float:
@@ -135,7 +133,7 @@ def _count_positions(config: Config, tokens: int) -> float:
 
 
 def _count_stem(config: Config, shape: Shape) -> tuple[float, float, float]:
-    """Of a sample: the first trained layer, the others, and what is never trained."""
+    """Of a sample: the layer whose input needs no gradient, the other trained ones, and what is not trained."""
     stem, width = config.stem, config.encoder.width
     if stem.modality == "text":
         return 0.0, 0.0, 0.0
@@ -144,13 +142,16 @@ def _count_stem(config: Config, shape: Shape) -> tuple[float, float, float]:
     if stem.kind == "log-mel":
         frames = shape.tokens * stem.mel_frames
         projection = 2.0 * shape.tokens * stem.mel_bins * stem.mel_frames * width
-        return projection, 0.0, 2.0 * frames * _SPECTRUM * stem.mel_bins
+        return 0.0, projection, 2.0 * frames * _SPECTRUM * stem.mel_bins  # before it stands a trained norm
     layers, inputs, length = [], 1, shape.length
     for channels, kernel, stride in stem.convolutions:
         length = (length - kernel) // stride + 1
         layers.append(2.0 * length * kernel * inputs * channels)
         inputs = channels
-    return layers[0], sum(layers[1:]) + 2.0 * shape.tokens * inputs * width, 0.0
+    projection = 2.0 * shape.tokens * inputs * width
+    if stem.gradient_scale == 0.0:
+        return 0.0, projection, sum(layers)
+    return layers[0], sum(layers[1:]) + projection, 0.0
 
 
 def _count_prediction(config: Config, shape: Shape, rows: int) -> float:

@@ -42,6 +42,10 @@ class Pretraining(Objective):
         self.modality = make_modality(config)
         self.noun = self.modality.noun
         self.model = build_model(config, device)
+        if config.run.teacher_graph:
+            if device.type != "cuda":
+                raise ValueError(f"run.teacher_graph: expected a GPU, got a run on {device.type}")
+            self.model.graph_teacher()
         for part in (self.model.context, self.model.blocks):
             part.recompute = config.run.activation_checkpointing
 

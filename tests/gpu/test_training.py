@@ -57,3 +57,26 @@ def test_golden_step(place, backend_name) -> None:
         model.teacher.update(model.config.ema.decay(1, model.config.run.steps))
     for name, tensor in fairseq.teacher_parameters(model).items():
         assert_near(tensor, TENSORS[f"teacher_after/{name}"], 1e-5, name)
+
+
+def test_teacher_as_a_graph(place) -> None:
+    """Recorded targets equal those of plain calls while the weights move."""
+    if place.emulated:
+        pytest.skip("CUDA graphs need a GPU")
+    models = []
+    for _ in range(2):
+        models.append(
+            fairseq.build(RECORD["config"], part("student/"), part("teacher/"), family="d2v2_image").to(place.device)
+        )
+    models[1].graph_teacher()
+    images = TENSORS["input/source"].to(place.device)
+    for step in range(3):
+        targets = []
+        for model in models:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.mul_(1.0 + 0.01 * step)
+            model.teacher.update(0.5)
+            targets.append(model(images, masks=TENSORS["mask"].bool()).targets)
+        assert torch.equal(*targets)

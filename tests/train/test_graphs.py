@@ -1,0 +1,86 @@
+"""The teacher through recordings: right inputs in, present weights, results that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from d2v.config import Config
+from d2v.data2vec import Data2Vec
+from d2v.graphs import SHAPES, GraphedTargets, Make
+from d2v.pretraining import Pretraining
+from d2v.train import open_data
+
+
+def record_calls(make: Make, inputs: torch.Tensor, features: torch.Tensor) -> tuple[Callable[[], None], torch.Tensor]:
+    """What a CUDA graph does, on a CPU: the same call on the same places, its result where the first one was."""
+    result = make(inputs, features)
+
+    def replay() -> None:
+        result.copy_(make(inputs, features))
+
+    return replay, result
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_are_those_without_recording(make_config: Callable[..., Config], precision: str) -> None:
+    config = make_config(run={"precision": precision}, encoder={"dropout": 0.0})
+    torch.manual_seed(0)
+    plain = Data2Vec(config)
+    graphed = Data2Vec(config)
+    graphed.load_state_dict(plain.state_dict())
+    graphed.graph_teacher(record_calls)
+    for step in range(3):
+        images = torch.randn(2 + step % 2, 3, 16, 16)
+        outs = []
+        for model in (plain, graphed):
+            torch.manual_seed(step)
+            outs.append(model(images))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(0.01)
+            model.teacher.update(0.5)
+        assert torch.equal(outs[0].targets, outs[1].targets)
+        assert torch.equal(outs[0].loss, outs[1].loss)
+
+
+def test_a_checkpoint_reaches_the_working_copies(make_config: Callable[..., Config]) -> None:
+    config = make_config(run={"precision": "bf16"}, encoder={"dropout": 0.0})
+    torch.manual_seed(0)
+    model, other = Data2Vec(config), Data2Vec(config)
+    model.graph_teacher(record_calls)
+    images = torch.randn(2, 3, 16, 16)
+    model(images)
+    model.load_state_dict(other.state_dict())
+    torch.manual_seed(1)
+    expected = other(images).targets
+    torch.manual_seed(1)
+    assert torch.equal(model(images).targets, expected)
+
+
+def test_results_stay_and_shapes_are_limited() -> None:
+    recorded: list[int] = []
+
+    def record(make: Make, inputs: torch.Tensor, features: torch.Tensor) -> tuple[Callable[[], None], torch.Tensor]:
+        recorded.append(len(inputs))
+        return record_calls(make, inputs, features)
+
+    targets = GraphedTargets(lambda x, y: x + y, record)
+    first = targets(torch.ones(1), torch.ones(1))
+    second = targets(torch.zeros(1), torch.ones(1))
+    assert (first.item(), second.item()) == (2.0, 1.0)
+    for n in range(2, SHAPES + 4):
+        assert torch.equal(targets(torch.ones(n), torch.ones(n)), torch.full((n,), 2.0))
+    assert recorded == list(range(1, SHAPES + 1))
+
+
+def test_refusals(make_config: Callable[..., Config]) -> None:
+    for run in ({"compile": True}, {"parallel": "fsdp"}):
+        with pytest.raises(ValueError, match=r"run\.teacher_graph: expected False"):
+            make_config(run={"teacher_graph": True, **run})
+    config = make_config(run={"teacher_graph": True})
+    with pytest.raises(ValueError, match=r"run\.teacher_graph: expected a GPU"):
+        Pretraining(config, open_data(config)[0], None, torch.device("cpu"))
