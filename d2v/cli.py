@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from d2v.cli_options import EvaluateModel, Export, Features, Import, Init, Plot, Probe, Textures, Tokenizer
+from d2v.cli_options import EvaluateModel, Export, Features, Import, Init, Maps, Pack, Plot, Probe, Textures, Tokenizer
 from d2v.config import PUBLISHED_BEHAVIOURS, Config
 
 USAGE = """usage: d2v COMMAND [OPTIONS]
@@ -29,13 +29,15 @@ commands:
   finetune TASK       train a head and the encoder on labels; resumes if --run.dir holds a checkpoint
   evaluate probe      linear probe, kNN and few-label accuracy on frozen features
   evaluate model      scores of a fine-tuned model: accuracy, F1, correlation, or word error rate
+  evaluate maps       pictures: similarity of features, masks, classes in two dimensions
   features            features of images, speech or text to one file, with an index beside it
   import              read a published fairseq checkpoint or a Hugging Face folder
   export              write a checkpoint as safetensors, for Hugging Face (1.0) or for fairseq
-  plot DIR            draw a run: monitors, probes, similarity of patch features -> DIR/report.png
+  plot DIR            draw a run: monitors, probes, similarity of features -> DIR/report.png
   recipes             list the recipes
   info                what this installation can run, and why not
   data textures       write the quick-start images: crops of photographs from the scikit-image package
+  data pack           write images, speech or text as shards of even size
   data tokenizer      train a tokenizer on text, or import the published one
 
 'd2v COMMAND --help' lists the options of a command; 'd2v pretrain RECIPE --help' shows the recipe's values.
@@ -254,6 +256,15 @@ def _finetune(arguments: list[str]) -> int:
     return run_command(arguments)
 
 
+@_command("evaluate maps")
+def _evaluate_maps(arguments: list[str]) -> int:
+    options = parse_options(Maps, arguments, "d2v evaluate maps")
+    from d2v.maps import draw_maps
+
+    print(draw_maps(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)}))
+    return 0
+
+
 @_command("features")
 def _features(arguments: list[str]) -> int:
     options = parse_options(Features, arguments, "d2v features")
@@ -327,6 +338,20 @@ def _textures(arguments: list[str]) -> int:
     if options.pretrain_crops:
         counts["pretrain"] = options.pretrain_crops
     print(write_textures(Path(options.output), seed=options.seed, size=options.size, counts=counts))
+    return 0
+
+
+@_command("data pack")
+def _pack(arguments: list[str]) -> int:
+    options = parse_options(Pack, arguments, "d2v data pack")
+    from d2v.data.pack import PackSettings, pack
+
+    settings = PackSettings(
+        kind=options.kind, labelled=options.labelled, shard_bytes=round(options.shard_megabytes * 1e6),
+        shard_samples=options.shard_samples, seed=options.seed, in_order=options.in_order, unchecked=options.unchecked,
+    )  # fmt: skip
+    workers, commands = options.workers, options.allow_commands
+    print(pack(options.input, Path(options.output), settings, workers=workers, commands=commands))
     return 0
 
 

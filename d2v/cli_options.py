@@ -55,9 +55,40 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Maps:
+    """Pictures of what a model has learned: OUTPUT/maps.png, samples with their masks and the similarity of their
+    features, and OUTPUT/embedding.png, a point for every labelled sample in the colour of its class."""
+
+    checkpoint: str
+    """Run folder, checkpoint inside it, or exported folder."""
+    output: str
+    """Folder for the two files."""
+    input: str | None = None
+    """Images, speech or text, as for pre-training, for maps.png; unset: none."""
+    labelled: str | None = None
+    """Labelled data, as for evaluate probe, for embedding.png; unset: none."""
+    weights: Literal["student", "teacher"] = "teacher"
+    """Whose features."""
+    layer: int | None = None
+    """Blocks that run before the features are taken; unset: all, and the final norm."""
+    count: int = 6
+    """Samples in maps.png."""
+    samples: int = 1000
+    """Most samples in embedding.png, of every class as many."""
+    method: Literal["pca", "tsne"] = "pca"
+    """Two directions of largest variance, or t-SNE (van der Maaten and Hinton 2008)."""
+    seed: int = 0
+    """Seed of the choice of samples and of t-SNE."""
+    batch: int = 64
+    """Samples per forward."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU when there is one."""
+
+
+@dataclass(frozen=True)
 class Plot:
-    """Draws DIR/report.png: all that metrics.jsonl holds over the updates, probe bars, similarity of the features of a few
-    samples. Works for runs that are going on or were cut off."""
+    """Draws DIR/report.png: all that metrics.jsonl holds over the updates, probe bars, similarity of the features of
+    a few samples. Works for runs that are going on or were cut off."""
 
     dir: Annotated[str, tyro.conf.Positional]
     """Run folder."""
@@ -111,6 +142,38 @@ class Tokenizer:
     """Tokens, with the 5 special ones and 256 for single bytes."""
     gpt2: str | None = None
     """Folder with encoder.json, vocab.bpe and dict.txt of the published models, in place of --data.path."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Writes images or recordings as .tar shards of even size, or text as .jsonl files, in random order.
+
+    The same input and options give the same bytes. What cannot be decoded is left out and listed in pack.json; images
+    and recordings are listed in contents.jsonl. A pack that was interrupted goes on when the command is given again.
+    """
+
+    input: str
+    """Images: a folder or .tar shards; speech: the same, or a .tsv manifest; text: .txt or .jsonl files or a folder."""
+    output: str
+    """Folder to write; absent or empty."""
+    kind: Literal["images", "speech", "text"] = "images"
+    """What the samples are."""
+    labelled: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Class folders, or the labels of shards and tables, become .cls members. Transcripts of speech are always kept."""
+    shard_megabytes: float = 256.0
+    """Most megabytes (10^6 bytes) of a shard."""
+    shard_samples: int | None = None
+    """Most samples of a shard; unset: any number."""
+    seed: int = 0
+    """Seed of the order."""
+    in_order: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep the order of the input."""
+    unchecked: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Take samples without decoding them, which is quicker."""
+    workers: int = 2
+    """Threads that read and decode."""
+    allow_commands: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run shell commands that the input or a manifest names (pipe:COMMAND, COMMAND |)."""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ import torch
 
 from d2v.evaluate import find_tokenizer, load_any
 
-model, config, device = load_any("{folder}", "cpu")
+model, config, device = load_any("{folder}", "cpu", takes_data=False)
 
 {inputs}
 with torch.no_grad():
@@ -96,8 +96,7 @@ def import_checkpoint(source: str, output: str) -> str:
     model = huggingface.load(path) if path.is_dir() else fairseq.load(path)
     write_folder(model, folder)
     encoder = model.encoder if isinstance(model, FineTuned) else model
-    averages = set(encoder.teacher.parameters())
-    count = sum(p.numel() for p in encoder.parameters() if p.requires_grad and p not in averages)
+    count = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     stem = model.config.stem
     head = ""
     if isinstance(model, FineTuned):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +101,28 @@ class FineTuned(nn.Module):
                 fill = Noise(encoder.config.mask.noise_std, keys.to(x.device))
             x = restore_tokens(x.contiguous(), restore, fill=fill)
         return x if channels is None else x.masked_fill(channels[:, None], 0.0)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes config.json and model.safetensors into an absent or empty folder, which `load` and `--checkpoint`
+        take; returns it."""
+        from .convert import write_folder
+
+        write_folder(self, Path(folder))
+        return Path(folder)
+
+    @staticmethod
+    def load(folder: str | Path, device: str = "cpu") -> FineTuned:
+        """A model that `save`, a fine-tuning run or `d2v import` wrote, in evaluation mode.
+
+        Raises:
+            ValueError: no such folder, or one of a pre-trained model.
+        """
+        from .evaluate import load_any
+
+        model, _, _ = load_any(str(folder), device, takes_data=False)
+        if not isinstance(model, FineTuned):
+            raise ValueError(f"checkpoint: expected a fine-tuned model, got a pre-trained one at {str(folder)!r}")
+        return model
 
     def count_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B,) int64 on the host: tokens of each sample, those that its padding yields not counted."""

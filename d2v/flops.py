@@ -94,10 +94,10 @@ def describe_rates(rates: dict[str, float], config: Config, device: torch.device
 
 
 def find_peak(name: str) -> float | None:
-    """Peak of a GPU by the name that its driver gives ("NVIDIA H100 80GB HBM3"), or None. The entry with most words
-    that are in the name wins."""
+    """Peak of a GPU by the name that its driver gives ("NVIDIA H100 80GB HBM3"), or None: unknown, or a part of one
+    (MIG). The entry with most words that are in the name wins."""
     words = set(name.replace("-", " ").split())
-    fitting = [entry for entry in PEAKS if set(entry.split()) <= words]
+    fitting = [entry for entry in PEAKS if set(entry.split()) <= words and "MIG" not in words]
     return PEAKS[max(fitting, key=lambda entry: len(entry.split()))] if fitting else None
 
 

@@ -91,7 +91,8 @@ class Heartbeat:
             if reason != _DONE:
                 return f"{self.names[rank]} stopped with {reason}"
         if (quiet := now - self._store_seen) > silence:
-            return f"the job's key-value store, on the host of rank 0, has not answered for {quiet:.0f} s"
+            place = self.names.get(0, "this rank")
+            return f"the job's key-value store, beside {place}, has not answered for {quiet:.0f} s"
         silent = [r for r, seen in self._seen.items() if r not in self._ended and now - seen > silence]
         if not silent:
             return None

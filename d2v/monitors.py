@@ -128,9 +128,9 @@ _MEANINGS = {
     "target_rank": "the targets lie along one direction",
 }
 _ADVICE = {
-    "stem_rank": "a lower stem.gradient_scale",
-    "content_spread": "ema.start and ema.end nearer to 1",
-    "target_rank": "ema.start and ema.end nearer to 1",
+    "stem_rank": "a lower --stem.gradient-scale (speech)",
+    "content_spread": "--ema.start and --ema.end nearer to 1",
+    "target_rank": "another --target.norm",
 }
 
 
@@ -171,6 +171,6 @@ def explain_alarms(alarms: Mapping[str, tuple[float, float]]) -> str:
     """Values, limits, what they mean, and what to try."""
     found = ", ".join(f"{name} {value:.2g} (limit {limit:g})" for name, (value, limit) in alarms.items())
     meanings = " and ".join(_MEANINGS[name] for name in alarms)
-    advice = dict.fromkeys(["a lower optim.learning_rate", "more optim.warmup_steps"])
+    advice = dict.fromkeys(["a lower --optim.learning-rate", "more --optim.warmup-steps"])
     advice |= dict.fromkeys(_ADVICE[name] for name in alarms if name in _ADVICE)
     return f"{found}: {meanings}; try {', '.join(advice)}; docs/monitoring.md says more"

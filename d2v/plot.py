@@ -123,12 +123,17 @@ def _draw(
 
 
 def choose_panels(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
-    """Title and keys of the panels that have something to show: the known ones, then one for every other number."""
+    """Title and keys of the panels that have something to show: the known ones, then one for every other number, in
+    which the same number of the held-out data stands, too."""
     numbers = (int, float)
     found = dict.fromkeys(k for line in lines for k, v in line.items() if isinstance(v, numbers) or v is None)
     panels = [(title, tuple(key for key in keys if key in found)) for title, keys in PANELS]
     known = {key for _, keys in PANELS for key in keys} | LEFT_OUT
-    panels += [(key.replace("_", " "), (key,)) for key in found if key not in known]
+    others: dict[str, list[str]] = {}
+    for key in found:
+        if key not in known:
+            others.setdefault(key.removeprefix("valid_"), []).append(key)
+    panels += [(name.replace("_", " "), tuple(keys)) for name, keys in others.items()]
     return [(title, keys) for title, keys in panels if keys]
 
 

@@ -36,9 +36,9 @@ def run_tests(_folder: Path) -> dict[str, Any]:
     return {"pytest": done.stdout.strip().splitlines()[-1].strip("= ")}
 
 
-def compare(modality: str, small: bool = False) -> Experiment:
+def compare(modality: str) -> Experiment:
     """Two ranks against one, for one modality."""
-    return lambda folder: equality.compare_ranks(folder, [modality], small=small)
+    return lambda folder: equality.compare_ranks(folder, [c for c in equality.ALL_CASES if c[0] == modality])
 
 
 def kill(ranks: int, parallel: str, *more: str, seed: int) -> Experiment:
@@ -71,7 +71,7 @@ def experiments() -> dict[str, tuple[Experiment, bool]]:
                     lambda f, h=how, p=parallel, v=victim: faults.lost_rank(f, how=h, parallel=p, victim=v),
                     False,
                 )
-    found["rank 1 of 2 killed under torchrun"] = (lambda f: faults.lost_rank(f, launcher="torchrun")), False
+    found["rank 1 of 2 killed under torchrun"] = faults.lost_rank_under_torchrun, False
     for launcher in ("none", "torchrun"):
         for parallel in ("ddp", "fsdp"):
             found[f"link between two hosts cut, {parallel}, launcher {launcher}"] = (
@@ -79,8 +79,8 @@ def experiments() -> dict[str, tuple[Experiment, bool]]:
                 True,
             )
     found["kill -9, 20 times, 1 rank"] = kill(1, "ddp", seed=1), False
-    found["kill -9, 20 times, 1 rank, asynchronous checkpoints"] = (
-        kill(1, "ddp", "--run.async-checkpoint", seed=2),
+    found["kill -9, 20 times, 1 rank, no asynchronous checkpoints"] = (
+        kill(1, "ddp", "--run.no-async-checkpoint", seed=2),
         False,
     )
     found["kill -9, 20 times, 2 ranks, ddp"] = kill(2, "ddp", seed=3), False

@@ -68,7 +68,7 @@ def _loader(
 
 def _watch(loader: DataLoader[Batch], patience: float) -> Generator[Batch, None, None]:
     before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
+    batches: Any = iter(loader)
     workers = list(getattr(batches, "_workers", ()))
     if workers and threading.current_thread() is threading.main_thread():
         # The loader's handler would raise in the midst of an update; here its workers are looked at while it waits.

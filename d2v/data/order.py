@@ -217,31 +217,35 @@ class UpdateSampler:
 
     def count(self, update: int) -> int:
         """Micro-batches of an update, the same on all ranks."""
-        return len(self._split(update, self._lengths_of(self._places(update)))[1][self.rank])
+        if self.limit is None:
+            return len(self._layout[self.rank])
+        return len(self._split(self._lengths_of(self._places(update)))[1][self.rank])
 
     def slots(self, update: int) -> list[list[Slot]]:
         """This rank's micro-batches of an update."""
+        if not self.grouped:
+            batches = self._layout[self.rank]
+            return [[Slot(*place) for place in self._places(update, start, stop)] for start, stop in batches]
         places = self._places(update)
         lengths = self._lengths_of(places)
-        groups, layout = self._split(update, lengths)
-        stream = [] if self.grouped else [Slot(*place) for place in places]
-        for start, stop in groups if self.grouped else ():
+        groups, layout = self._split(lengths)
+        stream: list[Slot] = []
+        for start, stop in groups:
             known = None if lengths is None else tuple(lengths[start:stop])
             crop = min(known) if known is not None and self.data.unequal == "crop" else None
             group = Group(tuple(places[start:stop]), known, crop)
             stream += [Slot(*place, group, number) for number, place in enumerate(group.places)]
         return [stream[start:stop] for start, stop in layout[self.rank]]
 
-    def _places(self, update: int) -> list[tuple[int, int]]:
-        return self.order.take(update * self.total, self.total)
+    def _places(self, update: int, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
+        stop = self.total if stop is None else stop
+        return self.order.take(update * self.total + start, stop - start)
 
     def _lengths_of(self, places: list[tuple[int, int]]) -> list[int] | None:
         return None if self.lengths is None else [int(self.lengths[i]) for i, _ in places]
 
-    def _split(
-        self, update: int, lengths: list[int] | None
-    ) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]:
-        """Groups of an update, and the micro-batches of every rank."""
+    def _split(self, lengths: list[int] | None) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]:
+        """Groups of an update of samples of these lengths, and the micro-batches of every rank."""
         if self.limit is None or lengths is None:
             return self._groups, self._layout
         groups = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.data.index_cache import index_lengths
+from d2v.data.index_cache import IndexCache, index_lengths
 from d2v.data.manifest import ManifestSource
 from d2v.data.progress import Reporter
 from d2v.data.samples import STREAM_CROP, Batch, Modality, Sample, random_stream
@@ -165,17 +165,7 @@ class Speech(Modality):
         header is rejected, what is too short is left out and counted.
         """
         allowed, cache = self.config.data.allow_commands, self.index_cache()
-        if path.endswith(".tsv"):
-            files = find_files(path, SPEECH.places, option)
-            if len(files) != 1:
-                raise ValueError(f"{option}: expected one manifest, got {len(files)} at {path!r}")
-            source: Source = ManifestSource(
-                files[0], SPEECH, labelled=labelled, option=option, commands=allowed, cache=cache
-            )  # fmt: skip
-        else:
-            source = open_source(
-                path, SPEECH, labelled=labelled, option=option, commands=allowed, cache=cache
-            )  # fmt: skip
+        source = open_audio(path, labelled=labelled, option=option, commands=allowed, cache=cache)
         return self._select(source, option)
 
     def _select(self, source: Source, option: str) -> Source:
@@ -254,6 +244,16 @@ class Speech(Modality):
             bands = self._mel.make_bands(waveform[None, :length])[0]
             rows.append(torch.cat([bands.mean(0), bands.std(0, correction=0)]))
         return torch.stack(rows)
+
+
+def open_audio(path: str, *, labelled: bool, option: str, commands: bool, cache: IndexCache | None = None) -> Source:
+    """Recordings of any length: a folder, a `.tsv` manifest or table, or .tar shards."""
+    if not path.endswith(".tsv"):
+        return open_source(path, SPEECH, labelled=labelled, option=option, commands=commands, cache=cache)
+    files = find_files(path, SPEECH.places, option)
+    if len(files) != 1:
+        raise ValueError(f"{option}: expected one manifest, got {len(files)} at {path!r}")
+    return ManifestSource(files[0], SPEECH, labelled=labelled, option=option, commands=commands, cache=cache)
 
 
 def measure_header(source: Source, index: int) -> int | str:

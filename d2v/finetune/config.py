@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ..config import Config, build_section
-from ..config_checks import require
 from .heads import HeadSettings
 
 TASKS = ("speech-ctc", "speech-classify", "vision-classify", "text-classify")
@@ -108,18 +108,7 @@ class FineTuneConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("mix_probability", "switch_probability", "erasing", "time_mask", "channel_mask"):
-            value = getattr(self.finetune.options, name)
-            require(0.0 <= value <= 1.0, f"finetune.options.{name}", "0 to 1", self)
-        for name in ("label_smoothing", "head_dropout"):
-            value = getattr(self.finetune.options, name)
-            require(0.0 <= value < 1.0, f"finetune.options.{name}", "0 to below 1", self)
-        for name in ("mixup", "cutmix", "freeze_encoder"):
-            require(getattr(self.finetune.options, name) >= 0, f"finetune.options.{name}", "0 or more", self)
-        for name in ("time_span", "channel_span"):
-            require(getattr(self.finetune.options, name) >= 1, f"finetune.options.{name}", "1 or more", self)
-        require(0.0 < self.finetune.options.layer_decay <= 1.0, "finetune.options.layer_decay", "above 0, to 1", self)
-        require(0.0 < self.finetune.options.valid_share < 1.0, "finetune.options.valid_share", "between 0 and 1", self)
+        check_options(self.finetune.options)
 
     @staticmethod
     def of(config: Config, **changes: Any) -> FineTuneConfig:
@@ -132,6 +121,27 @@ class FineTuneConfig(Config):
         """Rebuilds a configuration; unknown fields raise `ValueError` with their names."""
         config: FineTuneConfig = build_section(FineTuneConfig, json.loads(text), "config")
         return config
+
+
+def check_options(options: TaskOptions) -> None:
+    """`ValueError` names an option that is out of its range."""
+    rules: list[tuple[tuple[str, ...], str, Callable[[float], bool]]] = [
+        (("mix_probability", "switch_probability", "erasing", "time_mask", "channel_mask"), "0 to 1", _is_share),
+        (("warmup", "hold"), "0 to 1", _is_share),
+        (("label_smoothing", "head_dropout"), "0 to below 1", lambda x: 0.0 <= x < 1.0),
+        (("mixup", "cutmix", "freeze_encoder"), "0 or more", lambda x: x >= 0.0),
+        (("time_span", "channel_span"), "1 or more", lambda x: x >= 1),
+        (("layer_decay",), "above 0, at most 1", lambda x: 0.0 < x <= 1.0),
+        (("valid_share",), "above 0, below 1", lambda x: 0.0 < x < 1.0),
+    ]
+    for names, expected, fits in rules:
+        for name in names:
+            if not fits(getattr(options, name)):
+                raise ValueError(f"task.{name}: expected {expected}, got {getattr(options, name)}")
+
+
+def _is_share(value: float) -> bool:
+    return 0.0 <= value <= 1.0
 
 
 def read_config(file: Path) -> Config | FineTuneConfig:

@@ -123,7 +123,11 @@ def _make_search(settings: Decoding, spelling: Spelling, blank: int) -> _Search:
     if settings.lm is not None:
         if not Path(settings.lm).is_file():
             raise ValueError(f"decode.lm: expected a KenLM file, found none at {settings.lm!r}")
-        model = kenlm.KenLM(settings.lm, names)
+        try:
+            model = kenlm.KenLM(settings.lm, names)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"decode.lm: expected a KenLM file, got {settings.lm!r}: {reason}") from None
     trie = library.Trie(len(labels), spelling.space)
     start = model.start(False)
     for word, ids in spelled:

@@ -14,11 +14,13 @@ MODALITIES = dict(zip(TASKS, ("speech", "speech", "vision", "text"), strict=True
 _OPTIMS = {
     # wav2vec 2.0's schedule for 10 hours of labels: .1 rising, .4 at the peak, .5 falling to 5 %.
     "speech-ctc": Optim(
-        warmup_steps=0, learning_rate=5e-5, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, schedule="tri-stage", final_rate=0.05,
+        warmup_steps=0, learning_rate=5e-5, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, schedule="tri-stage",
+        final_rate=0.05,
     ),
     "speech-classify": Optim(warmup_steps=0, learning_rate=6e-5, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0),
     "vision-classify": Optim(
-        warmup_steps=0, learning_rate=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, decay_all=False, final_rate=1e-3,
+        warmup_steps=0, learning_rate=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, decay_all=False,
+        final_rate=1e-3,
     ),
     "text-classify": Optim(
         warmup_steps=0, learning_rate=2e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, schedule="linear",

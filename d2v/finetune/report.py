@@ -35,6 +35,14 @@ def score_outcomes(outcomes: Sequence[Outcome], task: str, labels: Sequence[str]
     return {"task": task, "samples": len(outcomes), **scores, "loss": round(loss, 6)}
 
 
+def describe_scores(result: dict[str, Any]) -> str:
+    """Scores and intervals for people, a line each."""
+    names = [name for name in result if f"{name}_low" in result]
+    lines = [f"{'score':<10}{'value':>8}   95 % interval, {result['samples']} samples"]
+    lines += [f"{n:<10}{result[n]:>8.3f}   {result[f'{n}_low']:.3f} to {result[f'{n}_high']:.3f}" for n in names]
+    return "\n".join(lines)
+
+
 def write_report(
     folder: Path, source: Source, outcomes: Sequence[Outcome], result: dict[str, Any], labels: Sequence[str],
     worst: int,

@@ -31,7 +31,7 @@ from .decoding import Decoder, Decoding
 from .defaults import default_sections
 from .heads import HeadSettings, make_head
 from .objective import FineTuning
-from .report import RESULT, score_outcomes, write_report
+from .report import RESULT, describe_scores, score_outcomes, write_report
 from .scores import headline, require_jiwer
 from .spelling import Letters, Pieces, Spelling, spelling_of
 
@@ -287,6 +287,7 @@ def judge(
     result["left_out"] = {**source.left_out, **({"undecodable": n} if (n := len(source) - len(outcomes)) else {})}
     if folder is not None:
         write_report(folder, source, outcomes, result, labels, worst)
+    print(describe_scores(result))
     return result
 
 

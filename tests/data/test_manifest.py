@@ -119,3 +119,14 @@ def test_manifests_that_cannot_be_used(tmp_path: Path) -> None:
     source = Speech(config()).open(str(tmp_path / "m.tsv"))
     with pytest.raises(OSError, match="No such file"):
         source.read(0)
+
+
+def test_counts_of_another_rate_are_not_believed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.wav").write_bytes(encode_sound(make_sound(i, 0.5, 8_000), 8_000))
+    manifest = tmp_path / "train.tsv"
+    manifest.write_text(".\n0.wav\t4000\n1.wav\t4000\n2.wav\t4000\n")  # frames at 8 kHz
+    source = Speech(config()).open(str(manifest))
+    assert source.lengths is not None
+    assert source.lengths.tolist() == [8_000] * 3
+    assert "train.tsv says 4000 samples" in capsys.readouterr().err

@@ -15,8 +15,9 @@ from d2v.config import Config
 from d2v.convert import write_folder
 from d2v.data2vec import Data2Vec
 
-WORDS = {"la": 300.0, "me": 900.0, "no": 2000.0}
-"""Words of generated speech, each a tone."""
+TONES = {"a": 300.0, "e": 900.0, "o": 2000.0}
+WORDS = ("ae", "eo", "oa")
+"""Words of generated speech; each letter is a tone."""
 
 
 def export(config: Config, folder: Path) -> Path:
@@ -69,14 +70,16 @@ def write_images(root: Path, count: int, seed: int, classes: tuple[str, ...] = (
     return root
 
 
-def make_tone(words: list[str], seed: int) -> np.ndarray:
-    """0.25 s of a tone for each word, with silence between."""
+def make_tones(words: list[str], seed: int) -> np.ndarray:
+    """0.15 s of a tone for each letter, 0.1 s of silence after each word."""
     rng = np.random.default_rng(seed)
-    time = np.arange(4000) / 16_000
+    time = np.arange(2400) / 16_000
     parts = []
     for word in words:
-        tone = np.sin(2 * np.pi * WORDS[word] * rng.uniform(0.95, 1.05) * time) * rng.uniform(0.3, 0.6)
-        parts += [tone, np.zeros(1600)]
+        for letter in word:
+            tone = np.sin(2 * np.pi * TONES[letter] * rng.uniform(0.95, 1.05) * time)
+            parts.append(tone * rng.uniform(0.3, 0.6))
+        parts.append(np.zeros(1600))
     wave = np.concatenate(parts)
     return (wave + 0.003 * rng.standard_normal(len(wave))).astype(np.float32)
 
@@ -88,8 +91,8 @@ def write_speech(root: Path, count: int, seed: int, words: int = 2) -> Path:
     root.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for i in range(count):
-        said = rng.choice(list(WORDS), size=words).tolist()
-        soundfile.write(root / f"{i}.wav", make_tone(said, seed * 1000 + i), 16_000)
+        said = rng.choice(WORDS, size=words).tolist()
+        soundfile.write(root / f"{i}.wav", make_tones(said, seed * 1000 + i), 16_000)
         (root / f"{i}.txt").write_text(" ".join(said) + "\n")
     return root
 
@@ -101,7 +104,7 @@ def write_spoken_classes(root: Path, count: int, seed: int) -> Path:
     for number, word in enumerate(WORDS):
         (root / word).mkdir(parents=True)
         for i in range(count):
-            soundfile.write(root / word / f"{i}.wav", make_tone([word], seed + 100 * number + i), 16_000)
+            soundfile.write(root / word / f"{i}.wav", make_tones([word], seed + 100 * number + i), 16_000)
     return root
 
 

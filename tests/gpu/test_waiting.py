@@ -27,7 +27,7 @@ def refuse_waiting(gpu: torch.device) -> Iterator[Any]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("recipe", ["vision-tiny", "vision1-tiny", "text-tiny", "text1-tiny", "speech-tiny"])
 def test_updates_do_not_wait(recipe: str, precision: Any, gpu: torch.device, refuse_waiting: Any) -> None:
     if recipe.startswith("speech"):

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.families import make_config
 
 import d2v
 from d2v import recipes
 from d2v.convert import export_checkpoint, import_checkpoint, write_folder
 from d2v.evaluate import load_model
+from d2v.finetune.heads import HeadSettings, make_head
+from d2v.finetuned import strip_pretraining
 from d2v.interop import fairseq
 from d2v.interop.torch_file import read_torch_file
 
@@ -41,6 +44,26 @@ def test_loading_example_runs(image_folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "torch.Size([1, 64, 64])" in done.stdout
+
+
+@pytest.mark.parametrize("recipe", ["speech1-base", "vision-base", "text-base"])
+def test_loading_example_of_a_fine_tuned_model(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(recipe)
+    encoder = strip_pretraining(d2v.Data2Vec(config))
+    kind = {"speech": "tokens", "vision": "pooled", "text": "sentence"}[config.stem.modality]
+    head = make_head(HeadSettings(kind, 3, norm_eps=1e-6 if kind == "pooled" else None), 32)  # type: ignore[arg-type]
+    folder = d2v.FineTuned(encoder, head, ("ant", "bee", "cat")).save(tmp_path / "m")
+    example = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert example is not None and example[1].count("\n") <= 30
+    exec(compile(example[1], "README.md", "exec"), {})
+    shown = capsys.readouterr().out
+    assert "3)" in shown and any(label in shown for label in ("ant", "bee", "cat"))
+    assert d2v.FineTuned.load(folder).labels == ("ant", "bee", "cat")
+
+
+def test_fine_tuned_only(image_folder: Path) -> None:
+    with pytest.raises(ValueError, match="expected a fine-tuned model, got a pre-trained one"):
+        d2v.FineTuned.load(image_folder)
 
 
 def test_fairseq_there_and_back(image_folder: Path, tmp_path: Path) -> None:

@@ -223,6 +223,26 @@ def test_own_models_are_written(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(again.eval()(*inputs), model(*inputs), rtol=tolerance, atol=tolerance)
 
 
+def test_files_of_another_trainer_keep_their_key(tmp_path: Path) -> None:
+    """Fine-tuned files of the separate vision repository hold the tensors under "module" and no options."""
+    state = fine_tuned_state("image1")
+    state["model"].pop("cfg", None)
+    (tmp_path / "a").mkdir()
+    model = fairseq.load(write(state, tmp_path / "a" / "first.pt"))
+    assert isinstance(model, FineTuned)
+    model.head.settings = HeadSettings("pooled", 6, norm_eps=1e-6)
+    model.origin = None
+    fairseq.save(model, tmp_path / "beit.pt")
+    tensors = dict(read_torch_file(tmp_path / "beit.pt")["model"])
+    assert "blocks.0.mlp.fc1.weight" in tensors and "patch_embed.proj.weight" in tensors
+    half = {n: t.half() if t.is_floating_point() else t for n, t in tensors.items()}
+    again = fairseq.load(write({"module": half}, tmp_path / "module.pt"))
+    fairseq.save(again, tmp_path / "back.pt")
+    back = read_torch_file(tmp_path / "back.pt")
+    assert "model" not in back and back["module"].keys() == half.keys()
+    assert all(torch.equal(t, back["module"][n]) and t.dtype == back["module"][n].dtype for n, t in half.items())
+
+
 def test_labels_of_the_dictionary_beside(tmp_path: Path) -> None:
     path = write(fine_tuned_state("ctc1"), tmp_path / "a.pt")
     (tmp_path / "dict.ltr.txt").write_text("| 94802\nE 51860\nT 38431\n")

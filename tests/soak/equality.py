@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from soak.cases import MODALITIES, NO_DROPOUT, make_data, options
-from soak.jobs import finish, largest_difference, last_step, losses
+from soak.jobs import largest_difference, last_step, losses
 from soak.ranks import run_all
 
 LIMIT = 1e-5
@@ -16,9 +16,13 @@ MICRO = {"whole": 4, "accumulated": 2}
 """Samples per forward for a global batch of 8: one forward on each of two ranks, or two."""
 
 
+Case = tuple[str, str, str]
+"""Modality, `run.parallel`, "whole" or "accumulated"."""
+ALL_CASES: list[Case] = [(m, p, a) for m in MODALITIES for p in ("ddp", "fsdp") for a in MICRO]
+
+
 def compare_ranks(
-    folder: Path, modalities: Sequence[str] = MODALITIES, parallels: Sequence[str] = ("ddp", "fsdp"),
-    micros: Sequence[str] = ("whole", "accumulated"), *, steps: int = 30, small: bool = False,
+    folder: Path, cases: Sequence[Case] = ALL_CASES, *, steps: int = 30, small: bool = False
 ) -> dict[str, float]:  # fmt: skip
     """Losses of two ranks against one rank with the same global batch and micro-batches, without dropout.
 
@@ -27,18 +31,12 @@ def compare_ranks(
     """
     one: dict[str, list[str]] = {}
     two: dict[str, list[str]] = {}
-    for modality in modalities:
-        data = make_data(modality, folder / "data")
-        for micro in micros:
-            more = ["--data.micro-batch", str(MICRO[micro]), *NO_DROPOUT]
-            name = f"{modality}-{micro}"
-            one[name] = options(modality, data, folder / f"1-{name}", steps, *more, every=steps, small=small)
-            for parallel in parallels:
-                run = folder / f"2-{name}-{parallel}"
-                more_parallel = [*more, "--run.parallel", parallel]
-                two[f"{name}-{parallel}"] = options(
-                    modality, data, run, steps, *more_parallel, every=steps, small=small
-                )
+    for modality, parallel, micro in cases:
+        data, name = make_data(modality, folder / "data"), f"{modality}-{micro}"
+        more = ["--data.micro-batch", str(MICRO[micro]), *NO_DROPOUT]
+        one[name] = options(modality, data, folder / f"1-{name}", steps, *more, every=steps, small=small)
+        run, split = folder / f"2-{name}-{parallel}", ["--run.parallel", parallel]
+        two[f"{name}-{parallel}"] = options(modality, data, run, steps, *more, *split, every=steps, small=small)
     run_all(list(one.values()), 1, folder / "logs")
     run_all(list(two.values()), 2, folder / "logs")
     differences = {}
@@ -46,6 +44,11 @@ def compare_ranks(
         expected = losses(folder / f"1-{name.rpartition('-')[0]}")
         assert len(expected) == steps and len(set(expected)) == steps, f"{name}: expected {steps} different losses"
         differences[name] = largest_difference(losses(folder / f"2-{name}"), expected)
+    return check(differences)
+
+
+def check(differences: dict[str, float]) -> dict[str, float]:
+    """The differences, none of which may be above `LIMIT` or NaN."""
     too_far = {n: d for n, d in differences.items() if not d <= LIMIT}
     assert not too_far, f"expected relative differences of at most {LIMIT}, got {too_far}"
     return differences
@@ -61,25 +64,25 @@ def reshard(
     above `LIMIT`.
     """
     data, half, differences = make_data(modality, folder / "data"), steps // 2, {}
-    for parallel in parallels:
-        more = ["--data.micro-batch", "2", *NO_DROPOUT, "--run.parallel", parallel, "--run.keep-checkpoints", "9"]
-        whole = folder / f"whole-{parallel}"
-        finish(
-            options(modality, data, whole, steps, *more, every=half, small=small), folder / f"{parallel}.log", ranks=2
-        )
-        for count in ranks:
-            run = folder / f"{parallel}-{count}"
+    more = ["--data.micro-batch", "2", *NO_DROPOUT, "--run.keep-checkpoints", "9"]
+
+    def command(run: Path, parallel: str) -> list[str]:
+        return options(modality, data, run, steps, *more, "--run.parallel", parallel, every=half, small=small)
+
+    whole = {parallel: folder / f"whole-{parallel}" for parallel in parallels}
+    run_all([command(run, parallel) for parallel, run in whole.items()], 2, folder / "logs")
+    for count in ranks:
+        runs = {parallel: folder / f"{parallel}-{count}" for parallel in parallels}
+        for parallel, run in runs.items():
             shutil.rmtree(run, ignore_errors=True)
-            shutil.copytree(whole, run)
+            shutil.copytree(whole[parallel], run)
             for checkpoint in (run / "checkpoints").iterdir():
                 if checkpoint.name != f"step-{half:08d}":
                     shutil.rmtree(checkpoint)
             assert last_step(run) == half
-            log = folder / f"{parallel}-{count}.log"
-            finish(options(modality, data, run, steps, *more, every=half, small=small), log, ranks=count)
-            got, expected = losses(run), losses(whole)
+        run_all([command(run, parallel) for parallel, run in runs.items()], count, folder / f"logs-{count}")
+        for parallel, run in runs.items():
+            got, expected = losses(run), losses(whole[parallel])
             assert got[:half] == expected[:half]
             differences[f"{parallel} 2 to {count}"] = largest_difference(got[half:], expected[half:])
-    too_far = {n: d for n, d in differences.items() if not d <= LIMIT}
-    assert not too_far, f"expected relative differences of at most {LIMIT}, got {too_far}"
-    return differences
+    return check(differences)

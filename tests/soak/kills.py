@@ -35,7 +35,7 @@ def wait_and_kill(job: Job, run: Path, moment: str, rng: random.Random) -> str:
         return not job.is_running() or (is_writing(run) if moment == "writing" else has_moved())
 
     wait_until(is_due, job, f"a moment of {moment}") if job.is_running() else None
-    time.sleep(rng.uniform(0.0, 0.02 if moment == "writing" else 0.6))
+    time.sleep(rng.uniform(0.0, 0.006 if moment == "writing" else 0.6))
     if not job.is_running():
         return "end"
     job.kill()
@@ -43,8 +43,8 @@ def wait_and_kill(job: Job, run: Path, moment: str, rng: random.Random) -> str:
 
 
 def kill_and_resume(
-    folder: Path, *, ranks: int = 1, kills: int = 20, parallel: str = "ddp", steps: int = 120, seed: int = 0,
-    modality: str = "vision", small: bool = True, more: tuple[str, ...] = (),
+    folder: Path, *, ranks: int = 1, kills: int = 20, parallel: str = "ddp", steps: int = 120, every: int = 3,
+    seed: int = 0, modality: str = "vision", small: bool = True, more: tuple[str, ...] = (),
 ) -> dict[str, int]:  # fmt: skip
     """Kills a run with dropout and layer drop `kills` times, half of them while a checkpoint is written; each time
     the same command resumes it; a run that ends in between is compared and a new one begun.
@@ -56,7 +56,7 @@ def kill_and_resume(
     extra = [*RANDOM, "--run.parallel", parallel, "--data.micro-batch", "2", "--data.workers", "1", *more]
 
     def command(run: Path) -> list[str]:
-        return options(modality, data, run, steps, *extra, every=3, small=small)
+        return options(modality, data, run, steps, *extra, every=every, small=small)
 
     reference = folder / "uninterrupted"
     finish(command(reference), folder / "logs" / "uninterrupted.log", ranks=ranks)

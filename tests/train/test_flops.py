@@ -143,7 +143,13 @@ def test_peaks() -> None:
         "NVIDIA L4": 121e12, "NVIDIA B200": 2250e12, "NVIDIA A30": 165e12,
     }  # fmt: skip
     assert {name: find_peak(name) for name in names} == names
-    for unknown in ("Tesla V100-SXM2-16GB", "NVIDIA GeForce RTX 3060", "AMD Instinct MI300X", "NVIDIA A1000", ""):
+    for unknown in (
+        "Tesla V100-SXM2-16GB",
+        "NVIDIA GeForce RTX 3060",
+        "AMD Instinct MI300X",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "",
+    ):
         assert find_peak(unknown) is None
     assert all(1e14 < peak < 1e16 for peak in PEAKS.values())
 

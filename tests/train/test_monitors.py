@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v import recipes
-from d2v.config import Run
+from d2v.config import Config, Run
 from d2v.data2vec import Data2Vec, Output
+from d2v.metrics import read_metrics
 from d2v.monitors import (
     RANK_LIMIT,
     find_failure,
@@ -21,6 +24,7 @@ from d2v.monitors import (
     measure_effective_rank,
     measure_explained_variance,
 )
+from d2v.train import RunStopped, pretrain
 
 
 def test_content_spread_ignores_what_the_position_explains() -> None:
@@ -159,7 +163,23 @@ def test_a_collapsed_local_encoder_is_seen_and_said() -> None:
     text = str(find_failure(line, Run(collapse_after=100), 6))
     assert "stem_rank 1 (limit 1.05)" in text
     assert "the local encoder gives nearly the same direction for all tokens" in text
-    assert "try " in text and "stem.gradient_scale" in text
+    assert "try " in text and "--stem.gradient-scale" in text
+
+
+def test_a_run_that_collapses_is_stopped(make_config: Callable[..., Config]) -> None:
+    """Weight decay that eats the weights, and targets without norms: constant predictions, a loss that falls to 0."""
+    config = make_config(
+        ema={"start": 0.5, "end": 0.5},
+        target={"norm": "none", "out_norm": "none"},
+        optim={"learning_rate": 1e-2, "weight_decay": 20.0, "warmup_steps": 2},
+        run={"steps": 400, "log_every": 20, "collapse_after": 40, "checkpoint_every": 1000},
+    )
+    with pytest.raises(RunStopped, match=r"collapse: prediction_std .*content_spread .*try .*--ema\.start") as stopped:
+        pretrain(config)
+    assert "docs/monitoring.md" in str(stopped.value)
+    lines = read_metrics(Path(config.run.dir) / "metrics.jsonl")
+    assert 40 < lines[-1]["step"] < 400
+    assert lines[-1]["loss"] < 0.1 * lines[0]["loss"]  # the loss alone looks like success
 
 
 def line(**values: float) -> dict[str, float]:
@@ -179,7 +199,7 @@ def test_failures() -> None:
     low = {"prediction_std": 0.001, "content_spread": 0.001}
     text = str(find_failure(line(**low), run, 8))
     assert "collapse: prediction_std 0.001 (limit 0.01)" in text
-    assert "ema.start" in text
+    assert "--ema.start" in text
     assert find_failure(line(**{**low, "prediction_std": nan}), run, 8) is not None
     # One monitor alone does not stop a run; nor does anything early, with one sample, or with the rule off.
     for name in ("prediction_std", "content_spread", "stem_rank", "target_rank"):

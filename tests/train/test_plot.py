@@ -47,8 +47,8 @@ def test_every_key_has_a_panel(make_config: Callable[..., Config], images: Path)
 
 
 def test_other_numbers_get_a_panel_of_their_own() -> None:
-    lines = [{"step": 1, "loss": 1.0, "wer": 0.5, "note": "text"}, {"step": 2, "loss": 0.5, "valid_wer": None}]
-    assert choose_panels(lines) == [("loss", ("loss",)), ("wer", ("wer",)), ("valid wer", ("valid_wer",))]
+    lines = [{"step": 1, "loss": 1.0, "wer": 0.5, "note": "text"}, {"step": 2, "valid_wer": None, "output_std": 1.0}]
+    assert choose_panels(lines) == [("loss", ("loss",)), ("wer", ("wer", "valid_wer")), ("output std", ("output_std",))]
 
 
 def pixels(folder: Path, lines: list[dict[str, Any]], end: str = "") -> np.ndarray:

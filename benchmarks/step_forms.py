@@ -1,0 +1,154 @@
+"""The four forms of a training step: each does forward, backward, clipping, AdamW and the moving average."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from d2v.config import Config
+from d2v.data2vec import Data2Vec
+from d2v.encoder import Block
+from d2v.objective import autocast
+from d2v.optim import build_optimiser, clip_gradients, decay_groups
+from d2v_kernels import Masks
+
+from .plain import PlainData2Vec, plain_attention
+
+FORMS = {
+    "plain": "the published formulation in eager PyTorch",
+    "plain compiled": "the same under torch.compile",
+    "d2v": "this library",
+    "d2v all": "with compiled blocks and, on a GPU, the teacher as a CUDA graph",
+}
+PHASES = ("forward", "backward", "optimiser", "ema")
+CLIP = 3.0
+
+
+class Form:
+    """A model of one form with its optimiser."""
+
+    def __init__(self, name: str, config: Config, state: dict[str, Tensor], device: torch.device) -> None:
+        self.name, self.config, self.device = name, config, device
+        self.plain = name.startswith("plain")
+        self.model: Data2Vec = (PlainData2Vec if self.plain else Data2Vec)(config)
+        self.model.load_state_dict(state)
+        self.model.to(device).train()
+        self.network: nn.Module = self.model
+        if name == "plain compiled":
+            self.network = torch.compile(self.model)  # type: ignore[assignment]
+        elif name == "d2v all":
+            self._use_everything()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimiser = build_optimiser(decay_groups(self.model, config.optim), config.optim)
+        self.update = 0
+        self.marks: list[float | torch.cuda.Event] = []
+
+    def _use_everything(self) -> None:
+        teacher = self.model.teacher
+        owners: list[nn.Module] = [self.model, *(teacher.working_parts().values() if teacher.working_dtype else ())]
+        # A recording of compiled blocks is left out: the two options refuse each other.
+        graph = self.device.type == "cuda" and all(t.device.type == "cuda" for t in teacher.parameters())
+        for owner in owners:
+            for block in owner.modules():
+                if isinstance(block, Block) and not (graph and _belongs_to(block, teacher)):
+                    block.compile()
+        if graph:
+            self.model.graph_teacher()
+
+    def forward(self, inputs: Tensor, masks: Masks, noise: Tensor | None = None) -> Tensor:
+        """The loss; noise: decoder rows, for comparing forms."""
+        attention = plain_attention() if self.plain else contextlib.nullcontext()
+        with attention, autocast(self.config.run.precision, self.device):
+            loss: Tensor = self.network(inputs, masks=masks, noise=noise).loss
+        return loss
+
+    def step(self, inputs: Tensor, masks: Masks) -> None:
+        """One update."""
+        self._mark(first=True)
+        loss = self.forward(inputs, masks)
+        self._mark()
+        loss.backward()
+        self._mark()
+        if self.plain:
+            torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        else:
+            clip_gradients(self.parameters, CLIP)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self._mark()
+        if isinstance(self.model, PlainData2Vec):
+            self.model.update_teacher(0.999)
+        else:
+            self.model.teacher.update(0.999)
+        self._mark()
+
+    def _mark(self, first: bool = False) -> None:
+        if first:
+            self.marks = []
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of each phase of the last step, which has ended."""
+        seconds = {}
+        for name, begin, end in zip(PHASES, self.marks, self.marks[1:], strict=False):
+            if isinstance(begin, float) and isinstance(end, float):
+                seconds[name] = end - begin
+            elif isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+                seconds[name] = begin.elapsed_time(end) / 1e3
+        return seconds
+
+
+def _belongs_to(block: nn.Module, teacher: nn.Module) -> bool:
+    parts = [teacher, *getattr(teacher, "_working", {}).values()]
+    return any(block is part for owner in parts for part in owner.modules())
+
+
+@contextlib.contextmanager
+def settings(threads: int) -> Iterator[None]:
+    """Threads for a while; full float32 products."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_equal(config: Config, inputs: Tensor, masks: Masks, device: torch.device) -> dict[str, float]:
+    """Largest errors of loss and gradients between the plain form and this library, relative to the largest value.
+
+    `config` draws nothing. Raises `AssertionError` above 1e-4 (loss) and 1e-3 (gradients), float32.
+    """
+    torch.manual_seed(0)
+    state = Data2Vec(config).state_dict()
+    noise = None
+    if config.version == 2 and masks.keep is not None:
+        rows, tokens = masks.mask.shape
+        noise = torch.randn(rows, tokens - masks.keep.shape[1], config.encoder.width).to(device)
+    forms = [Form(name, config, state, device) for name in ("plain", "d2v")]
+    losses = []
+    for form in forms:
+        loss = form.forward(inputs.to(device), masks, noise)
+        loss.backward()
+        losses.append(float(loss.detach()))
+    worst = 0.0
+    for (name, a), b in zip(forms[0].model.named_parameters(), forms[1].model.parameters(), strict=True):
+        if a.grad is not None or b.grad is not None:
+            assert a.grad is not None, f"{name}: no gradient in the plain form"
+            assert b.grad is not None, f"{name}: no gradient in d2v"
+            error = (a.grad - b.grad).abs().max() / b.grad.abs().max().clamp_min(1e-12)
+            worst = max(worst, float(error))
+    relative = abs(losses[0] - losses[1]) / abs(losses[1])
+    assert relative < 1e-4, f"losses {losses}"
+    assert worst < 1e-3, f"gradients differ by {worst}"
+    return {"loss": relative, "gradient": worst}

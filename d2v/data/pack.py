@@ -1,0 +1,299 @@
+"""`d2v data pack`: samples of a folder, a manifest or shards -> .tar shards of even size, in random order.
+
+The same input and settings give the same bytes. Shards are whole or absent; an interrupted pack goes on after its last
+whole shard when it is started again, and the output folder appears when all of them are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import threading
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from d2v.data.progress import Reporter
+from d2v.data.samples import describe_error
+from d2v.data.sources import IMAGES, Kind, ShardLost, ShardSource, Source, open_source
+from d2v.data.speech import SPEECH, decode_audio, open_audio
+from d2v.data.vision import decode_image
+from d2v.files import PARTIAL, flush, write_atomically
+
+RECORD, CONTENTS = "pack.json", "contents.jsonl"
+FORMAT = 1
+AHEAD = 8
+"""Samples that each thread may be ahead of the shard that is written."""
+_SIGNATURES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg"}
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """What the bytes of a pack depend on, besides the samples."""
+
+    kind: Literal["images", "speech", "text"]
+    labelled: bool = False
+    """Take class folders, or the labels of shards and tables, as classes."""
+    shard_bytes: int = 256 << 20
+    """Most bytes of a shard, unless a single sample has more."""
+    shard_samples: int | None = None
+    """Most samples of a shard; None: any number."""
+    seed: int = 0
+    in_order: bool = False
+    """Keep the order of the input."""
+    unchecked: bool = False
+    """Take samples without decoding them."""
+
+    def check(self) -> None:
+        """Raises `ValueError` for what cannot be packed."""
+        if self.shard_bytes < 1 or (self.shard_samples is not None and self.shard_samples < 1):
+            raise ValueError(
+                f"shard: expected at least 1 byte and 1 sample, got {self.shard_bytes} and {self.shard_samples}"
+            )
+        if self.kind == "text" and (self.labelled or self.shard_samples is not None):
+            name = "labelled" if self.labelled else "shard_samples"
+            raise ValueError(f"{name}: expected images or speech, got text; labelled text is one .tsv file")
+
+
+class Packed(NamedTuple):
+    """One sample as it is written, or why it is not."""
+
+    sample: int
+    members: tuple[tuple[str, bytes], ...]
+    """(extension with its dot, content)."""
+    reason: str | None
+
+    @property
+    def size(self) -> int:
+        """Bytes in a shard."""
+        return sum(tarfile.BLOCKSIZE * (1 + -(-len(data) // tarfile.BLOCKSIZE)) for _, data in self.members)
+
+
+def check_output(output: Path) -> None:
+    """Raises `ValueError` where `output` is something else than an absent or empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output: expected an absent or empty folder, got {str(output)!r}")
+
+
+def pack(path: str, output: Path, settings: PackSettings, *, workers: int = 2, commands: bool = False) -> str:
+    """Writes the samples at `path` as shards into the folder `output`; returns a summary.
+
+    Args:
+        path: images or speech: what --data.path takes; text: files or a folder of them.
+        output: absent or empty.
+        settings: what to write.
+        workers: threads that read and decode; the result does not depend on them.
+        commands: whether shell commands in the path or a manifest may be run.
+
+    Raises:
+        ValueError: settings, path or output that cannot be used, or not one good sample.
+    """
+    settings.check()
+    output = output.resolve()
+    check_output(output)
+    if settings.kind == "text":
+        from d2v.data.pack_text import pack_text
+
+        return pack_text(path, output, settings)
+    if settings.kind == "speech":
+        source = open_audio(path, labelled=settings.labelled, option="input", commands=commands)
+    else:
+        source = open_source(path, IMAGES, labelled=settings.labelled, option="input", commands=commands)
+    partial = output.with_name(f"{PARTIAL}{output.name}")
+    with contextlib.closing(_Writer(partial, source, settings)) as writer:
+        writer.write_all(workers)
+        return writer.finish(output)
+
+
+class _Writer:
+    """A pack on its way."""
+
+    def __init__(self, partial: Path, source: Source, settings: PackSettings) -> None:
+        self.partial, self.source, self.settings = partial, source, settings
+        self.kind = SPEECH if settings.kind == "speech" else IMAGES
+        order = np.arange(len(source))
+        self.order = order if settings.in_order else np.random.default_rng(settings.seed).permutation(order)
+        self.identity = {"format": FORMAT, **asdict(settings), "samples": len(source), "names": source.digest()}
+        self.position, self.contents_bytes = 0, 0
+        self.shards: list[dict[str, Any]] = []
+        self.bad = [{"path": name, "reason": reason} for name, reason in source.rejected]
+        self._take_up()
+        self._archive: tarfile.TarFile | None = None
+        self._rows: list[str] = []
+
+    def _take_up(self) -> None:
+        """Goes on with what an interrupted pack with the same settings has left, else begins."""
+        try:
+            record = json.loads((self.partial / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            record = {}
+        if isinstance(record, dict) and record.get("settings") == self.identity:
+            self.position, self.shards, self.bad = record["position"], record["shards"], record["bad"]
+            self.contents_bytes = record["contents_bytes"]
+            os.truncate(self.partial / CONTENTS, self.contents_bytes)
+            return
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        (self.partial / CONTENTS).touch()
+
+    def write_all(self, workers: int) -> None:
+        """Writes what is not there yet."""
+        report = Reporter("packing", len(self.order), self.settings.kind)
+        samples, size = 0, 0
+        done = self.position
+        with contextlib.closing(
+            read_ahead(self.source, self.order[self.position :], self.kind, self.settings, workers)
+        ) as found:
+            for packed in found:
+                most = self.settings.shard_samples
+                full = samples and (size + packed.size > self.settings.shard_bytes or samples == most)
+                if packed.reason is None and full:
+                    self._close_shard(done)
+                    samples = size = 0
+                done += 1
+                report.show(done)
+                if packed.reason is not None:
+                    self.bad.append({"path": self.source.describe(packed.sample), "reason": packed.reason})
+                    continue
+                self._add(packed)
+                samples, size = samples + 1, size + packed.size
+        if samples:
+            self._close_shard(done)
+        report.finish(done)
+
+    @property
+    def _name(self) -> str:
+        return f"shard-{len(self.shards):06d}.tar"
+
+    def _add(self, packed: Packed) -> None:
+        if self._archive is None:
+            # A format without times and owners of its own; names are short.
+            self._archive = tarfile.open(self.partial / f"{PARTIAL}{self._name}", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        key = f"{sum(s['samples'] for s in self.shards) + len(self._rows):09d}"
+        for extension, data in packed.members:
+            info = tarfile.TarInfo(f"{key}{extension}")
+            info.size, info.mode = len(data), 0o644
+            self._archive.addfile(info, io.BytesIO(data))
+        row = {"shard": self._name, "key": key, "path": self.source.describe(packed.sample)}
+        if self.source.labels is not None and self.source.classes is not None:
+            row["label"] = self.source.classes[self.source.labels[packed.sample]]
+        self._rows.append(json.dumps(row) + "\n")
+
+    def _close_shard(self, position: int) -> None:
+        """Makes a shard whole; everything before `position` of the order is in this one or those before."""
+        assert self._archive is not None
+        self._archive.close()
+        self._archive = None
+        part, final = self.partial / f"{PARTIAL}{self._name}", self.partial / self._name
+        flush(part)
+        part.replace(final)
+        text = "".join(self._rows).encode()
+        with (self.partial / CONTENTS).open("ab") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self.shards.append({"name": final.name, "samples": len(self._rows), "bytes": final.stat().st_size})
+        self.position, self.contents_bytes, self._rows = position, self.contents_bytes + len(text), []
+        self._record()
+
+    def _record(self) -> None:
+        record = {
+            "settings": self.identity, "position": self.position, "contents_bytes": self.contents_bytes,
+            "shards": self.shards, "bad": self.bad,
+        }  # fmt: skip
+        write_atomically(self.partial / RECORD, json.dumps(record, indent=1))
+
+    def finish(self, output: Path) -> str:
+        """Moves the pack to its place."""
+        if not self.shards:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            first = f", for example {self.bad[0]['path']}: {self.bad[0]['reason']}" if self.bad else ""
+            raise ValueError(f"input: expected {self.kind.noun}, got {len(self.bad)} that cannot be used{first}")
+        self._record()  # with what was bad after the last shard
+        if output.exists():
+            output.rmdir()
+        self.partial.rename(output)
+        flush(output.parent)
+        return describe_pack(output, self.shards, self.bad)
+
+    def close(self) -> None:
+        """Removes a shard that is not whole; whole ones stay for the next start."""
+        if self._archive is not None:
+            self._archive.fileobj.close()
+            (self.partial / f"{PARTIAL}{self._name}").unlink(missing_ok=True)
+
+
+def describe_pack(output: Path, shards: list[dict[str, Any]], bad: list[dict[str, Any]]) -> str:
+    """One line for the user."""
+    samples, size = sum(s["samples"] for s in shards), sum(s["bytes"] for s in shards)
+    text = f"{output}: {samples} samples in {len(shards)} shards, {size / 1e6:.1f} MB"
+    if bad:
+        text += f"; {len(bad)} left out ({output / RECORD}), for example {bad[0]['path']}: {bad[0]['reason']}"
+    return text
+
+
+def read_ahead(
+    source: Source, order: np.ndarray, kind: Kind, settings: PackSettings, workers: int
+) -> Generator[Packed, None, None]:
+    """The samples in order, read and decoded by some threads ahead of the one that takes them."""
+    waiting: deque[Future[Packed]] = deque()
+    # Shards share a few open files, of which one thread might close what another reads.
+    one = threading.Lock() if isinstance(source, ShardSource) else contextlib.nullcontext()
+    with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
+        try:
+            for index in order.tolist():
+                waiting.append(pool.submit(read_packed, source, index, kind, settings, one))
+                if len(waiting) >= AHEAD * max(workers, 1):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def read_packed(
+    source: Source, index: int, kind: Kind, settings: PackSettings, one: contextlib.AbstractContextManager[Any]
+) -> Packed:
+    """One sample with its class and its transcript; `one` is held while the source is read."""
+    try:
+        with one:
+            data, text = source.read(index), read_text(source, index) if settings.kind == "speech" else None
+        if not settings.unchecked:
+            decode_audio(data) if settings.kind == "speech" else decode_image(data)
+        members = [(extension_of(source, index, data, kind), data)]
+    except ShardLost:
+        raise
+    except (ValueError, OSError) as error:
+        return Packed(index, (), describe_error(error))
+    if source.labels is not None and source.classes is not None:
+        members.append((".cls", source.classes[source.labels[index]].encode("utf-8", "surrogateescape")))
+    if text is not None:
+        members.append((".txt", text.encode()))
+    return Packed(index, tuple(members), None)
+
+
+def read_text(source: Source, index: int) -> str | None:
+    """The transcript of a recording; not every one has one."""
+    try:
+        return source.read_transcript(index)
+    except (ValueError, OSError):
+        return None
+
+
+def extension_of(source: Source, index: int, data: bytes, kind: Kind) -> str:
+    """The extension of a sample by its name, or by its first bytes where the name has none."""
+    suffix = Path(source.describe(index)).suffix.lower()
+    if suffix in kind.suffixes:
+        return suffix
+    if data[:4] in _SIGNATURES:
+        return _SIGNATURES[data[:4]]
+    raise ValueError(f"expected one of {', '.join(sorted(kind.suffixes))}, got a name that ends in {suffix!r}")

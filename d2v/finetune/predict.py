@@ -1,0 +1,78 @@
+"""What a fine-tuned model says of data without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from d2v.data import make_modality
+from d2v.data.loader import evaluation_batches
+from d2v.evaluate import load_any
+from d2v.finetuned import FineTuned
+
+from .config import FineTuneConfig
+from .decoding import Decoder, Decoding
+from .objective import token_lengths
+from .spelling import spelling_of
+
+
+class Prediction(NamedTuple):
+    """Of one sample."""
+
+    name: str
+    """Path of the sample."""
+    answer: str | float
+    """Class, transcript or number."""
+    confidence: float
+    """Probability of the class; transcripts: mean log-probability of the best labels; numbers: nan."""
+
+
+@torch.no_grad()
+def predict(
+    checkpoint: str, path: str, *, decode: Decoding | None = None, batch: int = 16, device: str = "auto"
+) -> Iterator[Prediction]:
+    """Predictions for everything at `path`, in order: images, recordings, or documents of text.
+
+    Samples that cannot be decoded are left out. Raises `ValueError` for a model that was not fine-tuned for
+    classification, regression or CTC, and for a path without samples.
+    """
+    model, config, place = load_any(checkpoint, device)
+    if not isinstance(model, FineTuned) or not isinstance(config, FineTuneConfig):
+        raise ValueError(f"checkpoint: expected a fine-tuned model, got a pre-trained one at {checkpoint!r}")
+    settings = model.head.settings
+    if settings.task not in ("classification", "regression", "ctc"):
+        raise ValueError(f"checkpoint: expected a head for classification, regression or ctc, got {settings.task}")
+    decoder = None
+    if settings.task == "ctc":
+        spelling = spelling_of(config.finetune.options.units, model.labels)
+        decoder = Decoder(decode or Decoding(), spelling, settings.blank)
+    config = replace(config, data=replace(config.data, unequal="pad"))
+    modality = make_modality(config)
+    source = modality.open_whole(path, option="path")
+    row = 0
+    for part in evaluation_batches(config, source, place, batch=batch):
+        logits = model(modality.prepare(part.inputs.to(place)), part.lengths).float().cpu()
+        bad = {note.sample_id for note in part.notes if note.kind == "bad"}
+        lengths = token_lengths(part, logits) if decoder is not None else None
+        for i in range(len(part)):
+            if row not in bad:
+                yield _judge(
+                    source.describe(row), logits[i], None if lengths is None else int(lengths[i]), decoder, model
+                )
+            row += 1
+
+
+def _judge(
+    name: str, logits: torch.Tensor, frames: int | None, decoder: Decoder | None, model: FineTuned
+) -> Prediction:
+    if decoder is not None:
+        log_p = logits[:frames].log_softmax(-1)
+        return Prediction(name, decoder.decode(log_p), float(log_p.max(-1).values.mean()))
+    if model.head.settings.task == "regression":
+        return Prediction(name, float(logits[0]), float("nan"))
+    probabilities = logits.softmax(-1)
+    best = int(probabilities.argmax())
+    return Prediction(name, model.labels[best], float(probabilities[best]))

@@ -1,0 +1,123 @@
+"""What is wrong with labels ends the command before anything is trained, with a count and a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from d2v.cli import main
+
+from .conftest import write_images, write_speech, write_table
+
+
+def refuse(capsys: pytest.CaptureFixture[str], run: Path, *command: str) -> str:
+    """Runs a command that must end with exit code 2, one sentence and no run folder; returns the sentence."""
+    capsys.readouterr()
+    assert main(["finetune", *command, "--run.dir", str(run), "--run.steps", "2", "--data.workers", "0"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert not run.exists() and lines[-1].startswith("d2v: ") and "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+def test_class_that_only_the_test_set_has(
+    tmp_path: Path, image_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = write_images(tmp_path / "train", 4, 0, ("dark", "light"))
+    test = write_images(tmp_path / "test", 3, 1, ("dark", "striped"))
+    command = ["vision-classify", "--checkpoint", str(image_model), "--train", str(train), "--test", str(test)]
+    said = refuse(capsys, tmp_path / "run", *command)
+    assert "test: expected the classes of the training data, got 3 of 6 of classes" in said
+    assert "(striped)" in said and "striped/0.png" in said
+
+
+def test_one_class(tmp_path: Path, image_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = write_images(tmp_path / "train", 4, 0, ("dark",))
+    said = refuse(capsys, tmp_path / "run", "vision-classify", "--checkpoint", str(image_model), "--train", str(train))
+    assert "train: expected at least 2 classes, got 4 samples of ['dark']" in said
+
+
+def test_image_outside_any_class(tmp_path: Path, image_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = write_images(tmp_path / "train", 4, 0)
+    (train / "dark" / "0.png").rename(train / "loose.png")
+    said = refuse(capsys, tmp_path / "run", "vision-classify", "--checkpoint", str(image_model), "--train", str(train))
+    assert "expected class folders" in said and "'loose.png' outside any" in said
+
+
+def test_missing_and_empty_transcripts(tmp_path: Path, speech_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = write_speech(tmp_path / "train", 6, 0)
+    (train / "3.txt").unlink()
+    (train / "4.txt").unlink()
+    command = ["speech-ctc", "--checkpoint", str(speech_model), "--train", str(train)]
+    said = refuse(capsys, tmp_path / "run", *command)
+    assert "train: expected a transcript for each, got 2 of 6 without one" in said and "3.wav" in said
+    (train / "3.txt").write_text("ae")
+    (train / "4.txt").write_text(" \n")
+    said = refuse(capsys, tmp_path / "run", *command)
+    assert "got 1 of 6 that are empty" in said and "4.wav" in said
+
+
+def test_characters_outside_the_alphabet(
+    tmp_path: Path, speech_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, test = write_speech(tmp_path / "train", 6, 0), write_speech(tmp_path / "test", 4, 1)
+    (test / "2.txt").write_text("ae! öa")
+    command = ["speech-ctc", "--checkpoint", str(speech_model), "--train", str(train), "--test", str(test)]
+    said = refuse(capsys, tmp_path / "run", *command)
+    assert "got 1 of 4 with characters outside the alphabet ('!ö')" in said and "2.wav" in said
+
+
+def test_left_out_where_asked_for(tmp_path: Path, speech_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, test = write_speech(tmp_path / "train", 6, 0), write_speech(tmp_path / "test", 4, 1)
+    (train / "3.txt").unlink()
+    (test / "2.txt").write_text("ae!")
+    command = ["finetune", "speech-ctc", "--checkpoint", str(speech_model), "--train", str(train), "--test", str(test)]
+    command += ["--run.dir", str(tmp_path / "run"), "--run.steps", "2", "--data.workers", "0"]
+    assert main([*command, "--task.bad-labels", "skip", "--data.global-batch", "4"]) == 0
+    said = capsys.readouterr()
+    assert "left out 1 without one" in said.err and '"samples": 3' in said.out
+
+
+def test_labels_that_are_no_numbers(tmp_path: Path, text_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = write_table(tmp_path / "train.tsv", 20, 0, numbers=True)
+    lines = train.read_text().splitlines()
+    lines[7] = "a film\tmuch"
+    train.write_text("\n".join(lines))
+    command = ["text-classify", "--checkpoint", str(text_model), "--train", str(train), "--task.regression"]
+    said = refuse(capsys, tmp_path / "run", *command)
+    assert "train: expected numbers as labels, got 1 of 20" in said and "train.tsv:8" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["vision-clasify"], "did you mean 'vision-classify'"),
+        (["vision-classify"], "checkpoint: expected a path, got nothing"),
+        (["text-classify", "--checkpoint", "MODEL", "--train", "x"], "task: expected vision-classify for a model of"),
+        (["vision-classify", "--checkpoint", "MODEL", "--train", "absent"], "train: expected"),
+        (["vision-classify", "--checkpoint", "MODEL", "--train", "x", "--task.mixp", "1"], "mean '--task.mixup"),
+        (
+            ["vision-classify", "--checkpoint", "MODEL", "--train", "DATA", "--decode.method", "beam"],
+            "decode: expected nothing but for speech-ctc",
+        ),
+        (
+            ["vision-classify", "--checkpoint", "MODEL", "--train", "DATA", "--task.erasing", "2"],
+            "task.erasing: expected 0 to 1, got 2.0",
+        ),
+    ],
+)  # fmt: skip
+def test_command_lines(
+    tmp_path: Path, image_model: Path, arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_images(tmp_path / "data", 4, 0)
+    replaced = {"MODEL": str(image_model), "DATA": str(data)}
+    said = refuse(capsys, tmp_path / "run", *(replaced.get(a, a) for a in arguments))
+    assert text in said
+
+
+def test_pre_trained_models_have_no_scores(
+    tmp_path: Path, image_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_images(tmp_path / "data", 2, 0)
+    assert main(["evaluate", "model", "--checkpoint", str(image_model), "--test", str(data)]) == 2
+    assert "expected a fine-tuned model, got a pre-trained one" in capsys.readouterr().err
