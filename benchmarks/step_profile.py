@@ -9,7 +9,8 @@ import torch
 from .step_forms import Form
 
 PRODUCTS = (
-    "mm", "linear", "convolution", "conv1d", "conv2d", "attention", "gemm", "xmma", "cutlass", "wgrad", "dgrad", "fprop",
+    "mm", "linear", "convolution", "conv1d", "conv2d", "attention", "gemm", "xmma", "cutlass", "wgrad", "dgrad",
+    "fprop",
     "flash", "fmha", "nvjet",
 )  # fmt: skip
 """Parts of the names of operators and kernels that are matrix products, convolutions or attention."""

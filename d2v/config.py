@@ -292,6 +292,7 @@ class Config:
         micro = self.data.micro_batch
         require(micro is None or micro >= 1, "data.micro_batch", "1 or more", self)
         require(self.data.shuffle_buffer >= 1, "data.shuffle_buffer", "1 or more", self)
+        require(self.data.shuffle_shards >= 1, "data.shuffle_shards", "1 or more", self)
         require(0.0 <= self.data.bad_fraction <= 1.0, "data.bad_fraction", "0 to 1", self)
         check_run(self)
         require(self.optim.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self)

@@ -48,7 +48,7 @@ class Optim:
     warmup_steps: int = 10_000
     """Updates of linear warm-up from 0."""
     schedule: Literal["cosine", "tri-stage", "linear"] = "cosine"
-    """After the warm-up: half a cosine, constant and then an exponential fall (1.0 speech), or a straight line (GLUE)."""
+    """After the warm-up: half a cosine; constant, then an exponential fall (1.0 speech); or a straight line (GLUE)."""
     final_rate: float = 0.0
     """Learning rate at the end of the run, over the peak; tri-stage: also at its start."""
     hold_steps: int = 0
@@ -74,6 +74,8 @@ class Data:
     turn and each in its own order, and windows of data.shuffle_buffer samples are permuted: for slow storage."""
     shuffle_buffer: int = 10_000
     """Samples of a window with data.shuffle shards."""
+    shuffle_shards: int = 8
+    """Shards that are read in turn with data.shuffle shards; better at least as many as hosts."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Area of a random crop over the area of the image."""
     flip: bool = True

@@ -82,21 +82,28 @@ class World:
 
     @contextlib.contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """Rank 0 passes through the block before the others enter it; where it fails, they do not."""
+        """Rank 0 passes through the block before the others enter it; where it fails, they leave quietly."""
         if self.is_first:
-            failure = None
+            passed = False
             try:
                 yield
-            except BaseException as error:
-                failure = f"{type(error).__name__}: {error}"
-                raise
+                passed = True
             finally:
-                self.share(failure)
-        else:
-            failure = self.share(None)
-            if failure is not None:
-                raise RuntimeError(f"rank 0 failed: {failure}")
+                self.share(passed)
+        elif self.share(False):
             yield
+        else:
+            raise SystemExit(1)
+
+    @contextlib.contextmanager
+    def saying_once(self) -> Iterator[None]:
+        """For failures that all ranks reach alike: rank 0 raises them, the others leave quietly."""
+        try:
+            yield
+        except (ValueError, RuntimeError):
+            if self.is_first:
+                raise
+            raise SystemExit(1) from None
 
 
 class Agreement:

@@ -167,6 +167,13 @@ def find_alarms(line: Mapping[str, Any], run: Run) -> dict[str, tuple[float, flo
     return {k: (line[k], limit) for k, limit in limits.items() if k in line and not line[k] >= limit}
 
 
+def find_low_ranks(line: Mapping[str, Any]) -> dict[str, str]:
+    """Effective ranks of a line that are under their limit or NaN, each with a sentence: worth a word at any time, also
+    while nothing else agrees."""
+    low = [k for k in ("stem_rank", "target_rank") if k in line and not line[k] >= RANK_LIMIT]
+    return {k: f"{k} {line[k]:.2g} (limit {RANK_LIMIT:g}): {_MEANINGS[k]}; try {_ADVICE[k]}" for k in low}
+
+
 def explain_alarms(alarms: Mapping[str, tuple[float, float]]) -> str:
     """Values, limits, what they mean, and what to try."""
     found = ", ".join(f"{name} {value:.2g} (limit {limit:g})" for name, (value, limit) in alarms.items())

@@ -72,7 +72,8 @@ def _read_probe(path: Path) -> dict[str, Any] | None:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return result if isinstance(result, dict) and all(key in result for key, _ in PROBES) else None
+    needed = {"classes", "labels_per_class", *(key for key, _ in PROBES)}
+    return result if isinstance(result, dict) and needed <= set(result) else None
 
 
 def _find_pictures(folder: Path, images: str | None, count: int) -> tuple[list[Picture], Config | None, str]:

@@ -6,12 +6,15 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from d2v.monitors import find_low_ranks
+
 
 class Progress:
     """Rate, time left, loss, content spread and share of time spent waiting for data."""
 
     def __init__(self, update: int, steps: int) -> None:
         self.steps = steps
+        self._said: set[str] = set()
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -24,13 +27,18 @@ class Progress:
             self._bar.update()
 
     def show(self, line: Mapping[str, Any]) -> None:
-        """Shows a line of metrics."""
+        """Shows a line of metrics; says once that an effective rank has collapsed."""
         values = describe_line(line)
         if self._bar is not None:
             self._bar.set_postfix_str(values, refresh=False)
         else:
             left = (self.steps - line["step"]) * line["step_seconds"]
             self.say(f"update {line['step']}/{self.steps}: {values}, {format_seconds(left)} left")
+
+        for name, text in find_low_ranks(line).items():
+            if name not in self._said:
+                self.say(f"note: {text}")
+            self._said.add(name)
 
     def say(self, text: str) -> None:
         """A line of its own."""

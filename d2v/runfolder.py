@@ -27,11 +27,13 @@ class RunFolder:
 
     def __init__(self, config: Any, world: World) -> None:
         """Raises `ValueError` where `run.dir` is no place for this run."""
-        self.world = world
+        self.world, self.path = world, Path(config.run.dir)
         self.changed: list[str] = []
+        found = None
         with world.first_before_others():
-            self.path = check_run_folder(config.run.dir)
-            found = latest_checkpoint(self.path) if world.is_first else None
+            if world.is_first:
+                check_run_folder(config.run.dir)
+                found = latest_checkpoint(self.path)
             if found is not None:
                 self.changed = compare_configs(load_json(self.path / CONFIG), json.loads(config.to_json()), self.path)
         self.resumed: Path | None = world.share(found)
@@ -69,8 +71,8 @@ class RunFolder:
             write_atomically(self.path / REQUEUE, json.dumps({"step": update, "signal": number}))
 
 
-def check_run_folder(folder: str) -> Path:
-    """The run folder, which is absent, empty, or an earlier run; else `ValueError`."""
+def check_run_folder(folder: str) -> None:
+    """`ValueError` unless the run folder is absent, empty, or an earlier run."""
     if not folder:
         raise ValueError("run.dir: expected a folder for the run, got nothing")
     path = Path(folder)
@@ -78,7 +80,6 @@ def check_run_folder(folder: str) -> Path:
         raise ValueError(f"run.dir: expected a folder, got the file {folder!r}")
     if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).is_file():
         raise ValueError(f"run.dir: expected an empty folder or an earlier run, got {folder!r} with other files")
-    return path
 
 
 @contextlib.contextmanager

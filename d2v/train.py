@@ -172,7 +172,8 @@ class Loop:
             found = [entry for part in self.world.gather(self.bad.take()) for entry in part]
             self.report.say(self.bad.add_entries(found))
         self.bad.write()
-        self.bad.check(update * self.config.data.global_batch)
+        with self.world.saying_once():
+            self.bad.check(update * self.config.data.global_batch)
 
     def _log(self, step: Step, batch: Batch) -> None:
         line = self.trainer.make_line(step, batch)
@@ -185,7 +186,8 @@ class Loop:
         self.saver.wait()
         kept = latest_checkpoint(self.folder.path)
         held = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
-        raise RunStopped(f"training stopped at update {self.trainer.update}: {failure}; {held}")
+        with self.world.saying_once():
+            raise RunStopped(f"training stopped at update {self.trainer.update}: {failure}; {held}")
 
     def _save(self) -> None:
         """A checkpoint, unless a value since the last line is not finite: a good one is never replaced by a broken

@@ -158,13 +158,12 @@ def _read_shards(cache: IndexCache, name: str, paths: list[str]) -> dict[tuple[s
     if (found := cache.read(name)) is None:
         return {}
     arrays, index = found
-    names, labels = NameTable.of(arrays, "names"), NameTable.of(arrays, "labels")
+    names, labels = list(NameTable.of(arrays, "names")), list(NameTable.of(arrays, "labels"))
     result, start = {}, 0
     for path, (size, time, samples), rejected in zip(paths, index["shards"], index["rejected"], strict=True):
         part = slice(start, start + samples)
-        rows = range(part.start, part.stop)
         result[path, (size, time)] = ShardIndex(
-            [names[i] for i in rows], arrays["places"][part], [labels[i] for i in rows], arrays["texts"][part],
+            names[part], arrays["places"][part], labels[part], arrays["texts"][part],
             [(member, reason) for member, reason in rejected],
         )  # fmt: skip
         start = part.stop

@@ -132,6 +132,8 @@ def load_updates(
 ) -> Generator[list[Batch], None, None]:
     """Lists of micro-batches that `collate` makes of the sampler's slots, one list per update."""
     workers, patience = config.data.workers, config.run.timeout
+    if config.data.shuffle == "shards":
+        dataset.source.read_ahead()
     batches = _loader(dataset, collate, workers, device, patience, batch_sampler=sampler)
     for update in range(sampler.first, sampler.last):
         yield [next(batches) for _ in range(sampler.count(update))]

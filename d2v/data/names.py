@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,10 @@ class NameTable(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:
         start = int(self._ends[index - 1]) if index else 0
         return os.fsdecode(self._bytes[start : int(self._ends[index])])
+
+    def __iter__(self) -> Iterator[str]:
+        ends: list[int] = self._ends.tolist()
+        return (os.fsdecode(self._bytes[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True))
 
     def digest(self) -> str:
         """SHA-256 of the names and their lengths."""

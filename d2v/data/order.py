@@ -14,8 +14,6 @@ from d2v.modalities.speech import SAMPLE_RATE
 
 BUCKET_RATIO = 1.1
 """Lengths within this ratio count as equal when samples are grouped by length."""
-SHARDS_IN_TURN = 8
-"""Shards that are read at the same time with data.shuffle shards."""
 
 
 class SampleOrder:
@@ -25,9 +23,11 @@ class SampleOrder:
     samples of about equal length stand together in groups of `group` positions that begin at multiples of `group`, in
     random order; the groups at the two ends of an epoch are what is left of a group that straddles it.
 
-    With shards, an epoch takes the shards in random order, SHARDS_IN_TURN of them in turn, each from a random place to
-    its end and on from its beginning, and permutes windows of `buffer` positions of what results: at any time only a
-    short stretch of a few shards is read.
+    With shards, an epoch takes the shards in random order, `turns` of them in turn, each from a random place to its end
+    and on from its beginning, and permutes windows of `buffer` positions of what results: at any time only a short
+    stretch of a few shards is read. Without lengths, the samples of an update then stand in the order of the shards, so
+    that a rank, whose share is a part of it, reads a part of the shards. Which samples form an update is random; where
+    they stand in it means nothing.
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class SampleOrder:
         group: int = 1,
         shards: np.ndarray | None = None,
         buffer: int = 1,
+        turns: int = 1,
+        update: int = 1,
     ) -> None:
         """
         Args:
@@ -47,12 +49,14 @@ class SampleOrder:
             group: positions of a group.
             shards: (samples,) number of each sample's shard, ascending; None: permute all samples.
             buffer: positions of a window, at least a group.
+            turns: shards that are read in turn.
+            update: samples of an update.
         """
         self.samples, self.seed, self.group, self.buffer = samples, seed, group, max(buffer, group)
         self._buckets = None
         if lengths is not None and group > 1:
             self._buckets = np.floor(np.log(lengths) / np.log(BUCKET_RATIO)).astype(np.int64)
-        self._shards = shards
+        self._shards, self.turns, self.update = shards, turns, update
         self._epochs: dict[int, np.ndarray] = {}
 
     def epoch(self, epoch: int) -> np.ndarray:
@@ -67,7 +71,7 @@ class SampleOrder:
         rng = random_stream(self.seed, epoch, 0, STREAM_ORDER)
         if self._shards is None:
             return self._sort(rng, rng.permutation(self.samples), self._edges(epoch))
-        order = read_in_turn(rng, self._shards)
+        order, rank = read_in_turn(rng, self._shards, self.turns)
         # Windows begin where groups do, at other places in every epoch.
         edges = self._edges(epoch)
         number = max(self.buffer // self.group, 1)
@@ -76,7 +80,10 @@ class SampleOrder:
         for start, stop in pairwise(windows.tolist()):
             inner = edges[(edges >= start) & (edges <= stop)] - start
             order[start:stop] = self._sort(rng, rng.permutation(order[start:stop]), inner)
-        return order
+        if self._buckets is not None:
+            return order
+        updates = (epoch * self.samples + np.arange(self.samples)) // self.update
+        return order[np.lexsort((rank[order], updates))]
 
     def _edges(self, epoch: int) -> np.ndarray:
         """Positions of an epoch at which a group begins, and its end."""
@@ -105,8 +112,9 @@ class SampleOrder:
         return [(int(self.epoch(epoch)[offset]), epoch) for epoch, offset in positions]
 
 
-def read_in_turn(rng: np.random.Generator, shards: np.ndarray) -> np.ndarray:
-    """(samples,) int64: sample ids as they come when shards in random order are read SHARDS_IN_TURN at a time.
+def read_in_turn(rng: np.random.Generator, shards: np.ndarray, turns: int) -> tuple[np.ndarray, np.ndarray]:
+    """(samples,) int64: sample ids as they come when shards in random order are read `turns` at a time; and the place
+    that each sample would have if they were read one by one.
 
     Each shard gives its samples in their order, from a random one around to the one before, at a pace that brings those
     read together to their ends together.
@@ -114,13 +122,16 @@ def read_in_turn(rng: np.random.Generator, shards: np.ndarray) -> np.ndarray:
     Args:
         rng: draws the order of the shards and their first samples.
         shards: (samples,) number of each sample's shard, ascending.
+        turns: 1 or more.
     """
     _, first, number, sizes = np.unique(shards, return_index=True, return_inverse=True, return_counts=True)
     turn = np.empty(len(sizes), dtype=np.int64)
     turn[rng.permutation(len(sizes))] = np.arange(len(sizes))
     begin = rng.integers(sizes)  # else what stands first in a shard would come early in every epoch
     place = ((np.arange(len(shards)) - first[number] - begin[number]) % sizes[number] + 0.5) / sizes[number]
-    return np.lexsort((turn[number], place, turn[number] // SHARDS_IN_TURN))
+    rank = np.empty(len(shards), dtype=np.int64)
+    rank[np.lexsort((place, turn[number]))] = np.arange(len(shards))
+    return np.lexsort((turn[number], place, turn[number] // turns)), rank
 
 
 def split_evenly(start: int, stop: int, pieces: int) -> list[tuple[int, int]]:
@@ -182,8 +193,10 @@ class UpdateSampler:
         shards = source.shards if self.data.shuffle == "shards" else None
         if self.data.shuffle == "shards" and shards is None:
             raise ValueError("data.shuffle: expected full unless data.path names .tar shards, got shards")
-        buffer = self.data.shuffle_buffer
-        self.order = SampleOrder(len(source), config.run.seed, self.lengths, group, shards, buffer)
+        self.order = SampleOrder(
+            len(source), config.run.seed, self.lengths, group, shards, self.data.shuffle_buffer,
+            self.data.shuffle_shards, self.total,
+        )  # fmt: skip
         self.limit = self._check_seconds()
         # Only what is cropped or cut to its group must not be forwarded with samples of another.
         self.grouped = self.lengths is not None or "equal-mask-counts" in config.published

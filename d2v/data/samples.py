@@ -9,8 +9,9 @@ stay as they were. The slot keeps its own crop, masks and noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,11 +102,64 @@ class Batch:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def _unused_reduce(self) -> tuple[Any, ...]:
+        """On its way from a loader worker a batch is one piece of shared memory: each costs the main process time."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: list[Tensor] = []
+        packed = {name: _take_tensors(value, tensors) for name, value in values.items()}
+        buffer, views = join_tensors(tensors)
+        return _rebuild_batch, (type(self), buffer, views, packed)
+
     def pin_memory(self) -> Batch:
         """Copies for asynchronous transfer; called by the loader. Lengths are read on the host and stay as they are."""
         masks = None if self.masks is None else self.masks.pin_memory()
         keys = None if self.noise_keys is None else self.noise_keys.pin_memory()
         return replace(self, inputs=self.inputs.pin_memory(), masks=masks, noise_keys=keys)
+
+
+class _Place(int):
+    """Number of a tensor of a batch."""
+
+
+def _take_tensors(value: Any, tensors: list[Tensor]) -> Any:
+    """A field of a batch with the numbers of its tensors in place of them."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _Place(len(tensors) - 1)
+    return [_take_tensors(v, tensors) for v in value] if isinstance(value, Masks) else value
+
+
+def _rebuild_batch(kind: type[Batch], buffer: Tensor, views: list[View], packed: dict[str, Any]) -> Batch:
+    tensors = split_tensors(buffer, views)
+    values = {}
+    for name, value in packed.items():
+        if isinstance(value, list):
+            value = Masks(*(tensors[v] if isinstance(v, _Place) else v for v in value))
+        values[name] = tensors[value] if isinstance(value, _Place) else value
+    return kind(**values)
+
+
+View = tuple[torch.dtype, tuple[int, ...]]
+_ALIGNMENT = 64
+
+
+def join_tensors(tensors: list[Tensor]) -> tuple[Tensor, list[View]]:
+    """Tensors on the host -> (one uint8 tensor with the values of all of them, their dtypes and shapes)."""
+    sizes = [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors]
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8)
+    for part, tensor in zip(buffer.split(sizes), tensors, strict=True):
+        part[: tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
+    return buffer, [(t.dtype, tuple(t.shape)) for t in tensors]
+
+
+def split_tensors(buffer: Tensor, views: list[View]) -> list[Tensor]:
+    """The tensors that `join_tensors` had, as views of the buffer."""
+    tensors, start = [], 0
+    for dtype, shape in views:
+        size = math.prod(shape) * dtype.itemsize
+        tensors.append(buffer[start : start + size].view(dtype).view(shape))
+        start += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return tensors
 
 
 class Modality:

@@ -31,6 +31,10 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".
 MAX_ENCODED_BYTES = 256 << 20
 """Largest encoded sample that is read; a bigger file or tar member counts as a bad sample."""
 MAX_OPEN_SHARDS = 32
+FETCH_BYTES = 4 << 20
+"""Read-ahead fetches aligned blocks of this size."""
+MAX_FETCHED = 4096
+"""Blocks that a process remembers to have fetched."""
 
 
 class Kind(NamedTuple):
@@ -85,6 +89,9 @@ class Source:
     def read(self, index: int) -> bytes:
         """Encoded bytes of a sample; `OSError` or `ValueError` where they cannot be had."""
         raise NotImplementedError
+
+    def read_ahead(self) -> None:
+        """Samples will be read with their neighbours: what lies around one that is read may be fetched, too."""
 
     def open_file(self, index: int) -> BinaryIO:
         """The same bytes as a file, to read only a header of."""
@@ -141,6 +148,9 @@ class Subset(Source):
 
     def read(self, index: int) -> bytes:
         return self.base.read(int(self.rows[index]))
+
+    def read_ahead(self) -> None:
+        self.base.read_ahead()
 
     def open_file(self, index: int) -> BinaryIO:
         return self.base.open_file(int(self.rows[index]))
@@ -232,6 +242,7 @@ class ShardSource(Source):
         self.rejected, self.left_out = [], {}
         self._open: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()
+        self._ahead, self._fetched = False, OrderedDict[tuple[int, int], None]()
         suffixes, singular = kind.suffixes, kind.noun.removesuffix("s")
         report = Reporter("indexing", len(self.files), "shards")
 
@@ -275,7 +286,25 @@ class ShardSource(Source):
             raise ValueError(f"tar member of {size} bytes is larger than {MAX_ENCODED_BYTES}")
         return self._read_at(index, offset, size)
 
+    def read_ahead(self) -> None:
+        self._ahead = hasattr(os, "posix_fadvise")
+
+    def _fetch(self, index: int, offset: int, size: int) -> None:
+        """Asks the system for the blocks that a sample lies in, as wholes: its neighbours are wanted next."""
+        assert self.shards is not None
+        number = int(self.shards[index])
+        for block in range(offset // FETCH_BYTES, (offset + size - 1) // FETCH_BYTES + 1):
+            if (number, block) not in self._fetched:
+                self._fetched[number, block] = None
+                os.posix_fadvise(
+                    self._descriptor(index), block * FETCH_BYTES, FETCH_BYTES, os.POSIX_FADV_WILLNEED
+                )  # fmt: skip
+                if len(self._fetched) > MAX_FETCHED:
+                    self._fetched.popitem(last=False)
+
     def _read_at(self, index: int, offset: int, size: int) -> bytes:
+        if self._ahead:
+            self._fetch(index, offset, size)
         data = os.pread(self._descriptor(index), size, offset)
         if len(data) != size:
             raise ShardLost(f"the shard {self._file_of(index)} is cut off: {size} bytes at {offset}, got {len(data)}")

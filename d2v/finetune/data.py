@@ -112,7 +112,7 @@ class LabelledCollate:
 
     def __init__(self, config: FineTuneConfig, modality: Labelled, spelling: Spelling | None, training: bool) -> None:
         self.config, self.modality, self.spelling, self.training = config, modality, spelling, training
-        self._samplers: dict[tuple[int, int], MaskSampler] = {}
+        self._samplers: dict[tuple[str, int], MaskSampler] = {}
 
     def __call__(self, samples: list[Sample]) -> LabelledBatch:
         inputs, lengths = self.modality.stack(samples, self.training)
@@ -123,10 +123,9 @@ class LabelledCollate:
         options = self.config.finetune.options
         if self.training and self.config.stem.modality == "speech":
             if options.time_mask > 0.0 and tokens is not None:
-                hidden, keys = self._draw(samples, tokens, options.time_mask, options.time_span, valid)
+                hidden, keys = self._draw("time", samples, tokens, valid)
             if options.channel_mask > 0.0:
-                width = self.config.encoder.width
-                channels, _ = self._draw(samples, width, options.channel_mask, options.channel_span, None)
+                channels, _ = self._draw("channel", samples, self.config.encoder.width, None)
         return LabelledBatch(
             inputs, lengths, valid, None, keys, tuple(n for s in samples for n in s.notes), targets, counts, hidden,
             channels, tuple(s.sample_id for s in samples), tuple(i for i, v in enumerate(values) if v is None),
@@ -142,16 +141,14 @@ class LabelledCollate:
         dtype = torch.float32 if task == "regression" else torch.int64
         return torch.tensor([0 if v is None else v for v in values], dtype=dtype), None
 
-    def _draw(
-        self, samples: list[Sample], length: int, ratio: float, span: int, valid: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Span masks (B,length) and noise keys (B,), a function of seed, epoch and sample id."""
-        if (length, span) not in self._samplers:
-            # Time and channels must not draw alike.
-            seed = self.config.run.seed + (1 << 20) * (length == self.config.encoder.width)
-            span = min(span, length)
-            self._samplers[length, span] = MaskSampler("span", tokens=length, ratio=ratio, span=span, seed=seed)
-        sampler = self._samplers[length, span]
+    def _draw(self, axis: str, samples: list[Sample], length: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Span masks (B,length) along time or channels and noise keys (B,): a function of seed, epoch and sample id."""
+        options = self.config.finetune.options
+        if (axis, length) not in self._samplers:
+            ratio, span = getattr(options, f"{axis}_mask"), min(getattr(options, f"{axis}_span"), length)
+            seed = self.config.run.seed + (1 << 20) * (axis == "channel")  # the two must not draw alike
+            self._samplers[axis, length] = MaskSampler("span", tokens=length, ratio=ratio, span=span, seed=seed)
+        sampler = self._samplers[axis, length]
         masks, keys = [], []
         for i, sample in enumerate(samples):
             own = None if valid is None else valid[i : i + 1]

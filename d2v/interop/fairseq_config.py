@@ -257,7 +257,7 @@ def _translate_audio1(config: Mapping[str, Any]) -> Config:
             width=width,
             heads=model.get("encoder_attention_heads", 12),
             depth=model.get("encoder_layers", 12),
-            mlp_ratio=_ratio(model.get("encoder_ffn_embed_dim", 3072), width),
+            mlp_ratio=hidden_ratio(model.get("encoder_ffn_embed_dim", 3072), width),
             norm_order="pre" if model.get("layer_norm_first", False) else "post",
             dropout=dropout,
             attention_dropout=model.get("attention_dropout", 0.1),
@@ -306,7 +306,7 @@ def _translate_text1(config: Mapping[str, Any], shapes: Shapes, mask_token: int 
             width=width,
             heads=encoder.get("attention_heads", 8),
             depth=encoder.get("layers", 6),
-            mlp_ratio=_ratio(encoder.get("ffn_embed_dim", 2048), width),
+            mlp_ratio=hidden_ratio(encoder.get("ffn_embed_dim", 2048), width),
             norm_order="pre" if encoder.get("normalize_before", False) else "post",
             input_norm=False,
             dropout=dropout,
@@ -406,7 +406,7 @@ def _vocabulary(shapes: Shapes, name: str) -> int:
     return shapes[name][0]
 
 
-def _ratio(hidden: int, width: int) -> float:
+def hidden_ratio(hidden: int, width: int) -> float:
     """Ratio that gives the hidden width back when multiplied by the width and cut to an integer."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

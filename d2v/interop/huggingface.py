@@ -213,7 +213,7 @@ def _fill(model: Data2Vec, family: str, given: dict[str, Tensor], where: str) ->
             f"checkpoint {where!r}: expected the tensors of the configuration, got {sorted(missing)[:5]} missing and "
             f"{unknown[:5]} unknown"
         )
-    if types is not None:  # one type for all tokens: added to every embedding but the padding's
+    if types is not None:  # all tokens are of type 0, which is added to every embedding but the padding's
         embeddings = own[_TEXT + "embed_tokens.weight"]
         padding = embeddings[1].clone()
         embeddings += types[0]

@@ -8,16 +8,16 @@ from typing import Any
 
 from .. import recipes
 from ..config import Config
+from .fairseq_config import hidden_ratio
 
 FAMILIES = {"data2vec-audio": "d2v1_audio", "data2vec-text": "d2v1_text", "data2vec-vision": "d2v1_vision"}
 """`model_type` of transformers -> published family."""
 _SHARED = {"hidden_act": "gelu"}
 _REQUIRED: dict[str, dict[str, Any]] = {
     "data2vec-audio": {**_SHARED, "feat_extract_activation": "gelu", "add_adapter": False},
-    "data2vec-text": {**_SHARED, "type_vocab_size": 1, "is_decoder": False, "pad_token_id": 1},
+    "data2vec-text": {**_SHARED, "is_decoder": False, "pad_token_id": 1},
     "data2vec-vision": {
         **_SHARED, "use_absolute_position_embeddings": False, "use_relative_position_bias": False,
-        "use_shared_relative_position_bias": True,
     },
 }  # fmt: skip
 """Options that have one value in published data2vec models; another one is refused by name."""
@@ -41,7 +41,7 @@ def read_config(given: Mapping[str, Any]) -> tuple[str, Config]:
     width = int(given["hidden_size"])
     encoder = dataclasses.replace(
         config.encoder, width=width, heads=int(given["num_attention_heads"]), depth=int(given["num_hidden_layers"]),
-        mlp_ratio=int(given["intermediate_size"]) / width, norm_eps=float(given["layer_norm_eps"]),
+        mlp_ratio=hidden_ratio(int(given["intermediate_size"]), width), norm_eps=float(given["layer_norm_eps"]),
     )  # fmt: skip
     stem = dataclasses.replace(config.stem, norm_eps=encoder.norm_eps)
     target = dataclasses.replace(config.target, top_k=min(config.target.top_k, encoder.depth))
@@ -86,6 +86,7 @@ def _read_vision(given: Mapping[str, Any]) -> Config:
     stem = dataclasses.replace(
         base.stem, image_size=int(given["image_size"]), patch_size=int(given["patch_size"]),
         channels=int(given.get("num_channels", 3)),
+        positions="relative" if given.get("use_shared_relative_position_bias", True) else "none",
     )  # fmt: skip
     encoder = dataclasses.replace(
         base.encoder, drop_path=float(given.get("drop_path_rate", 0.0)),
@@ -157,7 +158,7 @@ def _write_text(config: Config) -> dict[str, Any]:
 
 def _write_vision(config: Config) -> dict[str, Any]:
     stem, encoder = config.stem, config.encoder
-    if stem.positions != "relative" or encoder.key_bias or encoder.layer_scale <= 0.0 or encoder.extra_tokens != 1:
+    if stem.positions == "sincos" or encoder.key_bias or encoder.layer_scale <= 0.0 or encoder.extra_tokens != 1:
         raise NotImplementedError(
             "format huggingface: expected relative positions, layer scale, no key bias and one class token"
         )
@@ -166,7 +167,7 @@ def _write_vision(config: Config) -> dict[str, Any]:
         "patch_size": stem.patch_size, "num_channels": stem.channels, "layer_scale_init_value": encoder.layer_scale,
         "drop_path_rate": encoder.drop_path, "hidden_dropout_prob": encoder.dropout,
         "attention_probs_dropout_prob": encoder.attention_dropout, "use_mask_token": True, "use_mean_pooling": True,
-        "use_shared_relative_position_bias": True, "use_relative_position_bias": False,
+        "use_shared_relative_position_bias": stem.positions == "relative", "use_relative_position_bias": False,
         "use_absolute_position_embeddings": False,
     }  # fmt: skip
 

@@ -11,7 +11,7 @@ import pytest
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.data.order import BUCKET_RATIO, SHARDS_IN_TURN, SampleOrder, UpdateSampler, fill, read_in_turn
+from d2v.data.order import BUCKET_RATIO, SampleOrder, UpdateSampler, fill, read_in_turn
 from d2v.data.sources import Source
 
 
@@ -101,7 +101,7 @@ def shards_of(sizes: list[int]) -> np.ndarray:
 def test_shards_are_read_in_their_own_order_but_for_a_window() -> None:
     sizes = [37, 50, 1, 44, 60, 3, 52, 49, 40, 41, 58, 12, 50, 30, 47, 33, 20, 45, 50, 28]
     shards, samples = shards_of(sizes), sum(sizes)
-    order = SampleOrder(samples, 5, shards=shards, buffer=64)
+    order = SampleOrder(samples, 5, shards=shards, buffer=64, turns=8)
     stream = order.take(0, 3 * samples)
     first = np.cumsum([0, *sizes])[:-1]
     for epoch in range(3):
@@ -115,16 +115,16 @@ def test_shards_are_read_in_their_own_order_but_for_a_window() -> None:
                     gaps = np.diff(np.append(places, places[0] + size)) - 1
                     assert size - gaps.max() - len(places) <= 64
         for start in range(0, samples - 64, 16):
-            assert len(set(shards[ids[start : start + 64]])) <= 3 * SHARDS_IN_TURN
+            assert len(set(shards[ids[start : start + 64]])) <= 3 * 8
     assert [i for i, _ in stream[:samples]] != [i for i, _ in stream[samples : 2 * samples]]
-    again = SampleOrder(samples, 5, shards=shards, buffer=64)
+    again = SampleOrder(samples, 5, shards=shards, buffer=64, turns=8)
     assert again.take(700, 300) == stream[700:1000]
-    assert SampleOrder(samples, 6, shards=shards, buffer=64).take(0, 50) != stream[:50]
+    assert SampleOrder(samples, 6, shards=shards, buffer=64, turns=8).take(0, 50) != stream[:50]
 
 
 def test_every_place_of_an_epoch_is_as_likely_for_every_sample() -> None:
     samples, epochs = 400, 300
-    order = SampleOrder(samples, 1, shards=shards_of([20] * 20), buffer=50)
+    order = SampleOrder(samples, 1, shards=shards_of([20] * 20), buffer=50, turns=8)
     places = np.empty((epochs, samples))
     same = 0.0
     for epoch in range(epochs):
@@ -133,7 +133,7 @@ def test_every_place_of_an_epoch_is_as_likely_for_every_sample() -> None:
         same += np.mean(ids[1:] // 20 == ids[:-1] // 20)
     error = samples / math.sqrt(12 * epochs)
     assert np.abs(places.mean(0) - (samples - 1) / 2).max() < 5 * error
-    assert abs(same / epochs - 1 / SHARDS_IN_TURN) < 0.05, "neighbours come from the shards read in turn"
+    assert abs(same / epochs - 1 / 8) < 0.05, "neighbours come from the shards read in turn"
     # The order of two samples of one shard is nearly as often one as the other: both are mostly in one window.
     ahead = np.mean(places[:, 1::20] < places[:, 0::20])
     assert 0.4 < ahead < 0.5
@@ -142,11 +142,32 @@ def test_every_place_of_an_epoch_is_as_likely_for_every_sample() -> None:
 def test_shards_in_turn_end_together() -> None:
     shards = shards_of([10, 20, 5, 40])
     sizes = np.bincount(shards)
-    order = read_in_turn(np.random.default_rng(0), shards)
+    order, rank = read_in_turn(np.random.default_rng(0), shards, 4)
+    assert sorted(rank) == list(range(75))
     assert sorted(order) == list(range(75))
     for shard in range(4):
         assert (np.diff(order[shards[order] == shard]) % sizes[shard] == 1 % sizes[shard]).all()
     assert set(shards[order[:15]]) == set(shards[order[-15:]]) == {0, 1, 2, 3}
+
+
+def test_a_rank_reads_its_part_of_the_shards_in_order() -> None:
+    shards = shards_of([50] * 16)
+    vision = recipes.get("vision-tiny")
+    data = dataclasses.replace(vision.data, global_batch=64, micro_batch=8, shuffle="shards", shuffle_buffer=200)
+    settings = dataclasses.replace(vision, data=data)
+    source = Numbers(800, shards=shards)
+    ranks = [UpdateSampler(settings, source, 0, 50, rank, 4) for rank in range(4)]
+    apart = []
+    for update in range(50):
+        shares = [[s.sample_id for batch in sampler.slots(update) for s in batch] for sampler in ranks]
+        each = [len(set(shards[share])) for share in shares]
+        apart.append(sum(each) / len(set(shards[np.concatenate(shares)])))
+        for share in shares:
+            steps = np.diff(share)[np.diff(shards[share]) == 0]
+            assert (steps < 0).sum() <= 2 * len(set(shards[share])), "in the order of the file but for where it wraps"
+    assert np.mean(apart) < 1.6, "at most the shards at the edges of a share are read by two ranks"
+    mixed = UpdateSampler(dataclasses.replace(settings, data=dataclasses.replace(data, shuffle="full")), source, 0, 50)
+    assert len(set(shards[[s.sample_id for batch in mixed.slots(0)[:2] for s in batch]])) > 8
 
 
 def test_groups_of_equal_length_within_windows() -> None:
@@ -167,7 +188,7 @@ def test_groups_of_equal_length_within_windows() -> None:
         assert sorted(ids[epoch * 1_003 : (epoch + 1) * 1_003]) == list(range(1_003))
     assert np.median(ratios) < 1.2
     for start in range(0, 1_003 - 200, 50):
-        assert len(set(shards[ids[start : start + 200]])) <= 6 * SHARDS_IN_TURN
+        assert len(set(shards[ids[start : start + 200]])) <= 6 * 8
     with pytest.raises(ValueError, match=r"data\.shuffle: expected full unless"):
         UpdateSampler(config(shuffle="shards"), Numbers(9), 0, 1)
 

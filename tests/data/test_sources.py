@@ -167,3 +167,19 @@ def test_name_table_keeps_any_name() -> None:
     assert [table[i] for i in range(len(table))] == names
     assert table.digest() != NameTable(["a" + "", "ü/ö"]).digest()
     assert NameTable(["ab", "c"]).digest() != NameTable(["a", "bc"]).digest()
+
+
+def test_read_ahead_asks_for_each_block_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(tmp_path / "s.tar", {f"{i:02d}.png": encode(make_image(i)) for i in range(20)})
+    source = open_source(str(tmp_path / "s.tar"))
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, size, advice: asked.append((offset, size, advice)))
+    monkeypatch.setattr(sources, "FETCH_BYTES", 8_192)
+    plain = [source.read(i) for i in range(20)]
+    assert asked == []
+    source.read_ahead()
+    assert [source.read(i) for i in (*range(20), *range(20))] == plain * 2
+    last = (tmp_path / "s.tar").stat().st_size // 8_192
+    assert [a for a in asked if a[0] <= 8_192 * last] == asked
+    assert len(set(asked)) == len(asked) >= 4
+    assert {a[1:] for a in asked} == {(8_192, os.POSIX_FADV_WILLNEED)}

@@ -265,6 +265,22 @@ def test_crops_and_masks_do_not_depend_on_ranks(sounds: Path) -> None:
                 assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), (batch, micro, ranks, unequal)
 
 
+@pytest.mark.parametrize("unequal", ["crop", "pad"])
+def test_batches_hold_at_most_so_many_seconds_on_any_number_of_ranks(sounds: Path, unequal: str) -> None:
+    settings = config(steps=6, global_batch=8, batch_seconds=1.5, unequal=unequal)
+    source = Speech(settings).open(str(sounds))
+    whole = list(train_updates(settings, source, 0, CPU))
+    parts = [list(train_updates(settings, source, 0, CPU, rank, 2)) for rank in range(2)]
+    assert len({len(update) for update in whole}) > 1
+    for update, expected in enumerate(whole):
+        shares = [part[update] for part in parts]
+        assert len(shares[0]) == len(shares[1])
+        for batch in expected + shares[0] + shares[1]:
+            assert batch.inputs.numel() <= 1.5 * 16_000
+        for one, other in zip(rows_of(expected), rows_of(shares[0] + shares[1]), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def rows_of(batches: list[Batch]) -> list[tuple[torch.Tensor, ...]]:
     """(waveform without its padding, masks of its copies without theirs, noise keys) of every sample in order."""
     rows: list[tuple[torch.Tensor, ...]] = []

@@ -14,15 +14,18 @@ from support.families import make_batch, make_config
 from torch import Tensor
 
 from d2v.config import Config
+from d2v.convert import write_folder
+from d2v.data.samples import Sample
 from d2v.data2vec import Data2Vec
 from d2v.evaluate import load_any
 from d2v.finetune import scores
 from d2v.finetune.augment import erase_rectangles, mix_images, smooth_targets
 from d2v.finetune.config import FineTune, FineTuneConfig, TaskOptions
-from d2v.finetune.data import Labelled, LabelledSource, hold_out
+from d2v.finetune.data import Labelled, LabelledCollate, LabelledSource, hold_out
 from d2v.finetune.decoding import Decoder, Decoding
 from d2v.finetune.heads import HeadSettings, make_head, vote
 from d2v.finetune.objective import FineTuning
+from d2v.finetune.run import build_model
 from d2v.finetune.spelling import Letters, Pieces
 from d2v.finetuned import FineTuned, build_finetuned, strip_pretraining
 
@@ -245,6 +248,46 @@ def test_erased_rectangles() -> None:
     assert abs(float(erased[erased != 9.0].mean())) < 0.1 and float(images.min()) == 9.0
 
 
+def test_masks_of_speech_are_functions_of_the_sample() -> None:
+    """Whatever else is in the batch; never on padding; time and channels apart."""
+    config = make_config("speech-base", width=48)
+    options = TaskOptions(time_mask=0.5, time_span=4, channel_mask=0.3, channel_span=6)
+    tune = FineTune("speech-ctc", HeadSettings("tokens", 6, task="ctc"), ("<s>", "<pad>", "|", "a", "b", "c"), options)
+    whole = FineTuneConfig.of(config, finetune=tune, data=dataclasses.replace(config.data, unequal="pad"))
+    from d2v.data import make_modality
+
+    collate = LabelledCollate(whole, Labelled(make_modality(whole)), Letters(tune.labels), training=True)
+    rng = np.random.default_rng(0)
+    waves = {i: rng.standard_normal(n).astype(np.float32) for i, n in ((3, 3000), (9, 6000))}
+    samples = {i: Sample(i, 2, (wave, "ab c"), ()) for i, wave in waves.items()}  # type: ignore[arg-type]
+    both, alone = collate([samples[3], samples[9]]), collate([samples[9]])
+    assert both.hidden is not None and alone.hidden is not None and both.channels is not None
+    assert torch.equal(both.hidden[1], alone.hidden[0]) and torch.equal(both.channels[1:], alone.channels)  # type: ignore[arg-type]
+    assert both.token_lengths is not None and not both.hidden[0, int(both.token_lengths[0]) :].any()
+    assert 0.15 < float(both.hidden[1].float().mean()) < 0.6 and 0.0 < float(both.channels.float().mean()) < 0.6
+    assert both.target_lengths.tolist() == [5, 5] and both.targets.tolist() == [3, 4, 2, 5, 2] * 2  # type: ignore[union-attr]
+    quiet = LabelledCollate(whole, Labelled(make_modality(whole)), Letters(tune.labels), training=False)
+    assert quiet([samples[3]]).hidden is None and quiet([samples[3]]).channels is None
+
+
+def test_start_from_the_teacher(tmp_path: Path) -> None:
+    config = make_config("vision-base")
+    torch.manual_seed(0)
+    model = Data2Vec(config)
+    with torch.no_grad():
+        for p in model.teacher.parameters():
+            p.add_(1.0)
+    write_folder(model, tmp_path / "m")
+    for weights in ("student", "teacher"):
+        head = HeadSettings("pooled", 2, norm_eps=1e-6)
+        tune = FineTune("vision-classify", head, ("a", "b"), TaskOptions(weights=weights))  # type: ignore[arg-type]
+        start = build_model(FineTuneConfig.of(config, finetune=tune), str(tmp_path / "m"))
+        expected = model if weights == "student" else model.teacher
+        for name in ("blocks.blocks.1.mlp.fc1.weight", "stem.proj.weight"):
+            assert torch.equal(start.encoder.get_parameter(name), expected.get_parameter(name)), (weights, name)
+        assert start.encoder.decoder is None and not start.encoder.teacher.owned
+
+
 def test_held_out_samples(tmp_path: Path) -> None:
     from d2v.data import make_modality
     from d2v.finetune.data import open_classes
@@ -410,7 +453,6 @@ def test_error_rates() -> None:
 def test_imported_classifiers_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model without class names needs a file of them."""
     from d2v.cli import main
-    from d2v.convert import write_folder
 
     model = tuned("vision-base", HeadSettings("pooled", 3, norm_eps=1e-6))
     write_folder(model, tmp_path / "m")

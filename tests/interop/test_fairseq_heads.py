@@ -249,6 +249,22 @@ def test_labels_of_the_dictionary_beside(tmp_path: Path) -> None:
     assert fairseq.load(path).labels == ("<s>", "<pad>", "</s>", "<unk>", "|", "E", "T")  # type: ignore[union-attr]
 
 
+class Dictionary:
+    """Stands for the published dictionary that the task's state may hold."""
+
+    def __init__(self) -> None:
+        self.symbols = ["<s>", "<pad>", "</s>", "<unk>", "|", "E", "T"]
+        self.indices = {symbol: i for i, symbol in enumerate(self.symbols)}
+
+
+def test_labels_of_the_dictionary_inside(tmp_path: Path) -> None:
+    state = {**fine_tuned_state("ctc2"), "task_state": {"target_dictionary": Dictionary()}}
+    model = fairseq.load(write(state, tmp_path / "a.pt"))
+    assert isinstance(model, FineTuned) and model.labels[4:] == ("|", "E", "T")
+    fairseq.save(model, tmp_path / "b.pt")
+    assert fairseq.load(tmp_path / "b.pt").labels == model.labels  # type: ignore[union-attr]
+
+
 def add_blank_weight(state: dict[str, Any]) -> None:
     state["cfg"]["model"]["blank_weight"] = 2.0
 

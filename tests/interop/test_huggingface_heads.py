@@ -37,6 +37,8 @@ CASES = {
     "TextForMaskedLM": TEXT,
     "VisionForImageClassification": VISION,
     "VisionForImageClassification, class token": {**VISION, "use_mean_pooling": False},
+    "VisionForImageClassification, no positions": {**VISION, "use_shared_relative_position_bias": False},
+    "TextForSequenceClassification, two types": {**TEXT, "type_vocab_size": 2, "intermediate_size": 37},
     "VisionForImageClassification, mask token": {**VISION, "use_mask_token": True},
 }
 

@@ -23,28 +23,48 @@ ALL_CASES: list[Case] = [(m, p, a) for m in MODALITIES for p in ("ddp", "fsdp") 
 
 def compare_ranks(
     folder: Path, cases: Sequence[Case] = ALL_CASES, *, steps: int = 30, small: bool = False
-) -> dict[str, float]:  # fmt: skip
-    """Losses of two ranks against one rank with the same global batch and micro-batches, without dropout.
+) -> dict[str, float]:
+    """Losses of two ranks against one rank with the same global batch and micro-batches, without dropout; and of one
+    rank that goes on from what two saved half-way, against the two.
 
     Returns case -> largest relative difference over `steps` updates. Raises `AssertionError` above `LIMIT`, or where
     the losses do not move (a comparison of nothing).
     """
     one: dict[str, list[str]] = {}
     two: dict[str, list[str]] = {}
+    alone, half = {}, steps // 2
     for modality, parallel, micro in cases:
-        data, name = make_data(modality, folder / "data"), f"{modality}-{micro}"
-        more = ["--data.micro-batch", str(MICRO[micro]), *NO_DROPOUT]
-        one[name] = options(modality, data, folder / f"1-{name}", steps, *more, every=steps, small=small)
-        run, split = folder / f"2-{name}-{parallel}", ["--run.parallel", parallel]
-        two[f"{name}-{parallel}"] = options(modality, data, run, steps, *more, *split, every=steps, small=small)
-    run_all(list(one.values()), 1, folder / "logs")
+        data, name = make_data(modality, folder / "data"), f"{modality}-{micro}-{parallel}"
+        more = ["--data.micro-batch", str(MICRO[micro]), *NO_DROPOUT, "--run.keep-checkpoints", "9"]
+        alone[name] = f"{modality}-{micro}-1"  # serves both kinds of parallel
+        one[alone[name]] = options(modality, data, folder / alone[name], steps, *more, every=half, small=small)
+        more += ["--run.parallel", parallel]
+        two[name] = options(modality, data, folder / name, steps, *more, every=half, small=small)
+        one[f"{name}-2-to-1"] = options(
+            modality, data, folder / f"{name}-2-to-1", steps, *more, every=half, small=small
+        )
     run_all(list(two.values()), 2, folder / "logs")
+    for name in two:
+        rewind(folder / name, folder / f"{name}-2-to-1", half)
+    run_all(list(one.values()), 1, folder / "logs")
     differences = {}
     for name in two:
-        expected = losses(folder / f"1-{name.rpartition('-')[0]}")
+        expected, got, after = (losses(folder / n) for n in (alone[name], name, f"{name}-2-to-1"))
         assert len(expected) == steps and len(set(expected)) == steps, f"{name}: expected {steps} different losses"
-        differences[name] = largest_difference(losses(folder / f"2-{name}"), expected)
+        differences[name] = largest_difference(got, expected)
+        assert after[:half] == got[:half]
+        differences[f"{name}-2-to-1"] = largest_difference(after[half:], got[half:])
     return check(differences)
+
+
+def rewind(run: Path, to: Path, step: int) -> None:
+    """Copies a finished run to a folder where its checkpoint `step` is the newest."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(run, to)
+    for checkpoint in (to / "checkpoints").iterdir():
+        if checkpoint.name != f"step-{step:08d}":
+            shutil.rmtree(checkpoint)
+    assert last_step(to) == step
 
 
 def check(differences: dict[str, float]) -> dict[str, float]:
@@ -74,12 +94,7 @@ def reshard(
     for count in ranks:
         runs = {parallel: folder / f"{parallel}-{count}" for parallel in parallels}
         for parallel, run in runs.items():
-            shutil.rmtree(run, ignore_errors=True)
-            shutil.copytree(whole[parallel], run)
-            for checkpoint in (run / "checkpoints").iterdir():
-                if checkpoint.name != f"step-{half:08d}":
-                    shutil.rmtree(checkpoint)
-            assert last_step(run) == half
+            rewind(whole[parallel], run, half)
         run_all([command(run, parallel) for parallel, run in runs.items()], count, folder / f"logs-{count}")
         for parallel, run in runs.items():
             got, expected = losses(run), losses(whole[parallel])

@@ -23,6 +23,9 @@ COMMANDS = {
         trap 'kill -USR1 "$task"' USR1
         while :; do wait "$task"; code=$?; kill -0 "$task" 2>/dev/null || exit "$code"; done
     """,
+    "squeue": """
+        cat "$FAKE_SLURM/state"
+    """,
     "scontrol": """
         case $1 in
             show) echo localhost ;;
@@ -43,6 +46,7 @@ class FakeSlurm:
         for name, text in COMMANDS.items():
             (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}")
             (folder / "bin" / name).chmod(0o755)
+        (folder / "state").write_text("RUNNING\n")
         self.starts = 0
         self.mark = f"slurm-{os.getpid()}-{folder.name}"
         self.environment = {

@@ -15,12 +15,9 @@ CASES = [
 ]
 
 
-def test_two_ranks_have_the_losses_of_one(tmp_path: Path) -> None:
-    assert len(equality.compare_ranks(tmp_path, CASES, steps=6, small=True)) == len(CASES)
-
-
-def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path) -> None:
-    assert len(equality.reshard(tmp_path, ranks=(1,), parallels=("fsdp",), steps=6, small=True)) == 1
+def test_two_ranks_have_the_losses_of_one_and_save_for_one(tmp_path: Path) -> None:
+    differences = equality.compare_ranks(tmp_path, CASES, steps=6, small=True)
+    assert len(differences) == 2 * len(CASES)
 
 
 def test_a_comparison_can_fail() -> None:
@@ -33,18 +30,18 @@ def test_a_comparison_can_fail() -> None:
 
 
 def test_kill_9_loses_nothing(tmp_path: Path) -> None:
-    counts = kills.kill_and_resume(tmp_path, kills=2, steps=200, every=20)
+    counts = kills.kill_and_resume(tmp_path, kills=2, steps=100, every=10)
     assert counts["tensors"] > 0 and counts["training"] + counts["writing"] == 2
 
 
 def test_a_killed_rank_is_named_by_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faults, "TIMEOUT", 10)
-    assert faults.lost_rank(tmp_path)["seconds"] > 0.0
+    assert faults.lost_rank(tmp_path, resume=False)["seconds"] > 0.0
 
 
 @pytest.mark.skipif(namespaces.why_not() is not None, reason=f"namespaces: {namespaces.why_not()}")
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    assert faults.full_disk(tmp_path, free_kilobytes=(40,)) == {"step kept with 40 kB free": 10}
+    assert faults.full_disk(tmp_path, free_kilobytes=(40,), resume=False)["step kept with 40 kB free"] >= 10
 
 
 def test_no_pickle_in_a_run_folder_is_executed(tmp_path: Path) -> None:

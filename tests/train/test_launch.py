@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from soak.jobs import Job
+from soak.jobs import ROOT, Job
 from soak.slurm import SCRIPT, FakeSlurm
+
+from d2v.recipes import RECIPES
 
 # Stands for Python with torchrun: a launcher with one rank. The rank saves on SIGUSR1, which takes longer than it takes
 # the launcher to leave on a SIGTERM; the launcher hides the rank's exit code, as torchrun does.
@@ -78,6 +80,18 @@ def test_a_signal_before_the_trainer_listens_requeues(slurm: FakeSlurm, tmp_path
     assert slurm.requeued() == 1
 
 
+def test_a_cancelled_job_is_not_requeued(slurm: FakeSlurm, tmp_path: Path) -> None:
+    (slurm.folder / "state").write_text("COMPLETING\n")
+    job = slurm.start(["vision-tiny", "--run.dir", str(tmp_path / "run")])
+    try:
+        wait_for_rank(job)
+        os.kill(job.processes[0].pid, signal.SIGTERM)
+        job.codes(20)
+    finally:
+        job.kill()
+    assert "saved" in job.text() and slurm.requeued() == 0
+
+
 def test_no_run_folder_is_refused(slurm: FakeSlurm) -> None:
     job = slurm.start(["vision-tiny"])
     assert job.codes(20) == [2]
@@ -88,3 +102,25 @@ def test_the_script_is_valid() -> None:
     assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
     directives = [line for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --requeue" in directives and "#SBATCH --signal=B:USR1@300" in directives
+
+
+def test_the_worked_table_follows_the_rules() -> None:
+    """docs/distributed.md: every stock recipe at four times its batch."""
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `") and "→" in line}
+    stock = [name for name in RECIPES if not name.endswith(("tiny", "small"))]
+    assert sorted(rows) == sorted(stock)
+    for name in stock:
+        config, kappa = RECIPES[name](), 4
+        optim, ema, steps = config.optim, config.ema, config.run.steps
+        expected = [
+            *(config.data.global_batch, kappa * config.data.global_batch, steps, steps / kappa),
+            *(optim.learning_rate, optim.learning_rate * kappa**0.5),
+            *(1 - kappa * (1 - beta) for beta in optim.betas),
+            *(optim.eps / kappa**0.5, optim.weight_decay * kappa**0.5, optim.warmup_steps, optim.warmup_steps / kappa),
+            *(ema.start**kappa, ema.end**kappa, (ema.anneal_steps or steps) / kappa),
+        ]
+        cells = rows[name].split("`")[2].replace(",", "").replace("→", " ").replace("in", " ").replace("|", " ")
+        betas = rows[name].split("|")[5].split(",")
+        numbers = [float(n) for n in cells.replace(rows[name].split("|")[5].replace(",", ""), " ".join(betas)).split()]
+        assert numbers == pytest.approx(expected, rel=1e-3), name

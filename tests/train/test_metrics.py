@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v.metrics import MetricsFile, Window, read_metrics
+from d2v.metrics import Board, MetricsFile, Window, read_metrics
 from d2v.progress import Progress, describe_line, format_seconds
 
 
@@ -106,6 +106,32 @@ def test_the_console_line() -> None:
     assert describe_line(full) == "loss 1.2346, valid 2.0000, spread 0.500, 12 samples/s, data wait 7%"
     # Other training has no spread.
     assert describe_line({"loss": 1.0, "samples_per_second": 3.0}) == "loss 1.0000, 3 samples/s"
+
+
+def test_a_collapsed_local_encoder_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(0, 100)
+    usual = {"loss": 1.0, "samples_per_second": 3.0, "step_seconds": 2.0, "target_rank": 9.0}
+    for step, rank in enumerate((5.0, 1.01, 1.0, math.nan), start=1):
+        progress.show({**usual, "step": step, "stem_rank": rank})
+    notes = [text for text in capsys.readouterr().err.splitlines() if text.startswith("note")]
+    (note,) = notes
+    assert "stem_rank 1 (limit 1.05): the local encoder gives nearly the same direction for all tokens" in note
+    progress.show({**usual, "step": 9, "target_rank": math.nan})
+    assert "note: target_rank nan" in capsys.readouterr().err
+
+
+def test_tensorboard_has_every_finite_number(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = Board(tmp_path, 0)
+    for step in (1, 2, 3):
+        board.write({"step": step, "loss": 1.0 / step, "stem_rank": 2.0, "word": "text", "valid_loss": math.nan})
+    board.close()
+    Board(tmp_path, 1).close()  # of a run resumed after update 1
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == ["loss", "stem_rank"]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0)]
 
 
 def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,8 +64,9 @@ def test_runs_that_were_cut_off(tmp_path: Path) -> None:
     text = draw_report(write_lines(folder, lines, '{"step": 6, "lo'))
     assert text == f"{folder}/report.png (left out: no probe.json; no checkpoint)"
     assert np.array_equal(pixels(folder, lines), pixels(folder, lines, '{"step": 6, "lo'))
-    (folder / "probe.json").write_text('{"linear_pr')
-    assert "no probe.json" in draw_report(folder)
+    for broken in ('{"linear_pr', '{"linear_probe": {}}', "[1]"):
+        (folder / "probe.json").write_text(broken)
+        assert "no probe.json" in draw_report(folder)
     # One line is enough; none is not.
     draw_report(write_lines(folder, lines[:1]))
     with pytest.raises(ValueError, match=r"dir: expected lines in .*found none"):
