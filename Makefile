@@ -28,8 +28,8 @@ test: setup  ## every test this machine can run, in under 25 minutes on two core
 test-all: setup  ## the long tests too
 	$(PYTEST) -m "not soak"
 
-soak: setup  ## the endurance tests
-	$(PYTEST) -m soak
+soak: setup  ## endurance: kills, broken disks, lost ranks, cut links; goes on where it was stopped, ends with a table
+	$(RUN) scripts/soak.py
 
 bench: setup  ## CPU operators against eager and torch.compile: table, JSON lines, roofline plot
 	$(RUN) -m benchmarks.kernels

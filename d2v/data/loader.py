@@ -91,9 +91,15 @@ def _next_batch(batches: Any, workers: list[Any], patience: float) -> Batch | No
         try:
             batch: Batch | None = next(batches, None)
             return batch
-        except RuntimeError as error:
-            if not workers or not str(error).startswith("DataLoader"):
+        except (RuntimeError, OSError, EOFError) as error:
+            # The loader's own words, or the connection over which a dead worker can no longer give its last batches.
+            cut_off = not isinstance(error, RuntimeError)
+            if not workers or not (cut_off or str(error).startswith("DataLoader")):
                 raise
+            if cut_off:
+                workers[0].join(0.5)
+                if all(w.exitcode is None for w in workers):
+                    raise
             waited = time.monotonic() - asked
             if waited >= patience or any(w.exitcode is not None for w in workers):
                 text = _describe_workers(workers, waited)

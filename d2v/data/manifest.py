@@ -59,6 +59,7 @@ class ManifestSource(Source):
     def _parse(self, lines: list[str], first: int, labelled: bool, option: str) -> list[tuple[str, str, int]]:
         """(path, second field, line after the root's) of every usable line."""
         rows = []
+        unlabelled: list[tuple[str, str]] = []
         for number, line in enumerate(lines[first:]):
             if not line.strip():
                 continue
@@ -66,7 +67,8 @@ class ManifestSource(Source):
             path, _, value = line.partition("\t")
             value = value.split("\t")[0].strip()
             if labelled and not value:
-                raise ValueError(f"{option}: expected path<TAB>label, got {line!r} in {where}")
+                unlabelled.append((line, where))
+                continue
             if path.rstrip().endswith("|") and not self.commands:
                 raise ValueError(
                     f"{option}: expected paths of {self.kind.noun}, got a shell command in {where}; "
@@ -77,6 +79,10 @@ class ManifestSource(Source):
                 self.rejected.append(Rejected(where, reason))
             else:
                 rows.append((path, value, number))
+        if unlabelled:
+            line, where = unlabelled[0]
+            count = f"{len(unlabelled)} of {len(unlabelled) + len(rows)} without a label"
+            raise ValueError(f"{option}: expected path<TAB>label, got {line!r} in {where} ({count})")
         return rows
 
     def describe(self, index: int) -> str:

@@ -102,11 +102,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def _unused_reduce(self) -> tuple[Any, ...]:
-        """On its way from a loader worker a batch is one piece of shared memory: each costs the main process time."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """On its way from a loader worker the small tensors of a batch are one piece of shared memory: each piece costs
+        the main process time. Large ones are not copied once more."""
         tensors: list[Tensor] = []
-        packed = {name: _take_tensors(value, tensors) for name, value in values.items()}
+        packed = [(f.name, _take_tensors(getattr(self, f.name), tensors)) for f in fields(self)]
         buffer, views = join_tensors(tensors)
         return _rebuild_batch, (type(self), buffer, views, packed)
 
@@ -123,23 +123,26 @@ class _Place(int):
 
 def _take_tensors(value: Any, tensors: list[Tensor]) -> Any:
     """A field of a batch with the numbers of its tensors in place of them."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.nbytes <= JOINED_BYTES:
         tensors.append(value)
         return _Place(len(tensors) - 1)
     return [_take_tensors(v, tensors) for v in value] if isinstance(value, Masks) else value
 
 
-def _rebuild_batch(kind: type[Batch], buffer: Tensor, views: list[View], packed: dict[str, Any]) -> Batch:
+def _rebuild_batch(kind: type[Batch], buffer: Tensor, views: list[View], packed: list[tuple[str, Any]]) -> Batch:
     tensors = split_tensors(buffer, views)
-    values = {}
-    for name, value in packed.items():
+
+    def restore(value: Any) -> Any:
         if isinstance(value, list):
-            value = Masks(*(tensors[v] if isinstance(v, _Place) else v for v in value))
-        values[name] = tensors[value] if isinstance(value, _Place) else value
-    return kind(**values)
+            return Masks(*map(restore, value))
+        return tensors[value] if isinstance(value, _Place) else value
+
+    return kind(**{name: restore(value) for name, value in packed})
 
 
 View = tuple[torch.dtype, tuple[int, ...]]
+JOINED_BYTES = 1 << 19
+"""Largest tensor that is sent together with others."""
 _ALIGNMENT = 64
 
 

@@ -53,9 +53,9 @@ def scan_shard(shard: Path, suffixes: frozenset[str], singular: str, *, labelled
             elif extension == "txt":
                 texts[key] = member
     keys = sorted(found)
-    missing = next((key for key in keys if labelled and key not in labels), None)
-    if missing is not None:
-        raise ValueError(f"{option}: expected {missing}.cls in {str(shard)!r}, found none")
+    if labelled and (missing := [key for key in keys if key not in labels]):
+        count = f"{len(missing)} of {len(keys)} without a label"
+        raise ValueError(f"{option}: expected {missing[0]}.cls in {str(shard)!r}, found none ({count})")
     places = [(found[key].offset_data, found[key].size) for key in keys]
     beside = [(texts[key].offset_data, texts[key].size) if key in texts else (-1, -1) for key in keys]
     return ShardIndex(

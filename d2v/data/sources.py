@@ -193,9 +193,9 @@ class FolderSource(Source):
             place = f"under {str(root)!r}"
             raise ValueError(f"{option}: expected {kind.noun} {place}, found none in {len(files)} files{hint}")
         if labelled:
-            loose = next((name for name in found if os.sep not in name), None)
-            if loose is not None:
-                raise ValueError(f"{option}: expected class folders under {str(root)!r}, got {loose!r} outside any")
+            if loose := [name for name in found if os.sep not in name]:
+                count = f"{len(loose)} of {len(found)} {kind.noun} outside any"
+                raise ValueError(f"{option}: expected class folders under {str(root)!r}, got {loose[0]!r} ({count})")
             folders = [name.split(os.sep, 1)[0] for name in found]
             self.labels, self.classes = number_classes(folders)
         self.names = NameTable(found)

@@ -28,6 +28,9 @@ from .decoding import Decoder
 from .scores import count_errors, headline
 from .spelling import Spelling
 
+CHOICE = "valid_choice"
+"""Metric that chooses the checkpoint: the task's score, and its loss where scores are equal."""
+_TIE = 1e-7
 STREAM_MIX = 102
 """Purpose of the random stream of mixup, CutMix and erasing."""
 
@@ -175,9 +178,11 @@ class FineTuning(Objective):
         outcomes = [o for part in world.gather(self.predict(self.valid, world)) for o in part]
         if not outcomes:
             raise ValueError(f"valid: expected {self.noun} that can be decoded, got none of {len(self.valid)}")
-        name, _ = headline(self.task)
-        scores = {"valid_loss": float(np.mean([o.loss for o in outcomes]))}
-        scores[f"valid_{name}"] = quick_score(outcomes, name)
+        name, best = headline(self.task)
+        loss, score = float(np.mean([o.loss for o in outcomes])), quick_score(outcomes, name)
+        # Few samples give many equal scores: of those the one with the least loss.
+        choice = score + (_TIE if best == "lowest" else -_TIE) * loss
+        scores = {"valid_loss": loss, f"valid_{name}": score, CHOICE: choice}
         if self.task == "classification" and len(self.model.labels) == 2:
             scores["valid_f1"] = quick_score(outcomes, "f1")
         return scores

@@ -30,13 +30,15 @@ from .data import Labelled, LabelledSource, hold_out, open_classes, open_numbers
 from .decoding import Decoder, Decoding
 from .defaults import default_sections
 from .heads import HeadSettings, make_head
-from .objective import FineTuning
+from .objective import CHOICE, FineTuning
 from .report import RESULT, describe_scores, score_outcomes, write_report
 from .scores import headline, require_jiwer
 from .spelling import Letters, Pieces, Spelling, spelling_of
 
 TEST = "test"
 """Folder inside the run folder with what was found on the test set."""
+SPELLING = "spelling"
+"""Folder beside the weights with the tokenizer that a CTC model spells with."""
 SAMPLE_RATE = 16_000
 
 
@@ -177,9 +179,9 @@ def make_config(
     every = run.checkpoint_every
     if every == Run().checkpoint_every:
         every = min(steps, max(1, round(per_epoch)))
-    name, best = headline(_meaning(task, options))
+    _, best = headline(_meaning(task, options))
     run = replace(
-        run, steps=steps, checkpoint_every=every, keep_best=run.keep_best or f"valid_{name}",
+        run, steps=steps, checkpoint_every=every, keep_best=run.keep_best or CHOICE,
         best=run.best if run.keep_best else best,  # type: ignore[arg-type]
     )  # fmt: skip
     optim = replace(
@@ -250,6 +252,8 @@ def write_best(folder: Path, config: FineTuneConfig) -> Path:
     write_folder(model, place, config)
     if config.stem.modality == "text" and config.data.tokenizer is not None:
         shutil.copytree(config.data.tokenizer, place / "tokenizer")
+    if config.finetune.options.units == "bpe" and config.finetune.options.bpe is not None:
+        shutil.copytree(config.finetune.options.bpe, place / SPELLING)
     print(f"chose {best.name} by {config.run.keep_best}: {place}", file=sys.stderr)
     return place
 
@@ -324,7 +328,8 @@ def evaluate_model(
     skip = bad_labels == "skip"
     if kind == "ctc":
         require_jiwer()
-        spelling = spelling_of(options.units, model.labels, options.bpe)
+        beside = [str(p) for p in (Path(checkpoint) / SPELLING, Path(checkpoint) / BEST / SPELLING) if p.is_dir()]
+        spelling = spelling_of(options.units, model.labels, beside[0] if beside else options.bpe)
         case = options.case if config.finetune.task or not isinstance(spelling, Letters) else spelling.case
         longest = round(config.data.max_seconds * SAMPLE_RATE)
         source = open_transcripts(modality, test, "test", case=case, longest=longest, skip=skip, check=spelling.unknown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from d2v.config import Config
 from d2v.data.loader import BadSamples, train_updates, validation_batches
 from d2v.data.samples import Batch, Note
 from d2v.data.sources import Rejected, Source, open_source
+from d2v_kernels import Masks
 
 CPU = torch.device("cpu")
 
@@ -175,3 +177,24 @@ def test_ranks_come_to_the_same_verdict(image_folder: Path, tmp_path: Path) -> N
     assert again.take() == []
     with pytest.raises(ValueError, match=r"data\.path: none can be read; for example x\.png"):
         ranks[1].add((Note(7, 2, "fatal", "none can be read"),))
+
+
+def test_a_batch_survives_its_way_from_a_worker() -> None:
+    masks = Masks(torch.rand(6, 7) > 0.5, None, torch.arange(42, dtype=torch.int32).view(6, 7), torch.arange(5))
+    for inputs in (torch.rand(3, 5, 5)[:, ::2], torch.zeros(0, 4, dtype=torch.int64), torch.ones(3, 1 << 19)):
+        batch = Batch(inputs, torch.tensor([1, 2, 3]), None, masks, None, (Note(1, 0, "bad", "odd"),))
+        again = pickle.loads(pickle.dumps(batch))
+        assert type(again) is Batch
+        assert torch.equal(again.inputs, inputs)
+        assert again.inputs.dtype == inputs.dtype
+        assert again.lengths is not None
+        assert again.lengths.tolist() == [1, 2, 3]
+        assert again.token_lengths is None
+        assert again.noise_keys is None
+        assert again.notes == batch.notes
+        assert isinstance(again.masks, Masks)
+        for one, other in zip(again.masks, masks, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                assert torch.equal(one, other)
+                assert one.dtype == other.dtype

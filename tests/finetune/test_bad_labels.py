@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.images import write_tar
 
 from d2v.cli import main
 
@@ -37,11 +38,26 @@ def test_one_class(tmp_path: Path, image_model: Path, capsys: pytest.CaptureFixt
     assert "train: expected at least 2 classes, got 4 samples of ['dark']" in said
 
 
-def test_image_outside_any_class(tmp_path: Path, image_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_without_a_label(
+    tmp_path: Path, image_model: Path, speech_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In class folders, shards and tables."""
     train = write_images(tmp_path / "train", 4, 0)
-    (train / "dark" / "0.png").rename(train / "loose.png")
-    said = refuse(capsys, tmp_path / "run", "vision-classify", "--checkpoint", str(image_model), "--train", str(train))
-    assert "expected class folders" in said and "'loose.png' outside any" in said
+    for i in range(2):
+        (train / "dark" / f"{i}.png").rename(train / f"loose{i}.png")
+    command = ["vision-classify", "--checkpoint", str(image_model), "--train"]
+    said = refuse(capsys, tmp_path / "run", *command, str(train))
+    assert "expected class folders" in said and "got 'loose0.png' (2 of 12 images outside any)" in said
+    members = {f"{i}.png": (train / "light" / f"{i}.png").read_bytes() for i in range(4)} | {"0.cls": b"1"}
+    said = refuse(capsys, tmp_path / "run", *command, str(write_tar(tmp_path / "x.tar", members)))
+    assert "expected 1.cls in" in said and "(3 of 4 without a label)" in said
+    table = tmp_path / "table.tsv"
+    write_speech(tmp_path / "speech", 4, 0)
+    table.write_text("speech\n0.wav\tae\n1.wav\t\n2.wav\teo\n3.wav\toa\n")
+    said = refuse(
+        capsys, tmp_path / "run", "speech-classify", "--checkpoint", str(speech_model), "--train", str(table)
+    )  # fmt: skip
+    assert "'1.wav\\t' in" in said and "table.tsv:3 (1 of 4 without a label)" in said
 
 
 def test_missing_and_empty_transcripts(tmp_path: Path, speech_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

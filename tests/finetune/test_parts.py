@@ -13,7 +13,7 @@ import torch
 from support.families import make_batch, make_config
 from torch import Tensor
 
-from d2v.config import Config
+from d2v.config import Config, Optim
 from d2v.convert import write_folder
 from d2v.data.samples import Sample
 from d2v.data2vec import Data2Vec
@@ -28,6 +28,7 @@ from d2v.finetune.objective import FineTuning
 from d2v.finetune.run import build_model
 from d2v.finetune.spelling import Letters, Pieces
 from d2v.finetuned import FineTuned, build_finetuned, strip_pretraining
+from d2v.optim import learning_rate_at
 
 from .conftest import write_images
 
@@ -200,6 +201,14 @@ def test_groups_hold_every_parameter_once() -> None:
     assert len(found) == len({id(p) for p in found}) == sum(p.requires_grad for p in objective.model.parameters())
     for group in groups:
         assert all((p.dim() >= 2) == (group["weight_decay"] == 0.1) for p in group["params"])
+
+
+def test_linear_schedule() -> None:
+    """GLUE's: a line up to the peak, a line down to the end."""
+    optim = Optim(learning_rate=2.0, warmup_steps=4, schedule="linear", final_rate=0.25)
+    rates = [learning_rate_at(optim, update, 12) for update in range(1, 14)]
+    assert rates[:5] == [0.0, 0.5, 1.0, 1.5, 2.0] and rates[12] == 0.5
+    assert np.allclose(np.diff(rates[4:13]), -1.5 / 8)
 
 
 def test_soft_cross_entropy() -> None:

@@ -89,6 +89,22 @@ def test_transcripts(tmp_path: Path, speech_model: Path, capsys: pytest.CaptureF
     assert last_object(capsys.readouterr().out)["wer"] <= result["wer"] + 0.1
 
 
+def test_transcripts_in_pieces(
+    tmp_path: Path, speech_model: Path, text_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer goes with the chosen model."""
+    train = write_speech(tmp_path / "train", 8, 0)
+    shutil.copytree(text_model.parent / "tokenizer", tmp_path / "bpe")
+    command = ["finetune", "speech-ctc", "--checkpoint", str(speech_model), "--train", str(train), *QUIET]
+    command += ["--test", str(train), "--run.dir", str(tmp_path / "run"), "--data.global-batch", "8"]
+    command += ["--task.units", "bpe", "--task.bpe", str(tmp_path / "bpe"), "--run.steps", "2"]
+    assert main([*command, "--task.time-span", "2", "--task.channel-span", "4"]) == 0
+    result = last_object(capsys.readouterr().out)
+    shutil.rmtree(tmp_path / "bpe")
+    assert main(["evaluate", "model", "--checkpoint", str(tmp_path / "run"), "--test", str(train)]) == 0
+    assert last_object(capsys.readouterr().out)["loss"] == pytest.approx(result["loss"], rel=1e-4)
+
+
 def test_spoken_classes(tmp_path: Path, speech_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, test = (write_spoken_classes(tmp_path / n, c, s) for n, c, s in (("train", 16, 0), ("test", 6, 5000)))
     command = ["finetune", "speech-classify", "--checkpoint", str(speech_model), "--train", str(train)]

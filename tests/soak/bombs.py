@@ -61,7 +61,8 @@ def plant_everywhere(folder: Path, modality: str = "vision", *, evaluate: bool =
     data = make_data(modality, folder / "data")
     clean, run, export = folder / "clean", folder / "run", folder / "export"
     command = options(modality, data, run, 2, every=1, batch=4, small=True)
-    assert d2v(["pretrain", *options(modality, data, clean, 2, every=1, batch=4, small=True)]) == 0
+    code, text = call(["pretrain", *options(modality, data, clean, 2, every=1, batch=4, small=True)])
+    assert code == 0, text
     last = "checkpoints/step-00000002"
     files = sorted(str(p.relative_to(clean)) for p in clean.rglob("*") if p.is_file())
     assert len([f for f in files if f.startswith(last)]) >= 4

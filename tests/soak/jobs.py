@@ -194,9 +194,10 @@ def wait_until(condition: Callable[[], Any], job: Job, what: str, timeout: float
     """The first true value of `condition`; `AssertionError` where the job ends or the time is over before."""
     deadline = time.monotonic() + timeout
     while True:
+        alive = job.is_running()  # asked first: what the run did last counts
         if value := condition():
             return value
-        assert job.is_running(), f"expected {what} before the end of the run:\n{job.tail()}"
+        assert alive, f"expected {what} before the end of the run:\n{job.tail()}"
         assert time.monotonic() < deadline, f"expected {what} within {timeout} s:\n{job.tail()}"
         time.sleep(0.002)
 

@@ -24,7 +24,7 @@ def is_writing(run: Path) -> bool:
 
 def wait_and_kill(job: Job, run: Path, moment: str, rng: random.Random) -> str:
     """Kills everything, "training": a random time after the first update of this start; "writing": a random time
-    after a checkpoint began to be written. Returns what the kill hit: "start", "training", "writing" or "end"."""
+    after a checkpoint began to be written. Returns what the kill hit: "training", "writing", or "end": nothing."""
     begun = time.time()
 
     def has_moved() -> bool:
@@ -34,7 +34,7 @@ def wait_and_kill(job: Job, run: Path, moment: str, rng: random.Random) -> str:
     def is_due() -> bool:
         return not job.is_running() or (is_writing(run) if moment == "writing" else has_moved())
 
-    wait_until(is_due, job, f"a moment of {moment}") if job.is_running() else None
+    wait_until(is_due, job, f"a moment of {moment}")
     time.sleep(rng.uniform(0.0, 0.006 if moment == "writing" else 0.6))
     if not job.is_running():
         return "end"

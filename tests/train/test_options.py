@@ -67,7 +67,10 @@ def test_options_that_every_recipe_has() -> None:
     assert len(recipes.RECIPES) > 15  # whose options are the same: one class
 
 
-def test_a_change_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_would_be_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "options.txt").write_text("".join(f"{line}\n" for line in list_options()), encoding="utf-8")
+    monkeypatch.setitem(globals(), "FILE", tmp_path / "options.txt")
+    test_options_are_frozen()
     original = cli.option_names
     monkeypatch.setattr(cli, "option_names", lambda kind: [*original(kind), "--surprise"])
     with pytest.raises(AssertionError, match=r"new options: \['data .*--surprise"):

@@ -1,0 +1,96 @@
+"""Tables and plots of what was learned."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from .methods import METHODS
+
+PROBES = {"linear_probe": "linear", "knn": "kNN", "few_label": "10 labels a class"}
+FEATURES = {
+    "random_init": "the same network, untrained", "pixels": "raw pixels", "sorted_pixels": "sorted pixels",
+    "power_spectrum": "log power spectrum", "log_mel": "log-mel, mean and deviation", "bag_of_words": "bag of words",
+}  # fmt: skip
+
+
+def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each method and each kind of raw features: accuracies of all seeds, and what the training cost."""
+    rows: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, title: str, scores: dict[str, float], result: dict[str, Any] | None) -> None:
+        row = rows.setdefault(name, {"name": name, "title": title, "scores": {k: [] for k in PROBES}})
+        for key in PROBES:
+            row["scores"][key].append(scores[key])
+        if result is not None:
+            row["rate"] = result["rate"]
+            row["flops"] = result.get("flops")
+            row.setdefault("cpu_seconds", []).append(result["cpu_seconds"])
+
+    for result in results:
+        method = result["method"]
+        if method == "scratch":
+            add(method, METHODS[method], result["scratch"], result)
+            continue
+        for name, scores in result["scores"].items():
+            if name == "pretrained":
+                add(method, METHODS[method], scores, result)
+            else:
+                add(name, FEATURES[name], scores, None)
+    return list(rows.values())
+
+
+def show(values: list[float]) -> str:
+    """Mean and range in percent."""
+    finite = [100 * v for v in values if v == v]
+    if not finite:
+        return ""
+    spread = f" ({min(finite):.1f}–{max(finite):.1f})" if len(finite) > 1 else ""
+    return f"{statistics.mean(finite):.1f}{spread}"
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table of one data set."""
+    lines = [
+        f"| test accuracy, % | {' | '.join(PROBES.values())} | CPU seconds | learning rate × |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        cells = [show(row["scores"][key]) for key in PROBES]
+        cost = f"{statistics.mean(row['cpu_seconds']):.0f}" if "cpu_seconds" in row else ""
+        lines.append(f"| {row['title']} | {' | '.join(cells)} | {cost} | {row.get('rate', '')} |")
+    return "\n".join(lines)
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Accuracy against compute, a panel for each probe; raw features as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(PROBES), figsize=(14, 4.2), sharey=True)
+    for axis, (key, title) in zip(axes, PROBES.items(), strict=True):
+        for i, row in enumerate(record["rows"]):
+            values = [100 * v for v in row["scores"][key] if v == v]
+            if not values:
+                continue
+            mean = statistics.mean(values)
+            if "cpu_seconds" not in row:
+                axis.axhline(mean, color=f"C{i}", linestyle=":", label=row["title"])
+                continue
+            seconds = statistics.mean(row["cpu_seconds"])
+            low, high = mean - min(values), max(values) - mean
+            axis.errorbar(seconds, mean, [[low], [high]], fmt="o", color=f"C{i}", capsize=4, label=row["title"])
+        axis.set(title=title, xlabel="CPU seconds of training")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("test accuracy, %")
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    machine = record["machine"]
+    figure.suptitle(
+        f"{record['title']}; {machine['cpu']}, torch {machine['torch']}, {machine['date'][:10]}", fontsize=9
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

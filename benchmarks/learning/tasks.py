@@ -1,0 +1,171 @@
+"""Real data to learn from: where the samples come from and how they are split."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2v import recipes
+from d2v.config import Config
+from d2v.data.textures import write_textures
+
+FEW = 10
+"""Labels a class of the few-label measure."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Paths that `d2v` commands take."""
+
+    pretrain: str
+    """Unlabelled."""
+    train: str
+    valid: str
+    """Chooses settings."""
+    test: str
+    """Looked at with the chosen settings only."""
+    few: str
+    """`FEW` samples a class of the training set; empty: not from this data."""
+    choose_train: str = ""
+    """Training set while settings are chosen; empty: `train`."""
+    choose_few: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set with the models that fit it."""
+
+    name: str
+    title: str
+    prepare: Callable[[Path, Path, int], Splits]
+    """(folder with the data sets, folder to write into, seed) -> splits."""
+    recipe: str
+    """data2vec 2.0; 1.0 is the same with its own recipe."""
+    first_recipe: str
+    finetune: str
+    baselines: tuple[str, ...]
+    """Raw features."""
+    steps: int
+    """Updates of data2vec 2.0; the others get the same FLOPs."""
+    changes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Settings that differ from the recipes."""
+    epochs: float = 30.0
+    """Passes of the training from scratch over all labels."""
+
+    def config(self, version: int) -> Config:
+        """The configuration of a version."""
+        config = recipes.get(self.recipe if version == 2 else self.first_recipe)
+        parts = {n: dataclasses.replace(getattr(config, n), **values) for n, values in self.changes.items()}
+        return dataclasses.replace(config, **parts)
+
+
+def link(source: Path, target: Path) -> None:
+    """A symbolic link, in a folder that is made for it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
+
+
+def choose_few(train: Path, few: Path, seed: int) -> None:
+    """Links to `FEW` random samples of every class folder."""
+    rng = np.random.default_rng(seed)
+    for folder in sorted(p for p in train.iterdir() if p.is_dir()):
+        files = sorted(folder.iterdir())
+        for i in rng.permutation(len(files))[:FEW]:
+            link(files[i], few / folder.name / files[i].name)
+
+
+def prepare_textures(_: Path, folder: Path, seed: int) -> Splits:
+    """Crops of photographs inside the scikit-image package; see the quick start."""
+    if not folder.exists():
+        counts = {"train": 200, "valid": 100, "test": 100, "pretrain": 2000}
+        write_textures(folder, seed=seed, size=32, counts=counts)
+        choose_few(folder / "train", folder / "few", seed)
+    return _class_folders(folder, "pretrain")
+
+
+def _class_folders(folder: Path, pretrain: str) -> Splits:
+    pretrain, train, valid, test, few = (str(folder / n) for n in (pretrain, "train", "valid", "test", "few"))
+    return Splits(pretrain, train, valid, test, few)
+
+
+SPEAKERS = {
+    "train": ("george", "jackson", "lucas"), "choose-train": ("george", "jackson"), "valid": ("lucas",),
+    "test": ("nicolas",),
+}  # fmt: skip
+
+
+def prepare_digits(data: Path, folder: Path, seed: int) -> Splits:
+    """Spoken digits (files DIGIT_SPEAKER_NUMBER.wav); the test speaker is never heard before. Settings are chosen
+    alike: labels of two training speakers, measured on the third."""
+    if not folder.exists():
+        files = sorted((data / "spoken-digits").glob("*.wav"))
+        if not files:
+            raise ValueError(f"data: expected recordings in {str(data / 'spoken-digits')!r}, found none")
+        for file in files:
+            digit, speaker, _ = file.stem.split("_")
+            for part, speakers in SPEAKERS.items():
+                if speaker in speakers:
+                    link(file, folder / part / digit / file.name)
+        choose_few(folder / "train", folder / "few", seed)
+        choose_few(folder / "choose-train", folder / "choose-few", seed)
+    splits = _class_folders(folder, "train")
+    choosing = {"choose_train": str(folder / "choose-train"), "choose_few": str(folder / "choose-few")}
+    return dataclasses.replace(splits, **choosing)
+
+
+def prepare_cifar(data: Path, folder: Path, seed: int) -> Splits:
+    """Shards 0 to 7 train, 8 chooses, 9 tests; few labels: not from shards, left out."""
+    shards = data / "cifar10-train"
+    pattern = str(shards / "cifar10-train-{0000..0007}.tar")
+    valid, test = (str(shards / f"cifar10-train-{n:04d}.tar") for n in (8, 9))
+    return Splits(pattern, pattern, valid, test, few="")
+
+
+def prepare_sst(data: Path, folder: Path, seed: int) -> Splits:
+    """Film reviews, positive or negative; tests on dev; pre-trains on the training sentences and WikiText."""
+    source = data / "sst2"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        lines = (source / "train.tsv").read_text(encoding="utf-8").splitlines()
+        order = np.random.default_rng(0).permutation(len(lines))
+        held = len(lines) // 10
+        parts = {"valid": order[:held], "train": order[held:]}
+        for name, rows in parts.items():
+            (folder / f"{name}.tsv").write_text("".join(f"{lines[i]}\n" for i in rows), encoding="utf-8")
+        chosen, rng = [], np.random.default_rng([seed, 1])
+        for label in "01":
+            fitting = [i for i in parts["train"] if lines[i].endswith(f"\t{label}")]
+            chosen += [lines[i] for i in rng.permutation(fitting)[:FEW]]
+        (folder / "few.tsv").write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
+        text = folder / "text"
+        text.mkdir()
+        sentences = "\n\n".join(lines[i].rsplit("\t", 1)[0] for i in parts["train"])
+        (text / "reviews.txt").write_text(sentences + "\n", encoding="utf-8")
+        link(data / "wikitext" / "wikitext-2-valid.txt", text / "wikitext.txt")
+    train, valid, few = (str(folder / f"{name}.tsv") for name in ("train", "valid", "few"))
+    return Splits(str(folder / "text"), train, valid, str(source / "dev.tsv"), few)
+
+
+TASKS = {
+    "textures": Task(
+        "textures", "textures of photographs", prepare_textures, "vision-tiny", "vision1-tiny", "vision-classify",
+        ("pixels", "sorted_pixels", "power_spectrum"), 3000,
+    ),
+    "digits": Task(
+        "digits", "spoken digits, unseen speaker, log-mel", prepare_digits, "speech-tiny", "speech1-tiny",
+        "speech-classify", ("log_mel",), 2000,
+    ),
+    "cifar": Task(
+        "cifar", "CIFAR-10", prepare_cifar, "vision-tiny", "vision1-tiny", "vision-classify", ("pixels",), 3000,
+        {"data": {"grey": False, "rotate": False, "crop_scale": (0.4, 1.0), "global_batch": 32}}, epochs=5.0,
+    ),
+    "sst": Task(
+        "sst", "SST-2", prepare_sst, "text-tiny", "text1-tiny", "text-classify", ("bag_of_words",), 1000, epochs=5.0,
+    ),
+}  # fmt: skip
