@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import step_report
 from .gpu_record import read_records
 
 if TYPE_CHECKING:
@@ -105,6 +106,9 @@ def document(records: list[Row]) -> str:
     if rows:
         lines += ["Medians; L2-cold, graph-replayed, interleaved. `us` and the ratios are of the backend chosen.", "",
                   table(rows), ""]  # fmt: skip
+    measured_steps = [r for r in records if r.get("kind") == "step"]
+    if measured_steps:
+        lines += ["Whole training steps:", "", *[f"- {step_report.text_row(r)}" for r in measured_steps], ""]
     if emulated:
         names = [f"{r['op']} ({', '.join(r['seconds'])})" for r in measurements(records, emulated=True)]
         lines += ["Contenders that ran and agreed:", "", *[f"- {name}" for name in names], ""]

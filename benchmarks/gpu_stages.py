@@ -258,3 +258,22 @@ def benchmarks(run: Run, limit_s: float) -> Outcome:
     if status == 3:
         return {"status": "timed out", "reason": tail[-1] if tail else "budget used up"}
     return outcome(status, **({} if status == 0 else {"output": tail}))
+
+
+# ---- steps
+
+
+def steps(run: Run, limit_s: float) -> Outcome:
+    """Whole training steps of the base recipes, the plain form against this library; no compilation, for the time."""
+    rows = run.folder / f".{run.stem}-steps.jsonl"
+    rows.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.step", "--threads", "1", "--forms", "plain", "d2v", "--rounds", "12",
+               "--budget", "5", "--output", str(rows)]  # fmt: skip
+    command += ["--dry", "--rounds", "2"] if run.emulated else ["--device", "cuda", "--only", "-base", "--most", "3"]
+    status, output = run_child(command, limit_s, run.environment())
+    lines = rows.read_text().splitlines() if rows.is_file() else []
+    rows.unlink(missing_ok=True)
+    with run.records.open("a") as file:
+        for line in lines:
+            file.write(json.dumps({**json.loads(line), "emulated": run.emulated, "key": run.key}) + "\n")
+    return outcome(status, measured=len(lines), **({} if status == 0 else {"output": output.strip().splitlines()[-3:]}))

@@ -27,7 +27,7 @@ from d2v.profile import resident_bytes
 from . import step_report
 from .kernels import KEEP_PAGES, RESULTS
 from .machine import ROOT, machine_record
-from .step_cases import CPU, DRY, GPU, StepCase, make_batch, make_config, without_dropout
+from .step_cases import CPU, DRY, GPU, Precision, StepCase, make_batch, make_config, without_dropout
 from .step_forms import FORMS, Form, check_equal, settings
 from .step_profile import measure_operators
 
@@ -40,7 +40,9 @@ def cases_for(device: str, dry: bool) -> list[StepCase]:
     return DRY if dry else (GPU if device == "cuda" else CPU)
 
 
-def make_forms(case: StepCase, names: list[str], device: torch.device, precision: str) -> tuple[list[Form], list[Any]]:
+def make_forms(
+    case: StepCase, names: list[str], device: torch.device, precision: Precision
+) -> tuple[list[Form], list[Any]]:
     """Forms with equal weights, and the batches they take turns with."""
     torch.manual_seed(0)
     config = make_config(case, precision)
@@ -98,7 +100,7 @@ def time_forms(forms: list[Form], batches: list[Any], rounds: int, budget_s: flo
 def run_case(case: StepCase, options: argparse.Namespace, threads: int) -> Row:
     """One row, in this process."""
     device = torch.device(options.device)
-    precision = "bf16" if device.type == "cuda" else "fp32"
+    precision: Precision = "bf16" if device.type == "cuda" else "fp32"
     with settings(threads):
         config = without_dropout(make_config(case, precision))
         inputs, masks = make_batch(case, config, Data2Vec(config), 0)
@@ -108,6 +110,8 @@ def run_case(case: StepCase, options: argparse.Namespace, threads: int) -> Row:
         timings = time_forms(forms, batches, options.rounds, options.budget)
         for form in forms:
             timings[form.name] |= measure_operators(form, batches[0])
+            if device.type == "cuda":
+                timings[form.name]["memory"] = measure_gpu_memory(form, batches[0])
     config = forms[0].config
     rows, tokens = masks.mask.shape
     visible = tokens if masks.keep is None else masks.keep.shape[1]
@@ -123,15 +127,28 @@ def run_case(case: StepCase, options: argparse.Namespace, threads: int) -> Row:
 
 
 def measure_memory(case: StepCase, name: str, device: torch.device) -> int:
-    """Peak bytes of three steps of one form, from before its model was built; for a process of its own."""
-    precision = "bf16" if device.type == "cuda" else "fp32"
+    """Peak resident bytes of three steps of one form, from before its model was built; for a process of its own."""
     before = resident_bytes()
-    forms, batches = make_forms(case, [name], device, precision)
+    forms, batches = make_forms(case, [name], device, "fp32")
     for batch in batches:
         forms[0].step(*batch)
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def measure_gpu_memory(form: Form, batch: Any) -> int:
+    """Peak bytes of a step on a GPU: what lives through it of this form, and the most that comes on top."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    form.step(*batch)
+    torch.cuda.synchronize()
+    teacher = form.model.teacher
+    working = [
+        p for part in (teacher.working_parts().values() if teacher.working_dtype else ()) for p in part.parameters()
+    ]
+    moments = [v for state in form.optimiser.state.values() for v in state.values() if torch.is_tensor(v)]
+    kept = sum(t.numel() * t.element_size() for t in (*form.model.parameters(), *working, *moments))
+    return torch.cuda.max_memory_allocated() - before + kept
 
 
 def run_child(arguments: list[str], threads: int, keep_pages: bool = True) -> Any:
@@ -152,6 +169,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30, help="most steps of each form; at least 5 are run")
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of a case after which no round begins")
     parser.add_argument("--output", type=Path, default=None, help="JSON lines; unset: benchmarks/results/step-DEVICE")
+    parser.add_argument("--most", type=int, default=None, help="measure no more cases than this; unset: all")
     parser.add_argument("--dry", action="store_true", help="tiny shapes, to see that everything works")
     parser.add_argument("--child", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--memory", choices=list(FORMS), default=None, help=argparse.SUPPRESS)
@@ -173,19 +191,19 @@ def main(arguments: list[str] | None = None) -> None:
     machine, rows = machine_record(), []
     common = ["--device", options.device, "--forms", *options.forms, "--rounds", str(options.rounds)]
     common += ["--budget", str(options.budget), *(["--dry"] if options.dry else [])]
-    for number, case in enumerate(cases):
-        if options.only not in case.name:
-            continue
+    wanted = [n for n, case in enumerate(cases) if options.only in case.name][: options.most]
+    for number in wanted:
         child = [*common, "--child", str(number)]
-        memory = {name: run_child([*child, "--memory", name], 1, keep_pages=False) for name in options.forms}
+        names = options.forms if options.device == "cpu" else []
+        memory = {name: run_child([*child, "--memory", name], 1, keep_pages=False) for name in names}
         for threads in options.threads:
             row = {**run_child(child, threads), "machine": machine}
             for name, peak in memory.items():
                 row["forms"][name]["memory"] = peak
             rows.append(row)
             print(step_report.text_row(row), flush=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text("".join(json.dumps(r) + "\n" for r in rows))
     print(step_report.summary(rows))
 
 

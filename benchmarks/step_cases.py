@@ -15,6 +15,7 @@ from d2v.data2vec import Data2Vec, make_mask_sampler
 from d2v_kernels import Masks
 
 SAMPLE_RATE = 16_000
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def without_dropout(config: Config) -> Config:
     )
 
 
-def make_config(case: StepCase, precision: Literal["fp32", "bf16"]) -> Config:
+def make_config(case: StepCase, precision: Precision) -> Config:
     """The recipe's configuration; dropout as it has it, layer drop off, so that every step does the same work."""
     config = recipes.get(case.recipe)
     return dataclasses.replace(

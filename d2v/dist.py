@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import socket
+import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +19,7 @@ from d2v.config_run import Run
 from d2v.heartbeat import Heartbeat
 
 _T = TypeVar("_T")
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class World:
     """Gloo: messages between hosts' memories, so that no GPU is waited for."""
     storage: dist.ProcessGroup | None = None
     """Gloo, for checkpoints alone, which are written beside the training."""
+    store: dist.Store | None = None
+    """The job's key-value store."""
+    turns: Iterator[int] = field(default_factory=itertools.count)
+    """Numbers of the calls of `first_before_others`, alike on all ranks."""
 
     @property
     def is_first(self) -> bool:
@@ -83,17 +90,24 @@ class World:
     @contextlib.contextmanager
     def first_before_others(self) -> Iterator[None]:
         """Rank 0 passes through the block before the others enter it; where it fails, they leave quietly."""
+        if self.store is None:
+            yield
+            return
+        key = f"turn-{next(self.turns)}"
         if self.is_first:
-            passed = False
+            outcome = "failed"
             try:
                 yield
-                passed = True
+                outcome = "passed"
             finally:
-                self.share(passed)
-        elif self.share(False):
-            yield
-        else:
+                self.store.set(key, outcome)
+            return
+        # No collective: rank 0 may take longer than any timeout, and the heartbeat tells whether it lives.
+        while not self.store.check([key]):
+            time.sleep(_POLL_SECONDS)
+        if self.store.get(key) == b"failed":
             raise SystemExit(1)
+        yield
 
     @contextlib.contextmanager
     def saying_once(self) -> Iterator[None]:
@@ -170,6 +184,8 @@ def open_world(run: Run) -> Iterator[World]:
         control, storage = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
         name = f"rank {rank} on {socket.gethostname()}"
         with Heartbeat(rank, size, name, run.timeout) if size > 1 else contextlib.nullcontext():
-            yield World(device, rank, size, control, storage)
+            default: Any = dist.distributed_c10d._get_default_store()
+            store = dist.PrefixStore("d2v-world", default) if size > 1 else None
+            yield World(device, rank, size, control, storage, store)
     finally:
         dist.destroy_process_group()

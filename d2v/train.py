@@ -6,6 +6,7 @@ agreed on by all ranks, so that none waits for one that has left.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -71,7 +72,9 @@ def pretrain(config: Config, *, init: str | None = None, profile: int = 0) -> Pa
         torch.set_num_threads(config.run.threads)
     with open_world(config.run) as world:
         folder = RunFolder(config, world)
-        source, valid = open_data(config)
+        # With a cache of the index, one rank fills it and the others read it.
+        with world.first_before_others() if config.data.cache else contextlib.nullcontext():
+            source, valid = open_data(config)
         objective = Pretraining(config, source, valid, world.device)
         if init is not None and folder.resumed is None:
             load_weights(objective.model, init, "model.init")
@@ -83,6 +86,10 @@ def train(objective: Objective, world: World, folder: RunFolder, *, profile: int
 
     Raises as `pretrain` does.
     """
+    batch = objective.config.data.global_batch
+    with world.saying_once():
+        if batch < world.size:
+            raise ValueError(f"data.global_batch: expected at least {world.size}, one for each rank, got {batch}")
     trainer = Trainer(objective, world)
     sources = [s for s in (objective.source, objective.valid) if s is not None]
     with folder.locked():

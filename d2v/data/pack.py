@@ -7,6 +7,7 @@ whole shard when it is started again, and the output folder appears when all of 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -14,7 +15,7 @@ import shutil
 import tarfile
 import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,9 +110,25 @@ def pack(path: str, output: Path, settings: PackSettings, *, workers: int = 2, c
     else:
         source = open_source(path, IMAGES, labelled=settings.labelled, option="input", commands=commands)
     partial = output.with_name(f"{PARTIAL}{output.name}")
-    with contextlib.closing(_Writer(partial, source, settings)) as writer:
+    with _alone(partial), contextlib.closing(_Writer(partial, source, settings)) as writer:
         writer.write_all(workers)
         return writer.finish(output)
+
+
+@contextlib.contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Keeps a second process from the same unfinished pack; the lock goes with the process, however that ends."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    lock = partial.with_name(f"{partial.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"output: another process is writing {str(partial)!r}") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 class _Writer:
@@ -219,6 +236,8 @@ class _Writer:
             first = f", for example {self.bad[0]['path']}: {self.bad[0]['reason']}" if self.bad else ""
             raise ValueError(f"input: expected {self.kind.noun}, got {len(self.bad)} that cannot be used{first}")
         self._record()  # with what was bad after the last shard
+        for part in self.partial.glob(f"{PARTIAL}*"):  # of a pack that was killed
+            part.unlink()
         if output.exists():
             output.rmdir()
         self.partial.rename(output)

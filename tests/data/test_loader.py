@@ -198,3 +198,34 @@ def test_a_batch_survives_its_way_from_a_worker() -> None:
             if one is not None and other is not None:
                 assert torch.equal(one, other)
                 assert one.dtype == other.dtype
+
+
+def test_shards_in_turn_on_any_workers_and_ranks_from_any_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from support.images import encode, make_image, write_tar
+
+    for s in range(4):
+        write_tar(tmp_path / f"{s}.tar", {f"{i:02d}.png": encode(make_image(10 * s + i)) for i in range(7)})
+    source = open_source(str(tmp_path / "*.tar"))
+
+    def updates(first: int, workers: int = 0, rank: int = 0, ranks: int = 1, steps: int = 15) -> list[list[Batch]]:
+        base = config(steps, batch=8, workers=workers)
+        data = dataclasses.replace(base.data, shuffle="shards", shuffle_buffer=10, shuffle_shards=2)
+        return list(train_updates(dataclasses.replace(base, data=data), source, first, CPU, rank, ranks))
+
+    whole = updates(0)
+    assert all(torch.equal(a, b) for a, b in zip(flatten(whole[6:]), flatten(updates(6, workers=2)), strict=True))
+    parts = [updates(6, rank=rank, ranks=2) for rank in range(2)]
+    joined = [one + other for one, other in zip(*parts, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(flatten(whole[6:]), flatten(joined), strict=True))
+    reads: list[int] = []
+    read = type(source).read
+
+    def count(self: Source, index: int) -> bytes:
+        reads.append(index)
+        return read(self, index)
+
+    monkeypatch.setattr(type(source), "read", count)
+    updates(100_000, steps=100_002)
+    assert len(reads) == 16, "nothing before the position is read"

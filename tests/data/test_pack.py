@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +133,9 @@ def test_an_interrupted_pack_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(partial.glob(".partial-*")), "a shard that is not whole is removed"
     whole = len(list(partial.glob("*.tar")))
     assert whole <= stop // 4
+    (partial / ".partial-shard-000009.tar").write_bytes(b"of a kill -9")
+    with (partial / "contents.jsonl").open("a") as file:
+        file.write("half a li")
     stop, taken = 100, []
     pack(str(images), output, settings)
     assert len(taken) <= 12 - 4 * whole
@@ -144,6 +149,26 @@ def test_an_interrupted_pack_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pack(str(images), tmp_path / "output2", other)
     pack(str(images), tmp_path / "fresh", other)
     assert tree(tmp_path / "output2") == tree(tmp_path / "fresh"), "other settings begin anew"
+
+
+def test_two_packs_of_one_name(tmp_path: Path) -> None:
+    images = write_class_folders(tmp_path / "images")
+    output = tmp_path / "o"
+    command = ["data", "pack", "--input", str(images), "--output", str(output)]
+    holder = (
+        "import sys; from pathlib import Path; from d2v.data.pack import _alone\n"
+        "with _alone(Path(sys.argv[1])):\n    print(1, flush=True)\n    input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path / ".partial-o")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"1\n"
+    assert main(command) == 2
+    other.communicate(b"\n")
+    assert main(command) == 0
+    assert not list(tmp_path.glob(".partial*"))
 
 
 def test_what_cannot_be_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

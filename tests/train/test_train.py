@@ -364,7 +364,9 @@ def test_layer_drop_is_a_draw_of_the_update(make_config: Make, tmp_path: Path) -
     """Micro-batches of an update skip the same blocks: the gradient is that of the whole."""
     for micro in (None, 2):
         run = {"dir": str(tmp_path / str(micro)), "log_every": 1}
-        pretrain(make_config(run=run, encoder={"layer_drop": 0.5, "depth": 4, "dropout": 0.0}, data={"micro_batch": micro}))
+        pretrain(
+            make_config(run=run, encoder={"layer_drop": 0.5, "depth": 4, "dropout": 0.0}, data={"micro_batch": micro})
+        )
     left, right = (metrics_of(tmp_path / n) for n in ("None", "2"))
     assert [a["loss"] for a in left] == pytest.approx([b["loss"] for b in right], rel=1e-5)
 
