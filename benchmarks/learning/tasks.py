@@ -13,6 +13,7 @@ import numpy as np
 
 from d2v import recipes
 from d2v.config import Config
+from d2v.data.speech import SAMPLE_RATE, decode_audio
 from d2v.data.textures import write_textures
 
 FEW = 10
@@ -89,6 +90,15 @@ def prepare_textures(_: Path, folder: Path, seed: int) -> Splits:
     return _class_folders(folder, "pretrain")
 
 
+def write_resampled(file: Path, target: Path) -> None:
+    """A recording at the models' rate, so that no epoch resamples it again."""
+    import soundfile
+
+    values, _ = decode_audio(file.read_bytes())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(target, values, SAMPLE_RATE, subtype="PCM_16")
+
+
 def _class_folders(folder: Path, pretrain: str) -> Splits:
     pretrain, train, valid, test, few = (str(folder / n) for n in (pretrain, "train", "valid", "test", "few"))
     return Splits(pretrain, train, valid, test, few)
@@ -109,9 +119,12 @@ def prepare_digits(data: Path, folder: Path, seed: int) -> Splits:
             raise ValueError(f"data: expected recordings in {str(data / 'spoken-digits')!r}, found none")
         for file in files:
             digit, speaker, _ = file.stem.split("_")
-            for part, speakers in SPEAKERS.items():
-                if speaker in speakers:
-                    link(file, folder / part / digit / file.name)
+            parts = [part for part, speakers in SPEAKERS.items() if speaker in speakers]
+            if parts:
+                resampled = folder / "resampled" / file.name
+                write_resampled(file, resampled)
+                for part in parts:
+                    link(resampled, folder / part / digit / file.name)
         choose_few(folder / "train", folder / "few", seed)
         choose_few(folder / "choose-train", folder / "choose-few", seed)
     splits = _class_folders(folder, "train")
@@ -159,7 +172,7 @@ TASKS = {
     ),
     "digits": Task(
         "digits", "spoken digits, unseen speaker, log-mel", prepare_digits, "speech-tiny", "speech1-tiny",
-        "speech-classify", ("log_mel",), 2000,
+        "speech-classify", ("log_mel",), 1000,
     ),
     "cifar": Task(
         "cifar", "CIFAR-10", prepare_cifar, "vision-tiny", "vision1-tiny", "vision-classify", ("pixels",), 3000,

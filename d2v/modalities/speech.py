@@ -15,7 +15,9 @@ from .positions import Positions, check_lengths, valid_positions
 
 SAMPLE_RATE = 16_000
 _WINDOW, _HOP, _FFT = 400, 160, 512  # 25 ms every 10 ms
-_LOG_FLOOR = 1e-5
+_RANGE = 1e-4
+"""Power of the quietest band that is told from silence, over the loudest of the utterance: 40 dB."""
+_LEAST_POWER = 1e-5
 
 
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
@@ -158,18 +160,30 @@ class LogMelStem(SpeechStem):
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Tokens (B,T,C) of waveforms (B,S) at 16 kHz that `measure` took; padded tokens are computed too."""
-        tokens = self.count_tokens(inputs.shape[1])
-        bands = self.make_bands(inputs)[:, : tokens * self.frames]
-        bands = bands.reshape(len(inputs), tokens, -1).to(self.proj.weight.dtype)
-        result: Tensor = self.proj(self.norm(bands))
+        bands = self.make_bands(inputs, lengths)
+        tokens = bands.shape[1] // self.frames
+        result: Tensor = self.proj(self.norm(bands.reshape(len(inputs), tokens, -1).to(self.proj.weight.dtype)))
         return result
 
-    def make_bands(self, inputs: Tensor) -> Tensor:
-        """(B,F,bins) float32: log power of each band in each frame of waveforms (B,S)."""
-        frames = inputs.unfold(1, _WINDOW, _HOP)
+    def make_bands(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B,F,bins) float32: log power of each band in the F frames that fill tokens, of waveforms (B,S).
+
+        At least 40 dB below the loudest band of the row's frames before its padding: what is quieter is the noise of a
+        recording, and in bands that a low sampling rate left empty the rounding, by which speakers are told apart and
+        words are not. lengths (B,): samples before the padding, on the host.
+        """
+        tokens = self.count_tokens(inputs.shape[1])
+        frames = inputs.unfold(1, _WINDOW, _HOP)[:, : tokens * self.frames]
         with torch.autocast(inputs.device.type, enabled=False):
-            power = torch.fft.rfft(frames.float() * self.window.float(), _FFT).abs().square()
-            return (power @ self.filters.float() + _LOG_FLOOR).log()
+            power = torch.fft.rfft(frames.float() * self.window.float(), _FFT).abs().square() @ self.filters.float()
+            heard = power
+            if lengths is not None:
+                counts = torch.tensor([self.count_tokens(n) * self.frames for n in lengths.tolist()])
+                valid = valid_positions(counts, power.shape[1], power.device)
+                assert valid is not None
+                heard = power * valid[..., None]
+            loudest = heard.amax(dim=(1, 2), keepdim=True)
+            return power.maximum(loudest * _RANGE).clamp_min(_LEAST_POWER).log()
 
 
 def mel_filters(bins: int) -> Tensor:

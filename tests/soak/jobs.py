@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from d2v.checkpoint import MODEL, latest_checkpoint, load_json, load_tensors
+from d2v.cli import main as d2v
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "D2V_SOAK_JOB"
@@ -188,6 +190,22 @@ def finish(options: Sequence[str], log: Path, *, timeout: float = 300, **kwargs:
         codes = job.codes(timeout)
         assert not any(codes), f"expected exit code 0, got {codes}:\n{job.tail()}"
         return job
+
+
+def call(options: Sequence[str]) -> tuple[int, str]:
+    """Exit code and error text of a `d2v` command in this process, which saves the start of another."""
+    text = io.StringIO()
+    with contextlib.redirect_stderr(text), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            return d2v(list(options)), text.getvalue()
+        except SystemExit as stop:
+            return int(stop.code or 0), text.getvalue()
+
+
+def finish_here(options: Sequence[str]) -> None:
+    """Like `finish`, on one rank in this process."""
+    code, text = call(["pretrain", *options])
+    assert code == 0, f"expected exit code 0, got {code}:\n{text[-3000:]}"
 
 
 def wait_until(condition: Callable[[], Any], job: Job, what: str, timeout: float = 120) -> Any:

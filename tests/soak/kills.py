@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from soak.cases import RANDOM, make_data, options
-from soak.jobs import Job, assert_same_weights, finish, last_step, read_metrics, running, wait_until
+from soak.jobs import Job, assert_same_weights, finish, finish_here, last_step, read_metrics, running, wait_until
 
 WHOLE = re.compile(r"step-\d{8,}")
 
@@ -44,13 +44,13 @@ def wait_and_kill(job: Job, run: Path, moment: str, rng: random.Random) -> str:
 
 def kill_and_resume(
     folder: Path, *, ranks: int = 1, kills: int = 20, parallel: str = "ddp", steps: int = 120, every: int = 3,
-    seed: int = 0, modality: str = "vision", small: bool = True, more: tuple[str, ...] = (),
+    seed: int = 0, modality: str = "vision", small: bool = True, more: tuple[str, ...] = (), here: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Kills a run with dropout and layer drop `kills` times, half of them while a checkpoint is written; each time
     the same command resumes it; a run that ends in between is compared and a new one begun.
 
     Returns how often each moment was hit, the number of finished runs, and of tensors compared bit by bit with those
-    of an uninterrupted run.
+    of an uninterrupted run. `here`: that one and the last start run in this process (one rank).
     """
     data, rng = make_data(modality, folder / "data"), random.Random(seed)
     extra = [*RANDOM, "--run.parallel", parallel, "--data.micro-batch", "2", "--data.workers", "1", *more]
@@ -58,8 +58,11 @@ def kill_and_resume(
     def command(run: Path) -> list[str]:
         return options(modality, data, run, steps, *extra, every=every, small=small)
 
+    def end(run: Path) -> None:
+        finish_here(command(run)) if here else finish(command(run), folder / "logs" / f"{run.name}.log", ranks=ranks)
+
     reference = folder / "uninterrupted"
-    finish(command(reference), folder / "logs" / "uninterrupted.log", ranks=ranks)
+    end(reference)
     assert last_step(reference) == steps
     counts = {"writing": 0, "training": 0, "runs": 0, "tensors": 0}
     number, done, run = 0, 0, folder / "killed-0"
@@ -77,7 +80,7 @@ def kill_and_resume(
         counts["tensors"] += assert_same_weights(run, reference)
         counts["runs"] += 1
         run = folder / f"killed-{counts['runs']}"
-    finish(command(run), folder / "logs" / f"{run.name}-last.log", ranks=ranks)
+    end(run)
     counts["tensors"] += assert_same_weights(run, reference)
     counts["runs"] += 1
     return counts

@@ -13,15 +13,17 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from soak.jobs import ROOT, Job, base_environment, find_port, rank_environment
+from soak.jobs import ROOT, Job, base_environment, find_port, finish_here, rank_environment
 
 
 def run_all(runs: Sequence[Sequence[str]], ranks: int, folder: Path, *, timeout: float = 600) -> None:
-    """`d2v pretrain *options` for each of `runs`, one after the other, on `ranks` ranks.
+    """`d2v pretrain *options` for each of `runs`, one after the other, on `ranks` ranks; one rank is this process.
 
     Raises `AssertionError` with what was printed where a run does not end with exit code 0.
     """
-    if not runs:
+    if ranks == 1:
+        for options in runs:
+            finish_here(options)
         return
     folder.mkdir(parents=True, exist_ok=True)
     orders = folder / f"orders-{ranks}.json"
@@ -49,8 +51,7 @@ def main(orders: str, rank: str, ranks: str) -> None:
     from d2v.cli import main as d2v
 
     for order in json.loads(Path(orders).read_text()):
-        if int(ranks) > 1:
-            os.environ |= rank_environment(int(rank), int(ranks), order["port"])
+        os.environ |= rank_environment(int(rank), int(ranks), order["port"])
         if code := d2v(["pretrain", *order["options"]]):
             sys.exit(code)
 
