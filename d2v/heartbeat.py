@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -57,6 +58,9 @@ class Heartbeat:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Tells the others how it ended; where it ended because another rank is gone, names that one and leaves."""
         wanted = error is None or isinstance(error, (SystemExit, KeyboardInterrupt))
+        if not wanted and threading.current_thread() is threading.main_thread():
+            # torchrun ends the others as soon as one is dead; this rank has something to say first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not wanted and isinstance(error, (RuntimeError, dist.DistError)) and (lost := self._find_lost()):
             leave(f"{lost}; this rank ({self.rank}) stops at: {first_line(error)}")
         self._leaving.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ _SYNC_BUFFERS = next(
     for name in ("forward_sync_buffers", "broadcast_buffers")
     if name in inspect.signature(DistributedDataParallel.__init__).parameters
 )
+# It warns of changing a block's outputs in place, which nothing here does.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
 
 
 def parallelise(

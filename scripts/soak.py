@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -131,6 +132,7 @@ def main() -> None:
     if options.list:
         print("\n".join(chosen))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: no run outlives this process
     results = options.output.resolve() / "results.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
     earlier = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
