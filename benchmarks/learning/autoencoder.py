@@ -48,7 +48,7 @@ class MaskedAutoencoder(Data2Vec):
         stem = self.stem
         assert isinstance(stem, LogMelStem)
         tokens = features.shape[1]
-        bands = stem.make_bands(inputs)[:, : tokens * stem.frames].reshape(len(inputs), tokens, -1)
+        bands = stem.make_bands(inputs, lengths).reshape(len(inputs), tokens, -1)
         return F.layer_norm(bands, bands.shape[-1:])
 
     def _compute_loss(

@@ -170,7 +170,7 @@ class LogMelStem(SpeechStem):
 
         At least 40 dB below the loudest band of the row's frames before its padding: what is quieter is the noise of a
         recording, and in bands that a low sampling rate left empty the rounding, by which speakers are told apart and
-        words are not. lengths (B,): samples before the padding, on the host.
+        words are not. lengths (B,): tokens before the padding, on the host.
         """
         tokens = self.count_tokens(inputs.shape[1])
         frames = inputs.unfold(1, _WINDOW, _HOP)[:, : tokens * self.frames]
@@ -178,8 +178,7 @@ class LogMelStem(SpeechStem):
             power = torch.fft.rfft(frames.float() * self.window.float(), _FFT).abs().square() @ self.filters.float()
             heard = power
             if lengths is not None:
-                counts = torch.tensor([self.count_tokens(n) * self.frames for n in lengths.tolist()])
-                valid = valid_positions(counts, power.shape[1], power.device)
+                valid = valid_positions(lengths * self.frames, power.shape[1], power.device)
                 assert valid is not None
                 heard = power * valid[..., None]
             loudest = heard.amax(dim=(1, 2), keepdim=True)
