@@ -107,7 +107,7 @@ def speech_tiny() -> Config:
 
     Not stock: log-mel stem (`stem.kind`), fixed positions scaled by 0.1, no ALiBi, pre-norm blocks, block outputs as
     targets and a layer norm of their mean (each has the published instance norm, which takes the speaker's colour out:
-    norms over the samples gave 10 to 25 points less for a speaker never heard); PyTorch's initial weights, fast
+    norms over the samples gave 3 to 9 points less for a speaker never heard); PyTorch's initial weights, fast
     averaging (.98 to .999); words of any length, padded in place of cropped to the shortest of the batch.
     """
     return Config(
