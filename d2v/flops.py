@@ -39,8 +39,9 @@ PEAKS = {
     "GH200": 989e12,
     "B200": 2250e12,
 }
-"""Dense bfloat16 products with float32 sums, FLOP/s, by the words that a GPU's name must contain. From NVIDIA's data
-sheets of these products; where a sheet gives the figure with sparsity only, half of it."""
+"""Dense bfloat16 products with float32 sums, FLOP/s, by the words that a GPU's name must contain. As commonly quoted
+from NVIDIA's specifications (half of a figure that is given with sparsity only), not measured and not checked against
+the sheets here."""
 
 _SPECTRUM = 257
 """Frequencies of a log-mel frame."""
