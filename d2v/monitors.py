@@ -146,15 +146,22 @@ def find_failure(line: Mapping[str, Any], run: Run, samples: int) -> str | None:
         run: the limits.
         samples: rows that content_spread was taken over; below 2 the second rule does not apply.
     """
-    broken = {k: line[k] for k in ("loss", "grad_norm") if k in line and not math.isfinite(line[k])}
-    if broken:
-        found = ", ".join(f"{k} {v}" for k, v in broken.items())
-        return f"not finite: {found}; try a lower --optim.learning-rate, a longer warm-up or a smaller --optim.clip"
+    if broken := find_broken(line):
+        return broken
     limits = {"prediction_std": run.collapse_prediction_std, "content_spread": run.collapse_content_spread}
     if line["step"] <= run.collapse_after or min(limits.values()) <= 0.0 or samples < 2:
         return None
     alarms = find_alarms(line, run)
     return f"collapse: {explain_alarms(alarms)}" if len(alarms) >= 2 else None
+
+
+def find_broken(line: Mapping[str, Any]) -> str | None:
+    """A loss or gradient norm of a line that is not finite, in words, and what to try; or None."""
+    broken = {k: line[k] for k in ("loss", "grad_norm") if k in line and not math.isfinite(line[k])}
+    if not broken:
+        return None
+    found = ", ".join(f"{k} {v}" for k, v in broken.items())
+    return f"not finite: {found}; try a lower --optim.learning-rate, a longer warm-up or a smaller --optim.clip"
 
 
 def find_alarms(line: Mapping[str, Any], run: Run) -> dict[str, tuple[float, float]]:

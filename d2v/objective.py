@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2v.data.samples import Batch
+from d2v.data.samples import STREAM_LAYERS, Batch, random_stream
 from d2v.data.sources import Source
 from d2v.data2vec import WORKING_DTYPES
 from d2v.dist import World
+from d2v.encoder import MainBlocks
 from d2v.optim import decay_groups
 
 
@@ -87,6 +88,12 @@ class Objective:
     def monitor(self, step: Step, batch: Batch) -> dict[str, float]:
         """Further entries of a line of metrics, measured on one micro-batch."""
         raise NotImplementedError
+
+    def skip_blocks(self, blocks: MainBlocks, update: int) -> None:
+        """Chooses the blocks that layer drop skips in an update: one draw for all its micro-batches and ranks."""
+        if blocks.layer_drop > 0.0:
+            rng = random_stream(self.config.run.seed, update, 0, STREAM_LAYERS)
+            blocks.skipped = blocks.draw_skipped(rng.random(len(blocks.blocks)).tolist())
 
     def describe(self, update: int) -> dict[str, float]:
         """Settings that change with the update and are shown."""

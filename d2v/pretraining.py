@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from d2v.config import Config
 from d2v.data import make_modality
 from d2v.data.loader import train_updates, validation_batches
-from d2v.data.samples import STREAM_LAYERS, Batch, random_stream
+from d2v.data.samples import Batch
 from d2v.data.sources import Source
 from d2v.data2vec import Data2Vec, Output
 from d2v.dist import World
-from d2v.encoder import MainBlocks
 from d2v.flops import count_work, describe_rates
 from d2v.monitors import find_failure, measure
 from d2v.objective import Objective, Step, autocast
@@ -75,11 +74,8 @@ class Pretraining(Objective):
         return float(len(batch.masks.rows))
 
     def begin_update(self, update: int) -> None:
-        """One draw of the skipped blocks for all micro-batches of all ranks."""
-        blocks: MainBlocks = self.model.blocks
-        if blocks.layer_drop > 0.0:
-            rng = random_stream(self.config.run.seed, update, 0, STREAM_LAYERS)
-            blocks.skipped = blocks.draw_skipped(rng.random(len(blocks.blocks)).tolist())
+        """Chooses the blocks that are skipped."""
+        self.skip_blocks(self.model.blocks, update)
 
     def inputs_of(self, batch: Batch, device: torch.device) -> Tensor:
         """The model's inputs of a batch, on the device."""

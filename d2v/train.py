@@ -176,11 +176,15 @@ class Loop:
         if self.world.size > 1:
             if update % self.config.run.log_every and update != self.config.run.steps:
                 return
-            found = [entry for part in self.world.gather(self.bad.take()) for entry in part]
-            self.report.say(self.bad.add_entries(found))
+            self._exchange_bad()
         self.bad.write()
         with self.world.saying_once():
             self.bad.check(update * self.config.data.global_batch)
+
+    def _exchange_bad(self) -> None:
+        """Every rank learns what the others found, so that all come to the same verdict and rank 0 can write it."""
+        found = [entry for part in self.world.gather(self.bad.take()) for entry in part]
+        self.report.say(self.bad.add_entries(found))
 
     def _log(self, step: Step, batch: Batch) -> None:
         line = self.trainer.make_line(step, batch)
@@ -204,8 +208,7 @@ class Loop:
         means = trainer.window.means(self.world.sum_)
         self._stop_on(self.objective.find_failure({"step": 0, **means}, None))
         if self.world.size > 1:
-            found = [entry for part in self.world.gather(self.bad.take()) for entry in part]
-            self.report.say(self.bad.add_entries(found))
+            self._exchange_bad()
         self.saver.save(trainer.update, trainer.tensors(), trainer.texts(self.bad.state()))
         if self.world.is_first:
             write_report(self.folder.path, self.bad)

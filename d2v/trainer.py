@@ -159,12 +159,16 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything of a checkpoint that is a tensor. Random states have a name for each rank."""
-        tensors = {f"{MODEL_PREFIX}{name}": value for name, value in self.model.state_dict().items()}
+        tensors = self._model_tensors()
         tensors |= optimiser_tensors(self.model, self.optimiser) | self.window.tensors(self.world.sum_)
         tensors[f"rng.cpu.{self.world.rank}"] = torch.get_rng_state()
         if self.world.device.type == "cuda":
             tensors[f"rng.cuda.{self.world.rank}"] = torch.cuda.get_rng_state(self.world.device)
         return tensors
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        """The model's tensors, in place, by their names in a checkpoint."""
+        return {f"{MODEL_PREFIX}{name}": value for name, value in self.model.state_dict().items()}
 
     def texts(self, bad: Mapping[str, Any]) -> dict[str, str]:
         """The JSON files of a checkpoint; `bad`: the account of bad samples."""
@@ -193,7 +197,7 @@ class Trainer:
         state = load_json(checkpoint / STATE)
         self._compare_data(state["data"], checkpoint)
         index = read_index(checkpoint)
-        model = {f"{MODEL_PREFIX}{name}": value for name, value in self.model.state_dict().items()}
+        model = self._model_tensors()
         stored = {n: torch.empty(e["shape"], device="meta") for n, e in index.items() if n.startswith(MODEL_PREFIX)}
         if problem := describe_mismatch(model, stored):
             raise ValueError(f"checkpoint {str(checkpoint)!r}: {problem}")

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from d2v.data.loader import load_pass, load_updates
 from d2v.data.order import UpdateSampler
-from d2v.data.samples import STREAM_LAYERS, Batch, EvaluationSamples, TrainSamples, random_stream
+from d2v.data.samples import Batch, EvaluationSamples, TrainSamples, random_stream
 from d2v.dist import World
-from d2v.encoder import MainBlocks
 from d2v.finetuned import FineTuned
+from d2v.monitors import find_broken
 from d2v.objective import Objective, Step, autocast
 
 from .augment import erase_rectangles, mix_images, smooth_targets
@@ -118,10 +118,7 @@ class FineTuning(Objective):
         """One draw of the skipped blocks for all ranks; freezes the encoder in the first updates."""
         self._update = update
         self.model.frozen = update <= self.options.freeze_encoder
-        blocks: MainBlocks = self.model.encoder.blocks
-        if blocks.layer_drop > 0.0:
-            rng = random_stream(self.config.run.seed, update, 0, STREAM_LAYERS)
-            blocks.skipped = blocks.draw_skipped(rng.random(len(blocks.blocks)).tolist())
+        self.skip_blocks(self.model.encoder.blocks, update)
 
     def forward(self, network: nn.Module, batch: Batch, world: World) -> Step:
         """The task's loss, summed over samples."""
@@ -239,11 +236,7 @@ class FineTuning(Objective):
 
     def find_failure(self, line: Mapping[str, Any], batch: Batch | None) -> str | None:
         """A loss or gradient that is not finite."""
-        broken = {k: line[k] for k in ("loss", "grad_norm") if k in line and not math.isfinite(line[k])}
-        if not broken:
-            return None
-        found = ", ".join(f"{k} {v}" for k, v in broken.items())
-        return f"not finite: {found}; try a lower optim.learning_rate or optim.clip"
+        return find_broken(line)
 
 
 def _move(tensor: Tensor | None, device: torch.device) -> Tensor | None:
