@@ -44,20 +44,20 @@ class Form:
             self._use_everything()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = build_optimiser(decay_groups(self.model, config.optim), config.optim)
-        self.update = 0
         self.marks: list[float | torch.cuda.Event] = []
 
     def _use_everything(self) -> None:
-        teacher = self.model.teacher
-        owners: list[nn.Module] = [self.model, *(teacher.working_parts().values() if teacher.working_dtype else ())]
-        # A recording of compiled blocks is left out: the two options refuse each other.
-        graph = self.device.type == "cuda" and all(t.device.type == "cuda" for t in teacher.parameters())
+        """Compiled blocks; on a GPU of the student only, and the teacher as a graph: the two exclude each other."""
+        model, teacher = self.model, self.model.teacher
+        owners: list[nn.Module] = [model.context, model.blocks]
+        if self.device.type == "cuda":
+            model.graph_teacher()
+        else:
+            owners += teacher.working_parts().values() if teacher.working_dtype else [teacher]
         for owner in owners:
             for block in owner.modules():
-                if isinstance(block, Block) and not (graph and _belongs_to(block, teacher)):
+                if isinstance(block, Block):
                     block.compile()
-        if graph:
-            self.model.graph_teacher()
 
     def forward(self, inputs: Tensor, masks: Masks, noise: Tensor | None = None) -> Tensor:
         """The loss; noise: decoder rows, for comparing forms."""
@@ -105,11 +105,6 @@ class Form:
             elif isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
                 seconds[name] = begin.elapsed_time(end) / 1e3
         return seconds
-
-
-def _belongs_to(block: nn.Module, teacher: nn.Module) -> bool:
-    parts = [teacher, *getattr(teacher, "_working", {}).values()]
-    return any(block is part for owner in parts for part in owner.modules())
 
 
 @contextlib.contextmanager
