@@ -290,9 +290,10 @@ def test_memory_does_not_grow_over_thousands_of_updates(images: Path, tmp_path: 
 
 def test_memory_of_the_process() -> None:
     before = resident_bytes()
-    block = torch.ones(64 << 20, dtype=torch.uint8)
-    assert resident_bytes() - before > 48 << 20
-    assert memory_bytes(CPU) > 64 << 20
+    block = torch.ones(256 << 20, dtype=torch.uint8)
+    # The kernel counts the pages that other threads touched with a delay, and may take some back meanwhile.
+    assert resident_bytes() - before > 64 << 20
+    assert memory_bytes(CPU) > 256 << 20
     del block
 
 
