@@ -17,7 +17,7 @@ from .encoder import Context, MainBlocks, initialise_linears
 from .graphs import GraphedTargets, Record
 from .heads import RegressionHead
 from .masking import MaskedRows, make_mask_sampler, resolve_masks
-from .modalities import PADDING, make_positions, make_stem, valid_positions
+from .modalities import PADDING, make_positions, make_stem, prepare_inputs, valid_positions
 from .profile import span
 from .targets import make_targets
 from .teacher import PARTS, Encoded, Teacher, encode_parts, evaluating
@@ -148,6 +148,7 @@ class Data2Vec(nn.Module):
         rows = resolve_masks(self.config, masks, batch, tokens, valid, self._drawn)
         self._drawn += batch if masks is None else 0
         drawn = rows.masks.to(inputs.device, non_blocking=True)
+        inputs = prepare_inputs(self.stem, inputs, valid)
         if self.decoder is not None:
             with span("student"):
                 features, encoded = self._encode_visible(inputs, drawn, rows, valid)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from d2v.config import Config
 from d2v.data.samples import Batch
 from d2v.data2vec import Data2Vec, Output
-from d2v.modalities.speech import LogMelStem
 from d2v.objective import Step
 from d2v.pretraining import Pretraining
 
@@ -45,10 +44,7 @@ class MaskedAutoencoder(Data2Vec):
         if config.modality == "vision":
             patches = F.unfold(inputs, config.patch_size, stride=config.patch_size).transpose(1, 2)
             return F.layer_norm(patches, patches.shape[-1:])
-        stem = self.stem
-        assert isinstance(stem, LogMelStem)
-        tokens = features.shape[1]
-        bands = stem.make_bands(inputs, lengths).reshape(len(inputs), tokens, -1)
+        bands = inputs.reshape(len(inputs), features.shape[1], -1)  # as `prepare_inputs` made them
         return F.layer_norm(bands, bands.shape[-1:])
 
     def _compute_loss(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import Config
 from .positions import Positions, SequencePositions, valid_positions
@@ -23,6 +23,12 @@ def make_stem(config: Config) -> nn.Module:
     if stem.modality == "text":
         return TextStem(stem, width, zero_padding=config.version == 1)
     return LogMelStem(stem, width) if stem.kind == "log-mel" else WaveformStem(stem, width)
+
+
+def prepare_inputs(stem: nn.Module, inputs: Tensor, lengths: Tensor | None) -> Tensor:
+    """Inputs that `measure` took, after what a stem does to them without weights, so that student and teacher share it;
+    stems take both."""
+    return stem.make_bands(inputs, lengths) if isinstance(stem, LogMelStem) else inputs
 
 
 def make_positions(config: Config) -> Positions:
@@ -53,6 +59,7 @@ __all__ = [
     "WaveformStem",
     "make_positions",
     "make_stem",
+    "prepare_inputs",
     "relative_index",
     "sincos_positions",
     "valid_positions",

@@ -11,6 +11,7 @@ from d2v_kernels import Masks, gather_tokens
 
 from ..config import Encoder, Stem
 from ..normalise import NORM_EPS, norm_gelu
+from .convolve import convolve
 from .positions import Positions, check_lengths, valid_positions
 
 SAMPLE_RATE = 16_000
@@ -18,13 +19,6 @@ _WINDOW, _HOP, _FFT = 400, 160, 512  # 25 ms every 10 ms
 _RANGE = 1e-4
 """Power of the quietest band that is told from silence, over the loudest of the utterance: 40 dB."""
 _LEAST_POWER = 1e-5
-
-
-def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """A convolution over (B,T,C) with the result in the same layout; an even kernel's surplus position is cut."""
-    y: Tensor = conv(x.transpose(1, 2)).transpose(1, 2)
-    surplus = conv.kernel_size[0] % 2 == 0 and conv.padding[0] != 0
-    return (y[:, :-1] if surplus else y).contiguous()
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -159,8 +153,9 @@ class LogMelStem(SpeechStem):
         return ((samples - _WINDOW) // _HOP + 1) // self.frames
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Tokens (B,T,C) of waveforms (B,S) at 16 kHz that `measure` took; padded tokens are computed too."""
-        bands = self.make_bands(inputs, lengths)
+        """Tokens (B,T,C) of waveforms (B,S) at 16 kHz that `measure` took, or of their bands (B,F,bins); padded tokens
+        are computed too."""
+        bands = inputs if inputs.dim() == 3 else self.make_bands(inputs, lengths)
         tokens = bands.shape[1] // self.frames
         result: Tensor = self.proj(self.norm(bands.reshape(len(inputs), tokens, -1).to(self.proj.weight.dtype)))
         return result
@@ -175,7 +170,9 @@ class LogMelStem(SpeechStem):
         tokens = self.count_tokens(inputs.shape[1])
         frames = inputs.unfold(1, _WINDOW, _HOP)[:, : tokens * self.frames]
         with torch.autocast(inputs.device.type, enabled=False):
-            power = torch.fft.rfft(frames.float() * self.window.float(), _FFT).abs().square() @ self.filters.float()
+            spectrum = torch.fft.rfft(frames.float() * self.window.float(), _FFT)
+            # Not abs().square(): that takes a square root on the way, three times as slow on a CPU.
+            power = (spectrum.real.square() + spectrum.imag.square()) @ self.filters.float()
             heard = power
             if lengths is not None:
                 valid = valid_positions(lengths * self.frames, power.shape[1], power.device)

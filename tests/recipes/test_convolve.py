@@ -1,0 +1,72 @@
+"""Convolutions over time as products of views, against PyTorch's convolution in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from d2v.modalities import convolve as module
+from d2v.modalities.convolve import convolve
+
+CASES = [  # samples, length, input channels, output channels, kernel, stride, bias
+    (2, 37, 16, 8, 3, 2, True), (3, 38, 16, 8, 2, 2, False), (1, 41, 17, 4, 4, 2, True), (2, 5, 16, 4, 4, 3, False),
+    (2, 3, 16, 4, 3, 2, False), (1, 30, 16, 4, 1, 1, True),
+]  # fmt: skip
+
+
+def results(conv: nn.Conv1d, x: Tensor, plain: bool) -> tuple[Tensor, ...]:
+    """The result, and the gradients of input and parameters."""
+    y = conv(x.transpose(1, 2)).transpose(1, 2) if plain else convolve(conv, x)
+    weights = torch.linspace(-1.0, 1.0, y.numel(), dtype=y.dtype).view(y.shape)
+    return (y, *torch.autograd.grad(y, [x, *conv.parameters()], weights))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equal_to_the_library(case: tuple[int, int, int, int, int, int, bool]) -> None:
+    samples, length, inputs, outputs, kernel, stride, bias = case
+    torch.manual_seed(0)
+    conv = nn.Conv1d(inputs, outputs, kernel, stride, bias=bias).double()
+    x = torch.randn(samples, length, inputs, dtype=torch.double, requires_grad=True)
+    assert module._suits_products(conv, x)
+    for got, expected in zip(results(conv, x, plain=False), results(conv, x, plain=True), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_sliced_inputs_and_second_use() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv1d(16, 8, 3, 2).double()
+    x = torch.randn(2, 21, 40, dtype=torch.double)[:, 1:, 3:19].requires_grad_()
+    for got, expected in zip(results(conv, x, plain=False), results(conv, x, plain=True), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(convolve(conv, x), convolve(conv, x))
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv1d(16, 8, 5, 2), nn.Conv1d(16, 8, 3, padding=1), nn.Conv1d(16, 8, 2, groups=2), nn.Conv1d(1, 8, 4, 2)],
+    ids=["long kernel", "padding", "groups", "one channel"],
+)
+def test_others_go_to_the_library(conv: nn.Conv1d) -> None:
+    x = torch.randn(2, 20, conv.in_channels)
+    assert not module._suits_products(conv, x)
+    torch.testing.assert_close(convolve(conv, x), conv(x.transpose(1, 2)).transpose(1, 2))
+
+
+def test_autocast_keeps_its_precision() -> None:
+    conv, x = nn.Conv1d(16, 8, 3, 2), torch.randn(2, 20, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert convolve(conv, x).dtype == torch.bfloat16
+
+
+def test_memory_is_the_input_only() -> None:
+    conv, x = nn.Conv1d(16, 8, 3, 2, bias=False), torch.randn(2, 21, 16, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        convolve(conv, x)
+    assert {t.data_ptr() for t in kept} == {x.data_ptr(), conv.weight.data_ptr()}
