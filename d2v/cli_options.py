@@ -20,7 +20,7 @@ class Init:
 
 @dataclass(frozen=True)
 class Probe:
-    """Accuracy of simple classifiers on frozen features, averaged over the tokens of a sample."""
+    """Accuracy of simple classifiers on frozen features, one row a sample."""
 
     checkpoint: str
     """Run folder, checkpoint inside it, or exported folder."""
@@ -38,6 +38,9 @@ class Probe:
     power_spectrum for images; log_mel (mean and deviation over time) for speech; bag_of_words for text."""
     layer: int | None = None
     """Blocks that run before the features are taken; unset: all, and the final norm."""
+    pool: Literal["mean", "mean-std", "segments", "class"] = "mean"
+    """How a sample's tokens become one row: their mean; mean and standard deviation; the means of four equal parts in
+    order; the class token, of models that have one. Raw features have their own."""
     neighbours: int = 5
     """Neighbours k of the kNN classifier."""
     labels_per_class: int = 10

@@ -76,13 +76,57 @@ def find_tokenizer(folder: Path, config: Config) -> str | None:
 
 
 def encode_batch(
-    encoder: Any, modality: Modality, batch: Batch, device: torch.device, layer: int | None = None
+    encoder: Any,
+    modality: Modality,
+    batch: Batch,
+    device: torch.device,
+    layer: int | None = None,
+    pool: str = "mean",
 ) -> Tensor:
-    """(B,C) float32 on the host: mean over the valid tokens of `encoder.encode`. `encoder`: a model or its teacher."""
+    """(B,F) float32 on the host: `encoder.encode`, a model's or its teacher's, made one row a sample by a pool."""
     encoded = encoder.encode(modality.prepare(batch.inputs.to(device)), lengths=batch.lengths, layer=layer)
-    weight = encoded.valid.unsqueeze(-1).float()
-    mean: Tensor = (encoded.features.float() * weight).sum(1) / weight.sum(1)
-    return mean.cpu()
+    if pool == "class":
+        if encoded.class_token is None:
+            raise ValueError("pool: expected another than class, the model has no class token")
+        return encoded.class_token.float().cpu()
+    return POOLS[pool](encoded.features.float(), encoded.valid).cpu()
+
+
+SEGMENTS = 4
+
+
+def pool_mean(features: Tensor, valid: Tensor) -> Tensor:
+    """(B,C): mean of features (B,T,C) over the valid tokens, valid (B,T)."""
+    weight = valid.unsqueeze(-1).float()
+    mean: Tensor = (features * weight).sum(1) / weight.sum(1)
+    return mean
+
+
+def pool_mean_std(features: Tensor, valid: Tensor) -> Tensor:
+    """(B,2C): mean and biased standard deviation over the valid tokens."""
+    mean = pool_mean(features, valid)
+    deviation = pool_mean((features - mean[:, None]).square(), valid).sqrt()
+    return torch.cat([mean, deviation], dim=1)
+
+
+def pool_segments(features: Tensor, valid: Tensor) -> Tensor:
+    """(B,4C): means over four equal parts of the valid tokens, in order, which a mean over all forgets; valid tokens
+    come first. Where there are fewer than four, parts share them."""
+    count = valid.sum(1, keepdim=True)
+    place = torch.arange(features.shape[1], device=features.device)[None]
+    parts = []
+    for i in range(SEGMENTS):
+        first = count * i // SEGMENTS
+        last = torch.maximum(count * (i + 1) // SEGMENTS, first + 1)
+        parts.append(pool_mean(features, (place >= first) & (place < last)))
+    return torch.cat(parts, dim=1)
+
+
+POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": pool_mean,
+    "mean-std": pool_mean_std,
+    "segments": pool_segments,
+}
 
 
 @torch.no_grad()
@@ -191,6 +235,7 @@ def probe(
     weights: str = "teacher",
     baselines: Sequence[str] = (),
     layer: int | None = None,
+    pool: str = "mean",
     neighbours: int = 5,
     labels_per_class: int = 10,
     draws: int = 5,
@@ -206,6 +251,8 @@ def probe(
     for name, value in (("neighbours", neighbours), ("labels-per-class", labels_per_class), ("draws", draws)):
         if value < 1:
             raise ValueError(f"{name}: expected 1 or more, got {value}")
+    if pool not in (*POOLS, "class"):
+        raise ValueError(f"pool: expected one of {', '.join(POOLS)}, class, got {pool!r}")
     model, config, place = load_model(checkpoint, device)
     modality = make_modality(config)
     unknown = [name for name in baselines if name not in ("random_init", *modality.baselines)]
@@ -219,7 +266,7 @@ def probe(
         raise ValueError(f"train: expected at least 2 classes, got {train_source.classes}")
 
     def extractor(encoder: Any) -> Callable[[Batch], Tensor]:
-        return lambda part: encode_batch(encoder, modality, part, place, layer)
+        return lambda part: encode_batch(encoder, modality, part, place, layer, pool)
 
     extractors: dict[str, Callable[[Batch], Tensor]] = {}
     extractors["pretrained"] = extractor(model.teacher if weights == "teacher" else model)
@@ -241,7 +288,7 @@ def probe(
         for key in ("linear_probe", "knn", "few_label", "few_label_std")
     }
     result |= {
-        "weights": weights, "classes": len(train_source.classes or []), "train_samples": len(y),
+        "weights": weights, "pool": pool, "classes": len(train_source.classes or []), "train_samples": len(y),
         "test_samples": len(truth), **options,
     }  # fmt: skip
     print_table(result, modality.noun)

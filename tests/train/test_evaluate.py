@@ -18,6 +18,7 @@ from d2v.data import make_modality
 from d2v.data.samples import Batch
 from d2v.data.sources import open_source
 from d2v.evaluate import (
+    POOLS,
     align_labels,
     encode_batch,
     extract_features,
@@ -108,6 +109,31 @@ def test_probe_prints_a_table_and_one_json_line(run: Path, images: Path, capsys:
     inside = next((run / "checkpoints").iterdir())
     assert probe(str(inside), str(images), str(images), draws=1, device="cpu")["weights"] == "teacher"
     assert not (inside / "probe.json").exists()
+
+
+def test_pools() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(3, 9, 5)
+    counts = [9, 6, 2]
+    valid = torch.arange(9)[None] < torch.tensor(counts)[:, None]
+    features[~valid] = 1e9  # padding must not be seen
+    mean, both, parts = (pool(features, valid) for pool in POOLS.values())
+    for i, n in enumerate(counts):
+        rows = features[i, :n]
+        torch.testing.assert_close(mean[i], rows.mean(0))
+        torch.testing.assert_close(both[i], torch.cat([rows.mean(0), rows.std(0, correction=0)]))
+        bounds = [(n * k // 4, max(n * (k + 1) // 4, n * k // 4 + 1)) for k in range(4)]
+        torch.testing.assert_close(parts[i], torch.cat([rows[a:b].mean(0) for a, b in bounds]))
+
+
+def test_probe_with_other_pools(run: Path, images: Path) -> None:
+    for pool in ("mean-std", "segments"):
+        result = probe(str(run), str(images), str(images), labels_per_class=2, draws=2, device="cpu", pool=pool)
+        assert result["pool"] == pool
+    with pytest.raises(ValueError, match="pool: expected another than class"):
+        probe(str(run), str(images), str(images), device="cpu", pool="class")
+    with pytest.raises(ValueError, match="pool: expected one of mean, mean-std, segments, class, got 'sum'"):
+        probe(str(run), str(images), str(images), device="cpu", pool="sum")
 
 
 def test_probe_refusals(run: Path, images: Path, tmp_path: Path) -> None:
