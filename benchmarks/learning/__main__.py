@@ -74,14 +74,15 @@ def main(arguments: list[str] | None = None) -> None:
         run_job(TASKS[task], method, int(seed), float(rate), stage, options.output, options.data)
         return
     with ThreadPoolExecutor(options.jobs) as pool:
-        wanted = [(t, m, 0, r, "choose") for t in options.only for m in options.methods for r in RATES]
+        methods = {t: [m for m in TASKS[t].methods if m in options.methods] for t in options.only}
+        wanted = [(t, m, 0, r, "choose") for t in options.only for m in methods[t] for r in RATES]
         chosen = list(pool.map(lambda job: run_child(job, options), wanted))
         best: dict[tuple[str, str], float] = {}
         for task in options.only:
-            for method in options.methods:
+            for method in methods[task]:
                 tried = [r for r in chosen if (r["task"], r["method"]) == (task, method)]
                 best[task, method] = max(tried, key=linear)["rate"]
-        final = [(t, m, s, best[t, m], "test") for t in options.only for m in options.methods for s in options.seeds]
+        final = [(t, m, s, best[t, m], "test") for t in options.only for m in methods[t] for s in options.seeds]
         results = list(pool.map(lambda job: run_child(job, options), final))
     machine = machine_basics()
     for task in options.only:

@@ -118,7 +118,7 @@ def probe_job(task: Task, seed: int, method: str, splits: Splits, test: str, fol
     output = folder / f"probe-{'test' if test == splits.test else 'valid'}.json"
     weights = "student" if method == "autoencoder" else "teacher"
     arguments = ["evaluate", "probe", "--checkpoint", str(folder / "model"), "--train", splits.train, "--test", test,
-                 "--weights", weights, "--seed", str(seed), "--output", str(output)]  # fmt: skip
+                 "--weights", weights, "--pool", task.pool, "--seed", str(seed), "--output", str(output)]  # fmt: skip
     if code := d2v([*arguments, *(["--baselines", *names] if names else [])]):
         raise SystemExit(code)
     result = json.loads(output.read_text())

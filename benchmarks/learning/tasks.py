@@ -58,6 +58,9 @@ class Task:
     """Settings that differ from the recipes."""
     epochs: float = 30.0
     """Passes of the training from scratch over all labels."""
+    pool: str = "mean"
+    """Of the probes, for every trained and untrained network; see `evaluate probe`."""
+    methods: tuple[str, ...] = ("data2vec2", "data2vec1", "autoencoder", "scratch")
 
     def config(self, version: int) -> Config:
         """The configuration of a version."""
@@ -165,6 +168,9 @@ def prepare_sst(data: Path, folder: Path, seed: int) -> Splits:
     return Splits(str(folder / "text"), train, valid, str(source / "dev.tsv"), few)
 
 
+WAVEFORM = ((64, 10, 5), (64, 8, 4), (64, 6, 4), (64, 4, 3), (64, 3, 2))
+"""(channels, kernel, stride) of a waveform stem whose tokens are 30 ms, as those of the log-mel stem."""
+
 TASKS = {
     "textures": Task(
         "textures", "textures of photographs", prepare_textures, "vision-tiny", "vision1-tiny", "vision-classify",
@@ -172,10 +178,15 @@ TASKS = {
     ),
     "digits": Task(
         "digits", "spoken digits, unseen speaker, log-mel", prepare_digits, "speech-tiny", "speech1-tiny",
-        "speech-classify", ("log_mel",), 1000,
+        "speech-classify", ("log_mel",), 1000, pool="mean-std",
+    ),
+    "waveforms": Task(
+        "waveforms", "spoken digits, unseen speaker, waveform", prepare_digits, "speech-tiny", "speech1-tiny",
+        "speech-classify", ("log_mel",), 1000, {"stem": {"kind": "waveform", "convolutions": WAVEFORM}},
+        pool="mean-std", methods=("data2vec2", "data2vec1", "scratch"),
     ),
     "cifar": Task(
-        "cifar", "CIFAR-10", prepare_cifar, "vision-tiny", "vision1-tiny", "vision-classify", ("pixels",), 3000,
+        "cifar", "CIFAR-10", prepare_cifar, "vision-tiny", "vision1-tiny", "vision-classify", ("pixels",), 1500,
         {"data": {"grey": False, "rotate": False, "crop_scale": (0.4, 1.0), "global_batch": 32}}, epochs=5.0,
     ),
     "sst": Task(

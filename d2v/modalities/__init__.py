@@ -28,7 +28,7 @@ def make_stem(config: Config) -> nn.Module:
 def prepare_inputs(stem: nn.Module, inputs: Tensor, lengths: Tensor | None) -> Tensor:
     """Inputs that `measure` took, after what a stem does to them without weights, so that student and teacher share it;
     stems take both."""
-    return stem.make_bands(inputs, lengths) if isinstance(stem, LogMelStem) else inputs
+    return stem.prepare(inputs, lengths) if isinstance(stem, LogMelStem) else inputs
 
 
 def make_positions(config: Config) -> Positions:

@@ -126,7 +126,7 @@ class WaveformStem(SpeechStem):
 
 
 class LogMelStem(SpeechStem):
-    """Log-mel spectrogram, some frames a token, layer norm, linear. Not a published stem."""
+    """Log-mel spectrogram without its mean over time, some frames a token, layer norm, linear. Not a published stem."""
 
     window: Tensor
     filters: Tensor
@@ -153,12 +153,24 @@ class LogMelStem(SpeechStem):
         return ((samples - _WINDOW) // _HOP + 1) // self.frames
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Tokens (B,T,C) of waveforms (B,S) at 16 kHz that `measure` took, or of their bands (B,F,bins); padded tokens
-        are computed too."""
-        bands = inputs if inputs.dim() == 3 else self.make_bands(inputs, lengths)
+        """Tokens (B,T,C) of waveforms (B,S) at 16 kHz that `measure` took, or of what `prepare` made of them; padded
+        tokens are computed too."""
+        bands = inputs if inputs.dim() == 3 else self.prepare(inputs, lengths)
         tokens = bands.shape[1] // self.frames
         result: Tensor = self.proj(self.norm(bands.reshape(len(inputs), tokens, -1).to(self.proj.weight.dtype)))
         return result
+
+    def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B,F,bins) float32: `make_bands` minus the mean of each band over the frames before the padding, where it
+        becomes 0. The mean is the colour of a voice, a room, a microphone (cepstral mean normalisation: Atal 1974)."""
+        bands = self.make_bands(inputs, lengths)
+        if lengths is None:
+            return bands - bands.mean(dim=1, keepdim=True)
+        frames = lengths.to(bands.device) * self.frames
+        valid = valid_positions(lengths * self.frames, bands.shape[1], bands.device)
+        assert valid is not None
+        bands = bands * valid[..., None]
+        return (bands - bands.sum(dim=1, keepdim=True) / frames[:, None, None]) * valid[..., None]
 
     def make_bands(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B,F,bins) float32: log power of each band in the F frames that fill tokens, of waveforms (B,S).
