@@ -25,6 +25,15 @@ int64_t element_bytes(const AttentionArgs& a) { return a.wide ? 8 : 4; }
 // Heads that make a piece worth a thread, by their weights and by their rows.
 int64_t head_grain(const AttentionArgs& a) { return grain_of(8 * a.T * (a.T + a.D)); }
 
+// Queries of a head that one thread takes in forward: all, unless that leaves threads without work. No result depends
+// on it, each query being on its own.
+int64_t queries_of_piece(const AttentionArgs& a, int threads) {
+  const int64_t heads = a.N * a.H, blocks = (a.T + kQueryBlock - 1) / kQueryBlock;
+  const int64_t wanted = threads > 1 ? (2 * threads + heads - 1) / heads : 1;
+  const int64_t parts = wanted < blocks ? wanted : blocks;
+  return (blocks + parts - 1) / parts * kQueryBlock;
+}
+
 }  // namespace
 
 void attention(const AttentionArgs& a, void* out, void* log_sum, Parallel parallel) {
@@ -40,9 +49,10 @@ void attention(const AttentionArgs& a, void* out, void* log_sum, Parallel parall
     }
     return;
   }
-  parallel_for(parallel, a.N * a.H, head_grain(a), [&](int64_t begin, int64_t end) {
+  const int64_t queries = queries_of_piece(a, parallel.threads), parts = (a.T + queries - 1) / queries;
+  parallel_for(parallel, a.N * a.H * parts, head_grain(a), [&](int64_t begin, int64_t end) {
     Space space(AttentionSizes(a).forward() * element_bytes(a));
-    attention_kernels().forward(&a, out, log_sum, begin, end, space.data());
+    attention_kernels().forward(&a, out, log_sum, queries, begin, end, space.data());
   });
 }
 

@@ -62,9 +62,11 @@ struct AttentionSizes {
   int64_t backward() const { return 5 * columns * width + kQueryBlock * (3 * width + 2 * columns) + 4 * columns; }
 };
 
-// Heads [begin, end) of N * H. `space`: zeros, aligned to 64 bytes.
+// Heads [begin, end) of N * H; forward: pieces of N * H * parts, which have `queries` queries of a head each, the last
+// fewer. `space`: zeros, aligned to 64 bytes.
 struct AttentionKernels {
-  void (*forward)(const AttentionArgs* args, void* out, void* log_sum, int64_t begin, int64_t end, void* space);
+  void (*forward)(const AttentionArgs* args, void* out, void* log_sum, int64_t queries, int64_t begin, int64_t end,
+                  void* space);
   void (*backward)(const AttentionArgs* args, const AttentionGradient* gradient, int64_t begin, int64_t end,
                    void* space);
 };

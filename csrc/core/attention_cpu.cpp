@@ -276,44 +276,64 @@ struct Room {
 };
 
 template <class A>
-void forward_of(const AttentionArgs* a, void* out, A* log_sum, int64_t begin, int64_t end, A* space) {
-  const AttentionSizes sizes(*a);
-  const int64_t T = a->T, D = a->D, token = a->H * D;
-  Room<A> room{space};
-  const Matrix<A> key = room.take(sizes.width, sizes.columns), value = room.take(sizes.columns, sizes.width),
-                  query = room.take(kQueryBlock, sizes.width), result = room.take(kQueryBlock, sizes.width),
-                  s = room.take(kQueryBlock, sizes.columns);
-  Keys<A> keys = room.take_keys(sizes.columns);
+struct Forward {
+  Matrix<A> key_t, value;      // of all keys; _t: (D, keys)
+  Matrix<A> query, result, s;  // of a block of queries
+  Keys<A> keys;
+  Forward(const AttentionSizes& sizes, A* space) {
+    Room<A> room{space};
+    key_t = room.take(sizes.width, sizes.columns);
+    value = room.take(sizes.columns, sizes.width);
+    query = room.take(kQueryBlock, sizes.width);
+    result = room.take(kQueryBlock, sizes.width);
+    s = room.take(kQueryBlock, sizes.columns);
+    keys = room.take_keys(sizes.columns);
+  }
+};
+
+template <class A>
+void attend_block(const AttentionArgs* a, int64_t n, int64_t h, int64_t first, int64_t rows, const Forward<A>& f,
+                  void* out, A* log_sum) {
+  const int64_t D = a->D, token = a->H * D, count = f.keys.count;
+  read_rows<A>(head_of(a->query, n, h), first, rows, D, static_cast<A>(a->scale), nullptr, f.query);
+  multiply<A>(rows, count, D, {f.query.data, f.query.row, 1}, f.key_t, f.s);
   A factors[kQueryBlock];
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = unit / a->H, h = unit % a->H;
-    describe_keys(a, n, h, sizes.columns, &keys);
-    read_rows<A>(head_of(a->key, n, h), 0, keys.count, D, A(1), keys.off, value);
-    transpose(value, keys.count, D, key);
-    read_rows<A>(head_of(a->value, n, h), 0, keys.count, D, A(1), keys.off, value);
-    const Heads from = head_of(a->query, n, h);
-    for (int64_t first = 0; first < T; first += kQueryBlock) {
-      const int64_t rows = T - first < kQueryBlock ? T - first : kQueryBlock;
-      read_rows<A>(from, first, rows, D, static_cast<A>(a->scale), nullptr, query);
-      multiply<A>(rows, keys.count, D, {query.data, query.row, 1}, key, s);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t i = first + r;
-        A* const row = s.data + r * s.row;
-        A* const at = log_sum + unit * T + i;
-        factors[r] = prepare_row(a, keys, n, h, i) ? soften_row<A, true>(a, keys, keys.place[i], row, at)
-                                                   : soften_row<A, false>(a, keys, A(0), row, at);
-      }
-      multiply<A>(rows, D, keys.count, {s.data, s.row, 1}, value, result);
-      write_rows<A>(result, rows, D, factors, a->query.type, out, (n * T + first) * token + h * D, token);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t i = first + r;
+    A *const s = f.s.data + r * f.s.row, *const at = log_sum + (n * a->H + h) * a->T + i;
+    factors[r] = prepare_row(a, f.keys, n, h, i) ? soften_row<A, true>(a, f.keys, f.keys.place[i], s, at)
+                                                 : soften_row<A, false>(a, f.keys, A(0), s, at);
+  }
+  multiply<A>(rows, D, count, {f.s.data, f.s.row, 1}, f.value, f.result);
+  write_rows<A>(f.result, rows, D, factors, a->query.type, out, (n * a->T + first) * token + h * D, token);
+}
+
+template <class A>
+void forward_of(const AttentionArgs* a, void* out, A* log_sum, int64_t queries, int64_t begin, int64_t end, A* space) {
+  const AttentionSizes sizes(*a);
+  Forward<A> f(sizes, space);
+  const int64_t parts = (a->T + queries - 1) / queries;
+  for (int64_t piece = begin; piece < end; ++piece) {
+    const int64_t n = piece / parts / a->H, h = piece / parts % a->H, start = piece % parts * queries;
+    if (piece == begin || start == 0) {
+      describe_keys(a, n, h, sizes.columns, &f.keys);
+      read_rows<A>(head_of(a->key, n, h), 0, f.keys.count, a->D, A(1), f.keys.off, f.value);
+      transpose(f.value, f.keys.count, a->D, f.key_t);
+      read_rows<A>(head_of(a->value, n, h), 0, f.keys.count, a->D, A(1), f.keys.off, f.value);
+    }
+    const int64_t stop = start + queries < a->T ? start + queries : a->T;
+    for (int64_t first = start; first < stop; first += kQueryBlock) {
+      attend_block(a, n, h, first, stop - first < kQueryBlock ? stop - first : kQueryBlock, f, out, log_sum);
     }
   }
 }
 
-void forward(const AttentionArgs* a, void* out, void* log_sum, int64_t begin, int64_t end, void* space) {
+void forward(const AttentionArgs* a, void* out, void* log_sum, int64_t queries, int64_t begin, int64_t end,
+             void* space) {
   if (a->wide) {
-    forward_of(a, out, static_cast<double*>(log_sum), begin, end, static_cast<double*>(space));
+    forward_of(a, out, static_cast<double*>(log_sum), queries, begin, end, static_cast<double*>(space));
   } else {
-    forward_of(a, out, static_cast<float*>(log_sum), begin, end, static_cast<float*>(space));
+    forward_of(a, out, static_cast<float*>(log_sum), queries, begin, end, static_cast<float*>(space));
   }
 }
 
