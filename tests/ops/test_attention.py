@@ -216,6 +216,30 @@ def test_bits_repeat(backend) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(case, backend, 0.2), run(case, backend, 0.2), strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_comes_through(backend) -> None:
+    """A NaN of a query is in its own row and in every key's gradient; one of a key or a value is in every row."""
+    for which in (0, 1, 2):
+        case = make_case(1, 20, 1, 8, torch.float32)
+        case["inputs"][which][0, 3, 0, 2] = math.nan
+        out, log_sum, *gradients = run(case, backend)
+        bad = out.isnan().any(-1)[0, :, 0]
+        assert bad.tolist() == [which != 0 or i == 3 for i in range(20)]
+        assert log_sum.isnan().sum() == (1, 20, 0)[which]
+        for gradient, wanted in zip(gradients[:2], ((1, 20), (20, 20), (20, 20))[which], strict=True):
+            assert gradient.isnan().any(-1).sum() == wanted
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_tensors(backend) -> None:
+    for n, t, h, d in ((0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 0, 4), (2, 3, 2, 0)):
+        case = make_case(n, t, h, d, torch.float32)
+        out, log_sum, *gradients = run(case, backend)
+        assert out.shape == (n, t, h, d)
+        assert log_sum.eq(math.inf).all()
+        assert not gradients[3].any()
+
+
 def test_gradcheck() -> None:
     q, k, v = (torch.randn(2, 5, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     scale = torch.tensor([0.7, 1.3], dtype=torch.float64, requires_grad=True)
