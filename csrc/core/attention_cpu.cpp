@@ -119,8 +119,9 @@ D2V_INLINE VD exp_vector(VD x) {
   return select_nan_too(y, x);
 }
 
-D2V_INLINE VF magnitude(VF d) { return bit_cast<VF>(bit_cast<VU>(d) & 0x7fffffffu); }
-D2V_INLINE VD magnitude(VD d) { return bit_cast<VD>(bit_cast<VU64>(d) & 0x7fffffffffffffffull); }
+// |x - y|.
+D2V_INLINE VF apart(VF x, float y) { return bit_cast<VF>(bit_cast<VU>(x - y) & 0x7fffffffu); }
+D2V_INLINE VD apart(VD x, double y) { return bit_cast<VD>(bit_cast<VU64>(x - y) & 0x7fffffffffffffffull); }
 
 // 32-bit numbers of the weights of one query, keys 0 on: word j % 4 of Philox at counter (j / 4, query, head).
 D2V_INLINE void draw_words(uint32_t* words, int64_t count, uint32_t query, uint32_t head, uint64_t key) {
@@ -201,7 +202,7 @@ D2V_INLINE bool prepare_row(const AttentionArgs* a, const Keys<A>& keys, int64_t
 
 template <class A>
 D2V_INLINE Vec<A> distance_at(const Keys<A>& keys, A place, int64_t j) {
-  return load<A>(keys.placed + j) * magnitude(load<A>(keys.place + j) - place);
+  return load<A>(keys.placed + j) * apart(load<A>(keys.place + j), place);
 }
 
 template <class A, bool BIAS>

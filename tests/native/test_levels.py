@@ -84,6 +84,8 @@ def test_levels_agree(results: dict[tuple[str, int], dict[tuple[object, ...], to
             tolerance = TOLERANCE[expected.dtype]
             if key[0] == "noise":  # computed in fp32, whatever the type
                 tolerance = max(tolerance, 2e-6)
+            elif key[0] == "attention slopes":  # from results that were rounded to the type of the inputs
+                tolerance = max(tolerance, TOLERANCE[key[1]])
             torch.testing.assert_close(
                 tensors[key], expected, rtol=tolerance, atol=tolerance, msg=lambda m, at=(level, key): f"{at}: {m}"
             )
