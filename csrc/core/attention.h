@@ -39,7 +39,7 @@ struct LogSums {  // (N, H, T)
 };
 
 struct AttentionGradient {
-  Heads grad, out;  // of any types
+  Heads grad;  // of any type
   LogSums log_sum;
   void *of_query, *of_key, *of_value;  // contiguous, in the types of query, key and value
   double* of_slopes;                   // (N, H) scratch, one sum each; null without a bias

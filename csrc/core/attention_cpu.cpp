@@ -72,13 +72,6 @@ void transpose(const Matrix<A>& x, int64_t rows, int64_t D, const Matrix<A>& out
   }
 }
 
-template <class A>
-D2V_INLINE A dot(const A* x, const A* y, int64_t D) {
-  Vec<A> sum{};
-  for (int64_t c = 0; c < D; c += kLanes<A>) sum += load<A>(x + c) * load<A>(y + c);
-  return sum_lanes<A>(sum);
-}
-
 // ---- rows of weights ----
 
 template <class V>
@@ -238,20 +231,27 @@ D2V_INLINE A soften_row(const AttentionArgs* a, const Keys<A>& keys, A place, A*
 }
 
 // Logits s and the gradient g of the dropped weights, of one query, to dropped weights and the gradient of the logits.
-// Returns the sum over keys of that gradient times the distance.
+// Returns the sum over keys of that gradient times the distance. What softmax subtracts is summed over the keys: the
+// product of the result with its gradient is the same but for the result's rounding, which 16 bits make large.
 template <class A, bool BIAS>
-D2V_INLINE A differentiate_row(const AttentionArgs* a, const Keys<A>& keys, A place, A log_sum, A delta, A* s, A* g) {
+D2V_INLINE A differentiate_row(const AttentionArgs* a, const Keys<A>& keys, A place, A log_sum, A* s, A* g) {
+  constexpr int L = kLanes<A>;
   const A rescale = static_cast<A>(a->rescale);
-  Vec<A> along{};
-  for (int64_t j = 0; j < keys.count; j += kLanes<A>) {
+  Vec<A> sum{}, along{};
+  for (int64_t j = 0; j < keys.count; j += L) {
     const Vec<A> p = exp_vector(logit_at<A, BIAS>(keys, s, place, j) - log_sum);
-    Vec<A> dropped = p * rescale, upstream = load<A>(g + j) * rescale;
-    if (a->drops) {
-      dropped = keep(dropped, keys.words + j, a->last_dropped);
-      upstream = keep(upstream, keys.words + j, a->last_dropped);
-    }
-    const Vec<A> of_logit = load<A>(keys.off + j) < A(0) ? Vec<A>{} : p * (upstream - delta);
-    store<A>(s + j, dropped);
+    Vec<A> upstream = load<A>(g + j) * rescale;
+    if (a->drops) upstream = keep(upstream, keys.words + j, a->last_dropped);
+    upstream = load<A>(keys.off + j) < A(0) ? Vec<A>{} : upstream;
+    sum += p * upstream;
+    store<A>(s + j, p);
+    store<A>(g + j, upstream);
+  }
+  const A delta = sum_lanes<A>(sum);
+  for (int64_t j = 0; j < keys.count; j += L) {
+    const Vec<A> p = load<A>(s + j), left = p * rescale;
+    const Vec<A> of_logit = load<A>(keys.off + j) < A(0) ? Vec<A>{} : p * (load<A>(g + j) - delta);
+    store<A>(s + j, a->drops ? keep(left, keys.words + j, a->last_dropped) : left);
     store<A>(g + j, of_logit);
     if (BIAS) along += of_logit * distance_at(keys, place, j);
   }
@@ -367,7 +367,6 @@ double differentiate_block(const AttentionArgs* a, const AttentionGradient* grad
   const int64_t T = a->T, D = a->D, token = a->H * D, count = b.keys.count;
   read_rows<A>(head_of(a->query, n, h), first, rows, D, static_cast<A>(a->scale), nullptr, b.query);
   read_rows<A>(head_of(gradient->grad, n, h), first, rows, D, A(1), nullptr, b.grad);
-  read_rows<A>(head_of(gradient->out, n, h), first, rows, D, A(1), nullptr, b.result);
   multiply<A>(rows, count, D, {b.query.data, b.query.row, 1}, b.key_t, b.s);
   multiply<A>(rows, count, D, {b.grad.data, b.grad.row, 1}, b.value_t, b.g);
   const LogSums& sums = gradient->log_sum;
@@ -377,10 +376,9 @@ double differentiate_block(const AttentionArgs* a, const AttentionGradient* grad
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t i = first + r;
     A *const s = b.s.data + r * b.s.row, *const g = b.g.data + r * b.g.row;
-    const A delta = dot(b.grad.data + r * b.grad.row, b.result.data + r * b.result.row, D);
     const A along = prepare_row(a, b.keys, n, h, i)
-                        ? differentiate_row<A, true>(a, b.keys, b.keys.place[i], log_sum[r * sums.token], delta, s, g)
-                        : differentiate_row<A, false>(a, b.keys, A(0), log_sum[r * sums.token], delta, s, g);
+                        ? differentiate_row<A, true>(a, b.keys, b.keys.place[i], log_sum[r * sums.token], s, g)
+                        : differentiate_row<A, false>(a, b.keys, A(0), log_sum[r * sums.token], s, g);
     of_slope -= static_cast<double>(along);
     scales[r] = static_cast<A>(a->scale);
   }

@@ -73,15 +73,15 @@ class Attention {
   DType computed() const { return computed_; }
   const Buffer& grad() const { return grad_; }
 
-  // out, log_sum, and with `result` (what forward gave) the gradients of query, key, value and slopes.
-  std::vector<Doubles> truth(const Buffer& result) const {
+  // out, log_sum, and the gradients of query, key, value and slopes.
+  std::vector<Doubles> truth() const {
     const size_t size = static_cast<size_t>(c_.N * c_.T * c_.H * c_.D);
     std::vector<Doubles> all{Doubles(size), Doubles(static_cast<size_t>(c_.N * c_.H * c_.T)),
                              Doubles(size), Doubles(size),
                              Doubles(size), Doubles(static_cast<size_t>(c_.H))};
     for (int64_t n = 0; n < c_.N; ++n) {
       for (int64_t h = 0; h < c_.H; ++h) {
-        for (int64_t i = 0; i < c_.T; ++i) add_query(n, h, i, result, &all);
+        for (int64_t i = 0; i < c_.T; ++i) add_query(n, h, i, &all);
       }
     }
     return all;
@@ -108,7 +108,13 @@ class Attention {
     return std::abs(row[i - c_.extra] - row[j - c_.extra]);
   }
 
-  void add_query(int64_t n, int64_t h, int64_t i, const Buffer& result, std::vector<Doubles>* all) const {
+  // What dropout leaves of a weight.
+  double left_of(int64_t n, int64_t h, int64_t i, int64_t j) const {
+    if (!c_.dropout) return 1;
+    return random_word(static_cast<uint64_t>(keys_[static_cast<size_t>(n)]), j, i, h) > kLastDropped ? 4.0 / 3.0 : 0;
+  }
+
+  void add_query(int64_t n, int64_t h, int64_t i, std::vector<Doubles>* all) const {
     Doubles p(static_cast<size_t>(c_.T));
     double total = 0, delta = 0;
     const auto at = [&](int64_t t, int64_t d) { return static_cast<size_t>(((n * c_.T + t) * c_.H + h) * c_.D + d); };
@@ -119,23 +125,21 @@ class Attention {
       total += p[static_cast<size_t>(j)];
     }
     (*all)[1][static_cast<size_t>((n * c_.H + h) * c_.T + i)] = c_.D > 0 && total > 0 ? std::log(total) : INFINITY;
-    for (int64_t d = 0; d < c_.D; ++d) {
-      const int64_t place = static_cast<int64_t>(at(i, d));
-      delta += grad_.get(place) * result.get(place);
-    }
+    Doubles upstream(static_cast<size_t>(c_.T));
     for (int64_t j = 0; j < c_.T; ++j) {
-      const double weight = total > 0 ? p[static_cast<size_t>(j)] / total : 0;
-      const bool kept =
-          !c_.dropout || random_word(static_cast<uint64_t>(keys_[static_cast<size_t>(n)]), j, i, h) > kLastDropped;
-      const double left = kept ? (c_.dropout ? 4.0 / 3.0 : 1.0) : 0;
-      double upstream = 0;
+      double& weight = p[static_cast<size_t>(j)];
+      weight = total > 0 ? weight / total : 0;
+      const double left = left_of(n, h, i, j);
       for (int64_t d = 0; d < c_.D; ++d) {
         const double g = grad_.get(static_cast<int64_t>(at(i, d)));
         (*all)[0][at(i, d)] += weight * left * element(2, n, j, h, d);
         (*all)[4][at(j, d)] += weight * left * g;
-        upstream += left * g * element(2, n, j, h, d);
+        upstream[static_cast<size_t>(j)] += left * g * element(2, n, j, h, d);
       }
-      const double of_logit = weight * (upstream - delta);
+      delta += weight * upstream[static_cast<size_t>(j)];
+    }
+    for (int64_t j = 0; j < c_.T; ++j) {
+      const double of_logit = p[static_cast<size_t>(j)] * (upstream[static_cast<size_t>(j)] - delta);
       for (int64_t d = 0; d < c_.D; ++d) {
         (*all)[2][at(i, d)] += kScale * of_logit * element(1, n, j, h, d);
         (*all)[3][at(j, d)] += kScale * of_logit * element(0, n, i, h, d);
@@ -162,8 +166,7 @@ std::vector<Buffer> run(const Attention& x, const AttentionCase& c, Parallel par
   const AttentionArgs a = x.args();
   attention(a, all[0].data(), all[1].data(), parallel);
   const LogSums sums{all[1].data(), c.H * c.T, c.T, 1};
-  const AttentionGradient g{x.whole(x.grad()), x.whole(all[0]), sums,   all[2].data(),
-                            all[3].data(),     all[4].data(),   nullptr};
+  const AttentionGradient g{x.whole(x.grad()), sums, all[2].data(), all[3].data(), all[4].data(), nullptr};
   attention_backward(a, g, all[5].data(), parallel);
   return all;
 }
@@ -174,7 +177,7 @@ void test_case(const AttentionCase& c) {
                             std::to_string(c.D) + (c.dropout ? " dropout" : "") + (c.bias ? " bias " : " ");
   const Attention x(c);
   const std::vector<Buffer> serial = run(x, c, kSerial), threaded = run(x, c, kThreaded);
-  std::vector<Doubles> truth = x.truth(serial[0]);
+  std::vector<Doubles> truth = x.truth();
   if (!c.bias) truth[5].clear();
   for (size_t i = 0; i < serial.size(); ++i) {
     check(serial[i].same_bytes(threaded[i]), where + names[i], "threads changed the result");
