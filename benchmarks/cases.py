@@ -213,6 +213,47 @@ def _gather_backward_case(
     return Case("gather_tokens backward", label, dtype, size, build, goals, tolerance=tolerance)
 
 
+# ---- attention
+
+
+def eager_attention(qkv: Tensor, slopes: Tensor, places: Tensor, keys: Tensor | None, dropout: float) -> Tensor:
+    """PyTorch's attention with the distance bias as a tensor of all pairs, for every row and head."""
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    place = places.to(slopes.dtype)
+    bias = -slopes[:, None, None] * (place[:, None, :, None] - place[:, None, None, :]).abs()
+    return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout).transpose(1, 2)
+
+
+def our_attention(qkv: Tensor, slopes: Tensor, places: Tensor, keys: Tensor | None, dropout: float) -> Tensor:
+    """The same; with dropout, of other weights."""
+    q, k, v = qkv.unbind(2)
+    return dk.attend(q, k, v, alibi=dk.Alibi(slopes, places), dropout=dropout, dropout_keys=keys)
+
+
+def _attention_case(name: str, shape: tuple[int, int, int, int], dropout: float, goals: dict[str, float]) -> Case:
+    """Forward and backward, with the gradient of the slopes."""
+    n, t, h, d = shape
+
+    def build() -> dict[str, Call]:
+        qkv, grad = _random((n, t, 3, h, d), torch.float32, 0).requires_grad_(), _random(shape, torch.float32, 1)
+        slopes = (dk.alibi_slopes(h) * 0.1).requires_grad_()
+        places, keys = torch.arange(t).expand(n, t), torch.arange(n) if dropout else None
+
+        def run(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+            y = function(qkv, slopes, places, keys, dropout)
+            return (y.detach(), *torch.autograd.grad(y, (qkv, slopes), grad))
+
+        return {"d2v": lambda: run(our_attention), "eager": lambda: run(eager_attention)}
+
+    def spread(result: tuple[Tensor, ...]) -> list[Tensor]:
+        return [x.std() for x in result[:2]]
+
+    label = f"ALiBi{f', dropout {dropout:g}' if dropout else ''} {name} {n} x {t}, {h} heads of {d}, forward + backward"
+    size = 4 * n * t * h * d * 4 + 4 * n * t * h * d * 4  # q, k, v, the result, and their gradients
+    tolerance, compare = (0.05, spread) if dropout else (5e-4, list)
+    return Case("attention", label, torch.float32, size, build, goals, tolerance=tolerance, compare=compare)
+
+
 # ---- restore_tokens
 
 
@@ -361,6 +402,8 @@ def all_cases() -> list[Case]:
     images = {"kind": "block", "grid": (14, 14), "ratio": 0.8, "adjust": 0.07, "span": 3, "inverse": True}
     return [
         *cases,
+        _attention_case("speech", (2, 249, 12, 64), 0.0, {"eager": 1.3}),
+        _attention_case("speech", (2, 249, 12, 64), 0.1, {"eager": 1.7}),
         _mask_case("speech 1.0", 11, 1, {"kind": "span", "tokens": 999, "ratio": 0.65, "span": 10}),
         _mask_case("speech 2.0", 24, 8, speech),
         _mask_case("images", 256, 16, images),

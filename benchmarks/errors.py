@@ -171,7 +171,24 @@ def gelu_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple
     yield "layer_norm_gelu", run
 
 
-FAMILIES = (layer_cases, ema_cases, token_cases, loss_cases, gelu_cases)
+def attention_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Callable[..., Result]]]:
+    """attention with a bias by distance, and dropout: result and gradients."""
+    qkv, grad = (torch.randn(2, 199, c, 4, 64, generator=generator).to(dtype) for c in (3, 1))
+    slopes, places = 0.2 * torch.rand(4, generator=generator), torch.arange(199).expand(2, 199)
+    keys = torch.tensor([3, 4])
+
+    def run(to: torch.dtype | None) -> Result:
+        leaves = [cast(t, to).detach().requires_grad_() for t in (qkv, slopes)]
+        out, _ = torch.ops.d2v.attention(*leaves[0].unbind(2), leaves[1], places, None, None, keys, 0.1, 0.125)
+        gradients = torch.autograd.grad(out, leaves, cast(grad[:, :, 0], to))
+        found = dict(zip(("query", "key", "value"), gradients[0].unbind(2), strict=True))
+        return {"result": out.detach(), **{f"gradient of {name}": g for name, g in found.items()},
+                "gradient of the slopes": gradients[1]}  # fmt: skip
+
+    yield "attention", run
+
+
+FAMILIES = (layer_cases, ema_cases, token_cases, loss_cases, gelu_cases, attention_cases)
 
 
 def collect_rows(backend: str, seed: int = 0) -> list[Row]:

@@ -1,8 +1,8 @@
 """Attention over dense or packed sequences: one function, and which engine runs it.
 
 An engine answers `why_not` with a list of reasons like a backend of an operator; the first with an empty list runs.
-Besides PyTorch's and xformers' own kernels there is the operator `torch.ops.d2v.attention` (backends triton and
-reference) for what they cannot do: a bias of data2vec 2.0 speech with a learned scale, and dropout from row keys.
+Besides PyTorch's and xformers' own kernels there is the operator `torch.ops.d2v.attention` (an engine by each backend)
+for what they cannot do: a bias of data2vec 2.0 speech with a learned scale, and dropout from row keys.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import registry
+from . import _library, registry
 from ._checks import check_attention, require
 
-ENGINES = ("xformers", "varlen", "sdpa", "triton", "flex", "reference")
+ENGINES = ("xformers", "varlen", "sdpa", "native", "triton", "flex", "reference")
 
 
 class Alibi(NamedTuple):
@@ -186,7 +186,11 @@ def preferred_engines(request: Request) -> tuple[str, ...]:
     """Engines in the order in which "auto" tries them."""
     if request.packed and request.device == "cuda" and not request.alibi:
         return ("xformers", "varlen", "sdpa", "triton", "reference", "flex")
-    return ("sdpa", "triton", "flex", "reference") if request.device == "cuda" else ("sdpa", "reference", "triton")
+    if request.device == "cuda":
+        return ("sdpa", "triton", "flex", "reference")
+    # PyTorch makes the (rows, heads, T, T) weights for dropout; without it and AVX-512 it is no slower (the log).
+    ours = request.dropout or request.alibi or _library.build_record().get("isa") == "avx512"
+    return ("native", "sdpa", "reference", "triton") if ours else ("sdpa", "native", "reference", "triton")
 
 
 _chosen: dict[tuple[Any, ...], str] = {}
@@ -273,10 +277,11 @@ def _flex_limits(request: Request) -> list[str]:
 
 def _operator_limits(request: Request, backend: str) -> list[str]:
     forced = registry.forced_backend()
-    if forced in ("reference", "triton") and forced != backend:
+    found = {b.name: b for b in registry.backends()}
+    if forced in found and forced != backend and "attention" in found[forced].implementations:
         return [f"backend {forced} is forced"]
     case = registry.Case("attention", request.device, (request.dtype,), (str(request.width),))
-    reasons = next(b for b in registry.backends() if b.name == backend).why_not(case)
+    reasons = found[backend].why_not(case)
     if not reasons and (chosen := registry.choose(case, forced).name) != backend:
         return [f"the operator takes its backend {chosen} here; use_backend chooses another"]
     return reasons
@@ -286,6 +291,7 @@ _LIMITS: dict[str, Callable[[Request], list[str]]] = {
     "xformers": functools.partial(_foreign_limits, dropout=True),
     "varlen": functools.partial(_foreign_limits, dropout=False),
     "sdpa": _sdpa_limits,
+    "native": functools.partial(_operator_limits, backend="native"),
     "triton": functools.partial(_operator_limits, backend="triton"),
     "flex": _flex_limits,
     "reference": functools.partial(_operator_limits, backend="reference"),
@@ -393,6 +399,7 @@ _RUN: dict[str, Callable[[Tensor, Tensor, Tensor, _Options], Tensor]] = {
     "xformers": _attend_by_xformers,
     "varlen": _attend_by_varlen,
     "sdpa": _attend_by_sdpa,
+    "native": _attend_by_operator,
     "triton": _attend_by_operator,
     "flex": _attend_by_flex,
     "reference": _attend_by_operator,

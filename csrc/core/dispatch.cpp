@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "attention.h"
 #include "ema.h"
 #include "layers.h"
 #include "loss.h"
@@ -11,10 +12,11 @@
 
 namespace d2v {
 
-#define D2V_DECLARE(isa)                           \
-  extern const EmaKernels ema_kernels_##isa;       \
-  extern const LayersKernels layers_kernels_##isa; \
-  extern const LossKernels loss_kernels_##isa;     \
+#define D2V_DECLARE(isa)                                 \
+  extern const AttentionKernels attention_kernels_##isa; \
+  extern const EmaKernels ema_kernels_##isa;             \
+  extern const LayersKernels layers_kernels_##isa;       \
+  extern const LossKernels loss_kernels_##isa;           \
   extern const TokensKernels tokens_kernels_##isa;
 D2V_DECLARE(base)
 #if defined(D2V_X86_LEVELS)
@@ -31,12 +33,13 @@ struct Tables {
   const LayersKernels* layers;
   const LossKernels* loss;
   const TokensKernels* tokens;
+  const AttentionKernels* attention;
 };
 
 #define D2V_TABLES(isa, ema_isa)                                                                  \
   Tables {                                                                                        \
     #isa, &ema_kernels_##ema_isa, &ema_kernels_##isa, &layers_kernels_##isa, &loss_kernels_##isa, \
-        &tokens_kernels_##isa                                                                     \
+        &tokens_kernels_##isa, &attention_kernels_##isa                                           \
   }
 
 Tables pick() {
@@ -73,6 +76,7 @@ const EmaKernels& ema_kernels(const EmaTensor& t) {
 }
 const LayersKernels& layers_kernels() { return *tables().layers; }
 const LossKernels& loss_kernels() { return *tables().loss; }
+const AttentionKernels& attention_kernels() { return *tables().attention; }
 const TokensKernels& tokens_kernels() { return *tables().tokens; }
 
 }  // namespace d2v

@@ -174,7 +174,7 @@ inline void check(bool condition, const std::string& where, const char* what) {
   if (!condition) fail(where, what);
 }
 inline bool is_close(double got, double expected, double tolerance) {
-  return (std::isnan(got) && std::isnan(expected)) ||
+  return got == expected || (std::isnan(got) && std::isnan(expected)) ||
          std::fabs(got - expected) <= tolerance * (1 + std::fabs(expected));
 }
 inline void check_close(const std::string& where, double got, double expected, double tolerance) {
@@ -205,5 +205,7 @@ inline double tolerance_of(DType computed, DType stored) {
 // core_rows_test.cpp
 void test_tokens();
 void test_loss();
+// core_attention_test.cpp
+void test_attention();
 
 }  // namespace test

@@ -125,5 +125,13 @@ std::tuple<Tensor, Tensor, Tensor> masked_regression_loss_cpu(const Tensor& pred
 Tensor masked_regression_loss_backward_cpu(const Tensor& grad, const Tensor& prediction, const Tensor& target,
                                            const OptionalTensor& prediction_rows, const OptionalTensor& target_rows,
                                            double beta, double scale);
+std::tuple<Tensor, Tensor> attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
+                                         const OptionalTensor& slopes, const OptionalTensor& positions,
+                                         const OptionalTensor& lengths, const OptionalTensor& valid,
+                                         const OptionalTensor& dropout_keys, double dropout, double scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+    const Tensor& log_sum, const OptionalTensor& slopes, const OptionalTensor& positions, const OptionalTensor& lengths,
+    const OptionalTensor& valid, const OptionalTensor& dropout_keys, double dropout, double scale);
 
 }  // namespace d2v

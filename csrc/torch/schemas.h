@@ -25,6 +25,13 @@ constexpr const char* kMaskedRegressionLoss =
 constexpr const char* kMaskedRegressionLossBackward =
     "masked_regression_loss_backward(Tensor grad, Tensor prediction, Tensor target, Tensor? prediction_rows,"
     " Tensor? target_rows, float beta, float scale) -> Tensor";
+constexpr const char* kAttention =
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? slopes, Tensor? positions, Tensor? lengths,"
+    " Tensor? valid, Tensor? dropout_keys, float dropout, float scale) -> (Tensor, Tensor)";
+constexpr const char* kAttentionBackward =
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sum,"
+    " Tensor? slopes, Tensor? positions, Tensor? lengths, Tensor? valid, Tensor? dropout_keys, float dropout,"
+    " float scale) -> (Tensor, Tensor, Tensor, Tensor)";
 
 // Those that CUDA kernels exist for.
 constexpr const char* kCudaSchemas[] = {kAverageLayers,        kUpdateEma,     kUpdateSplitEma,       kGatherTokens,

@@ -369,7 +369,7 @@ def dropout_threshold(dropout: float) -> int:
 def _attention_parts(tensors: Sequence[Tensor], rest: tuple[Any, ...]) -> Iterator[_AttentionPart]:
     n, t, h, _ = tensors[0].shape
     rows = max(1, ATTENTION_PART // max(h * t * t, 1))
-    heads = h if rows > 1 else max(1, min(h, ATTENTION_PART // max(t * t, 1)))
+    heads = max(1, h) if rows > 1 else max(1, min(h, ATTENTION_PART // max(t * t, 1)))
     for first_row in range(0, n, rows):
         for first_head in range(0, h, heads):
             those = slice(first_row, min(first_row + rows, n)), slice(first_head, min(first_head + heads, h))

@@ -15,6 +15,18 @@ INDEX = torch.zeros(2, 3, dtype=torch.int64)
 ROWS = torch.ones(5, 4)
 ONE = torch.ones(())
 HALF = torch.ones(2, 3, 4, dtype=torch.float16)
+Q = torch.ones(2, 3, 1, 4)
+
+
+def attend(query: torch.Tensor = Q, key: torch.Tensor = Q, value: torch.Tensor = Q, **options: Any) -> object:
+    names = ("slopes", "positions", "lengths", "valid", "keys")
+    rest = [options.get(name) for name in names]
+    return op.attention(query, key, value, *rest, options.get("dropout", 0.0), 1.0)
+
+
+def attend_backward(grad: torch.Tensor = Q, log_sum: torch.Tensor = Q[:, :, :, 0].mT) -> object:
+    return op.attention_backward(grad, Q, Q, Q, Q, log_sum, None, None, None, None, None, 0.0, 1.0)
+
 
 CASES: dict[str, tuple[Callable[[], object], str]] = {
     "layer shape": (
@@ -66,6 +78,32 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
     "loss gradient dtype": (
         lambda: op.masked_regression_loss_backward(ONE.half(), ROWS, ROWS, None, None, 0.0, 1.0),
         "dtype of grad: expected float32 or float64",
+    ),
+    "attention shape": (lambda: attend(key=Q[:, :2]), "key: expected 3, got 2"),
+    "attention stride": (lambda: attend(value=Q[..., :1].expand(Q.shape)), "last stride of value: expected 1, got 0"),
+    "attention bias": (lambda: attend(slopes=torch.ones(1)), "slopes and positions: expected both or neither"),
+    "attention slopes": (lambda: attend(slopes=torch.ones(2), positions=INDEX), "number of slopes: expected 1, got 2"),
+    "attention slopes dtype": (
+        lambda: attend(slopes=torch.ones(1).double(), positions=INDEX),
+        "dtype of slopes: expected that of log_sum",
+    ),
+    "attention positions": (
+        lambda: attend(slopes=torch.ones(1), positions=torch.zeros(2, 4).int()),
+        "columns of positions: expected at most 3, got 4",
+    ),
+    "attention lengths": (lambda: attend(lengths=torch.ones(3).int()), "number of lengths: expected 2, got 3"),
+    "attention valid": (lambda: attend(valid=torch.ones(2, 2) > 0), "columns of valid: expected 3, got 2"),
+    "attention valid dtype": (lambda: attend(valid=torch.ones(2, 3)), "dtype of valid: expected bool"),
+    "attention dropout": (lambda: attend(dropout=0.5), "dropout keys: expected a tensor where dropout is above 0"),
+    "attention dropout keys": (
+        lambda: attend(dropout=0.5, keys=INDEX[0]),
+        "number of dropout keys: expected 2, got 3",
+    ),
+    "attention gradient": (lambda: attend_backward(Q[:1]), "grad: expected 2, got 1"),
+    "attention log sum": (lambda: attend_backward(log_sum=Q[:, :, :, 0]), "heads of log_sum: expected 1, got 3"),
+    "attention log sum dtype": (
+        lambda: attend_backward(log_sum=Q[:, :, :, 0].mT.double()),
+        "dtype of log_sum: expected float32",
     ),
 }
 

@@ -46,6 +46,14 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             out["loss", beta, dtype, channels] = torch.stack(loss)
             gradient = op.masked_regression_loss_backward(loss[0], x, y, rows, None, beta, 0.1)
             out["gradient", beta, dtype, channels] = gradient
+        query, key, value = make(2, 53, 3, 2).unbind(2)
+        slopes, positions = 0.1 * torch.rand(2).to(loss[0].dtype), torch.randint(0, 90, (2, 52))
+        rest = slopes, positions, torch.tensor([53, 40]), None, torch.tensor([5, -6]), 0.2, channels**-0.5
+        result, log_sum = op.attention(query, key, value, *rest)
+        out["attention", dtype, channels], out["log sum", dtype, channels] = result, log_sum
+        gradients = op.attention_backward(make(2, 53, 2), query, key, value, result, log_sum, *rest)
+        for name, gradient in zip(("query", "key", "value", "slopes"), gradients):
+            out["attention " + name, dtype, channels] = gradient
 print(_library.build_record()["isa"])
 torch.save(out, {path!r})
 """
@@ -76,6 +84,8 @@ def test_levels_agree(results: dict[tuple[str, int], dict[tuple[object, ...], to
             tolerance = TOLERANCE[expected.dtype]
             if key[0] == "noise":  # computed in fp32, whatever the type
                 tolerance = max(tolerance, 2e-6)
+            elif key[0] == "attention slopes":  # from results that were rounded to the type of the inputs
+                tolerance = max(tolerance, TOLERANCE[key[1]])
             torch.testing.assert_close(
                 tensors[key], expected, rtol=tolerance, atol=tolerance, msg=lambda m, at=(level, key): f"{at}: {m}"
             )

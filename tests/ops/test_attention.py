@@ -17,10 +17,9 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import d2v_kernels.attention as engines
-from d2v_kernels import Alibi, alibi_slopes, attend, info, pack_lengths, use_backend
+from d2v_kernels import Alibi, alibi_slopes, attend, pack_lengths, registry, use_backend
 from d2v_kernels.backends import reference
 
-BACKENDS = [b for b in BACKENDS if isinstance(b, str)]  # native has no kernels of this operator
 ops = torch.ops.d2v
 Case = dict[str, Any]
 
@@ -178,11 +177,12 @@ def test_dropout_depends_on_the_row_key_alone(backend) -> None:
         torch.testing.assert_close(run(alone, backend, 0.3)[0], whole[0][row : row + 1])
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="in Triton's interpreter, which test_interpreted.py starts")
-def test_backends_drop_the_same_weights() -> None:
-    case = make_case(2, 40, 3, 64, torch.float32)
-    ours, theirs = (weights(case, b, 0.4) == 0.0 for b in ("triton", "reference"))
-    assert torch.equal(ours, theirs)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_backends_drop_the_same_weights(backend) -> None:
+    for dtype in (torch.float32, FLOATS[-1]):
+        case = make_case(2, 40, 3, 64, dtype)
+        ours, theirs = (weights(case, b, 0.4) == 0.0 for b in (backend, "reference"))
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -214,6 +214,30 @@ def test_nan_in_padding_is_not_read(backend, by) -> None:
 def test_bits_repeat(backend) -> None:
     case = make_case(2, 70, 1, 16, torch.float32, extra=1, lengths=True)
     assert all(torch.equal(a, b) for a, b in zip(run(case, backend, 0.2), run(case, backend, 0.2), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_comes_through(backend) -> None:
+    """A NaN of a query is in its own row and in every key's gradient; one of a key or a value is in every row."""
+    for which in (0, 1, 2):
+        case = make_case(1, 20, 1, 8, torch.float32)
+        case["inputs"][which][0, 3, 0, 2] = math.nan
+        out, log_sum, *gradients = run(case, backend)
+        bad = out.isnan().any(-1)[0, :, 0]
+        assert bad.tolist() == [which != 0 or i == 3 for i in range(20)]
+        assert log_sum.isnan().sum() == (1, 20, 0)[which]
+        for gradient, wanted in zip(gradients[:2], ((1, 20), (20, 20), (20, 20))[which], strict=True):
+            assert gradient.isnan().any(-1).sum() == wanted
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_tensors(backend) -> None:
+    for n, t, h, d in ((0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 0, 4), (2, 3, 2, 0)):
+        case = make_case(n, t, h, d, torch.float32)
+        out, log_sum, *gradients = run(case, backend)
+        assert out.shape == (n, t, h, d)
+        assert log_sum.eq(math.inf).all()
+        assert not gradients[3].any()
 
 
 def test_gradcheck() -> None:
@@ -324,9 +348,11 @@ def alibi_case(n: int = 2, t: int = 21, h: int = 4, d: int = 16) -> tuple[list[T
 def test_engines_agree(valid) -> None:
     inputs, alibi = alibi_case()
     sdpa = attend(*inputs, valid=valid, engine="sdpa")
-    torch.testing.assert_close(sdpa, attend(*inputs, valid=valid, engine="reference"))
-    options = engines._Options(0.25, valid, None, alibi, 0.0, None)
-    torch.testing.assert_close(engines._attend_by_flex(*inputs, options), attend(*inputs, valid=valid, alibi=alibi))
+    flex = engines._attend_by_flex(*inputs, engines._Options(0.25, valid, None, alibi, 0.0, None))
+    for backend in ("reference", registry.choose(registry.Case("attention", "cpu", (torch.float32,))).name):
+        with use_backend(backend):
+            torch.testing.assert_close(sdpa, attend(*inputs, valid=valid, engine=backend))
+            torch.testing.assert_close(flex, attend(*inputs, valid=valid, alibi=alibi))
 
 
 def test_sdpa_rows_without_keys_are_zero() -> None:
@@ -393,89 +419,3 @@ def test_published_slopes() -> None:
     torch.testing.assert_close(alibi_slopes(12), torch.tensor([2.0**-i for i in range(1, 9)] + last))
     torch.testing.assert_close(alibi_slopes(16), torch.tensor([2 ** (-0.5 * i) for i in range(1, 17)]))
     assert alibi_slopes(1).tolist() == [2.0**-8]
-
-
-def request(**traits: Any) -> engines.Request:
-    return engines.Request("cpu", torch.float32, 16, **traits)
-
-
-def test_choice_on_a_cpu() -> None:
-    assert engines.choose_engine(request()) == "sdpa"
-    assert engines.choose_engine(request(packed=True, dropout=True)) == "sdpa"
-    assert engines.choose_engine(request(alibi=True)) == "reference"
-    assert engines.choose_engine(request(dropout=True, dropout_keys=True)) == "reference"
-    for name in ("xformers", "varlen", "flex"):
-        assert any("cuda, not on cpu" in reason for reason in engines.why_not_engine(name, request(packed=True)))
-
-
-def test_forced_engine_fails_loudly() -> None:
-    inputs, alibi = alibi_case()
-    with pytest.raises(NotImplementedError, match=r"attend: no engine of sdpa .*: sdpa: would need the bias"):
-        attend(*inputs, alibi=alibi, engine="sdpa")
-    with pytest.raises(NotImplementedError, match="varlen: runs on cuda, not on cpu; varlen: has float16"):
-        attend(*inputs, engine="varlen")
-    with pytest.raises(ValueError, match=r"engine: expected auto or one of xformers, varlen.*got 'flash'"):
-        attend(*inputs, engine="flash")
-    with use_backend("triton"), pytest.raises(NotImplementedError, match="reference: backend triton is forced"):
-        attend(*inputs, alibi=alibi, engine="reference")
-
-
-def test_a_probe_runs_and_compares(monkeypatch) -> None:
-    """An engine whose tiny run is wrong, or raises, is not usable, and the reason says so."""
-    cpu = torch.device("cpu")
-    monkeypatch.setitem(engines._RUN, "xformers", engines._attend_by_sdpa)
-    assert engines._run_probe("xformers", torch.float32, 16, cpu) == ""
-    monkeypatch.setitem(engines._RUN, "xformers", lambda q, k, v, o: engines._attend_by_sdpa(q, k, 1.5 * v, o))
-    assert "differs from PyTorch's" in engines._run_probe("xformers", torch.float32, 16, cpu)
-    monkeypatch.setattr(engines, "_probed", {("xformers", torch.bfloat16, 64, 0): "OSError: libcudart.so.12"})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    on_cuda = engines.Request("cuda", torch.bfloat16, 64, packed=True)
-    assert engines.why_not_engine("xformers", on_cuda) == ["a trial run failed (OSError: libcudart.so.12)"]
-
-
-def test_info_names_the_engine_and_the_reasons(capsys) -> None:
-    rows = info.attention_engines()
-    row = next(r for r in rows if r["form"] == "ALiBi" and r["dtype"] == "float32" and r["device"] == "cpu")
-    assert row["chosen"] == "reference"
-    assert "would need the bias" in row["why_not"]["sdpa"]
-    row = next(r for r in rows if r["form"] == "plain" and r["dtype"] == "float32" and r["device"] == "cpu")
-    assert row["why_not"]["reference"] == "sdpa comes before it; not tried"
-    info._print_attention(rows)
-    printed = capsys.readouterr().out
-    assert "chosen: sdpa" in printed
-    assert "not xformers: runs on cuda, not on cpu" in printed
-
-
-X = torch.ones(2, 5, 3, 4)
-ALIBI = Alibi(torch.ones(3), torch.zeros(2, 5).int())
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
-        ({"query": X[0]}, ValueError, r"query: expected 4 dimensions \(N, T, H, D\), got shape \(5, 3, 4\)"),
-        ({"key": X[:, :4]}, ValueError, r"shape of key: expected \(2, 5, 3, 4\), got \(2, 4, 3, 4\)"),
-        ({"value": X.half()}, TypeError, "dtype of value: expected float32, got float16"),
-        ({"query": X.transpose(2, 3).contiguous().transpose(2, 3)}, ValueError, "last stride of query: expected 1"),
-        ({"valid": torch.ones(3, dtype=torch.int64)}, ValueError, r"shape of lengths: expected \(2,\), got \(3,\)"),
-        ({"valid": torch.ones(2, 5)}, TypeError, "dtype of valid: expected one of bool, got float32"),
-        ({"packed": pack_lengths([10], "cpu")}, ValueError, r"query: expected 3 dimensions"),
-        ({"dropout": 1.0}, ValueError, "dropout: expected 0 or more and less than 1, got 1.0"),
-        ({"dropout_keys": torch.ones(3)}, ValueError, "shape of dropout keys"),
-        ({"alibi": ALIBI._replace(slopes=torch.ones(2))}, ValueError, r"shape of slopes: expected \(3,\), got \(2,\)"),
-        ({"alibi": ALIBI._replace(positions=torch.ones(2, 6).int())}, ValueError, r"positions: expected \(2, at most"),
-        ({"alibi": ALIBI._replace(scale=torch.ones(2))}, ValueError, r"bias's scale: expected \(3,\) or \(1,\)"),
-    ],
-)  # fmt: skip
-def test_messages(change, error, words) -> None:
-    with pytest.raises(error, match=words) as caught:
-        attend(**{"query": X, "key": X, "value": X, **change})
-    assert str(caught.value).startswith("attend: ")
-
-
-def test_double_backward_is_refused() -> None:
-    q, k, v = (torch.randn(1, 3, 1, 4, requires_grad=True) for _ in range(3))
-    out = attend(q, k, v, engine="reference")
-    (g,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="attention: double backward"):
-        g.sum().backward()
