@@ -74,7 +74,7 @@ def curves_for(device: str, dry: bool) -> list[Curve]:
     curves = [
         Curve("batch", "samples B", (4, 8, 16, 32, 64), case=lambda x: StepCase(vision, int(x))),
         Curve("length", "seconds of audio", (5, 7.5, 10, 15, 20, 30, 60), case=lambda x: StepCase(speech, 1, x)),
-        Curve("layers", "averaged layers K", (1, 2, 5, 10),
+        Curve("layers", "averaged layers K", (1, 5, 10),
               case=lambda x: StepCase(layers, few, settings=(("target.top_k", int(x)),))),
         Curve("operator", "averaged layers K", (1, 2, 4, 8, 16), "operator"),
         Curve("masks", "masks per sample M", (1, 2, 4, 8, 16),
@@ -165,6 +165,7 @@ class Runner:
         last = [r["forms"][f]["minimum"] for r in rows[-1:] if r["kind"] == "point" for f in forms if f in r["forms"]]
         left = self.options.budget - (LEAST_STEPS - 2) * sum(last)
         order["rounds"] = 3 if self.options.dry else max(2, min(12, int(left / max(2.0 * sum(last), 1e-3))))
+        order["seconds"] = self.options.budget / 4.0
         memory: dict[str, int] = {}
         if curve.kind == "step" and self.options.device == "cpu":
             for form in forms:

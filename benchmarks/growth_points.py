@@ -67,7 +67,7 @@ def measure_step(order: Row) -> Row:
     device, case = torch.device(order["device"]), _case(order)
     precision: Precision = "bf16" if device.type == "cuda" else "fp32"
     forms, batches = step.make_forms(case, order["forms"], device, precision)
-    timings = step.time_forms(forms, batches, order["rounds"], 1e9)
+    timings = step.time_forms(forms, batches, order["rounds"], order["seconds"])
     if device.type == "cuda":
         for form in forms:
             timings[form.name]["memory"] = step.measure_gpu_memory(form, batches[0])
