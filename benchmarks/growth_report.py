@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .tables import origin
+
 Row = dict[str, Any]
 COLOURS = {"plain": "C3", "d2v": "C0"}
 
@@ -55,9 +57,14 @@ def series(rows: list[Row], curve: str, form: str, value: str) -> tuple[list[flo
     return [x for x, _ in points], [y for _, y in points]
 
 
-def curve_line(rows: list[Row], curve: str) -> str:
+def curves_of(rows: list[Row]) -> list[tuple[str, int, list[Row]]]:
+    """Name, threads and records of every curve, in the order they were measured."""
+    names = dict.fromkeys((r["curve"], r["threads"]) for r in rows)
+    return [(c, t, [r for r in rows if (r["curve"], r["threads"]) == (c, t)]) for c, t in names]
+
+
+def curve_line(own: list[Row], curve: str, threads: int) -> str:
     """A curve in one line: its range, exponents of time and memory, the ratio of the forms, where it stopped."""
-    own = [r for r in rows if r["curve"] == curve]
     points = sorted((r for r in own if r["kind"] == "point"), key=lambda r: r["x"])
     parts = []
     if points:
@@ -79,12 +86,12 @@ def curve_line(rows: list[Row], curve: str) -> str:
             if both:
                 parts.append(f"plain/d2v {min(both):.2f} to {max(both):.2f}")
     parts += [f"{', '.join(r['forms'])} stopped before {r['x']:g}: {r['reason']}" for r in own if r["kind"] == "stop"]
-    return f"{curve:<11} {'; '.join(parts)}"
+    return f"{curve:<11}{threads} thread(s): {'; '.join(parts)}"
 
 
 def table(rows: list[Row]) -> str:
     """One line a curve, in the order they were measured."""
-    return "\n".join(curve_line(rows, curve) for curve in dict.fromkeys(r["curve"] for r in rows))
+    return "\n".join(curve_line(own, curve, threads) for curve, threads, own in curves_of(rows))
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -95,31 +102,29 @@ def draw(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = []
-    for curve in dict.fromkeys(r["curve"] for r in rows if r["kind"] == "point"):
+    for curve, threads, own in curves_of(rows):
         for value in ("time", "memory", "rate"):
-            hidden = value == "time" and series(rows, curve, "d2v", "rate")[0]
-            if series(rows, curve, "d2v", value)[0] and not hidden:
-                panels.append((curve, "row" if curve == "masks" and value == "time" else value))
+            hidden = value == "time" and series(own, curve, "d2v", "rate")[0]
+            if series(own, curve, "d2v", value)[0] and not hidden:
+                shown = "row" if curve == "masks" and value == "time" else value
+                panels.append((own, curve, f"{curve}, {threads} thread(s)", shown))
     if not panels:
         return
     columns = min(4, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(lines, columns, figsize=(3.9 * columns, 3.1 * lines), squeeze=False)
-    for axis, (curve, value) in zip(axes.flat, panels, strict=False):
-        _draw_panel(axis, [r for r in rows if r["curve"] == curve], curve, value)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        _draw_panel(axis, *panel)
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
-    machine = rows[0]["machine"]
-    where = machine["gpu"] if rows[0]["device"] == "cuda" else f"{machine['cpu']}, {rows[0]['threads']} thread(s)"
-    note = ", dry run: no measurement" if rows[0]["dry"] else ""
-    figure.suptitle(f"{where}, torch {machine['torch']}, commit {machine['commit']}, {machine['date'][:10]}{note}",
-                    fontsize=10)  # fmt: skip
+    note = "dry run, no measurement: " if rows[0]["dry"] else ""
+    figure.suptitle(f"{note}{rows[0]['device']}: {origin(rows[0]['machine'])}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def _draw_panel(axis: Any, rows: list[Row], curve: str, value: str) -> None:
+def _draw_panel(axis: Any, rows: list[Row], curve: str, title: str, value: str) -> None:
     factor, unit = {"time": (1e3, "ms a step"), "row": (1e6, "us a student row"), "memory": (1e-6, "MB at the peak"),
                     "rate": (1.0, "samples/s")}[value]  # fmt: skip
     for form, colour in COLOURS.items():
@@ -132,10 +137,18 @@ def _draw_panel(axis: Any, rows: list[Row], curve: str, value: str) -> None:
     linear = curve in ("workers", "processes")
     axis.set(xscale="linear" if linear else "log", yscale="linear" if linear else "log", ylabel=unit,
              xlabel=next(r["label"] for r in rows if r["kind"] == "point"))  # fmt: skip
+    places = sorted({x for form in COLOURS for x in series(rows, curve, form, value)[0]})
+    axis.set_xticks(places, [f"{x:.3g}" if x < 1e4 else f"{x:.1e}" for x in places], fontsize=7)
+    axis.minorticks_off()
     if linear:
         axis.set_ylim(bottom=0.0)
+    else:
+        # At least a decade, so that noise does not look like growth.
+        low, high = axis.get_ylim()
+        wider = max(1.0, math.sqrt(10.0 / (high / low)))
+        axis.set_ylim(low / wider, high * wider)
     stops = [r for r in rows if r["kind"] == "stop"]
     ends = "".join(f"\n{', '.join(r['forms'])} stopped before {r['x']:g}" for r in stops)
-    axis.set_title(curve + ends, fontsize=8)
+    axis.set_title(title + ends, fontsize=8)
     axis.grid(True, which="both", alpha=0.25)
     axis.legend(fontsize=7)
