@@ -31,6 +31,7 @@ from .machine import machine_record
 from .step_cases import StepCase
 
 Row = dict[str, Any]
+COMMAND = "python -m benchmarks.growth"
 FORMS = ["plain", "d2v"]
 LEAST_STEPS = 7
 """Of a form at a point: three for its memory, two that do not count, two that do."""
@@ -121,7 +122,9 @@ class Runner:
         self.key = run_key(self.machine, options.device)
         output.parent.mkdir(parents=True, exist_ok=True)
         self.rows = keep_records(output, self.key)
-        self.memory_limit = int(options.memory * 1e9) if options.memory else growth_points.available_bytes() * 7 // 10
+        self.memory_limit = (
+            int(options.memory * 1e9) if options.memory else growth_points.available_bytes(options.device) * 7 // 10
+        )
 
     def run(self, curve: Curve) -> None:
         """Every point of a curve, as far as it goes."""
@@ -206,9 +209,10 @@ class Runner:
         return result
 
     def _write(self, row: Row) -> None:
-        options = self.options
-        row |= {"device": options.device, "threads": options.threads, "dry": options.dry, "key": self.key,
-                "machine": self.machine, "command": "python -m benchmarks.growth"}  # fmt: skip
+        device, threads = self.options.device, self.options.threads
+        command = f"{COMMAND} --device {device} --threads {threads} --only {row['curve']}"
+        row |= {"device": device, "threads": threads, "dry": self.options.dry, "key": self.key,
+                "machine": self.machine, "command": command}  # fmt: skip
         self.rows.append(row)
         with self.output.open("a") as file:
             file.write(json.dumps(row) + "\n")

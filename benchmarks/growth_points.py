@@ -39,8 +39,10 @@ OPERATOR_SHAPE = (4, 500, 768)
 """(B,T,C) of every averaged layer."""
 
 
-def available_bytes() -> int:
-    """Memory that processes can still take."""
+def available_bytes(device: str) -> int:
+    """Memory that processes can still take, on the host or on the GPU."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
@@ -114,17 +116,17 @@ def measure_workers(order: Row) -> Row:
     return {"case": "images in a folder", "forms": {"d2v": {"minimum": 1.0 / rates["samples_per_second"], **rates}}}
 
 
-def _ranks_config(path: str, run: str, threads: int) -> Config:
-    base = recipes.vision_tiny()
+def _ranks_config(path: str, run: str, order: Row) -> Config:
+    base = recipes.vision_base() if order["device"] == "cuda" else recipes.vision_tiny()
     return dataclasses.replace(
         base,
-        data=dataclasses.replace(base.data, path=path, workers=0, global_batch=GLOBAL_BATCH),
-        run=dataclasses.replace(base.run, dir=run, threads=threads, device="cpu", timeout=120.0),
+        data=dataclasses.replace(base.data, path=path, workers=0, global_batch=GLOBAL_BATCH, micro_batch=None),
+        run=dataclasses.replace(base.run, dir=run, threads=order["threads"], device=order["device"], timeout=120.0),
     )
 
 
 def measure_processes(order: Row) -> Row:
-    """Time of an update of the trainer on the processes that torchrun started: gloo, DistributedDataParallel.
+    """Time of an update of the trainer on the processes that torchrun started, with DistributedDataParallel.
 
     `local` is the same without the exchange of gradients, so 1 - local / minimum is the share of an update that waits
     for it. Ranks other than the first return nothing.
@@ -132,9 +134,9 @@ def measure_processes(order: Row) -> Row:
     rounds = 3 if order["dry"] else 25
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory(prefix="d2v-growth-"))
-        world = stack.enter_context(open_world(_ranks_config("", folder, order["threads"]).run))
+        world = stack.enter_context(open_world(_ranks_config("", folder, order).run))
         path = world.share(loader.write_images(Path(folder) / "images") if world.is_first else None)
-        config = _ranks_config(str(path), folder, order["threads"])
+        config = _ranks_config(str(path), folder, order)
         source, _ = open_data(config)
         source.prepare(Path(folder) / "run", fresh=True)
         objective = Pretraining(config, source, None, world.device)
@@ -151,7 +153,7 @@ def measure_processes(order: Row) -> Row:
     trained = sum(p.numel() for p in trainer.parameters)
     form = {"minimum": exchanged, "median": median, "local": local, "rounds": rounds,
             "samples_per_second": GLOBAL_BATCH / exchanged, "exposed_share": 1.0 - local / exchanged}  # fmt: skip
-    return {"case": f"vision-tiny, {GLOBAL_BATCH} samples an update", "parameters": trained,
+    return {"case": f"{config.recipe}, {GLOBAL_BATCH} samples an update", "parameters": trained,
             "gradient_bytes": 4 * trained, "forms": {"d2v": form}}  # fmt: skip
 
 
@@ -162,11 +164,13 @@ def _time_updates(trainer: Trainer, batches: list[Any], world: World, rounds: in
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for number in range(rounds + 2):
         for exchange in (True, False):
+            step.synchronise(world.device)
             world.wait()
             begin = time.perf_counter()
             # Weights of the ranks drift apart without it; the work stays the same.
             with contextlib.nullcontext() if exchange else network.no_sync():
                 trainer.run_update(batches[number % len(batches)])
+                step.synchronise(world.device)
             if number >= 2:
                 seconds[exchange].append(time.perf_counter() - begin)
     return min(seconds[True]), statistics.median(seconds[True]), min(seconds[False])

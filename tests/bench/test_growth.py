@@ -44,6 +44,7 @@ def test_a_step_is_timed_and_its_memory_measured(tmp_path: Path) -> None:
     output = tmp_path / "growth.jsonl"
     Runner(growth.parse(["--dry"]), output).run(Curve("batch", "samples B", (2,), case=lambda x: BATCH(int(x))))
     (row,) = rows_of(output)
+    assert row["command"] == "python -m benchmarks.growth --device cpu --threads 1 --only batch"
     assert set(row["forms"]) == {"plain", "d2v"}
     for form in row["forms"].values():
         assert 0.0 < form["minimum"] <= form["median"]
