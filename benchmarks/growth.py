@@ -78,7 +78,7 @@ def curves_for(device: str, dry: bool) -> list[Curve]:
         Curve("layers", "averaged layers K", (1, 5, 10),
               case=lambda x: StepCase(layers, few, settings=(("target.top_k", int(x)),))),
         Curve("operator", "averaged layers K", (1, 2, 4, 8, 16), "operator"),
-        Curve("masks", "masks per sample M", (1, 2, 4, 8, 16),
+        Curve("masks", "masks per sample M", (1, 4, 8, 16),
               case=lambda x: StepCase(masks, 16, settings=(("mask.copies", int(x)),))),
         Curve("parameters", "trained parameters", tuple(range(len(sizes))),
               case=lambda x: StepCase(sizes[int(x)][0], few, settings=sizes[int(x)][1])),
@@ -225,7 +225,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where steps run")
     parser.add_argument("--only", nargs="+", default=None, help="names of curves; unset: all")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a process")
-    parser.add_argument("--budget", type=float, default=50.0, help="seconds of steps at a point; a curve ends above")
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds of steps at a point; a curve ends above")
     parser.add_argument("--memory", type=float, default=None, help="GB of a process; unset: 70%% of what is free")
     parser.add_argument("--output", type=Path, default=None, help="JSON lines; unset: benchmarks/results/growth-DEVICE")
     parser.add_argument("--dry", action="store_true", help="tiny points, to see that everything works")

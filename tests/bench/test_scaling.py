@@ -158,6 +158,22 @@ def test_fsdp_gathers_student_twice_and_teacher_once(world: World, forwards: int
     assert set(sent) == {"c10d::_allgather_base_", "c10d::_reduce_scatter_base_"}
 
 
+def test_casts_of_weights_stay_whole_with_sharding(world: World) -> None:
+    """What a sharded model's forward keeps under autocast has all of its weights in bfloat16."""
+    config = make_config(TINY, "fp32")
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, parallel="fsdp"))
+    model = Data2Vec(config)
+    inputs, masks = make_batch(TINY, config, model, 0)
+    network = parallelise(model, blocks_of(model), config.run, world)
+    kept: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        out = network(inputs, masks=masks)
+    # Gathered weights are freed after the forward: their pieces of memory have no bytes here.
+    assert sum(scaling._pieces(kept).values()) == pytest.approx(scaling._kept_bytes(TINY, 2)[0], rel=0.01)
+    del out
+
+
 # ---- estimates
 
 
