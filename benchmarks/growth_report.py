@@ -125,16 +125,18 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def _draw_panel(axis: Any, rows: list[Row], curve: str, title: str, value: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    linear = curve in ("workers", "processes")
     factor, unit = {"time": (1e3, "ms a step"), "row": (1e6, "us a student row"), "memory": (1e-6, "MB at the peak"),
                     "rate": (1.0, "samples/s")}[value]  # fmt: skip
     for form, colour in COLOURS.items():
         xs, ys = series(rows, curve, form, value)
         if not xs:
             continue
-        exponent = fit_exponent(xs, ys)
+        exponent = None if linear else fit_exponent(xs, ys)
         label = form if exponent is None else f"{form}: x^{exponent:.2f}"
         axis.plot(xs, [y * factor for y in ys], "o-", color=colour, label=label, markersize=4)
-    linear = curve in ("workers", "processes")
     axis.set(xscale="linear" if linear else "log", yscale="linear" if linear else "log", ylabel=unit,
              xlabel=next(r["label"] for r in rows if r["kind"] == "point"))  # fmt: skip
     places = sorted({x for form in COLOURS for x in series(rows, curve, form, value)[0]})
@@ -147,6 +149,8 @@ def _draw_panel(axis: Any, rows: list[Row], curve: str, title: str, value: str) 
         low, high = axis.get_ylim()
         wider = max(1.0, math.sqrt(10.0 / (high / low)))
         axis.set_ylim(low / wider, high * wider)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     stops = [r for r in rows if r["kind"] == "stop"]
     ends = "".join(f"\n{', '.join(r['forms'])} stopped before {r['x']:g}" for r in stops)
     axis.set_title(title + ends, fontsize=8)
