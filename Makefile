@@ -31,13 +31,16 @@ test-all: setup  ## the long tests too
 soak: setup  ## endurance: kills, broken disks, lost ranks, cut links; goes on where it was stopped, ends with a table
 	$(RUN) scripts/soak.py
 
-bench: setup  ## CPU operators against eager and torch.compile: table, JSON lines, roofline plot
+bench: setup  ## kernels, host, instructions, errors, training steps, growth; ends with one table and plots, about an hour
 	$(RUN) -m benchmarks.kernels
 	$(PYTEST) benchmarks/host.py --benchmark-columns=min,median,stddev --benchmark-sort=name -q
 	$(RUN) -m benchmarks.instructions
 	$(RUN) -m benchmarks.errors
+	$(RUN) -m benchmarks.step
+	$(RUN) -m benchmarks.growth
+	$(RUN) -m benchmarks.summary
 
-bench-check: setup  ## compare ratios and instruction counts with the stored ones
+bench-check: setup  ## compare ratios of kernels and steps, and instruction counts, with the stored ones
 	$(RUN) -m benchmarks.check
 	$(RUN) -m benchmarks.instructions
 

@@ -1,60 +1,122 @@
 """`make bench-check`: ratios of this machine against the stored ones; absolute times are never compared.
 
-A row fails when its ratio to a rival, or the floor's share of its time, falls below `--allow` of the stored value in
-every one of three attempts (timings of a shared machine drift by a third).
+A kernel fails when its ratio to a rival, or the floor's share of its time, falls below `--allow` of the stored value in
+every one of three attempts (timings of a shared machine drift by a third); a training step of a tiny recipe when the
+plain form's time or peak memory over this library's does.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from . import report
+from . import report, step, step_report
 from .cases import all_cases
 from .kernels import RESULTS, run_in_process
+from .step_cases import CPU
 
 Row = dict[str, Any]
+Ratios = dict[str, float]
+ATTEMPTS = 3
 
 
-def ratios_of(row: Row) -> dict[str, float]:
-    """Ratios where more is better."""
+def ratios_of(row: Row) -> Ratios:
+    """Ratios of a kernel, where more is better."""
     floor = {"floor": 1.0 / row["over_floor"]} if row["over_floor"] else {}
     return {**row["ratios"], **floor}
 
 
-def worse(row: Row, stored: Row, allow: float) -> list[str]:
+def step_ratios(row: Row) -> Ratios:
+    """Plain over d2v of a step, time and memory: more is better."""
+    found = step_report.figures(row)
+    ratios = {"plain time": found["faster"]} if "faster" in found else {}
+    return {**ratios, **({"plain memory": 1.0 / found["memory"]} if "memory" in found else {})}
+
+
+def worse(new: Ratios, old: Ratios, names: Iterable[str], allow: float) -> list[str]:
     """Ratios that fell below the allowed share of the stored ones, as text."""
-    new, old = ratios_of(row), ratios_of(stored)
     return [
         f"{name}: stored {old[name]:.2f}, got {new[name]:.2f}"
-        for name in row["goals"]
+        for name in names
         if name in new and name in old and new[name] < allow * old[name]
     ]
 
 
-def main() -> None:
-    """Exit code 1 when a row is worse in every attempt."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
-    parser.add_argument("--stored", type=Path, default=RESULTS / "cpu.jsonl", help="JSON lines to compare with")
-    parser.add_argument("--only", default="", help="check the cases whose operator or name contains this text")
-    parser.add_argument("--allow", type=float, default=0.65, help="share of a stored ratio that still passes")
-    options = parser.parse_args()
-    stored = {(r["op"], r["case"], r["dtype"]): r for r in report.read_rows(options.stored) if r["threads"] == 1}
+def attempt(title: str, measure: Callable[[], Ratios], old: Ratios, names: Iterable[str], allow: float) -> list[str]:
+    """Problems that every attempt had; prints a line."""
+    problems: list[str] = []
+    for _ in range(ATTEMPTS):
+        problems = worse(measure(), old, names, allow)
+        if not problems:
+            break
+    print(f"{'worse' if problems else 'ok':<6} {title}  {'; '.join(problems)}", flush=True)
+    return problems
+
+
+def check_kernels(path: Path, only: str, allow: float) -> list[str]:
+    """Problems of the kernels whose operator or name contains `only`."""
+    stored = {(r["op"], r["case"], r["dtype"]): r for r in report.read_rows(path) if r["threads"] == 1}
     failed = []
     for number, case in enumerate(all_cases()):
         before = stored.get((case.op, case.name, str(case.dtype).removeprefix("torch.")))
-        if before is None or options.only not in f"{case.op} {case.name} {case.dtype}":
+        title = f"{case.op} {case.name} {case.dtype}"
+        if before is None or only not in title:
             continue
-        problems: list[str] = []
-        for _ in range(3):
-            problems = worse(run_in_process(number, 1), before, options.allow)
-            if not problems:
-                break
-        print(
-            f"{'worse' if problems else 'ok':<6} {case.op} {case.name} {case.dtype}  {'; '.join(problems)}", flush=True
-        )
-        failed += problems
+
+        def measure(number: int = number) -> Ratios:
+            return ratios_of(run_in_process(number, 1))
+
+        failed += attempt(title, measure, ratios_of(before), before["goals"], allow)
+    return failed
+
+
+def measure_step(case: str) -> Ratios:
+    """Ratios of the tiny step of this name, measured in processes of their own."""
+    number = next(n for n, c in enumerate(CPU) if c.name == case)
+    child = ["--forms", "plain", "d2v", "--rounds", "15", "--budget", "5", "--child", str(number)]
+    row = step.run_child(child, 1)
+    for name in ("plain", "d2v"):
+        row["forms"][name]["memory"] = step.run_child([*child, "--memory", name], 1, keep_pages=False)
+    return step_ratios(row)
+
+
+def check_steps(path: Path, only: str, allow: float, measure: Callable[[str], Ratios] = measure_step) -> list[str]:
+    """Problems of the tiny recipes' steps whose name contains `only`; a line where there is nothing to compare with."""
+    if not path.is_file():
+        print(f"steps: not checked, there is no {path}; `python -m benchmarks.step` makes it", flush=True)
+        return []
+    known = {c.name for c in CPU}
+    failed, found = [], 0
+    for row in report.read_rows(path):
+        name, old = row["case"], step_ratios(row)
+        if row["threads"] != 1 or not row["recipe"].endswith("-tiny") or only not in f"step {name}":
+            continue
+        if name not in known:
+            print(f"gone   step {name}  is stored and no longer a case", flush=True)
+            continue
+        found += 1
+
+        def measure_case(name: str = name) -> Ratios:
+            return measure(name)
+
+        failed += attempt(f"step {name}", measure_case, old, old, allow)
+    if not found and not only:
+        print(f"steps: not checked, {path} has no tiny recipe with one thread", flush=True)
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Exit code 1 when a row is worse in every attempt."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
+    parser.add_argument("--stored", type=Path, default=RESULTS / "cpu.jsonl", help="kernels to compare with")
+    parser.add_argument("--steps", type=Path, default=RESULTS / "step-cpu.jsonl", help="steps to compare with")
+    parser.add_argument("--only", default="", help="check what has this text in its name; steps begin with 'step '")
+    parser.add_argument("--allow", type=float, default=0.65, help="share of a stored ratio that still passes")
+    options = parser.parse_args(arguments)
+    failed = check_kernels(options.stored, options.only, options.allow)
+    failed += check_steps(options.steps, options.only, options.allow)
     if failed:
         raise SystemExit(f"{len(failed)} ratios fell below {options.allow:g} of the stored ones")
 

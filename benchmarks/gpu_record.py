@@ -61,10 +61,10 @@ def gpu_machine(emulated: bool) -> dict[str, Any]:
     }
 
 
-def source_hash() -> str:
-    """What was measured, where there is no commit to name it: a digest of the sources' bytes."""
+def source_hash(more: tuple[str, ...] = ()) -> str:
+    """What was measured, where there is no commit to name it: a digest of the sources' bytes, `more` paths too."""
     digest = hashlib.sha256()
-    for name in _SOURCES:
+    for name in (*_SOURCES, *more):
         place = ROOT / name
         files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in _SUFFIXES)
         for path in files:

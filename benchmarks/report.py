@@ -1,6 +1,7 @@
 """Tables and plots of stored benchmark rows: `python -m benchmarks.report FILE.jsonl... [--markdown] [--plot PNG]`.
 
-Takes CPU runs (benchmarks.kernels) and GPU runs (benchmarks.gpu) together, one table for each kind. Emulated records
+Takes CPU runs (benchmarks.kernels), training steps (benchmarks.step) and GPU runs (benchmarks.gpu) together, one table
+for each kind. Emulated records
 are counted and left out: they are no measurements.
 """
 
@@ -12,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import gpu_report
+from . import gpu_report, step_report
+from .tables import markdown, origin
 
 Row = dict[str, Any]
 
@@ -52,29 +54,25 @@ def summary(rows: list[Row]) -> str:
     """Last line of a run: goals reached, and where the numbers come from."""
     with_goals = [row for row in rows if row["goals"]]
     reached = sum(not missed_goals(row) for row in with_goals)
-    machine = rows[0]["machine"]
     backends = sorted({row["backend"] for row in rows})
-    return (
-        f"goals reached in {reached} of {len(with_goals)} rows; backend {', '.join(backends)}, ISA {machine['isa']}, "
-        f"{machine['cpu']} ({machine['cores']} cores), torch {machine['torch']}, commit {machine['commit']}"
-    )
+    where = origin(rows[0]["machine"])
+    return f"goals reached in {reached} of {len(with_goals)} rows; backend {', '.join(backends)}, {where}"
 
 
 def markdown_table(rows: list[Row]) -> str:
     """The README's table."""
-    lines = [
-        "| operator | case | dtype | threads | MB | ms | time / floor | faster than |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        ratios = ", ".join(f"{name} {ratio:.1f}x" for name, ratio in row["ratios"].items())
-        ours = row["seconds"]["d2v"]["minimum"] * 1e3
-        floor = f"{row['over_floor']:.2f}" if row["over_floor"] else ""
-        lines.append(
-            f"| `{row['op']}` | {row['case']} | {row['dtype']} | {row['threads']} | {row['bytes'] / 1e6:.1f} | "
-            f"{ours:.3f} | {floor} | {ratios} |"
-        )
-    return "\n".join(lines)
+    head = ("operator", "case", "dtype", "threads", "MB", "ms", "time / floor", "faster than")
+    return markdown(head, map(_cells, rows))
+
+
+def _cells(row: Row) -> tuple[object, ...]:
+    ratios = ", ".join(f"{name} {ratio:.1f}x" for name, ratio in row["ratios"].items())
+    floor = f"{row['over_floor']:.2f}" if row["over_floor"] else ""
+    ours = row["seconds"]["d2v"]["minimum"] * 1e3
+    return (
+        f"`{row['op']}`", row["case"], row["dtype"], row["threads"], f"{row['bytes'] / 1e6:.1f}", f"{ours:.3f}", floor,
+        ratios,
+    )  # fmt: skip
 
 
 def roofline_plot(rows: list[Row], path: Path) -> None:
@@ -101,9 +99,7 @@ def roofline_plot(rows: list[Row], path: Path) -> None:
     handles = [plt.Line2D([], [], color=c, marker="o", linestyle="", label=op) for op, c in colours.items()]
     handles.append(plt.Line2D([], [], color="black", marker="_", linestyle="", label="floor of the same run"))
     axes[0][0].legend(handles=handles, fontsize=8)
-    machine = rows[0]["machine"]
-    title = f"{machine['cpu']}, ISA {machine['isa']}, torch {machine['torch']}, {machine['date'][:10]}"
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(origin(rows[0]["machine"]), fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -126,6 +122,10 @@ def main(arguments: list[str] | None = None) -> None:
     on_cpu, on_gpu, emulated = split_rows([row for path in options.files for row in read_rows(path)])
     if on_cpu:
         print(markdown_table(on_cpu) if options.markdown else "\n".join([*map(text_row, on_cpu), summary(on_cpu)]))
+    steps = [row for row in on_gpu if row["kind"] == "step"]
+    if steps:
+        lines = [*map(step_report.text_row, steps), step_report.summary(steps)]
+        print(step_report.markdown_table(steps) if options.markdown else "\n".join(lines))
     measured = gpu_report.measurements(on_gpu)
     if measured:
         print(gpu_report.table(measured))

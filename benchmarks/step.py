@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             print(json.dumps(run_case(case, options, options.threads[0])))
         return
-    output = options.output or RESULTS / f"step-{options.device}.jsonl"
+    output = options.output or RESULTS / f"step-{'dry' if options.dry else options.device}.jsonl"
     machine, rows = machine_record(), []
     common = ["--device", options.device, "--forms", *options.forms, "--rounds", str(options.rounds)]
     common += ["--budget", str(options.budget), *(["--dry"] if options.dry else [])]

@@ -29,13 +29,16 @@ class StepCase:
     """Speech: seconds; text: tokens; images: nothing."""
     tuned_for: bool = True
     """False: a second shape of the same range, to show that nothing is tuned to the first."""
+    settings: tuple[tuple[str, int], ...] = ()
+    """Settings that differ from the recipe's, by their dotted names."""
 
     @property
     def name(self) -> str:
         """Recipe and batch."""
         kind = recipes.get(self.recipe).stem.modality
         size = {"speech": f" x {self.length:g} s", "text": f" x {self.length:g} tokens", "vision": ""}[kind]
-        return f"{self.recipe} B={self.samples}{size}"
+        changes = "".join(f", {name} {value}" for name, value in self.settings)
+        return f"{self.recipe} B={self.samples}{size}{changes}"
 
 
 CPU = [
@@ -85,6 +88,11 @@ def without_dropout(config: Config) -> Config:
 def make_config(case: StepCase, precision: Precision) -> Config:
     """The recipe's configuration; dropout as it has it, layer drop off, so that every step does the same work."""
     config = recipes.get(case.recipe)
+    for name, value in case.settings:
+        section, field = name.split(".")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
+        )
     return dataclasses.replace(
         config,
         encoder=dataclasses.replace(config.encoder, layer_drop=0.0),

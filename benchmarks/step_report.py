@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .tables import markdown, origin
+
 Row = dict[str, Any]
 GOALS = {"removed": 0.8, "compiled": 1.0, "memory speech": 0.6, "memory vision": 0.8}
 """Share of the time outside products that is removed; all options against the compiled plain form; peak memory."""
@@ -67,29 +69,22 @@ def text_row(row: Row) -> str:
 
 def summary(rows: list[Row]) -> str:
     """Last line of a run."""
-    machine = rows[0]["machine"]
     reached = sum(not missed_goals(row) for row in rows)
-    return (
-        f"all goals reached in {reached} of {len(rows)} rows; {machine['cpu']} ({machine['cores']} cores), "
-        f"torch {machine['torch']}, commit {machine['commit']}, {machine['date'][:10]}"
-    )
+    return f"all goals reached in {reached} of {len(rows)} rows; {origin(rows[0]['machine'])}"
 
 
 def markdown_table(rows: list[Row]) -> str:
     """The README's table."""
-    lines = [
-        "| step | threads | samples/s | ms: plain | plain, compiled | d2v | d2v, all options | memory / plain |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        found, forms = figures(row), row["forms"]
-        times = [f"{forms[n]['minimum'] * 1e3:.1f}" if n in forms else "" for n in
-                 ("plain", "plain compiled", "d2v", "d2v all")]  # fmt: skip
-        memory = f"{found['memory']:.2f}" if "memory" in found else ""
-        lines.append(
-            f"| {row['case']} | {row['threads']} | {found['samples_per_second']:.1f} | {' | '.join(times)} | {memory} |"
-        )
-    return "\n".join(lines)
+    head = ("step", "threads", "samples/s", "ms: plain", "plain, compiled", "d2v", "d2v, all options", "memory / plain")
+    return markdown(head, map(_cells, rows))
+
+
+def _cells(row: Row) -> tuple[object, ...]:
+    found, forms = figures(row), row["forms"]
+    times = [f"{forms[n]['minimum'] * 1e3:.1f}" if n in forms else "" for n in
+             ("plain", "plain compiled", "d2v", "d2v all")]  # fmt: skip
+    memory = f"{found['memory']:.2f}" if "memory" in found else ""
+    return row["case"], row["threads"], f"{found['samples_per_second']:.1f}", *times, memory
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -130,9 +125,7 @@ def draw(rows: list[Row], path: Path) -> None:
     for axis in axes:
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.grid(axis="x", alpha=0.25)
-    machine = rows[0]["machine"]
-    where = rows[0]["device"] if rows[0]["device"] != "cpu" else machine["cpu"]
-    figure.suptitle(f"training steps, {where}, torch {machine['torch']}, {machine['date'][:10]}", fontsize=10)
+    figure.suptitle(f"training steps on {rows[0]['device']}: {origin(rows[0]['machine'])}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
