@@ -294,6 +294,19 @@ def check_layer_norm_gelu_backward(
     require(grad.shape == x.shape, op, "shape of grad", tuple(x.shape), tuple(grad.shape))
 
 
+def check_gelu(op: str, x: Tensor, grad: Tensor | None = None) -> None:
+    """The results look like x."""
+    _require_float(op, "x", x)
+    for name, t in (("x", x), ("grad", grad)):
+        if t is not None and not t.is_contiguous():
+            require(False, op, f"layout of {name}", "contiguous", f"strides {t.stride()}")
+    if grad is not None:
+        if grad.dtype != x.dtype:
+            raise TypeError(f"{op}: dtype of grad: expected {_names([x.dtype])}, got {_names([grad.dtype])}")
+        _require_device(op, x, grad=grad)
+        require(grad.shape == x.shape, op, "shape of grad", tuple(x.shape), tuple(grad.shape))
+
+
 def check_attention(
     op: str,
     query: Tensor,

@@ -125,5 +125,12 @@ std::tuple<Tensor, Tensor, Tensor> masked_regression_loss_cpu(const Tensor& pred
 Tensor masked_regression_loss_backward_cpu(const Tensor& grad, const Tensor& prediction, const Tensor& target,
                                            const OptionalTensor& prediction_rows, const OptionalTensor& target_rows,
                                            double beta, double scale);
+Tensor gelu_cpu(const Tensor& x);
+std::tuple<Tensor, Tensor> gelu_backward_cpu(const Tensor& grad, const Tensor& x);
+Tensor gelu_backward_in_place_cpu(const Tensor& grad, const Tensor& x);
+Tensor layer_norm_gelu_cpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward_cpu(const Tensor& grad, const Tensor& x,
+                                                                const OptionalTensor& weight,
+                                                                const OptionalTensor& bias, double eps);
 
 }  // namespace d2v

@@ -25,6 +25,13 @@ constexpr const char* kMaskedRegressionLoss =
 constexpr const char* kMaskedRegressionLossBackward =
     "masked_regression_loss_backward(Tensor grad, Tensor prediction, Tensor target, Tensor? prediction_rows,"
     " Tensor? target_rows, float beta, float scale) -> Tensor";
+constexpr const char* kLayerNormGelu = "layer_norm_gelu(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor";
+constexpr const char* kLayerNormGeluBackward =
+    "layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor, Tensor, Tensor)";
+constexpr const char* kGelu = "gelu(Tensor x) -> Tensor";
+constexpr const char* kGeluBackward = "gelu_backward(Tensor grad, Tensor x) -> (Tensor, Tensor)";
+constexpr const char* kGeluBackwardInPlace = "gelu_backward_(Tensor(a!) grad, Tensor x) -> Tensor";
 
 // Those that CUDA kernels exist for.
 constexpr const char* kCudaSchemas[] = {kAverageLayers,        kUpdateEma,     kUpdateSplitEma,       kGatherTokens,

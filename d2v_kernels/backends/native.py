@@ -12,7 +12,7 @@ from .. import _library
 from ..registry import OPERATORS, Backend, Case, LazyBody
 
 # GPU operators: Triton has them
-_WITHOUT = ("layer_norm_gelu", "layer_norm_gelu_backward", "attention", "attention_backward")
+_WITHOUT = ("attention", "attention_backward")
 
 _NORMS = ("none", "layer", "instance", "batch")
 

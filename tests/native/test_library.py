@@ -14,7 +14,7 @@ from d2v_kernels import _library, _schema
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {"libtorch_cpu.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
 # Reference and Triton only.
-NOT_NATIVE = {"layer_norm_gelu", "layer_norm_gelu_backward", "attention", "attention_backward"}
+NOT_NATIVE = {"attention", "attention_backward"}
 _needs_binutils = pytest.mark.skipif(shutil.which("nm") is None, reason="nm and readelf are not installed")
 
 
