@@ -52,11 +52,11 @@ D2V_INLINE VD tail_from(VD a, VD) {
 
 // |x| up to a bound beyond which the tail is taken for 0, and what Phi(-|x|) and the derivative at -|x| are made of.
 template <class A>
-struct Normal {
+struct ByExponential {
   static constexpr A bound = static_cast<A>(13.125);  // 1e-39 and less
   Vec<A> a, density;
 
-  static D2V_INLINE Normal at(Vec<A> x) {
+  static D2V_INLINE ByExponential at(Vec<A> x) {
     const Vec<A> size = magnitude(x), a = size > bound ? splat(bound) : size;
     const Vec<A> e = exp2_of(a * a * static_cast<A>(-0.5 * 1.442695040888963407));
     return {a, a >= bound ? Vec<A>{} : e};
@@ -68,15 +68,30 @@ struct Normal {
   D2V_INLINE Vec<A> below() const { return tail() - a * static_cast<A>(0.398942280401432678) * density; }
 };
 
+template <class A>
+D2V_INLINE Vec<A> gelu_of(Vec<A> x, const ByExponential<A>& n) {
+  return (x < A(0) ? Vec<A>{} : x) - n.a * n.tail();
+}
+template <class A>
+D2V_INLINE Vec<A> slope_of(Vec<A> x, const ByExponential<A>& n) {
+  const Vec<A> below = n.below();
+  return x < A(0) ? below : A(1) - below;
+}
+
+template <class A>
+struct NormalOf {
+  typedef ByExponential<A> type;
+};
+
 #if defined(__AVX512F__)
-// By tables: half the work, and two registers instead of a division.
-template <>
-struct Normal<float> {
-  static constexpr float bound = 6.2f;  // GELU is -2e-9 there
+// By tables: half the work, and two registers instead of a division. They end where GELU is -2e-9; a vector with
+// numbers below that, which is rare, goes the other way.
+struct ByTable {
+  static constexpr float bound = 6.2f;
   VF a, r;
   __m512i piece;  // its lowest four bits
 
-  static D2V_INLINE Normal at(VF x) {
+  static D2V_INLINE ByTable at(VF x) {
     constexpr float magic = 0x1.8p23f;
     const VF size = magnitude(x), a = size > bound ? splat(bound) : size;
     const VF shifted = a * 2.5f + magic;
@@ -90,20 +105,32 @@ struct Normal<float> {
   D2V_INLINE VF entry(const float (&row)[16]) const {
     return bit_cast<VF>(_mm512_permutexvar_ps(piece, _mm512_loadu_ps(row)));
   }
-  D2V_INLINE VF tail() const { return look_up(kTail); }
-  D2V_INLINE VF below() const { return look_up(kBelow); }
 };
+template <>
+struct NormalOf<float> {
+  typedef ByTable type;
+};
+
+D2V_INLINE bool has_far(VF x) {
+  return __builtin_expect(_mm512_cmp_ps_mask(bit_cast<__m512>(x), _mm512_set1_ps(-ByTable::bound), _CMP_LE_OQ), 0);
+}
+__attribute__((noinline)) VF far_gelu(VF x) { return gelu_of<float>(x, ByExponential<float>::at(x)); }
+__attribute__((noinline)) VF far_slope(VF x) { return slope_of<float>(x, ByExponential<float>::at(x)); }
+
+template <class A>
+D2V_INLINE VF gelu_of(VF x, const ByTable& n) {
+  const VF y = (x < 0.0f ? VF{} : x) - n.a * n.look_up(kTail);
+  return has_far(x) ? (x <= -ByTable::bound ? far_gelu(x) : y) : y;
+}
+template <class A>
+D2V_INLINE VF slope_of(VF x, const ByTable& n) {
+  const VF below = n.look_up(kBelow), slope = x < 0.0f ? below : 1.0f - below;
+  return has_far(x) ? (x <= -ByTable::bound ? far_slope(x) : slope) : slope;
+}
 #endif
 
 template <class A>
-D2V_INLINE Vec<A> gelu_of(Vec<A> x, const Normal<A>& n) {
-  return (x < A(0) ? Vec<A>{} : x) - n.a * n.tail();
-}
-template <class A>
-D2V_INLINE Vec<A> slope_of(Vec<A> x, const Normal<A>& n) {
-  const Vec<A> below = n.below();
-  return x < A(0) ? below : A(1) - below;
-}
+using Normal = typename NormalOf<A>::type;
 
 template <bool STREAM, class T>
 D2V_INLINE void forward_of(const T* x, T* out, int64_t n) {

@@ -3,10 +3,10 @@
 
 GELU alone is one read and one write; its gradient gives the activation again, from the same erf.
 
-layer_norm_gelu, forward: each row read and written once, 2*s bytes an element (4 in bfloat16; layer norm and GELU one after the other
-move 38 in eager mixed precision). Backward: x and the gradient read, the gradient of x written, 3*s bytes; mean and
-deviation are computed again from the row, which is in registers anyway. Gradients of weight and bias: up to 512 fixed
-parts of the rows, whose float32 sums a second kernel adds up in one order.
+layer_norm_gelu, forward: each row read and written once, 2*s bytes an element (4 in bfloat16; layer norm and GELU one
+after the other move 38 in eager mixed precision). Backward: x and the gradient read, the gradient of x written, 3*s
+bytes; mean and deviation are computed again from the row, which is in registers anyway. Gradients of weight and bias:
+up to 512 fixed parts of the rows, whose float32 sums a second kernel adds up in one order.
 """
 
 import torch
