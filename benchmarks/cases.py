@@ -329,6 +329,67 @@ def _loss_case(
     return Case("masked_regression_loss", label, dtype, size, build, goals, tolerance=tolerance, compare=lambda r: r)
 
 
+# ---- GELU
+
+
+def _with_gradients(function: Callable[..., Tensor], leaves: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    y = function(*leaves)
+    return (y.detach(), *torch.autograd.grad(y, leaves, grad))
+
+
+def _gelu_case(name: str, rows: int, c: int, dtype: torch.dtype, goals: dict[str, float]) -> Case:
+    """Activation and gradient, as training computes them."""
+
+    def build() -> dict[str, Call]:
+        x, grad = _random((rows, c), dtype, 0).requires_grad_(), _random((rows, c), dtype, 1)
+        return {
+            "d2v": lambda: _with_gradients(dk.gelu, [x], grad),
+            "eager": lambda: _with_gradients(F.gelu, [x], grad),
+            **_floors([x.detach(), x.detach(), grad], lambda: [torch.empty((rows, c), dtype=dtype) for _ in range(2)]),
+        }
+
+    tolerance = 2e-4 if dtype == torch.float32 else 2e-2
+    return Case("gelu forward + backward", f"{name} {rows} x {c}", dtype, 5 * rows * c * dtype.itemsize, build, goals,
+                tolerance=tolerance, compare=lambda r: r)  # fmt: skip
+
+
+def _norm_gelu_case(name: str, rows: int, c: int, dtype: torch.dtype, goals: dict[str, float]) -> Case:
+    """The step between the convolutions of speech, forward and backward."""
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(F.layer_norm(x, (c,), weight.to(x.dtype), bias.to(x.dtype)))
+
+    def build() -> dict[str, Call]:
+        x, grad = _random((rows, c), dtype, 0), _random((rows, c), dtype, 1)
+        leaves = [t.requires_grad_() for t in (x, 1.0 + 0.1 * _random((c,), torch.float32, 2), torch.zeros(c))]
+        return {
+            "d2v": lambda: _with_gradients(dk.layer_norm_gelu, leaves, grad),
+            "eager": lambda: _with_gradients(eager, leaves, grad),
+            **_floors([x.detach(), x.detach(), grad], lambda: [torch.empty((rows, c), dtype=dtype) for _ in range(2)]),
+        }
+
+    tolerance = 2e-4 if dtype == torch.float32 else 2e-2
+    return Case("layer_norm_gelu forward + backward", f"{name} {rows} x {c}", dtype, 5 * rows * c * dtype.itemsize,
+                build, goals, tolerance=tolerance, compare=lambda r: r[:2])  # fmt: skip
+
+
+def _gelu_linear_case(name: str, rows: int, c: int, dtype: torch.dtype, goals: dict[str, float]) -> Case:
+    """The second half of a block's MLP, hidden width 4 c, forward and backward: mostly matrix products."""
+
+    def build() -> dict[str, Call]:
+        x, grad = _random((rows, 4 * c), dtype, 0), _random((rows, c), dtype, 1)
+        weight, bias = _random((c, 4 * c), dtype, 2) * (4 * c) ** -0.5, _random((c,), dtype, 3)
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        return {
+            "d2v": lambda: _with_gradients(dk.gelu_linear, leaves, grad),
+            "eager": lambda: _with_gradients(lambda x, w, b: F.linear(F.gelu(x), w, b), leaves, grad),
+        }
+
+    tolerance = 2e-4 if dtype == torch.float32 else 2e-2
+    return Case("gelu_linear forward + backward", f"{name} {rows} x {4 * c} -> {c}", dtype,
+                12 * rows * c * dtype.itemsize, build, goals, tolerance=tolerance, compare=lambda r: r)  # fmt: skip
+
+
 # ---- MaskSampler
 
 
@@ -397,6 +458,12 @@ def all_cases() -> list[Case]:
             _restore_case("images", 64, 196, 39, 768, dtype, {"eager": 3.0}),
             _loss_case("images", 64 * 157, 16 * 196, 768, dtype, 0.0, {"compile": 2.7, "floor": 1.5}),
             _loss_case("images", 64 * 157, 16 * 196, 768, dtype, 2.0, {"compile": 2.7, "floor": 1.5}),
+        ]
+        cases += [
+            _gelu_case("images", 3328, 1536, dtype, {"eager": 1.5 if dtype == fp32 else 1.0}),
+            _gelu_case("tiny", 1024, 256, dtype, {"eager": 1.5 if dtype == fp32 else 1.0}),
+            _norm_gelu_case("speech", 8000, 512, dtype, {"eager": 1.3 if dtype == fp32 else 1.0}),
+            _gelu_linear_case("images", 3328, 384, dtype, {"eager": 1.0}),
         ]
     speech = {"kind": "block", "tokens": 999, "ratio": 0.5, "adjust": 0.05, "span": 5}
     images = {"kind": "block", "grid": (14, 14), "ratio": 0.8, "adjust": 0.07, "span": 3, "inverse": True}

@@ -157,7 +157,7 @@ def loss_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple
 
 
 def gelu_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Callable[..., Result]]]:
-    """layer_norm_gelu: result and gradients."""
+    """layer_norm_gelu and gelu: results and gradients; gelu also below 0 alone, where 1 + erf cancels."""
     x = make_layers(1, (1, 2000, 96), generator)[0][0].to(dtype)
     weight, bias = (torch.randn(96, generator=generator) for _ in range(2))
     grad = torch.randn(2000, 96, generator=generator).to(dtype)
@@ -169,6 +169,15 @@ def gelu_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple
         return {"result": y.detach(), **{f"gradient of {n}": g for n, g in zip("xwb", gradients, strict=True)}}
 
     yield "layer_norm_gelu", run
+    line = torch.linspace(-7.0, 7.0, 20001, dtype=torch.float64).to(dtype)
+
+    def alone(to: torch.dtype | None) -> Result:
+        z = cast(line, to).detach().requires_grad_()
+        y = dk.gelu(z)
+        (gradient,) = torch.autograd.grad(y, z, torch.ones_like(y))
+        return {"result": y.detach(), "below -3": y.detach()[line < -3.0], "gradient": gradient}
+
+    yield "gelu", alone
 
 
 def attention_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Callable[..., Result]]]:

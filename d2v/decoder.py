@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+
+from d2v_kernels import gelu_linear
 
 from .config import Decoder
 from .normalise import norm_gelu
@@ -64,8 +67,15 @@ class ConvDecoder(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Predictions (..., C) of hidden rows (..., D)."""
-        result: Tensor = self.proj(hidden)
-        return result
+        if torch.compiler.is_compiling() or not isinstance(self.proj, nn.Sequential):
+            result: Tensor = self.proj(hidden)
+            return result
+        first, *rest = self.proj
+        x: Tensor = first(hidden)
+        for layer in rest:
+            if isinstance(layer, nn.Linear):  # behind a GELU, which is part of this call
+                x = gelu_linear(x, layer.weight, layer.bias)
+        return x
 
 
 def _projection(inputs: int, outputs: int, config: Decoder) -> nn.Module:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from d2v_kernels import Alibi, attend
+from d2v_kernels import Alibi, attend, gelu_linear
 
 from .config import Encoder
 
@@ -100,8 +100,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.fc2(self.dropout(F.gelu(self.fc1(x))))
-        return result
+        hidden = self.fc1(x)
+        # A compiler has GELU in its own kernels; without dropout in between, the activation need not be kept.
+        if torch.compiler.is_compiling() or (self.training and self.dropout.p > 0.0):
+            result: Tensor = self.fc2(self.dropout(F.gelu(hidden)))
+            return result
+        return gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
 
 
 class DropPath(nn.Module):

@@ -6,7 +6,7 @@ from .backends import native as _native
 from .backends import reference as _reference
 from .backends import triton as _triton
 from .ema import EmaPlan, merge_ema_state, split_ema_state, update_ema_
-from .gelu import layer_norm_gelu
+from .gelu import gelu, gelu_linear, layer_norm_gelu
 from .layers import average_layers
 from .loss import RegressionLoss, masked_regression_loss
 from .masks import Masks, MaskSampler, masks_from_bool
@@ -31,6 +31,8 @@ __all__ = [
     "attend",
     "average_layers",
     "gather_tokens",
+    "gelu",
+    "gelu_linear",
     "layer_norm_gelu",
     "masked_regression_loss",
     "masks_from_bool",

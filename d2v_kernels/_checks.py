@@ -294,6 +294,38 @@ def check_layer_norm_gelu_backward(
     require(grad.shape == x.shape, op, "shape of grad", tuple(x.shape), tuple(grad.shape))
 
 
+def check_gelu(op: str, x: Tensor, grad: Tensor | None = None) -> None:
+    """The results look like x."""
+    _require_float(op, "x", x)
+    for name, t in (("x", x), ("grad", grad)):
+        if t is not None and not t.is_contiguous():
+            require(False, op, f"layout of {name}", "contiguous", f"strides {t.stride()}")
+    if grad is not None:
+        require_dtype(op, "grad", grad, x.dtype)
+        _require_device(op, x, grad=grad)
+        require(grad.shape == x.shape, op, "shape of grad", tuple(x.shape), tuple(grad.shape))
+
+
+def require_dtype(op: str, name: str, t: Tensor, dtype: torch.dtype) -> None:
+    """Raises `TypeError` with expected and got unless t has the dtype."""
+    if t.dtype != dtype:
+        raise TypeError(f"{op}: dtype of {name}: expected {_names([dtype])}, got {_names([t.dtype])}")
+
+
+def check_gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The result has x's leading dimensions and weight's rows and dtype."""
+    op = "gelu_linear"
+    _require_float(op, "x", x)
+    _require_float(op, "weight", weight)
+    require(x.dim() >= 1, op, "x", "shape (..., H)", "a 0-D tensor")
+    _require_dims(op, "weight", weight, "C, H")
+    require(weight.shape[1] == x.shape[-1], op, "columns of weight", x.shape[-1], weight.shape[1])
+    _require_device(op, x, weight=weight, bias=bias)
+    if bias is not None:
+        require(tuple(bias.shape) == (weight.shape[0],), op, "shape of bias", (weight.shape[0],), tuple(bias.shape))
+        require_dtype(op, "bias", bias, weight.dtype)
+
+
 def check_attention(
     op: str,
     query: Tensor,

@@ -59,14 +59,26 @@ def _loss_backward(device: str, dtype: torch.dtype) -> None:
     _op.masked_regression_loss_backward(grad, x, x, None, None, 0.0, 1.0)
 
 
-def _gelu(device: str, dtype: torch.dtype) -> None:
+def _norm_gelu(device: str, dtype: torch.dtype) -> None:
     x = _rows(device, dtype).flatten(0, 1)
     _op.layer_norm_gelu(x, x[0], None, 1e-5)
 
 
-def _gelu_backward(device: str, dtype: torch.dtype) -> None:
+def _norm_gelu_backward(device: str, dtype: torch.dtype) -> None:
     x = _rows(device, dtype).flatten(0, 1)
     _op.layer_norm_gelu_backward(x, x, x[0], None, 1e-5)
+
+
+def _gelu(device: str, dtype: torch.dtype) -> None:
+    _op.gelu(_rows(device, dtype))
+
+
+def _gelu_backward(device: str, dtype: torch.dtype) -> None:
+    _op.gelu_backward(_rows(device, dtype), _rows(device, dtype))
+
+
+def _gelu_backward_in_place(device: str, dtype: torch.dtype) -> None:
+    _op.gelu_backward_(_rows(device, dtype), _rows(device, dtype))
 
 
 def _attention_inputs(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -100,8 +112,11 @@ PROBES: dict[str, Callable[[str, torch.dtype], None]] = {
     "restore_tokens_backward": _restore_backward,
     "masked_regression_loss": _loss,
     "masked_regression_loss_backward": _loss_backward,
-    "layer_norm_gelu": _gelu,
-    "layer_norm_gelu_backward": _gelu_backward,
+    "layer_norm_gelu": _norm_gelu,
+    "layer_norm_gelu_backward": _norm_gelu_backward,
+    "gelu": _gelu,
+    "gelu_backward": _gelu_backward,
+    "gelu_backward_": _gelu_backward_in_place,
     "attention": _attention,
     "attention_backward": _attention_backward,
 }

@@ -33,6 +33,9 @@ SCHEMAS = (
     "layer_norm_gelu(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     "layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor, Tensor, Tensor)",
+    "gelu(Tensor x) -> Tensor",
+    "gelu_backward(Tensor grad, Tensor x) -> (Tensor, Tensor)",
+    "gelu_backward_(Tensor(a!) grad, Tensor x) -> Tensor",
     "attention(Tensor query, Tensor key, Tensor value, Tensor? slopes, Tensor? positions, Tensor? lengths,"
     " Tensor? valid, Tensor? dropout_keys, float dropout, float scale) -> (Tensor, Tensor)",
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sum,"
@@ -212,6 +215,39 @@ def _layer_norm_gelu_backward_fake(
     return x.new_empty(x.shape), affine[0], affine[1]
 
 
+def _gelu(x: Tensor) -> Tensor:
+    checks.check_gelu("gelu", x)
+    result: Tensor = implementation("gelu", x.device.type, (x.dtype,))(x)
+    return result
+
+
+def _gelu_fake(x: Tensor) -> Tensor:
+    checks.check_gelu("gelu", x)
+    return torch.empty_like(x)
+
+
+def _gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    checks.check_gelu("gelu_backward", x, grad)
+    result: tuple[Tensor, Tensor] = implementation("gelu_backward", x.device.type, (x.dtype,))(grad, x)
+    return result
+
+
+def _gelu_backward_fake(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    checks.check_gelu("gelu_backward", x, grad)
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def _gelu_backward_in_place(grad: Tensor, x: Tensor) -> Tensor:
+    checks.check_gelu("gelu_backward_", x, grad)
+    result: Tensor = implementation("gelu_backward_", x.device.type, (x.dtype,))(grad, x)
+    return result
+
+
+def _gelu_backward_in_place_fake(grad: Tensor, x: Tensor) -> Tensor:
+    checks.check_gelu("gelu_backward_", x, grad)
+    return torch.empty_like(x)
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     checks.check_attention("attention", query, key, value, *rest[:-1])
     body = implementation("attention", query.device.type, (query.dtype,), str(query.shape[3]))
@@ -308,11 +344,21 @@ def _loss_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]
 
 
 def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gelu_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors
+    result: Tensor = torch.ops.d2v.gelu_backward(grad.contiguous(), x)[0]
+    return result
+
+
+def _norm_gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, ctx.eps = inputs
     ctx.save_for_backward(x, weight, bias)
 
 
-def _gelu_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _norm_gelu_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
     grad = _rows_with_unit_stride(grad)
     of_x, of_weight, of_bias = torch.ops.d2v.layer_norm_gelu_backward(grad, x, weight, bias, ctx.eps)
@@ -345,6 +391,9 @@ _BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "masked_regression_loss_backward": (_masked_regression_loss_backward, _masked_regression_loss_backward_fake),
     "layer_norm_gelu": (_layer_norm_gelu, _layer_norm_gelu_fake),
     "layer_norm_gelu_backward": (_layer_norm_gelu_backward, _layer_norm_gelu_backward_fake),
+    "gelu": (_gelu, _gelu_fake),
+    "gelu_backward": (_gelu_backward, _gelu_backward_fake),
+    "gelu_backward_": (_gelu_backward_in_place, _gelu_backward_in_place_fake),
     "attention": (_attention, _attention_fake),
     "attention_backward": (_attention_backward, _attention_backward_fake),
 }
@@ -359,8 +408,10 @@ _GRADIENTS = {
         _refuse("masked_regression_loss", "double backward is not supported"),
         _no_setup,
     ),
-    "layer_norm_gelu": (_gelu_gradient, _gelu_setup),
+    "layer_norm_gelu": (_norm_gelu_gradient, _norm_gelu_setup),
     "layer_norm_gelu_backward": (_refuse("layer_norm_gelu", "double backward is not supported"), _no_setup),
+    "gelu": (_gelu_gradient, _gelu_setup),
+    "gelu_backward": (_refuse("gelu", "double backward is not supported"), _no_setup),
     "attention": (_attention_gradient, _attention_setup),
     "attention_backward": (_refuse("attention", "double backward is not supported"), _no_setup),
 }

@@ -27,6 +27,9 @@ OPERATORS = (
     "masked_regression_loss_backward",
     "layer_norm_gelu",
     "layer_norm_gelu_backward",
+    "gelu",
+    "gelu_backward",
+    "gelu_backward_",
     "attention",
     "attention_backward",
 )

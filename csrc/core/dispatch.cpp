@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "ema.h"
+#include "gelu.h"
 #include "layers.h"
 #include "loss.h"
 #include "tokens.h"
@@ -15,6 +16,7 @@ namespace d2v {
 #define D2V_DECLARE(isa)                                 \
   extern const AttentionKernels attention_kernels_##isa; \
   extern const EmaKernels ema_kernels_##isa;             \
+  extern const GeluKernels gelu_kernels_##isa;           \
   extern const LayersKernels layers_kernels_##isa;       \
   extern const LossKernels loss_kernels_##isa;           \
   extern const TokensKernels tokens_kernels_##isa;
@@ -30,16 +32,17 @@ namespace {
 struct Tables {
   const char* isa;
   const EmaKernels *ema, *narrow_ema;  // narrow: of 16-bit sources and of averages in two halves
+  const GeluKernels* gelu;
   const LayersKernels* layers;
   const LossKernels* loss;
   const TokensKernels* tokens;
   const AttentionKernels* attention;
 };
 
-#define D2V_TABLES(isa, ema_isa)                                                                  \
-  Tables {                                                                                        \
-    #isa, &ema_kernels_##ema_isa, &ema_kernels_##isa, &layers_kernels_##isa, &loss_kernels_##isa, \
-        &tokens_kernels_##isa, &attention_kernels_##isa                                           \
+#define D2V_TABLES(isa, ema_isa)                                                                                       \
+  Tables {                                                                                                             \
+    #isa, &ema_kernels_##ema_isa, &ema_kernels_##isa, &gelu_kernels_##isa, &layers_kernels_##isa, &loss_kernels_##isa, \
+        &tokens_kernels_##isa, &attention_kernels_##isa                                                                \
   }
 
 Tables pick() {
@@ -74,6 +77,7 @@ const EmaKernels& ema_kernels(const EmaTensor& t) {
   const bool narrow = t.average_type == kSplit || t.source_type == kBFloat16 || t.source_type == kFloat16;
   return narrow ? *tables().narrow_ema : *tables().ema;
 }
+const GeluKernels& gelu_kernels() { return *tables().gelu; }
 const LayersKernels& layers_kernels() { return *tables().layers; }
 const LossKernels& loss_kernels() { return *tables().loss; }
 const AttentionKernels& attention_kernels() { return *tables().attention; }

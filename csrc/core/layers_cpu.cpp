@@ -142,14 +142,6 @@ void column_scale(DType type, void* m2, int64_t n, int64_t count, double eps, do
   }
 }
 
-// d with the lanes from `lanes` on set to 0.
-template <class A>
-D2V_INLINE Vec<A> first_lanes(Vec<A> d, int lanes) {
-  Vec<A> number;
-  for (int i = 0; i < kLanes<A>; ++i) number[i] = static_cast<A>(i);
-  return number < static_cast<A>(lanes) ? d : Vec<A>{};
-}
-
 // Sums of x - from, or of its square, over N rows at once: no row's additions wait for another's. The first pass asks
 // for the rows after these.
 template <class T, int N, bool SQUARE>

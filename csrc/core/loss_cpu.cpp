@@ -13,9 +13,6 @@ D2V_INLINE int64_t row_at(const Indices& index, int64_t p) {
   return index.wide ? static_cast<const int64_t*>(index.data)[at] : static_cast<const int32_t*>(index.data)[at];
 }
 
-D2V_INLINE Vec<float> magnitude(VF d) { return bit_cast<VF>(bit_cast<VU>(d) & 0x7fffffffu); }
-D2V_INLINE VD magnitude(VD d) { return bit_cast<VD>(bit_cast<VU64>(d) & 0x7fffffffffffffffull); }
-
 // Calls body(TP{}, TT{}) with the types of prediction and target: both fp64 or neither.
 template <class F>
 D2V_INLINE void with_types(const LossArgs* a, F body) {

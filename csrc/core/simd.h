@@ -83,6 +83,17 @@ D2V_INLINE Vec<A> splat(A a) {
   return Vec<A>{} + a;
 }
 
+D2V_INLINE VF magnitude(VF d) { return bit_cast<VF>(bit_cast<VU>(d) & 0x7fffffffu); }
+D2V_INLINE VD magnitude(VD d) { return bit_cast<VD>(bit_cast<VU64>(d) & 0x7fffffffffffffffull); }
+
+// d with the lanes from `lanes` on set to 0.
+template <class A>
+D2V_INLINE Vec<A> first_lanes(Vec<A> d, int lanes) {
+  Vec<A> number;
+  for (int i = 0; i < kLanes<A>; ++i) number[i] = static_cast<A>(i);
+  return number < static_cast<A>(lanes) ? d : Vec<A>{};
+}
+
 // ---- scalars ----
 
 D2V_INLINE float widen(float x) { return x; }

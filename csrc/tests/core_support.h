@@ -174,7 +174,7 @@ inline void check(bool condition, const std::string& where, const char* what) {
   if (!condition) fail(where, what);
 }
 inline bool is_close(double got, double expected, double tolerance) {
-  return got == expected || (std::isnan(got) && std::isnan(expected)) ||
+  return (std::isnan(got) && std::isnan(expected)) || got == expected ||  // infinities too
          std::fabs(got - expected) <= tolerance * (1 + std::fabs(expected));
 }
 inline void check_close(const std::string& where, double got, double expected, double tolerance) {
@@ -202,6 +202,8 @@ inline double tolerance_of(DType computed, DType stored) {
   return (computed == d2v::kFloat64 ? 1e-13 : 2e-6) + 2 * unit(stored);
 }
 
+// core_gelu_test.cpp
+void test_gelu();
 // core_rows_test.cpp
 void test_tokens();
 void test_loss();

@@ -270,6 +270,7 @@ int main() {
   test_tokens();
   test_loss();
   test_attention();
+  test_gelu();
   test_masks();
   if (failures() > 0) {
     std::printf("%d failures\n", failures());

@@ -133,5 +133,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
     const Tensor& log_sum, const OptionalTensor& slopes, const OptionalTensor& positions, const OptionalTensor& lengths,
     const OptionalTensor& valid, const OptionalTensor& dropout_keys, double dropout, double scale);
+Tensor gelu_cpu(const Tensor& x);
+std::tuple<Tensor, Tensor> gelu_backward_cpu(const Tensor& grad, const Tensor& x);
+Tensor gelu_backward_in_place_cpu(const Tensor& grad, const Tensor& x);
+Tensor layer_norm_gelu_cpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward_cpu(const Tensor& grad, const Tensor& x,
+                                                                const OptionalTensor& weight,
+                                                                const OptionalTensor& bias, double eps);
 
 }  // namespace d2v

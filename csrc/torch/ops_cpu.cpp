@@ -48,6 +48,11 @@ STABLE_TORCH_LIBRARY(d2v_native, m) {
   m.def(d2v::kMaskedRegressionLossBackward);
   m.def(d2v::kAttention);
   m.def(d2v::kAttentionBackward);
+  m.def(d2v::kLayerNormGelu);
+  m.def(d2v::kLayerNormGeluBackward);
+  m.def(d2v::kGelu);
+  m.def(d2v::kGeluBackward);
+  m.def(d2v::kGeluBackwardInPlace);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d2v_native, CPU, m) {
@@ -62,4 +67,9 @@ STABLE_TORCH_LIBRARY_IMPL(d2v_native, CPU, m) {
   m.impl("masked_regression_loss_backward", TORCH_BOX(&d2v::masked_regression_loss_backward_cpu));
   m.impl("attention", TORCH_BOX(&d2v::attention_cpu));
   m.impl("attention_backward", TORCH_BOX(&d2v::attention_backward_cpu));
+  m.impl("layer_norm_gelu", TORCH_BOX(&d2v::layer_norm_gelu_cpu));
+  m.impl("layer_norm_gelu_backward", TORCH_BOX(&d2v::layer_norm_gelu_backward_cpu));
+  m.impl("gelu", TORCH_BOX(&d2v::gelu_cpu));
+  m.impl("gelu_backward", TORCH_BOX(&d2v::gelu_backward_cpu));
+  m.impl("gelu_backward_", TORCH_BOX(&d2v::gelu_backward_in_place_cpu));
 }

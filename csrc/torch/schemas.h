@@ -32,6 +32,13 @@ constexpr const char* kAttentionBackward =
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sum,"
     " Tensor? slopes, Tensor? positions, Tensor? lengths, Tensor? valid, Tensor? dropout_keys, float dropout,"
     " float scale) -> (Tensor, Tensor, Tensor, Tensor)";
+constexpr const char* kLayerNormGelu = "layer_norm_gelu(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor";
+constexpr const char* kLayerNormGeluBackward =
+    "layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor, Tensor, Tensor)";
+constexpr const char* kGelu = "gelu(Tensor x) -> Tensor";
+constexpr const char* kGeluBackward = "gelu_backward(Tensor grad, Tensor x) -> (Tensor, Tensor)";
+constexpr const char* kGeluBackwardInPlace = "gelu_backward_(Tensor(a!) grad, Tensor x) -> Tensor";
 
 // Those that CUDA kernels exist for.
 constexpr const char* kCudaSchemas[] = {kAverageLayers,        kUpdateEma,     kUpdateSplitEma,       kGatherTokens,

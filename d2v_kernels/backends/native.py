@@ -11,9 +11,6 @@ import torch
 from .. import _library
 from ..registry import OPERATORS, Backend, Case, LazyBody
 
-# GPU operators: Triton has them
-_WITHOUT = ("layer_norm_gelu", "layer_norm_gelu_backward")
-
 _NORMS = ("none", "layer", "instance", "batch")
 
 
@@ -63,6 +60,4 @@ def _norm_limits(case: Case) -> list[str]:
     return [f"native normalises by {', '.join(_NORMS)}, not by {n}" for n in case.traits if n not in _NORMS]
 
 
-BACKEND = Backend(
-    "native", {op: LazyBody(functools.partial(_body, op)) for op in OPERATORS if op not in _WITHOUT}, _limits
-)
+BACKEND = Backend("native", {op: LazyBody(functools.partial(_body, op)) for op in OPERATORS}, _limits)

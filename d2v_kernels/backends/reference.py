@@ -307,6 +307,25 @@ def layer_norm_gelu_backward(
     return ((g - along) * scale).to(x.dtype).contiguous(), of_weight, of_bias
 
 
+def gelu(x: Tensor) -> Tensor:
+    z = x.to(_compute_dtype(x.dtype))
+    # At -inf the product is not a number; the limit is 0.
+    return torch.where(z == -math.inf, 0.0, z * _normal_cdf(z)).to(x.dtype)
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    z = x.to(_compute_dtype(x.dtype))
+    bounded = z.clamp(-1e4, 1e4)  # keeps NaN
+    slope = _normal_cdf(z) + bounded * torch.exp(-0.5 * bounded * bounded) / math.sqrt(2.0 * math.pi)
+    return (grad.to(z.dtype) * slope).to(x.dtype), gelu(x)
+
+
+def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
+    of_x, y = gelu_backward(grad, x)
+    grad.copy_(of_x)
+    return y
+
+
 ATTENTION_PART = 1 << 22
 """Attention weights, in elements, that exist at once: of whole rows, else of some heads of a row, at least one."""
 
@@ -436,6 +455,9 @@ BACKEND = Backend(
         "masked_regression_loss_backward": masked_regression_loss_backward,
         "layer_norm_gelu": layer_norm_gelu,
         "layer_norm_gelu_backward": layer_norm_gelu_backward,
+        "gelu": gelu,
+        "gelu_backward": gelu_backward,
+        "gelu_backward_": gelu_backward_,
         "attention": attention,
         "attention_backward": attention_backward,
     },

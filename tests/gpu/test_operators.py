@@ -167,6 +167,19 @@ def test_layer_norm_gelu(place, backend, dtype, shape) -> None:
     compare(got, *both(reference.layer_norm_gelu_backward, grad, x, weight, bias, 1e-5))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(70, 512), (9, 101), (1,)])
+def test_gelu(place, backend, dtype, shape) -> None:
+    place.need("gelu", backend, dtype)
+    x, grad = (4.0 * random_rows(shape, F32, i) for i in range(2))
+    x, grad = x.to(dtype), grad.to(dtype)
+    moved = place.put(grad, x)
+    compare(ops.gelu(moved[1]), *both(reference.gelu, x))
+    compare(ops.gelu_backward(*moved), *both(reference.gelu_backward, grad, x))
+    y = ops.gelu_backward_(*moved)
+    compare((moved[0], y), *both(reference.gelu_backward, grad, x))
+
+
 def test_nan_and_lengths(place, backend) -> None:
     """What lies behind a length is not read, and a NaN stays in its column."""
     place.need("average_layers", backend, F32, "instance", "none", more=(F32,))

@@ -54,6 +54,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         gradients = op.attention_backward(make(2, 53, 2), query, key, value, result, log_sum, *rest)
         for name, gradient in zip(("query", "key", "value", "slopes"), gradients):
             out["attention " + name, dtype, channels] = gradient
+        x, weight, bias = make(400), make(), make()
+        out["norm gelu", dtype, channels] = op.layer_norm_gelu(x, weight, bias, 1e-5)
+        gradients = op.layer_norm_gelu_backward(x.flip(0), x, weight, bias, 1e-5)
+        out.update({{("norm gelu", i, dtype, channels): g for i, g in enumerate(gradients)}})
+        out["gelu", dtype, channels] = op.gelu(3 * x)
+        out.update({{("slope", i, dtype, channels): g for i, g in enumerate(op.gelu_backward(x.flip(0), 3 * x))}})
 print(_library.build_record()["isa"])
 torch.save(out, {path!r})
 """

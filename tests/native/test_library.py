@@ -13,8 +13,6 @@ from d2v_kernels import _library, _schema
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {"libtorch_cpu.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
-# Reference and Triton only.
-NOT_NATIVE = {"layer_norm_gelu", "layer_norm_gelu_backward"}
 _needs_binutils = pytest.mark.skipif(shutil.which("nm") is None, reason="nm and readelf are not installed")
 
 
@@ -25,9 +23,6 @@ def _lines(*command: str | Path) -> list[str]:
 @pytest.mark.parametrize("schema", _schema.SCHEMAS, ids=lambda s: s.split("(")[0])
 def test_schemas_are_those_of_the_public_operators(cpu_library: Path, schema: str) -> None:
     name = schema.split("(", 1)[0]
-    if name in NOT_NATIVE:
-        assert not hasattr(torch.ops.d2v_native, name)
-        return
     public = str(getattr(torch.ops.d2v, name).default._schema)
     native = str(getattr(torch.ops.d2v_native, name).default._schema)
     assert native == public.replace("d2v::", "d2v_native::").replace("SymInt", "int")

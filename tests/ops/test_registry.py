@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.tensors import random_rows
 
-from d2v_kernels import _env, _library, average_layers, info, layer_norm_gelu, registry, use_backend
+from d2v_kernels import _env, _library, average_layers, info, registry, use_backend
 from d2v_kernels._probe import PROBES
 
 
@@ -30,12 +30,18 @@ def test_forced_backend_that_cannot_run_says_why() -> None:
 
 
 def test_forcing_a_backend_leaves_operators_that_it_has_no_version_of() -> None:
-    x = random_rows((5, 7), torch.float32, 0)
-    native = next(b for b in registry.backends() if b.name == "native")
-    assert "layer_norm_gelu" not in native.implementations
-    with use_backend("native"):
-        forced = layer_norm_gelu(x)
-    assert torch.equal(forced, layer_norm_gelu(x))
+    high = random_rows((5, 7), torch.bfloat16, 0)
+    low, source = torch.zeros(5, 7, dtype=torch.int16), random_rows((5, 7), torch.float32, 1)
+    triton = next(b for b in registry.backends() if b.name == "triton")
+    assert "update_split_ema_" not in triton.implementations
+    results = []
+    for name in ("triton", "auto"):
+        halves = high.clone(), low.clone()
+        with use_backend(name):
+            torch.ops.d2v.update_split_ema_([halves[0]], [halves[1]], [source], 0.25, None)
+        results.append(halves)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not torch.equal(results[0][0], high)
 
 
 def test_unknown_backend() -> None:

@@ -102,6 +102,12 @@ def front_end(dtype: torch.dtype, affine: torch.dtype | None, count: int = 100) 
     gelu.layer_norm_gelu_backward(x, x, weight, weight, 1e-5)
 
 
+def activation(dtype: torch.dtype, count: int = 100, width: int = 3072) -> None:
+    x = rows(count, width, dtype=dtype)
+    gelu.gelu(x)
+    gelu.gelu_backward_(x, x)
+
+
 def gather_backward(dtype: torch.dtype) -> None:
     tokens.gather_tokens_backward(rows(32, 39, 768, dtype=dtype), numbers(32, 39), 16, 196)
 
@@ -135,6 +141,8 @@ CASES: dict[str, Callable[[], object]] = {
     "loss, selected rows": lambda: regression(BF16, BF16, True),
     "speech front-end": lambda: front_end(BF16, F32),
     "decoder, no affine": lambda: front_end(F32, None),
+    "GELU": lambda: activation(BF16),
+    "GELU, float32": lambda: activation(F32),
 }
 
 
@@ -184,6 +192,7 @@ VARIED: dict[str, tuple[Callable[[int, int], object], list[tuple[int, int]]]] = 
     "restore with noise": (lambda n, t: restore(BF16, True, n, 7, t), [(2, 150), (1, 129), (16, 160), (5, 250)]),
     "restore with rows": (lambda n, t: restore(BF16, False, n, 16, t), [(2, 150), (1, 129), (16, 160), (5, 250)]),
     "loss": (lambda n, _: regression(BF16, F32, True, n), [(300, 0), (1, 0), (2, 0), (16, 0), (4096, 0), (70001, 0)]),
+    "GELU": (lambda n, width: activation(BF16, n, width), [(100, 3072), (1, 512), (3, 1280), (70001, 768)]),
     "front-end": (lambda n, _: front_end(BF16, F32, n), [(100, 0), (1, 0), (16, 0), (4097, 0), (70000, 0)]),
 }
 

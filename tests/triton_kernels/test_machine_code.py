@@ -44,6 +44,8 @@ BUDGETS = {
     "loss_backward_kernel": Budget(80),
     "forward_kernel": Budget(104),
     "backward_kernel": Budget(168),
+    "gelu_kernel": Budget(48),
+    "gelu_backward_kernel": Budget(64),
 }
 # Narrow accesses that are right: an index, a mean and a deviation for each column, a table entry. None is 2 bytes wide.
 NARROW = re.compile(r"(ld|st)\.global\.(b32|b64|nc\.b32)")

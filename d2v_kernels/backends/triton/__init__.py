@@ -28,6 +28,9 @@ _MODULES = {
     "masked_regression_loss_backward": "loss",
     "layer_norm_gelu": "gelu",
     "layer_norm_gelu_backward": "gelu",
+    "gelu": "gelu",
+    "gelu_backward": "gelu",
+    "gelu_backward_": "gelu",
     "attention": "attention",
     "attention_backward": "attention",
 }

@@ -1,10 +1,12 @@
 # mypy: allow-untyped-defs
-"""layer_norm_gelu over channels-last rows, forward and backward.
+"""GELU, and layer_norm_gelu over channels-last rows, forward and backward.
 
-Forward: each row read and written once, 2*s bytes an element (4 in bfloat16; layer norm and GELU one after the other
-move 38 in eager mixed precision). Backward: x and the gradient read, the gradient of x written, 3*s bytes; mean and
-deviation are computed again from the row, which is in registers anyway. Gradients of weight and bias: up to 512 fixed
-parts of the rows, whose float32 sums a second kernel adds up in one order.
+GELU alone is one read and one write; its gradient gives the activation again, from the same erf.
+
+layer_norm_gelu, forward: each row read and written once, 2*s bytes an element (4 in bfloat16; layer norm and GELU one
+after the other move 38 in eager mixed precision). Backward: x and the gradient read, the gradient of x written, 3*s
+bytes; mean and deviation are computed again from the row, which is in registers anyway. Gradients of weight and bias:
+up to 512 fixed parts of the rows, whose float32 sums a second kernel adds up in one order.
 """
 
 import torch
@@ -78,6 +80,60 @@ def _backward_kernel(
         tl.store(weight_sums + split * channels + c, tl.sum(weight_sum, 0, keep_dims=True), mask=inside)
     if HAS_BIAS:
         tl.store(bias_sums + split * channels + c, tl.sum(bias_sum, 0, keep_dims=True), mask=inside)
+
+
+@triton.jit
+def _gelu_of(z):
+    """At -inf the limit 0, where the product is not a number."""
+    return tl.where(z == float("-inf"), 0.0, z * _normal_cdf(z))
+
+
+@triton.jit  # specialised on count: a multiple of 16, as it nearly always is, lets masked accesses be 16 bytes wide
+def _gelu_kernel(x, out, count, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(x + i, mask=i < count, other=0.0).to(tl.float32)
+    tl.store(out + i, rounded(_gelu_of(z), out.dtype.element_ty), mask=i < count)
+
+
+@triton.jit
+def _gelu_backward_kernel(grad, x, out, y, count, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(x + i, mask=i < count, other=0.0).to(tl.float32)
+    g = tl.load(grad + i, mask=i < count, other=0.0).to(tl.float32)
+    density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    slope = _normal_cdf(z) + tl.where(density == 0.0, 0.0, z * density)  # 0 times infinity is no number
+    tl.store(out + i, rounded(g * slope, out.dtype.element_ty), mask=i < count)
+    tl.store(y + i, rounded(_gelu_of(z), y.dtype.element_ty), mask=i < count)
+
+
+def gelu(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    if x.numel() > 0:
+        with on_device(x):
+            _gelu_kernel[(divide_up(x.numel(), launch.GELU_ELEMENTS),)](
+                x, out, x.numel(), BLOCK=launch.GELU_ELEMENTS, num_warps=launch.GELU_WARPS, **OPTIONS
+            )
+    return out
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(x)
+    return out, _backward_into(out, grad, x)
+
+
+def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
+    return _backward_into(grad, grad, x)
+
+
+def _backward_into(out: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient into `out`, which may be `grad`; returns the activation."""
+    y = torch.empty_like(x)
+    if x.numel() > 0:
+        with on_device(x):
+            _gelu_backward_kernel[(divide_up(x.numel(), launch.GELU_ELEMENTS),)](
+                grad, x, out, y, x.numel(), BLOCK=launch.GELU_ELEMENTS, num_warps=launch.GELU_WARPS, **OPTIONS
+            )
+    return y
 
 
 def layer_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -15,6 +15,7 @@ ONE_READ_TOKENS = 512  # longest sample that the one-read form of the instance n
 INSTANCE_CHANNELS = 64  # 64 bfloat16 channels are one 128-byte line
 LOSS_SPLITS = 64  # parts of the rows, each with its partial sums
 GELU_SPLITS = 512  # the same for the gradients of weight and bias
+GELU_ELEMENTS, GELU_WARPS = 1024, 4  # of GELU alone: 8 elements a thread, 16 bytes of bfloat16
 
 
 @dataclass(frozen=True)
