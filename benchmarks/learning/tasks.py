@@ -174,7 +174,7 @@ WAVEFORM = ((64, 10, 5), (64, 8, 4), (64, 6, 4), (64, 4, 3), (64, 3, 2))
 TASKS = {
     "textures": Task(
         "textures", "textures of photographs", prepare_textures, "vision-tiny", "vision1-tiny", "vision-classify",
-        ("pixels", "sorted_pixels", "power_spectrum"), 3000,
+        ("pixels", "sorted_pixels", "power_spectrum"), 1500,
     ),
     "digits": Task(
         "digits", "spoken digits, unseen speaker, log-mel", prepare_digits, "speech-tiny", "speech1-tiny",
@@ -186,10 +186,10 @@ TASKS = {
         pool="mean-std", methods=("data2vec2", "data2vec1", "scratch"),
     ),
     "cifar": Task(
-        "cifar", "CIFAR-10", prepare_cifar, "vision-tiny", "vision1-tiny", "vision-classify", ("pixels",), 1500,
-        {"data": {"grey": False, "rotate": False, "crop_scale": (0.4, 1.0), "global_batch": 32}}, epochs=5.0,
+        "cifar", "CIFAR-10", prepare_cifar, "vision-tiny", "vision1-tiny", "vision-classify", ("pixels",), 1000,
+        {"data": {"grey": False, "rotate": False, "crop_scale": (0.4, 1.0), "global_batch": 32}}, epochs=1.0,
     ),
     "sst": Task(
-        "sst", "SST-2", prepare_sst, "text-tiny", "text1-tiny", "text-classify", ("bag_of_words",), 1000, epochs=5.0,
+        "sst", "SST-2", prepare_sst, "text-tiny", "text1-tiny", "text-classify", ("bag_of_words",), 500, epochs=1.0,
     ),
 }  # fmt: skip
