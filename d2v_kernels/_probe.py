@@ -90,6 +90,16 @@ def _attention_backward(device: str, dtype: torch.dtype) -> None:
     _op.attention_backward(out, *inputs, out, log_sum, *bias, None, None, None, 0.0, 0.25)
 
 
+def _add_norm(device: str, dtype: torch.dtype) -> None:
+    x, keys = _rows(device, dtype), torch.tensor([1, 2], device=device)
+    _op.dropout_add_layer_norm(x, x, x[0, 0], None, keys, 0.5, 1e-5)
+
+
+def _add_norm_backward(device: str, dtype: torch.dtype) -> None:
+    x, keys = _rows(device, dtype), torch.tensor([1, 2], device=device)
+    _op.dropout_add_layer_norm_backward(x, x, x, x[0, 0], keys, 0.5, 1e-5)
+
+
 PROBES: dict[str, Callable[[str, torch.dtype], None]] = {
     "average_layers": _average_layers,
     "update_ema_": _update_ema,
@@ -104,4 +114,6 @@ PROBES: dict[str, Callable[[str, torch.dtype], None]] = {
     "layer_norm_gelu_backward": _gelu_backward,
     "attention": _attention,
     "attention_backward": _attention_backward,
+    "dropout_add_layer_norm": _add_norm,
+    "dropout_add_layer_norm_backward": _add_norm_backward,
 }

@@ -7,6 +7,7 @@
 #include "ema.h"
 #include "layers.h"
 #include "loss.h"
+#include "norm.h"
 #include "tokens.h"
 
 namespace d2v {
@@ -15,6 +16,7 @@ namespace d2v {
   extern const EmaKernels ema_kernels_##isa;       \
   extern const LayersKernels layers_kernels_##isa; \
   extern const LossKernels loss_kernels_##isa;     \
+  extern const NormKernels norm_kernels_##isa;     \
   extern const TokensKernels tokens_kernels_##isa;
 D2V_DECLARE(base)
 #if defined(D2V_X86_LEVELS)
@@ -30,13 +32,14 @@ struct Tables {
   const EmaKernels *ema, *narrow_ema;  // narrow: of 16-bit sources and of averages in two halves
   const LayersKernels* layers;
   const LossKernels* loss;
+  const NormKernels* norm;
   const TokensKernels* tokens;
 };
 
-#define D2V_TABLES(isa, ema_isa)                                                                  \
-  Tables {                                                                                        \
-    #isa, &ema_kernels_##ema_isa, &ema_kernels_##isa, &layers_kernels_##isa, &loss_kernels_##isa, \
-        &tokens_kernels_##isa                                                                     \
+#define D2V_TABLES(isa, ema_isa)                                                                                       \
+  Tables {                                                                                                             \
+    #isa, &ema_kernels_##ema_isa, &ema_kernels_##isa, &layers_kernels_##isa, &loss_kernels_##isa, &norm_kernels_##isa, \
+        &tokens_kernels_##isa                                                                                          \
   }
 
 Tables pick() {
@@ -73,6 +76,7 @@ const EmaKernels& ema_kernels(const EmaTensor& t) {
 }
 const LayersKernels& layers_kernels() { return *tables().layers; }
 const LossKernels& loss_kernels() { return *tables().loss; }
+const NormKernels& norm_kernels() { return *tables().norm; }
 const TokensKernels& tokens_kernels() { return *tables().tokens; }
 
 }  // namespace d2v

@@ -125,5 +125,11 @@ std::tuple<Tensor, Tensor, Tensor> masked_regression_loss_cpu(const Tensor& pred
 Tensor masked_regression_loss_backward_cpu(const Tensor& grad, const Tensor& prediction, const Tensor& target,
                                            const OptionalTensor& prediction_rows, const OptionalTensor& target_rows,
                                            double beta, double scale);
+std::tuple<Tensor, Tensor> dropout_add_layer_norm_cpu(const Tensor& branch, const Tensor& residual,
+                                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                                      const OptionalTensor& keys, double dropout, double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backward_cpu(
+    const Tensor& grad_normed, const OptionalTensor& grad_total, const Tensor& total, const OptionalTensor& weight,
+    const OptionalTensor& keys, double dropout, double eps);
 
 }  // namespace d2v

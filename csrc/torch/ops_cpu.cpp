@@ -46,6 +46,8 @@ STABLE_TORCH_LIBRARY(d2v_native, m) {
   for (const char* schema : d2v::kCudaSchemas) m.def(schema);
   m.def(d2v::kMaskedRegressionLoss);
   m.def(d2v::kMaskedRegressionLossBackward);
+  m.def(d2v::kDropoutAddLayerNorm);
+  m.def(d2v::kDropoutAddLayerNormBackward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d2v_native, CPU, m) {
@@ -58,4 +60,6 @@ STABLE_TORCH_LIBRARY_IMPL(d2v_native, CPU, m) {
   m.impl("restore_tokens_backward", TORCH_BOX(&d2v::restore_tokens_backward_cpu));
   m.impl("masked_regression_loss", TORCH_BOX(&d2v::masked_regression_loss_cpu));
   m.impl("masked_regression_loss_backward", TORCH_BOX(&d2v::masked_regression_loss_backward_cpu));
+  m.impl("dropout_add_layer_norm", TORCH_BOX(&d2v::dropout_add_layer_norm_cpu));
+  m.impl("dropout_add_layer_norm_backward", TORCH_BOX(&d2v::dropout_add_layer_norm_backward_cpu));
 }

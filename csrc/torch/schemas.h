@@ -26,6 +26,13 @@ constexpr const char* kMaskedRegressionLossBackward =
     "masked_regression_loss_backward(Tensor grad, Tensor prediction, Tensor target, Tensor? prediction_rows,"
     " Tensor? target_rows, float beta, float scale) -> Tensor";
 
+constexpr const char* kDropoutAddLayerNorm =
+    "dropout_add_layer_norm(Tensor branch, Tensor residual, Tensor? weight, Tensor? bias, Tensor? keys, float dropout,"
+    " float eps) -> (Tensor, Tensor)";
+constexpr const char* kDropoutAddLayerNormBackward =
+    "dropout_add_layer_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor? weight,"
+    " Tensor? keys, float dropout, float eps) -> (Tensor, Tensor, Tensor, Tensor)";
+
 // Those that CUDA kernels exist for.
 constexpr const char* kCudaSchemas[] = {kAverageLayers,        kUpdateEma,     kUpdateSplitEma,       kGatherTokens,
                                         kGatherTokensBackward, kRestoreTokens, kRestoreTokensBackward};
