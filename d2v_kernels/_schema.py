@@ -386,7 +386,13 @@ def _add_norm_gradient(ctx: Any, grad: Tensor | None, grad_total: Tensor | None)
     )
     of_branch = of_residual if ctx.dropout == 0.0 else of_branch
     of_weight = None if weight is None else of_weight.to(weight.dtype)
-    return of_branch, of_residual, of_weight, None if ctx.bias_dtype is None else of_bias.to(ctx.bias_dtype), *[None] * 3
+    return (
+        of_branch,
+        of_residual,
+        of_weight,
+        None if ctx.bias_dtype is None else of_bias.to(ctx.bias_dtype),
+        *[None] * 3,
+    )
 
 
 _BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

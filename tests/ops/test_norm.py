@@ -65,8 +65,9 @@ def check(
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(deadline=None, max_examples=60)
 @given(
-    n=st.integers(0, 4), t=st.integers(0, 9), c=widths.filter(lambda c: c > 1), dtype=dtypes, affine_dtype=dtypes, layout=layouts,
-    has_weight=st.booleans(), has_bias=st.booleans(), has_second=st.booleans(), dropout=st.sampled_from([0.0, 0.1, 0.7]),
+    n=st.integers(0, 4), t=st.integers(0, 9), c=widths.filter(lambda c: c > 1), dtype=dtypes, affine_dtype=dtypes,
+    layout=layouts, has_weight=st.booleans(), has_bias=st.booleans(), has_second=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.1, 0.7]),
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_accuracy(backend, n, t, c, dtype, affine_dtype, layout, has_weight, has_bias, has_second, dropout, seed):
@@ -116,7 +117,9 @@ def kept_elements(shape: tuple[int, int, int], keys: Tensor, dropout: float, bac
 def test_backends_drop_the_same(c, dropout) -> None:
     keys = torch.cat([make_keys(2), torch.tensor([0, -1, 2**63 - 1, -(2**63)])])
     shape = (len(keys), 6, c)
-    drawn = [kept_elements(shape, keys, dropout, b if isinstance(b, str) else b.values[0]) for b in ("reference", "auto")]
+    drawn = [
+        kept_elements(shape, keys, dropout, b if isinstance(b, str) else b.values[0]) for b in ("reference", "auto")
+    ]
     assert torch.equal(*drawn)
 
 
