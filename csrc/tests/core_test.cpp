@@ -269,6 +269,7 @@ int main() {
   test_ema();
   test_tokens();
   test_loss();
+  test_norm();
   test_masks();
   if (failures() > 0) {
     std::printf("%d failures\n", failures());
