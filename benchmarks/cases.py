@@ -390,6 +390,48 @@ def _gelu_linear_case(name: str, rows: int, c: int, dtype: torch.dtype, goals: d
                 12 * rows * c * dtype.itemsize, build, goals, tolerance=tolerance, compare=lambda r: r)  # fmt: skip
 
 
+# ---- dropout_add_layer_norm
+
+
+def _norm_case(name: str, n: int, t: int, c: int, dtype: torch.dtype, dropout: float, goals: dict[str, float]) -> Case:
+    """Forward and backward of the post-norm form. What is dropped differs between contenders, its amount does not."""
+
+    def build() -> dict[str, Call]:
+        leaves = [_random((n, t, c), dtype, i).requires_grad_() for i in range(2)]
+        leaves += [_random((c,), torch.float32, 2 + i).requires_grad_() for i in range(2)]
+        grad = _random((n, t, c), dtype, 4)
+
+        def run(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+            y = function(*leaves)
+            return (y.detach(), *torch.autograd.grad(y, leaves, grad))
+
+        def ours(branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            keys = torch.randint(0, 2**62, (n,)) if dropout > 0.0 else None
+            return dk.dropout_add_layer_norm(branch, residual, weight, bias, dropout=dropout, keys=keys)[0]
+
+        def eager(branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return F.layer_norm(residual + F.dropout(branch, dropout), (c,), weight, bias)
+
+        compiled = _compiled(eager)
+        inputs = [*(x.detach() for x in leaves[:2]), grad]
+        return {
+            "d2v": lambda: run(ours),
+            "eager": lambda: run(eager),
+            "compile": lambda: run(compiled),
+            **_floors(inputs, lambda: [torch.empty((n, t, c), dtype=dtype) for _ in range(4 if dropout else 3)]),
+        }
+
+    def amounts(results: tuple[Tensor, ...]) -> list[Tensor]:
+        return [x.float().square().mean() for x in results[:3]]
+
+    rows = n * t * c * dtype.itemsize
+    compare: Callable[[Any], Sequence[Tensor]] = amounts if dropout > 0.0 else list
+    # Read: branch, residual, gradient, total; written: normed, total, and one gradient or two.
+    return Case("dropout_add_layer_norm", f"{name} N={n} T={t} C={c} dropout {dropout:g}", dtype,
+                rows * (8 if dropout > 0.0 else 7), build, goals, tolerance=0.02 if dropout > 0.0 else 1e-3,
+                compare=compare)  # fmt: skip
+
+
 # ---- MaskSampler
 
 
@@ -465,6 +507,10 @@ def all_cases() -> list[Case]:
             _norm_gelu_case("speech", 8000, 512, dtype, {"eager": 1.3 if dtype == fp32 else 1.0}),
             _gelu_linear_case("images", 3328, 384, dtype, {"eager": 1.0}),
         ]
+    cases += [
+        _norm_case("speech", 8, 125, 384, fp32, 0.1, {"eager": 1.8}),
+        _norm_case("images", 208, 64, 384, fp32, 0.0, {"eager": 0.9}),
+    ]
     speech = {"kind": "block", "tokens": 999, "ratio": 0.5, "adjust": 0.05, "span": 5}
     images = {"kind": "block", "grid": (14, 14), "ratio": 0.8, "adjust": 0.07, "span": 3, "inverse": True}
     return [

@@ -197,7 +197,22 @@ def attention_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[
     yield "attention", run
 
 
-FAMILIES = (layer_cases, ema_cases, token_cases, loss_cases, gelu_cases, attention_cases)
+def norm_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Callable[..., Result]]]:
+    """dropout_add_layer_norm of a branch of zeros, so that the sum, which it gives back rounded, is exact."""
+    total = make_layers(1, (4, 500, 96), generator)[0].to(dtype)
+    weight, bias = (torch.randn(96, generator=generator) for _ in range(2))
+    grad = torch.randn(4, 500, 96, generator=generator).to(dtype)
+
+    def run(to: torch.dtype | None) -> Result:
+        leaves = [cast(t, to).detach().requires_grad_() for t in (total, weight, bias)]
+        y, _ = dk.dropout_add_layer_norm(torch.zeros_like(leaves[0]), *leaves)
+        gradients = torch.autograd.grad(y, leaves, cast(grad, to))
+        return {"result": y.detach(), **{f"gradient of {n}": g for n, g in zip("xwb", gradients, strict=True)}}
+
+    yield "dropout_add_layer_norm", run
+
+
+FAMILIES = (layer_cases, ema_cases, token_cases, loss_cases, gelu_cases, norm_cases, attention_cases)
 
 
 def collect_rows(backend: str, seed: int = 0) -> list[Row]:

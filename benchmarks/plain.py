@@ -48,6 +48,13 @@ def plain_attention() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def plain_blocks() -> Iterator[None]:
+    """Blocks use `mix_plain`, and dropout, sum and layer norm one by one meanwhile."""
+    with plain_attention(), mock.patch.object(encoder, "add_and_norm", encoder.add_and_norm_plain):
+        yield
+
+
 def norm_layer(x: Tensor, name: str) -> Tensor:
     """One published normalisation of (B,T,C) in float32."""
     x = x.float()

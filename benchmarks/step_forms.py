@@ -16,7 +16,7 @@ from d2v.objective import autocast
 from d2v.optim import build_optimiser, clip_gradients, decay_groups
 from d2v_kernels import Masks
 
-from .plain import PlainData2Vec, plain_attention
+from .plain import PlainData2Vec, plain_blocks
 
 FORMS = {
     "plain": "the published formulation in eager PyTorch",
@@ -61,8 +61,8 @@ class Form:
 
     def forward(self, inputs: Tensor, masks: Masks, noise: Tensor | None = None) -> Tensor:
         """The loss; noise: decoder rows, for comparing forms."""
-        attention = plain_attention() if self.plain else contextlib.nullcontext()
-        with attention, autocast(self.config.run.precision, self.device):
+        blocks = plain_blocks() if self.plain else contextlib.nullcontext()
+        with blocks, autocast(self.config.run.precision, self.device):
             loss: Tensor = self.network(inputs, masks=masks, noise=noise).loss
         return loss
 

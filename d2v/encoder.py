@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from d2v_kernels import Alibi, attend, gelu_linear
+from d2v_kernels import Alibi, attend, dropout_add_layer_norm, gelu_linear
 
 from .config import Encoder
 
@@ -73,10 +73,9 @@ class Attention(nn.Module):
         self.q_bias = None if config.key_bias else nn.Parameter(torch.zeros(config.width))
         self.v_bias = None if config.key_bias else nn.Parameter(torch.zeros(config.width))
         self.proj = nn.Linear(config.width, config.width)
-        self.proj_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, around: Surroundings = ALONE, index: int = 0) -> Tensor:
-        """(N,T,C) to (N,T,C); `index`: number of the block."""
+        """(N,T,C) to (N,T,C), before any dropout of the result; `index`: number of the block."""
         n, t, c = x.shape
         projected = self.qkv(x)
         if self.q_bias is not None and self.v_bias is not None:
@@ -85,7 +84,7 @@ class Attention(nn.Module):
         # Rows of the projection: q, k, v, and inside each, head by head.
         q, k, v = projected.view(n, t, 3, self.heads, c // self.heads).unbind(2)
         mixed = mix_tokens(q, k, v, around, index, self.dropout if self.training else 0.0)
-        result: Tensor = self.proj_dropout(self.proj(mixed.reshape(n, t, c)))
+        result: Tensor = self.proj(mixed.reshape(n, t, c))
         return result
 
 
@@ -127,6 +126,27 @@ def make_norm(config: Encoder) -> nn.LayerNorm:
     return nn.LayerNorm(config.width, eps=config.norm_eps, elementwise_affine=config.norm_affine)
 
 
+def add_and_norm(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float) -> tuple[Tensor, Tensor]:
+    """norm(total) and total = residual + dropout(branch), all (N,T,C); the dropped elements come from drawn row keys.
+
+    In one pass on a CPU. Elsewhere, compiled or under autocast: as PyTorch does each step, and `torch.compile` fuses.
+    """
+    one_pass = branch.device.type == "cpu" and branch.dtype == residual.dtype
+    if not one_pass or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return add_and_norm_plain(branch, residual, norm, dropout)
+    keys = torch.randint(0, 2**62, (branch.shape[0],)) if dropout > 0.0 else None
+    branch, residual = (x if x.stride(-1) == 1 else x.contiguous() for x in (branch, residual))
+    return dropout_add_layer_norm(
+        branch, residual, norm.weight, norm.bias, dropout=dropout, keys=keys, eps=norm.eps
+    )  # fmt: skip
+
+
+def add_and_norm_plain(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float) -> tuple[Tensor, Tensor]:
+    """`add_and_norm` by PyTorch's own operators."""
+    total = residual + F.dropout(branch, dropout)
+    return norm(total), total
+
+
 class Exposed(NamedTuple):
     """What a block computes; both (N,T,C)."""
 
@@ -162,18 +182,29 @@ class Block(nn.Module):
     def branch(self, x: Tensor, around: Surroundings = ALONE, index: int = 0) -> tuple[Tensor, Tensor]:
         """The residual u and the MLP output f, the published target tensor; both (N,T,C)."""
         attended = self.attn(self.norm1(x) if self.pre_norm else x, around, index)
-        u = x + self.drop_path(attended if self.scale1 is None else self.scale1 * attended)
-        if not self.pre_norm:
-            u = self.norm1(u)
-        f = self.mlp(self.norm2(u) if self.pre_norm else u)
+        if self.scale1 is not None:
+            attended = self.scale1 * attended
+        normed, total = self.add_and_norm(attended, x, self.norm2 if self.pre_norm else self.norm1)
+        u = total if self.pre_norm else normed
+        f = self.mlp(normed)
         if self.scale2 is not None:
             f = self.scale2 * f
         return (f if self.pre_norm and not self.keep_residual else u), f
 
     def merge(self, residual: Tensor, f: Tensor) -> Tensor:
         """The block's output from what `branch` returned."""
-        out = residual + self.drop_path(self.dropout(f))
-        return out if self.pre_norm else self.norm2(out)
+        if self.pre_norm:
+            return residual + self.drop_path(self.dropout(f))
+        return self.add_and_norm(f, residual, self.norm2)[0]
+
+    def add_and_norm(self, branch: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """norm(total) and total = residual + branch after dropout and drop path; all (N,T,C)."""
+        if not self.training:
+            return add_and_norm(branch, residual, norm, 0.0)
+        if self.drop_path.probability > 0.0:
+            total = residual + self.drop_path(self.dropout(branch))
+            return norm(total), total
+        return add_and_norm(branch, residual, norm, self.dropout.p)
 
     def forward(self, x: Tensor, around: Surroundings = ALONE, index: int = 0, output: bool = True) -> Exposed:
         """(N,T,C) to (N,T,C); `output` False: the block's output is not needed, and x comes back in its place.

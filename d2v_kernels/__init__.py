@@ -10,6 +10,7 @@ from .gelu import gelu, gelu_linear, layer_norm_gelu
 from .layers import average_layers
 from .loss import RegressionLoss, masked_regression_loss
 from .masks import Masks, MaskSampler, masks_from_bool
+from .norm import dropout_add_layer_norm
 from .registry import register_backend, use_backend
 from .tokens import Noise, gather_tokens, restore_tokens
 
@@ -30,6 +31,7 @@ __all__ = [
     "alibi_slopes",
     "attend",
     "average_layers",
+    "dropout_add_layer_norm",
     "gather_tokens",
     "gelu",
     "gelu_linear",

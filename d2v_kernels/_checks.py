@@ -326,6 +326,49 @@ def check_gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         require_dtype(op, "bias", bias, weight.dtype)
 
 
+def check_add_norm(
+    op: str, branch: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, keys: Tensor | None,
+    dropout: float, eps: float, names: tuple[str, str] = ("branch", "residual"),
+) -> torch.dtype:  # fmt: skip
+    """Both results look like branch, contiguous; dtype of the arithmetic."""
+    for name, x in zip(names, (branch, residual), strict=True):
+        _require_dims(op, name, x, "N, T, C")
+        _require_float(op, name, x)
+        _require_rows(op, name, x)
+    require(residual.shape == branch.shape, op, f"shape of {names[1]}", tuple(branch.shape), tuple(residual.shape))
+    if residual.dtype != branch.dtype:
+        wanted, got = _names([branch.dtype]), _names([residual.dtype])
+        raise TypeError(f"{op}: dtype of {names[1]}: expected {wanted}, got {got}")
+    n, _, c = branch.shape
+    _require_device(op, branch, **{names[1]: residual}, weight=weight, bias=bias, keys=keys)
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            _require_float(op, name, t)
+            require(tuple(t.shape) == (c,), op, f"shape of {name}", (c,), tuple(t.shape))
+            _require_rows(op, name, t)
+    if keys is not None:
+        require(tuple(keys.shape) == (n,), op, "shape of keys", (n,), tuple(keys.shape))
+        if keys.dtype != torch.int64:
+            raise TypeError(f"{op}: dtype of keys: expected int64, got {_names([keys.dtype])}")
+    require(0.0 <= dropout < 1.0, op, "dropout", "0 or more and less than 1", dropout)
+    require(dropout == 0.0 or keys is not None, op, "keys", "a tensor where dropout is above 0", None)
+    require(eps > 0.0, op, "eps", "above 0", eps)
+    return torch.float64 if branch.dtype == torch.float64 else torch.float32
+
+
+def check_add_norm_backward(
+    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, keys: Tensor | None,
+    dropout: float, eps: float,
+) -> torch.dtype:  # fmt: skip
+    """Gradients of branch (shape (0,) without dropout: that of residual), residual, weight and bias; the latter two
+    have shape (C,) and the returned dtype, that of the arithmetic."""
+    op, result = "dropout_add_layer_norm_backward", torch.float32
+    for name, grad in (("grad_normed", grad_normed), ("grad_total", grad_total)):
+        if grad is not None:
+            result = check_add_norm(op, total, grad, weight, None, keys, dropout, eps, ("total", name))
+    return result
+
+
 def check_attention(
     op: str,
     query: Tensor,

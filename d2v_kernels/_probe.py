@@ -102,6 +102,16 @@ def _attention_backward(device: str, dtype: torch.dtype) -> None:
     _op.attention_backward(out, *inputs, out, log_sum, *bias, None, None, None, 0.0, 0.25)
 
 
+def _add_norm(device: str, dtype: torch.dtype) -> None:
+    x, keys = _rows(device, dtype), torch.tensor([1, 2], device=device)
+    _op.dropout_add_layer_norm(x, x, x[0, 0], None, keys, 0.5, 1e-5)
+
+
+def _add_norm_backward(device: str, dtype: torch.dtype) -> None:
+    x, keys = _rows(device, dtype), torch.tensor([1, 2], device=device)
+    _op.dropout_add_layer_norm_backward(x, x, x, x[0, 0], keys, 0.5, 1e-5)
+
+
 PROBES: dict[str, Callable[[str, torch.dtype], None]] = {
     "average_layers": _average_layers,
     "update_ema_": _update_ema,
@@ -119,4 +129,6 @@ PROBES: dict[str, Callable[[str, torch.dtype], None]] = {
     "gelu_backward_": _gelu_backward_in_place,
     "attention": _attention,
     "attention_backward": _attention_backward,
+    "dropout_add_layer_norm": _add_norm,
+    "dropout_add_layer_norm_backward": _add_norm_backward,
 }

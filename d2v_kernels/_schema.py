@@ -41,6 +41,10 @@ SCHEMAS = (
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sum,"
     " Tensor? slopes, Tensor? positions, Tensor? lengths, Tensor? valid, Tensor? dropout_keys, float dropout,"
     " float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "dropout_add_layer_norm(Tensor branch, Tensor residual, Tensor? weight, Tensor? bias, Tensor? keys, float dropout,"
+    " float eps) -> (Tensor, Tensor)",
+    "dropout_add_layer_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor? weight,"
+    " Tensor? keys, float dropout, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 _library = torch.library.Library("d2v", "DEF")
@@ -279,6 +283,37 @@ def _attention_backward_fake(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), of_slopes
 
 
+def _add_norm(branch: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    op = "dropout_add_layer_norm"
+    checks.check_add_norm(op, branch, residual, *rest)
+    body = implementation(op, branch.device.type, _dtypes(branch, *rest[:2]))
+    result: tuple[Tensor, Tensor] = body(branch, residual, *rest)
+    return result
+
+
+def _add_norm_fake(branch: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    checks.check_add_norm("dropout_add_layer_norm", branch, residual, *rest)
+    return branch.new_empty(branch.shape), branch.new_empty(branch.shape)
+
+
+def _add_norm_backward(
+    grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.check_add_norm_backward(grad, grad_total, total, weight, *rest)
+    body = implementation("dropout_add_layer_norm_backward", total.device.type, _dtypes(total, weight))
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = body(grad, grad_total, total, weight, *rest)
+    return result
+
+
+def _add_norm_backward_fake(
+    grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = checks.check_add_norm_backward(grad, grad_total, total, weight, *rest)
+    of_branch = total.new_empty(total.shape if rest[1] > 0.0 else (0,))
+    affine = [total.new_empty(total.shape[2:], dtype=dtype) for _ in range(2)]
+    return of_branch, total.new_empty(total.shape), affine[0], affine[1]
+
+
 def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype, ...]:
     return tuple(dict.fromkeys(t.dtype for t in tensors if t is not None))
 
@@ -379,6 +414,33 @@ def _attention_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, 
     return of_query, of_key, of_value, None if tensors[5] is None else of_slopes, *[None] * 6
 
 
+def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, weight, bias, keys, ctx.dropout, ctx.eps = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(output[1], weight, keys)
+    ctx.set_materialize_grads(False)
+
+
+def _add_norm_gradient(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+    total, weight, keys = ctx.saved_tensors
+    if grad is None and grad_total is None:
+        return (None,) * 7
+    grad = torch.zeros_like(total) if grad is None else _rows_with_unit_stride(grad)
+    grad_total = None if grad_total is None else _rows_with_unit_stride(grad_total)
+    of_branch, of_residual, of_weight, of_bias = torch.ops.d2v.dropout_add_layer_norm_backward(
+        grad, grad_total, total, weight, keys, ctx.dropout, ctx.eps
+    )
+    of_branch = of_residual if ctx.dropout == 0.0 else of_branch
+    of_weight = None if weight is None else of_weight.to(weight.dtype)
+    return (
+        of_branch,
+        of_residual,
+        of_weight,
+        None if ctx.bias_dtype is None else of_bias.to(ctx.bias_dtype),
+        *[None] * 3,
+    )
+
+
 _BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "average_layers": (_average_layers, _average_layers_fake),
     "update_ema_": (_update_ema, _update_ema_fake),
@@ -396,6 +458,8 @@ _BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "gelu_backward_": (_gelu_backward_in_place, _gelu_backward_in_place_fake),
     "attention": (_attention, _attention_fake),
     "attention_backward": (_attention_backward, _attention_backward_fake),
+    "dropout_add_layer_norm": (_add_norm, _add_norm_fake),
+    "dropout_add_layer_norm_backward": (_add_norm_backward, _add_norm_backward_fake),
 }
 _GRADIENTS = {
     "average_layers": (_refuse("average_layers", "not differentiable; detach the layers"), _no_setup),
@@ -414,6 +478,11 @@ _GRADIENTS = {
     "gelu_backward": (_refuse("gelu", "double backward is not supported"), _no_setup),
     "attention": (_attention_gradient, _attention_setup),
     "attention_backward": (_refuse("attention", "double backward is not supported"), _no_setup),
+    "dropout_add_layer_norm": (_add_norm_gradient, _add_norm_setup),
+    "dropout_add_layer_norm_backward": (
+        _refuse("dropout_add_layer_norm", "double backward is not supported"),
+        _no_setup,
+    ),
 }
 
 

@@ -32,6 +32,8 @@ OPERATORS = (
     "gelu_backward_",
     "attention",
     "attention_backward",
+    "dropout_add_layer_norm",
+    "dropout_add_layer_norm_backward",
 )
 # Backends from the preferred one, by device type; and for an operator whose measurements say otherwise, by both.
 PREFERENCES = {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")}

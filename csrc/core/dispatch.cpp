@@ -9,6 +9,7 @@
 #include "gelu.h"
 #include "layers.h"
 #include "loss.h"
+#include "norm.h"
 #include "tokens.h"
 
 namespace d2v {
@@ -19,6 +20,7 @@ namespace d2v {
   extern const GeluKernels gelu_kernels_##isa;           \
   extern const LayersKernels layers_kernels_##isa;       \
   extern const LossKernels loss_kernels_##isa;           \
+  extern const NormKernels norm_kernels_##isa;           \
   extern const TokensKernels tokens_kernels_##isa;
 D2V_DECLARE(base)
 #if defined(D2V_X86_LEVELS)
@@ -35,6 +37,7 @@ struct Tables {
   const GeluKernels* gelu;
   const LayersKernels* layers;
   const LossKernels* loss;
+  const NormKernels* norm;
   const TokensKernels* tokens;
   const AttentionKernels* attention;
 };
@@ -42,7 +45,7 @@ struct Tables {
 #define D2V_TABLES(isa, ema_isa)                                                                                       \
   Tables {                                                                                                             \
     #isa, &ema_kernels_##ema_isa, &ema_kernels_##isa, &gelu_kernels_##isa, &layers_kernels_##isa, &loss_kernels_##isa, \
-        &tokens_kernels_##isa, &attention_kernels_##isa                                                                \
+        &norm_kernels_##isa, &tokens_kernels_##isa, &attention_kernels_##isa                                           \
   }
 
 Tables pick() {
@@ -81,6 +84,7 @@ const GeluKernels& gelu_kernels() { return *tables().gelu; }
 const LayersKernels& layers_kernels() { return *tables().layers; }
 const LossKernels& loss_kernels() { return *tables().loss; }
 const AttentionKernels& attention_kernels() { return *tables().attention; }
+const NormKernels& norm_kernels() { return *tables().norm; }
 const TokensKernels& tokens_kernels() { return *tables().tokens; }
 
 }  // namespace d2v

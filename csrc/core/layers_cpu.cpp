@@ -1,6 +1,6 @@
 // Layer statistics and the average, compiled once per instruction level.
 #include "layers.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace d2v {
 namespace {
@@ -170,12 +170,6 @@ D2V_INLINE void sum_rows(const T* x, int64_t stride, int64_t C, const Acc<T>* fr
   for (int j = 0; j < N; ++j) total[j] = sum_lanes<A>(sum[j].a + sum[j].b);
 }
 
-template <class A>
-D2V_INLINE A median(A a, A b, A c) {
-  const A low = a < b ? a : b, high = a < b ? b : a;
-  return high < c ? high : (low < c ? c : low);
-}
-
 // Mean and variance of N rows in two passes. One number of the row is taken off in the first, so that the mean of equal
 // numbers is that number exactly. It is the median of three, because an outlier channel (common in transformers) would
 // cost every other number the digits that it lacks.
@@ -193,9 +187,6 @@ D2V_INLINE void row_moments(const T* x, int64_t stride, int64_t C, Acc<T>* mean,
   sum_rows<T, N, true>(x, stride, C, mean, sum);
   for (int j = 0; j < N; ++j) variance[j] = sum[j] * inverse;
 }
-
-D2V_INLINE float root(float x) { return __builtin_sqrtf(x); }
-D2V_INLINE double root(double x) { return __builtin_sqrt(x); }
 
 void row_stats(DType type, const void* x, int64_t stride, int64_t rows, int64_t C, double eps, double factor,
                void* mean, void* scale) {

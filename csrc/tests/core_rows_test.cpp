@@ -61,15 +61,6 @@ struct TokensCase {
   bool wide;
 };
 
-template <class F>
-Buffer run_both(const std::string& where, DType type, int64_t count, const F& run) {
-  Buffer serial(type, count, 1), threaded(type, count, 1);
-  run(serial, kSerial);
-  run(threaded, kThreaded);
-  check(serial.same_bytes(threaded), where, "threads changed the result");
-  return serial;
-}
-
 void test_gather(const TokensCase& c) {
   const std::string where = std::string("gather_tokens ") + name_of(c.type) + " C " + std::to_string(c.C);
   const int64_t stride = c.C + 2, rows = c.B * c.clones;

@@ -193,6 +193,15 @@ inline void check_close(const std::string& where, const Buffer& got, const std::
   }
 }
 
+template <class F>
+Buffer run_both(const std::string& where, DType type, int64_t count, const F& run) {
+  Buffer serial(type, count, 1), threaded(type, count, 1);
+  run(serial, kSerial);
+  run(threaded, kThreaded);
+  check(serial.same_bytes(threaded), where, "threads changed the result");
+  return serial;
+}
+
 // ---- cases ----
 
 inline constexpr DType kTypes[] = {d2v::kFloat32, d2v::kBFloat16, d2v::kFloat16, d2v::kFloat64};
@@ -202,12 +211,12 @@ inline double tolerance_of(DType computed, DType stored) {
   return (computed == d2v::kFloat64 ? 1e-13 : 2e-6) + 2 * unit(stored);
 }
 
-// core_gelu_test.cpp
+// core_attention_test.cpp, core_gelu_test.cpp, core_norm_test.cpp
+void test_attention();
 void test_gelu();
+void test_norm();
 // core_rows_test.cpp
 void test_tokens();
 void test_loss();
-// core_attention_test.cpp
-void test_attention();
 
 }  // namespace test

@@ -271,6 +271,7 @@ int main() {
   test_loss();
   test_attention();
   test_gelu();
+  test_norm();
   test_masks();
   if (failures() > 0) {
     std::printf("%d failures\n", failures());

@@ -140,5 +140,11 @@ Tensor layer_norm_gelu_cpu(const Tensor& x, const OptionalTensor& weight, const 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward_cpu(const Tensor& grad, const Tensor& x,
                                                                 const OptionalTensor& weight,
                                                                 const OptionalTensor& bias, double eps);
+std::tuple<Tensor, Tensor> dropout_add_layer_norm_cpu(const Tensor& branch, const Tensor& residual,
+                                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                                      const OptionalTensor& keys, double dropout, double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backward_cpu(
+    const Tensor& grad_normed, const OptionalTensor& grad_total, const Tensor& total, const OptionalTensor& weight,
+    const OptionalTensor& keys, double dropout, double eps);
 
 }  // namespace d2v

@@ -53,6 +53,8 @@ STABLE_TORCH_LIBRARY(d2v_native, m) {
   m.def(d2v::kGelu);
   m.def(d2v::kGeluBackward);
   m.def(d2v::kGeluBackwardInPlace);
+  m.def(d2v::kDropoutAddLayerNorm);
+  m.def(d2v::kDropoutAddLayerNormBackward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d2v_native, CPU, m) {
@@ -72,4 +74,6 @@ STABLE_TORCH_LIBRARY_IMPL(d2v_native, CPU, m) {
   m.impl("gelu", TORCH_BOX(&d2v::gelu_cpu));
   m.impl("gelu_backward", TORCH_BOX(&d2v::gelu_backward_cpu));
   m.impl("gelu_backward_", TORCH_BOX(&d2v::gelu_backward_in_place_cpu));
+  m.impl("dropout_add_layer_norm", TORCH_BOX(&d2v::dropout_add_layer_norm_cpu));
+  m.impl("dropout_add_layer_norm_backward", TORCH_BOX(&d2v::dropout_add_layer_norm_backward_cpu));
 }

@@ -40,6 +40,13 @@ constexpr const char* kGelu = "gelu(Tensor x) -> Tensor";
 constexpr const char* kGeluBackward = "gelu_backward(Tensor grad, Tensor x) -> (Tensor, Tensor)";
 constexpr const char* kGeluBackwardInPlace = "gelu_backward_(Tensor(a!) grad, Tensor x) -> Tensor";
 
+constexpr const char* kDropoutAddLayerNorm =
+    "dropout_add_layer_norm(Tensor branch, Tensor residual, Tensor? weight, Tensor? bias, Tensor? keys, float dropout,"
+    " float eps) -> (Tensor, Tensor)";
+constexpr const char* kDropoutAddLayerNormBackward =
+    "dropout_add_layer_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor? weight,"
+    " Tensor? keys, float dropout, float eps) -> (Tensor, Tensor, Tensor, Tensor)";
+
 // Those that CUDA kernels exist for.
 constexpr const char* kCudaSchemas[] = {kAverageLayers,        kUpdateEma,     kUpdateSplitEma,       kGatherTokens,
                                         kGatherTokensBackward, kRestoreTokens, kRestoreTokensBackward};

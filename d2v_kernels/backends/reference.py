@@ -326,6 +326,46 @@ def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
     return y
 
 
+def _dropout_factors(keys: Tensor | None, x: Tensor, dropout: float) -> Tensor:
+    """1 / (1 - dropout) where an element of x (N,T,C) is kept, else 0: a function of keys[n], t and c alone."""
+    if dropout == 0.0 or keys is None:
+        return x.new_ones(())
+    _, t, c = x.shape
+    groups, tokens = torch.arange((c + 3) // 4, device=x.device), torch.arange(t, device=x.device)[:, None]
+    words = philox(keys[:, None, None], (groups, tokens))
+    kept = torch.stack(words, dim=-1).flatten(-2)[..., :c] >= dropout_threshold(dropout)
+    return kept.to(x.dtype) * (1.0 / (1.0 - dropout))
+
+
+def dropout_add_layer_norm(
+    branch: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, keys: Tensor | None, dropout: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    added = branch.to(_compute_dtype(branch.dtype))
+    total = residual.to(added.dtype) + added * _dropout_factors(keys, added, dropout)
+    rows = total.to(branch.dtype).contiguous()  # the norm is that of the numbers that are given back
+    normal, _ = _standardise_rows(rows.flatten(0, 1).to(added.dtype), eps)
+    return _affine(normal, weight, bias).to(rows.dtype).view(rows.shape), rows
+
+
+def dropout_add_layer_norm_backward(
+    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, keys: Tensor | None,
+    dropout: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    compute = _compute_dtype(total.dtype)
+    normal, scale = _standardise_rows(total.flatten(0, 1).to(compute), eps)
+    g = grad_normed.flatten(0, 1).to(compute)
+    of_weight, of_bias = (g * normal).sum(dim=0), g.sum(dim=0)
+    g = _affine(g, weight, None)
+    along = g.mean(dim=1, keepdim=True) + normal * (g * normal).mean(dim=1, keepdim=True)
+    of_total = ((g - along) * scale).view(total.shape)
+    of_total = of_total if grad_total is None else of_total + grad_total.to(compute)
+    of_branch = total.new_empty((0,))
+    if dropout > 0.0:
+        of_branch = (of_total * _dropout_factors(keys, of_total, dropout)).to(total.dtype)
+    return of_branch, _copy(of_total, total.dtype), of_weight, of_bias
+
+
 ATTENTION_PART = 1 << 22
 """Attention weights, in elements, that exist at once: of whole rows, else of some heads of a row, at least one."""
 
@@ -460,6 +500,8 @@ BACKEND = Backend(
         "gelu_backward_": gelu_backward_,
         "attention": attention,
         "attention_backward": attention_backward,
+        "dropout_add_layer_norm": dropout_add_layer_norm,
+        "dropout_add_layer_norm_backward": dropout_add_layer_norm_backward,
     },
     _limits,
 )

@@ -105,6 +105,29 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: attend_backward(log_sum=Q[:, :, :, 0].mT.double()),
         "dtype of log_sum: expected float32",
     ),
+    "norm shape": (
+        lambda: op.dropout_add_layer_norm(X, X[:1], None, None, None, 0.0, 1e-5),
+        "size of residual: expected 2, got 1",
+    ),
+    "norm weight": (
+        lambda: op.dropout_add_layer_norm(X, X, torch.ones(5), None, None, 0.0, 1e-5),
+        "channels of weight: expected 4, got 5",
+    ),
+    "norm dtype": (lambda: op.dropout_add_layer_norm(X, HALF, None, None, None, 0.0, 1e-5), "dtype of residual"),
+    "norm keys": (
+        lambda: op.dropout_add_layer_norm(X, X, None, None, INDEX[0], 0.1, 1e-5),
+        "number of keys: expected 2, got 3",
+    ),
+    "norm without keys": (lambda: op.dropout_add_layer_norm(X, X, None, None, None, 0.1, 1e-5), "got none"),
+    "norm dropout": (lambda: op.dropout_add_layer_norm(X, X, None, None, None, 1.0, 1e-5), "less than 1, got 1"),
+    "norm stride": (
+        lambda: op.dropout_add_layer_norm_backward(X, X.transpose(1, 2), X, None, None, 0.0, 1e-5),
+        "last stride of grad_total: expected 1, got 4",
+    ),
+    "norm gradient": (
+        lambda: op.dropout_add_layer_norm_backward(X[:, :2], None, X, None, None, 0.0, 1e-5),
+        "size of grad_normed: expected 3, got 2",
+    ),
 }
 
 

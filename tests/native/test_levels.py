@@ -60,6 +60,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         out.update({{("norm gelu", i, dtype, channels): g for i, g in enumerate(gradients)}})
         out["gelu", dtype, channels] = op.gelu(3 * x)
         out.update({{("slope", i, dtype, channels): g for i, g in enumerate(op.gelu_backward(x.flip(0), 3 * x))}})
+        keys, weight = torch.tensor([1, -2, 3]), make().flatten()
+        for dropout in (0.0, 0.3):
+            results = op.dropout_add_layer_norm(layers[0], layers[1], weight, weight, keys, dropout, 1e-5)
+            more = op.dropout_add_layer_norm_backward(layers[2], layers[3], layers[1], weight, keys, dropout, 1e-5)
+            for i, t in enumerate((*results, *more)):
+                out["norm", i, dropout, dtype, channels] = t
 print(_library.build_record()["isa"])
 torch.save(out, {path!r})
 """

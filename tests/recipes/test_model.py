@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 import d2v_kernels._schema as schema
-from d2v import Config, Data2Vec, Output, recipes
+from d2v import Config, Data2Vec, Output, encoder, recipes
 from d2v.data2vec import make_mask_sampler
+from d2v.encoder import Block, add_and_norm_plain, run_block
 from d2v_kernels import MaskSampler, use_backend
 
 
@@ -180,8 +181,10 @@ def test_block_keeps_its_residual(order: str) -> None:
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
     x = torch.randn(2, 5, 64)
-    expected = x if order == "pre" else block.norm2(block.norm1(x))
-    assert torch.equal(block(x).output, expected)
+    if order == "pre":
+        assert torch.equal(block(x).output, x)
+    else:
+        torch.testing.assert_close(block(x).output, block.norm2(block.norm1(x)))
 
 
 def test_published_pre_norm_loses_the_residual_only_when_asked() -> None:
@@ -195,16 +198,87 @@ def test_published_pre_norm_loses_the_residual_only_when_asked() -> None:
     assert not torch.equal(sound(x).output, f + f)
 
 
-def test_teacher_stops_after_the_last_tensor() -> None:
+def make_block(order: str, dropout: float = 0.0, **fields: Any) -> Block:
+    torch.manual_seed(0)
+    block = Block(tiny(encoder={"norm_order": order, "dropout": dropout, **fields}).encoder)
+    for norm in (block.norm1, block.norm2):
+        if norm.weight is not None:
+            torch.nn.init.normal_(norm.weight, 1.0, 0.2)
+            torch.nn.init.normal_(norm.bias)
+    return block
+
+
+def run_for_gradients(block: Block, recompute: bool = False) -> list[Tensor]:
+    """Output and gradients of a block on fixed input, drawn from a fixed seed."""
+    x = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    torch.manual_seed(5)
+    y = run_block(block, x, encoder.ALONE, 0, recompute)
+    parameters = list(block.parameters())
+    return [y, *torch.autograd.grad((y * torch.linspace(-1, 1, 64)).sum() + y.square().sum(), [x, *parameters])]
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layer_scale", [0.0, 0.5])
+def test_one_pass_block_equals_the_plain_one(order, affine, layer_scale, monkeypatch) -> None:
+    block = make_block(order, norm_affine=affine, layer_scale=layer_scale)
+    got = run_for_gradients(block)
+    monkeypatch.setattr(encoder, "add_and_norm", add_and_norm_plain)
+    torch.testing.assert_close(got, run_for_gradients(block), rtol=1e-4, atol=1e-4)
+
+
+def test_block_uses_the_operator_on_a_cpu_only_uncompiled_and_without_autocast(monkeypatch) -> None:
+    calls: list[float] = []
+    operator = encoder.dropout_add_layer_norm
+    monkeypatch.setattr(
+        encoder, "dropout_add_layer_norm", lambda *a, **o: (calls.append(o["dropout"]), operator(*a, **o))[1]
+    )
+    block, x = make_block("post", 0.25), torch.randn(2, 3, 64)
+    block(x)
+    assert calls == [0.25, 0.25]
+    block.eval()(x)
+    assert calls == [0.25, 0.25, 0.0, 0.0]
+    with torch.autocast("cpu", torch.bfloat16):
+        block(x)
+    block.to("meta")(x.to("meta"))
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+def test_recomputed_blocks_drop_the_same(order) -> None:
+    block = make_block(order, 0.3)
+    kept, recomputed = run_for_gradients(block), run_for_gradients(block, recompute=True)
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+    assert not torch.equal(kept[0], run_for_gradients(block.eval())[0])
+
+
+def test_dropout_of_a_block_has_the_right_mean() -> None:
+    """Both branches lose their elements: the mean over many draws is the block without dropout, to first order."""
+    block = make_block("pre", 0.1)
+    x = torch.randn(1, 5, 64).expand(4000, 5, 64)
+    with torch.no_grad():
+        u = torch.cat([block.branch(part)[0] for part in x.split(500)])
+        wanted = block.eval().branch(x[:1])[0][0]
+    error = (u.mean(0) - wanted).abs().max() / (u - x).abs().max()
+    assert error < 5.0 * (0.1 / 0.9 / 4000) ** 0.5
+    assert ((u - x) == 0).double().mean().sub(0.1).abs() < 0.002
+
+
+def test_teacher_stops_after_the_last_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(tiny(encoder={"depth": 4}, target={"top_k": 2}))
     calls: list[str] = []
     for name, module in model.teacher.named_modules():
         module.register_forward_hook(lambda m, a, o, name=name: calls.append(name))
+        if isinstance(module, Block):
+            merge = module.merge
+            monkeypatch.setattr(
+                module, "merge", lambda *a, merge=merge, name=name: (calls.append(f"{name}.merge"), merge(*a))[1]
+            )
     features = model.stem(images(1))
     tensors = model.teacher.collect(images(1), features, None, 2, "ffn")
     assert len(tensors) == 2
-    assert "blocks.blocks.2.dropout" in calls
-    assert "blocks.blocks.3.dropout" not in calls
+    assert "blocks.blocks.2.merge" in calls
+    assert "blocks.blocks.3.merge" not in calls
     assert "blocks.norm" not in calls
 
 

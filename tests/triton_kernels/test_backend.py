@@ -63,8 +63,9 @@ def test_reasons(case, words) -> None:
 
 
 def test_every_operator_has_a_kernel() -> None:
-    """Averages in two halves are an option of the native backend."""
-    assert set(backend.BACKEND.implementations) == set(registry.OPERATORS) - {"update_split_ema_"}
+    """But averages in two halves, an option of the native backend, and the norm that blocks use on a CPU."""
+    without = {"update_split_ema_", "dropout_add_layer_norm", "dropout_add_layer_norm_backward"}
+    assert set(backend.BACKEND.implementations) == set(registry.OPERATORS) - without
 
 
 def test_order_of_preference() -> None:
