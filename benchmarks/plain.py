@@ -50,8 +50,12 @@ def plain_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_blocks() -> Iterator[None]:
-    """Blocks use `mix_plain`, and dropout, sum and layer norm one by one meanwhile."""
-    with plain_attention(), mock.patch.object(encoder, "add_and_norm", encoder.add_and_norm_plain):
+    """Blocks use `mix_plain`, and PyTorch's own dropout, sum, layer norm, GELU and linear one by one meanwhile."""
+    with (
+        plain_attention(),
+        mock.patch.object(encoder, "add_and_norm", encoder.add_and_norm_plain),
+        mock.patch.object(encoder.Mlp, "forward", encoder.Mlp.forward_plain),
+    ):
         yield
 
 
@@ -193,7 +197,8 @@ class PlainData2Vec(Data2Vec):
             y = F.layer_norm(y.movedim(1, -1), y.shape[1:2]).movedim(-1, 1)
             y = F.gelu(y)
             x = x + y if decoder.residual and x.shape[1] == y.shape[1] else y
-        return decoder.project(x.flatten(2).transpose(1, 2))
+        result: Tensor = decoder.proj(x.flatten(2).transpose(1, 2))
+        return result
 
     @torch.no_grad()
     def make_targets(self, inputs: Tensor, features: Tensor) -> Tensor:

@@ -99,12 +99,15 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
         # A compiler has GELU in its own kernels; without dropout in between, the activation need not be kept.
         if torch.compiler.is_compiling() or (self.training and self.dropout.p > 0.0):
-            result: Tensor = self.fc2(self.dropout(F.gelu(hidden)))
-            return result
-        return gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
+            return self.forward_plain(x)
+        return gelu_linear(self.fc1(x), self.fc2.weight, self.fc2.bias)
+
+    def forward_plain(self, x: Tensor) -> Tensor:
+        """`forward` by PyTorch's own operators."""
+        result: Tensor = self.fc2(self.dropout(F.gelu(self.fc1(x))))
+        return result
 
 
 class DropPath(nn.Module):
@@ -129,16 +132,15 @@ def make_norm(config: Encoder) -> nn.LayerNorm:
 def add_and_norm(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float) -> tuple[Tensor, Tensor]:
     """norm(total) and total = residual + dropout(branch), all (N,T,C); the dropped elements come from drawn row keys.
 
-    In one pass on a CPU. Elsewhere, compiled or under autocast: as PyTorch does each step, and `torch.compile` fuses.
+    With dropout on a CPU in one pass, which neither draws with PyTorch's slow generator nor keeps what it drew. Without
+    dropout PyTorch's steps are as quick; compiled, `torch.compile` fuses them.
     """
-    one_pass = branch.device.type == "cpu" and branch.dtype == residual.dtype
+    one_pass = dropout > 0.0 and branch.device.type == "cpu" and branch.dtype == residual.dtype
     if not one_pass or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return add_and_norm_plain(branch, residual, norm, dropout)
-    keys = torch.randint(0, 2**62, (branch.shape[0],)) if dropout > 0.0 else None
+    keys = torch.randint(0, 2**62, (branch.shape[0],))
     branch, residual = (x if x.stride(-1) == 1 else x.contiguous() for x in (branch, residual))
-    return dropout_add_layer_norm(
-        branch, residual, norm.weight, norm.bias, dropout=dropout, keys=keys, eps=norm.eps
-    )  # fmt: skip
+    return dropout_add_layer_norm(branch, residual, norm.weight, norm.bias, dropout=dropout, keys=keys, eps=norm.eps)
 
 
 def add_and_norm_plain(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float) -> tuple[Tensor, Tensor]:
