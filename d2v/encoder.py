@@ -132,9 +132,7 @@ def add_and_norm(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: 
         return add_and_norm_plain(branch, residual, norm, dropout)
     keys = torch.randint(0, 2**62, (branch.shape[0],)) if dropout > 0.0 else None
     branch, residual = (x if x.stride(-1) == 1 else x.contiguous() for x in (branch, residual))
-    return dropout_add_layer_norm(
-        branch, residual, norm.weight, norm.bias, dropout=dropout, keys=keys, eps=norm.eps
-    )  # fmt: skip
+    return dropout_add_layer_norm(branch, residual, norm.weight, norm.bias, dropout=dropout, keys=keys, eps=norm.eps)
 
 
 def add_and_norm_plain(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float) -> tuple[Tensor, Tensor]:
