@@ -25,6 +25,8 @@ WITH_CUDA = {
 WITHOUT_CUDA = {
     "masked_regression_loss",
     "masked_regression_loss_backward",
+    "dropout_add_layer_norm",
+    "dropout_add_layer_norm_backward",
 }
 
 # In a process of its own: a CPU torch must not keep the library loaded in the others' tests.
