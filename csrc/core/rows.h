@@ -5,14 +5,6 @@
 namespace d2v {
 namespace {
 
-// d with the lanes from `lanes` on set to 0.
-template <class A>
-D2V_INLINE Vec<A> first_lanes(Vec<A> d, int lanes) {
-  Vec<A> number;
-  for (int i = 0; i < kLanes<A>; ++i) number[i] = static_cast<A>(i);
-  return number < static_cast<A>(lanes) ? d : Vec<A>{};
-}
-
 template <class A>
 D2V_INLINE A median(A a, A b, A c) {
   const A low = a < b ? a : b, high = a < b ? b : a;
