@@ -114,7 +114,8 @@ def count_flops(config: Config, shape: Shape) -> float:
     positions = _count_positions(config, shape.tokens)
     first, rest, fixed = _count_stem(config, shape)
     trained = student + rows * positions + _count_prediction(config, shape, rows)
-    again = first + rest + fixed if config.ema.scope == "all" else 0.0
+    shared = config.stem.kind == "log-mel"  # the fixed part, by student and teacher
+    again = first + rest + (0.0 if shared else fixed) if config.ema.scope == "all" else 0.0
     return 3.0 * trained + teacher + samples * (2.0 * first + 3.0 * rest + fixed + positions + again)
 
 

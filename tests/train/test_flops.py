@@ -56,9 +56,14 @@ def _convolution_backward(grad: list[int], _x: list[int], weight: list[int], *re
     return 2 * grad[0] * math.prod(grad[2:]) * math.prod(weight) * (wanted[0] + wanted[1])
 
 
+def _product_added(_: list[int], left: list[int], right: list[int], **__: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
 # PyTorch's counter does not look into operators that it does not know, and takes the gradient of a grouped
 # convolution's weight for that of one without groups.
 OPERATORS = {
+    torch.ops.aten.addmm_: _product_added,
     torch.ops.d2v.attention: _attention,
     torch.ops.d2v.attention_backward: _attention_backward,
     torch.ops.aten.convolution_backward: _convolution_backward,
