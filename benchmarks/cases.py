@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,43 +19,9 @@ from torch import Tensor
 import d2v_kernels as dk
 
 from . import numpy_masks
+from .case import Call, Case, compile_whole, floors, randn
+from .cases_blocks import gelu_case, gelu_linear_case, norm_case, norm_gelu_case
 from .floor import make_floor
-
-Call = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the benchmark: `build` makes fresh inputs and returns the contenders."""
-
-    op: str
-    name: str
-    dtype: torch.dtype
-    bytes: int
-    """Bytes read once plus bytes written once."""
-    build: Callable[[], dict[str, Call]] = field(repr=False)
-    goals: dict[str, float] = field(default_factory=dict)
-    """Contender -> wanted ratio of its time over ours (for `floor`: our time over its time, at most)."""
-    tolerance: float = 2e-4
-    compare: Callable[[Any], Sequence[Tensor]] = field(default=lambda result: [result], repr=False)
-    """Tensors of a result that must agree."""
-
-
-def _random(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _floors(inputs: Sequence[Tensor], outputs: Callable[[], Sequence[Tensor]]) -> dict[str, Call]:
-    return {"floor": make_floor(inputs, outputs, False), "floor (streaming)": make_floor(inputs, outputs, True)}
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
 
 # ---- average_layers
 
@@ -79,13 +44,13 @@ def _average_case(
     name: str, k: int, b: int, t: int, c: int, dtype: torch.dtype, norm: str, out_norm: str, goals: dict[str, float]
 ) -> Case:
     def build() -> dict[str, Call]:
-        layers = [_random((b, t, c), dtype, i) for i in range(k)]
-        compiled = _compiled(eager_average)
+        layers = [randn((b, t, c), dtype, i) for i in range(k)]
+        compiled = compile_whole(eager_average)
         return {
             "d2v": lambda: dk.average_layers(layers, norm=norm, out_norm=out_norm),
             "eager": lambda: eager_average(layers, norm, out_norm),
             "compile": lambda: compiled(layers, norm, out_norm),
-            **_floors(layers, lambda: [torch.empty((b, t, c))]),
+            **floors(layers, lambda: [torch.empty((b, t, c))]),
         }
 
     size = b * t * c * (k * dtype.itemsize + 4)
@@ -108,12 +73,12 @@ def _ema_case(name: str, width: int, depth: int, copies: bool, goals: dict[str, 
     count = sum(math.prod(s) for s in shapes)
 
     def build() -> dict[str, Call]:
-        sources = [_random(s, torch.float32, i) for i, s in enumerate(shapes)]
+        sources = [randn(s, torch.float32, i) for i, s in enumerate(shapes)]
         copy_lists: dict[str, list[Tensor]] = {}
 
         def averages(who: str) -> list[Tensor]:
             copy_lists[who] = [torch.zeros_like(s, dtype=torch.bfloat16) for s in sources] if copies else []
-            return [_random(s, torch.float32, -i - 1) for i, s in enumerate(shapes)]
+            return [randn(s, torch.float32, -i - 1) for i, s in enumerate(shapes)]
 
         ours, listed, theirs = averages("plan"), averages("list"), averages("foreach")
         plan = dk.EmaPlan(ours, sources, copy_lists["plan"] or None)
@@ -153,7 +118,7 @@ def _ema_case(name: str, width: int, depth: int, copies: bool, goals: dict[str, 
 def _gather_inputs(b: int, t: int, c: int, clones: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     index = torch.stack([torch.randperm(t, generator=generator)[:n].sort().values for _ in range(b * clones)])
-    return _random((b, t, c), dtype, 1), index
+    return randn((b, t, c), dtype, 1), index
 
 
 def _gather_case(
@@ -163,7 +128,7 @@ def _gather_case(
         x, index = _gather_inputs(b, t, c, clones, n, dtype)
         short, sample = index.int(), torch.arange(b * clones)[:, None] // clones
         flat = (sample * t + index).flatten()
-        compiled = _compiled(lambda x, index: x[sample, index])
+        compiled = compile_whole(lambda x, index: x[sample, index])
 
         def clone_and_gather() -> Tensor:
             many = x.repeat_interleave(clones, 0)
@@ -179,7 +144,7 @@ def _gather_case(
             "x[b, index]": lambda: x[sample, index],
             "index_select": index_select,
             "compile": lambda: compiled(x, index),
-            **_floors([x], lambda: [torch.empty((b * clones, n, c), dtype=dtype)]),
+            **floors([x], lambda: [torch.empty((b * clones, n, c), dtype=dtype)]),
         }
 
     size = (b * t * c + b * clones * n * c) * dtype.itemsize
@@ -199,13 +164,13 @@ def _gather_backward_case(
             "x[b, index]": x[sample, index],
             "eager": torch.gather(many, 1, index[:, :, None].expand(-1, -1, c)),
         }
-        grad = _random((b * clones, n, c), dtype, 2)
+        grad = randn((b * clones, n, c), dtype, 2)
 
         def backward(y: Tensor) -> Call:
             return lambda: torch.autograd.grad(y, x, grad, retain_graph=True)[0]
 
         calls = {who: backward(y) for who, y in results.items()}
-        return {**calls, **_floors([grad], lambda: [torch.empty((b, t, c), dtype=dtype)])}
+        return {**calls, **floors([grad], lambda: [torch.empty((b, t, c), dtype=dtype)])}
 
     size = (b * t * c + b * clones * n * c) * dtype.itemsize
     label = f"{name} B={b} T={t} C={c} M={clones} n={n}"
@@ -235,7 +200,10 @@ def _attention_case(name: str, shape: tuple[int, int, int, int], dropout: float,
     n, t, h, d = shape
 
     def build() -> dict[str, Call]:
-        qkv, grad = _random((n, t, 3, h, d), torch.float32, 0).requires_grad_(), _random(shape, torch.float32, 1)
+        qkv, grad = (
+            randn((n, t, 3, h, d), torch.float32, 0).requires_grad_(),
+            randn(shape, torch.float32, 1),
+        )
         slopes = (dk.alibi_slopes(h) * 0.1).requires_grad_()
         places, keys = torch.arange(t).expand(n, t), torch.arange(n) if dropout else None
 
@@ -262,7 +230,7 @@ def _restore_case(name: str, n: int, t: int, visible: int, c: int, dtype: torch.
         generator = torch.Generator().manual_seed(0)
         restore = torch.stack([torch.randperm(t, generator=generator) for _ in range(n)])
         short, keys = restore.int(), torch.arange(n)
-        kept = _random((n, visible, c), dtype, 1)
+        kept = randn((n, visible, c), dtype, 1)
         index = restore[:, :, None].expand(-1, -1, c)
 
         def eager() -> Tensor:
@@ -272,7 +240,7 @@ def _restore_case(name: str, n: int, t: int, visible: int, c: int, dtype: torch.
         return {
             "d2v": lambda: dk.restore_tokens(kept, short, fill=dk.Noise(0.01, keys)),
             "eager": eager,
-            **_floors([kept], lambda: [torch.empty((n, t, c), dtype=dtype)]),
+            **floors([kept], lambda: [torch.empty((n, t, c), dtype=dtype)]),
         }
 
     def kept_rows(result: Tensor) -> list[Tensor]:
@@ -302,8 +270,8 @@ def _loss_case(
     name: str, p: int, rows: int, c: int, dtype: torch.dtype, beta: float, goals: dict[str, float]
 ) -> Case:  # fmt: skip
     def build() -> dict[str, Call]:
-        prediction = _random((p, c), dtype, 0).requires_grad_()
-        target = _random((rows, c), torch.float32, 1)
+        prediction = randn((p, c), dtype, 0).requires_grad_()
+        target = randn((rows, c), torch.float32, 1)
         picked = torch.randint(0, rows, (p,), generator=torch.Generator().manual_seed(2))
         scale = c**-0.5
 
@@ -314,12 +282,12 @@ def _loss_case(
         def ours(x: Tensor, y: Tensor, rows: Tensor, beta: float, scale: float) -> tuple[Tensor, ...]:
             return tuple(dk.masked_regression_loss(x, y, None, rows, beta=beta, scale=scale))
 
-        compiled = _compiled(eager_loss)
+        compiled = compile_whole(eager_loss)
         return {
             "d2v": lambda: run(ours),
             "eager": lambda: run(eager_loss),
             "compile": lambda: run(compiled),
-            **_floors([prediction.detach(), target], lambda: [torch.empty((p, c), dtype=dtype)]),
+            **floors([prediction.detach(), target], lambda: [torch.empty((p, c), dtype=dtype)]),
         }
 
     size = p * c * 2 * dtype.itemsize + rows * c * 4
@@ -327,109 +295,6 @@ def _loss_case(
     label = f"{kind} {name} P={p} C={c}, target rows {rows}"
     tolerance = 2e-4 if dtype == torch.float32 else 2e-2
     return Case("masked_regression_loss", label, dtype, size, build, goals, tolerance=tolerance, compare=lambda r: r)
-
-
-# ---- GELU
-
-
-def _with_gradients(function: Callable[..., Tensor], leaves: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    y = function(*leaves)
-    return (y.detach(), *torch.autograd.grad(y, leaves, grad))
-
-
-def _gelu_case(name: str, rows: int, c: int, dtype: torch.dtype, goals: dict[str, float]) -> Case:
-    """Activation and gradient, as training computes them."""
-
-    def build() -> dict[str, Call]:
-        x, grad = _random((rows, c), dtype, 0).requires_grad_(), _random((rows, c), dtype, 1)
-        return {
-            "d2v": lambda: _with_gradients(dk.gelu, [x], grad),
-            "eager": lambda: _with_gradients(F.gelu, [x], grad),
-            **_floors([x.detach(), x.detach(), grad], lambda: [torch.empty((rows, c), dtype=dtype) for _ in range(2)]),
-        }
-
-    tolerance = 2e-4 if dtype == torch.float32 else 2e-2
-    return Case("gelu forward + backward", f"{name} {rows} x {c}", dtype, 5 * rows * c * dtype.itemsize, build, goals,
-                tolerance=tolerance, compare=lambda r: r)  # fmt: skip
-
-
-def _norm_gelu_case(name: str, rows: int, c: int, dtype: torch.dtype, goals: dict[str, float]) -> Case:
-    """The step between the convolutions of speech, forward and backward."""
-
-    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.gelu(F.layer_norm(x, (c,), weight.to(x.dtype), bias.to(x.dtype)))
-
-    def build() -> dict[str, Call]:
-        x, grad = _random((rows, c), dtype, 0), _random((rows, c), dtype, 1)
-        leaves = [t.requires_grad_() for t in (x, 1.0 + 0.1 * _random((c,), torch.float32, 2), torch.zeros(c))]
-        return {
-            "d2v": lambda: _with_gradients(dk.layer_norm_gelu, leaves, grad),
-            "eager": lambda: _with_gradients(eager, leaves, grad),
-            **_floors([x.detach(), x.detach(), grad], lambda: [torch.empty((rows, c), dtype=dtype) for _ in range(2)]),
-        }
-
-    tolerance = 2e-4 if dtype == torch.float32 else 2e-2
-    return Case("layer_norm_gelu forward + backward", f"{name} {rows} x {c}", dtype, 5 * rows * c * dtype.itemsize,
-                build, goals, tolerance=tolerance, compare=lambda r: r[:2])  # fmt: skip
-
-
-def _gelu_linear_case(name: str, rows: int, c: int, dtype: torch.dtype, goals: dict[str, float]) -> Case:
-    """The second half of a block's MLP, hidden width 4 c, forward and backward: mostly matrix products."""
-
-    def build() -> dict[str, Call]:
-        x, grad = _random((rows, 4 * c), dtype, 0), _random((rows, c), dtype, 1)
-        weight, bias = _random((c, 4 * c), dtype, 2) * (4 * c) ** -0.5, _random((c,), dtype, 3)
-        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-        return {
-            "d2v": lambda: _with_gradients(dk.gelu_linear, leaves, grad),
-            "eager": lambda: _with_gradients(lambda x, w, b: F.linear(F.gelu(x), w, b), leaves, grad),
-        }
-
-    tolerance = 2e-4 if dtype == torch.float32 else 2e-2
-    return Case("gelu_linear forward + backward", f"{name} {rows} x {4 * c} -> {c}", dtype,
-                12 * rows * c * dtype.itemsize, build, goals, tolerance=tolerance, compare=lambda r: r)  # fmt: skip
-
-
-# ---- dropout_add_layer_norm
-
-
-def _norm_case(name: str, n: int, t: int, c: int, dtype: torch.dtype, dropout: float, goals: dict[str, float]) -> Case:
-    """Forward and backward of the post-norm form. What is dropped differs between contenders, its amount does not."""
-
-    def build() -> dict[str, Call]:
-        leaves = [_random((n, t, c), dtype, i).requires_grad_() for i in range(2)]
-        leaves += [_random((c,), torch.float32, 2 + i).requires_grad_() for i in range(2)]
-        grad = _random((n, t, c), dtype, 4)
-
-        def run(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-            y = function(*leaves)
-            return (y.detach(), *torch.autograd.grad(y, leaves, grad))
-
-        def ours(branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            keys = torch.randint(0, 2**62, (n,)) if dropout > 0.0 else None
-            return dk.dropout_add_layer_norm(branch, residual, weight, bias, dropout=dropout, keys=keys)[0]
-
-        def eager(branch: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return F.layer_norm(residual + F.dropout(branch, dropout), (c,), weight, bias)
-
-        compiled = _compiled(eager)
-        inputs = [*(x.detach() for x in leaves[:2]), grad]
-        return {
-            "d2v": lambda: run(ours),
-            "eager": lambda: run(eager),
-            "compile": lambda: run(compiled),
-            **_floors(inputs, lambda: [torch.empty((n, t, c), dtype=dtype) for _ in range(4 if dropout else 3)]),
-        }
-
-    def amounts(results: tuple[Tensor, ...]) -> list[Tensor]:
-        return [x.float().square().mean() for x in results[:3]]
-
-    rows = n * t * c * dtype.itemsize
-    compare: Callable[[Any], Sequence[Tensor]] = amounts if dropout > 0.0 else list
-    # Read: branch, residual, gradient, total; written: normed, total, and one gradient or two.
-    return Case("dropout_add_layer_norm", f"{name} N={n} T={t} C={c} dropout {dropout:g}", dtype,
-                rows * (8 if dropout > 0.0 else 7), build, goals, tolerance=0.02 if dropout > 0.0 else 1e-3,
-                compare=compare)  # fmt: skip
 
 
 # ---- MaskSampler
@@ -502,14 +367,14 @@ def all_cases() -> list[Case]:
             _loss_case("images", 64 * 157, 16 * 196, 768, dtype, 2.0, {"compile": 2.7, "floor": 1.5}),
         ]
         cases += [
-            _gelu_case("images", 3328, 1536, dtype, {"eager": 1.5 if dtype == fp32 else 1.0}),
-            _gelu_case("tiny", 1024, 256, dtype, {"eager": 1.5 if dtype == fp32 else 1.0}),
-            _norm_gelu_case("speech", 8000, 512, dtype, {"eager": 1.3 if dtype == fp32 else 1.0}),
-            _gelu_linear_case("images", 3328, 384, dtype, {"eager": 1.0}),
+            gelu_case("images", 3328, 1536, dtype, {"eager": 1.5 if dtype == fp32 else 1.0}),
+            gelu_case("tiny", 1024, 256, dtype, {"eager": 1.5 if dtype == fp32 else 1.0}),
+            norm_gelu_case("speech", 8000, 512, dtype, {"eager": 1.3 if dtype == fp32 else 1.0}),
+            gelu_linear_case("images", 3328, 384, dtype, {"eager": 1.0}),
         ]
     cases += [
-        _norm_case("speech", 8, 125, 384, fp32, 0.1, {"eager": 1.8}),
-        _norm_case("images", 208, 64, 384, fp32, 0.0, {"eager": 0.9}),
+        norm_case("speech", 8, 125, 384, fp32, 0.1, {"eager": 1.8}),
+        norm_case("images", 208, 64, 384, fp32, 0.0, {"eager": 0.9}),
     ]
     speech = {"kind": "block", "tokens": 999, "ratio": 0.5, "adjust": 0.05, "span": 5}
     images = {"kind": "block", "grid": (14, 14), "ratio": 0.8, "adjust": 0.07, "span": 3, "inverse": True}

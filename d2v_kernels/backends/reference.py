@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import NO_FILL, VECTOR_FILL, check_index_range
+from .._random import dropout_threshold, philox
 from ..registry import Backend, Case
 
 _NORM_DIMS = {"layer": (2,), "instance": (1,), "batch": (0, 1), "group": (1, 2)}
@@ -126,28 +127,6 @@ def gather_tokens_backward(grad: Tensor, index: Tensor, clones: int, tokens: int
     rows = _sample_of_row(grad.shape[0], clones, grad.device).expand_as(index)
     total.index_put_((rows, index.long()), grad.to(total.dtype), accumulate=True)
     return total.to(grad.dtype)
-
-
-_LOW32 = 0xFFFFFFFF
-
-
-def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a product of 32-bit numbers held in int64 (the wrapped product has the right bits)."""
-    product = b * a
-    return (product >> 32) & _LOW32, product & _LOW32
-
-
-def philox(key: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al. 2011) with counter (c0, c1, c2 or 0, 0); 32-bit numbers held in int64."""
-    x0, x1, *more = torch.broadcast_tensors(*counter)
-    x2, x3 = more[0] if more else torch.zeros_like(x0), torch.zeros_like(x0)
-    k0, k1 = key & _LOW32, (key >> 32) & _LOW32
-    for _ in range(10):
-        high0, low0 = _multiply(0xD2511F53, x0)
-        high1, low1 = _multiply(0xCD9E8D57, x2)
-        x0, x1, x2, x3 = high1 ^ x1 ^ k0, low1, high0 ^ x3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
-    return x0, x1, x2, x3
 
 
 def _uniform(bits: Tensor) -> Tensor:
@@ -418,11 +397,6 @@ class _AttentionPart:
         words = philox(self.keys, (group, i, self.heads))
         kept = torch.stack(words, dim=-1).flatten(-2)[..., :t] >= dropout_threshold(self.dropout)
         return torch.where(kept, x / (1.0 - self.dropout), x.new_zeros(()))
-
-
-def dropout_threshold(dropout: float) -> int:
-    """An element is dropped where its 32-bit number is below this one."""
-    return round(dropout * 2.0**32)
 
 
 def _attention_parts(tensors: Sequence[Tensor], rest: tuple[Any, ...]) -> Iterator[_AttentionPart]:

@@ -236,12 +236,11 @@ def test_block_uses_the_operator_on_a_cpu_only_uncompiled_and_without_autocast(m
     block, x = make_block("post", 0.25), torch.randn(2, 3, 64)
     block(x)
     assert calls == [0.25, 0.25]
-    block.eval()(x)
-    assert calls == [0.25, 0.25, 0.0, 0.0]
     with torch.autocast("cpu", torch.bfloat16):
         block(x)
     block.to("meta")(x.to("meta"))
-    assert len(calls) == 4
+    make_block("post", 0.25).eval()(x)  # without dropout PyTorch's own steps are as quick
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("order", ["pre", "post"])

@@ -1,0 +1,32 @@
+"""Random numbers that are a pure function of a key and a place, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LOW32 = 0xFFFFFFFF
+
+
+def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a product of 32-bit numbers held in int64 (the wrapped product has the right bits)."""
+    product = b * a
+    return (product >> 32) & _LOW32, product & _LOW32
+
+
+def philox(key: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011) with counter (c0, c1, c2 or 0, 0); 32-bit numbers held in int64."""
+    x0, x1, *more = torch.broadcast_tensors(*counter)
+    x2, x3 = more[0] if more else torch.zeros_like(x0), torch.zeros_like(x0)
+    k0, k1 = key & _LOW32, (key >> 32) & _LOW32
+    for _ in range(10):
+        high0, low0 = _multiply(0xD2511F53, x0)
+        high1, low1 = _multiply(0xCD9E8D57, x2)
+        x0, x1, x2, x3 = high1 ^ x1 ^ k0, low1, high0 ^ x3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
+    return x0, x1, x2, x3
+
+
+def dropout_threshold(dropout: float) -> int:
+    """An element is dropped where its 32-bit number is below this one."""
+    return round(dropout * 2.0**32)
