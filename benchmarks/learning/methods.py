@@ -31,9 +31,12 @@ METHODS = {
     "data2vec1": "data2vec 1.0",
     "autoencoder": "masked autoencoder",
     "scratch": "supervised from scratch",
+    "finetuned": "data2vec 2.0, all weights fine-tuned",
 }
 RATES = (0.5, 1.0, 2.0)
 """Learning rates that are tried, over the recipe's (from scratch: over 1e-3)."""
+SUPERVISED = ("scratch", "finetuned")
+"""Methods that train all weights on labels, alike but for the weights they begin with."""
 SCRATCH_RATE = 1e-3
 TYPICAL = {"speech": 6400, "text": 32}
 """Samples or tokens of a sample for which FLOPs are compared."""
@@ -126,8 +129,8 @@ def probe_job(task: Task, seed: int, method: str, splits: Splits, test: str, fol
     return {name: {k: result[k][name] for k in keys} for name in result["knn"]}
 
 
-def scratch_job(task: Task, seed: int, rate: float, splits: Splits, test: str, folder: Path) -> dict[str, Any]:
-    """Accuracy of the same network trained from random weights on all labels, and on a few."""
+def write_untrained(task: Task, seed: int, splits: Splits, folder: Path) -> Path:
+    """The network of data2vec 2.0 with its initial weights, as a model folder."""
     config = task.config(2)
     if task.finetune == "text-classify":  # its tokenizer is that of the pre-training
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=splits.pretrain))
@@ -138,11 +141,33 @@ def scratch_job(task: Task, seed: int, rate: float, splits: Splits, test: str, f
         if config.stem.modality == "text":
             source, _ = open_data(config)
             source.prepare(untrained, fresh=True)
+    return untrained
+
+
+def linear(result: dict[str, Any]) -> float:
+    """What chooses a setting: the linear probe, or the accuracy of all labels."""
+    scores = result["scores"].get("pretrained") or result["scores"][result["method"]]
+    return float(scores["linear_probe"])
+
+
+def find_pretrained(task: Task, seed: int, root: Path) -> Path:
+    """The model folder of data2vec 2.0 with the rate that was best on held-out data."""
+    tried = [json.loads(f.read_text()) for f in sorted((root / task.name).glob("data2vec2-*-seed0/result-choose.json"))]
+    if not tried:
+        raise ValueError(f"finetuned: expected results of data2vec2 in {str(root / task.name)!r}, found none")
+    return root / task.name / f"data2vec2-x{max(tried, key=linear)['rate']:g}-seed{seed}" / "model"
+
+
+def supervised_job(
+    task: Task, method: str, seed: int, rate: float, splits: Splits, test: str, folder: Path, start: Path
+) -> dict[str, Any]:
+    """Accuracy of the network trained from the weights at `start` on all labels, and on a few."""
+    config = task.config(2)
     result, cpu = {}, time.process_time()
     for name, path in (("all", splits.train), ("few", splits.few)):
         if not path:
             continue
-        _, (optim, data, run, options) = read_defaults(task.finetune, str(untrained))
+        _, (optim, data, run, options) = read_defaults(task.finetune, str(start))
         optim = dataclasses.replace(optim, learning_rate=SCRATCH_RATE * rate, weight_decay=0.05, clip=3.0)
         epochs = task.epochs if name == "all" else 100.0
         options = dataclasses.replace(
@@ -153,11 +178,11 @@ def scratch_job(task: Task, seed: int, rate: float, splits: Splits, test: str, f
         run = dataclasses.replace(run, dir=str(place), seed=seed, threads=1, precision="fp32")
         data = dataclasses.replace(data, workers=0, global_batch=16, crop_scale=config.data.crop_scale)
         found = finetune(
-            task.finetune, str(untrained), path, test, run=run, optim=optim, data=data, options=options
+            task.finetune, str(start), path, test, run=run, optim=optim, data=data, options=options
         )  # fmt: skip
         result[name] = found["accuracy"]["value"] if isinstance(found["accuracy"], dict) else found["accuracy"]
     scores = {"linear_probe": result["all"], "knn": result["all"], "few_label": result.get("few", float("nan"))}
-    return {"scratch": scores, "cpu_seconds": time.process_time() - cpu}
+    return {"scores": {method: scores}, "cpu_seconds": time.process_time() - cpu}
 
 
 def run_job(task: Task, method: str, seed: int, rate: float, stage: str, root: Path, data: Path) -> dict[str, Any]:
@@ -173,8 +198,10 @@ def run_job(task: Task, method: str, seed: int, rate: float, stage: str, root: P
     folder.mkdir(parents=True, exist_ok=True)
     measured = splits.test if stage == "test" else splits.valid
     result: dict[str, Any] = {"task": task.name, "method": method, "seed": seed, "rate": rate, "stage": stage}
-    if method == "scratch":
-        result |= scratch_job(task, seed, rate, splits, measured, folder)
+    if method in SUPERVISED:
+        untrained = method == "scratch"
+        start = write_untrained(task, seed, splits, folder) if untrained else find_pretrained(task, seed, root)
+        result |= supervised_job(task, method, seed, rate, splits, measured, folder, start)
     else:
         cost = folder / "cost.json"
         if not cost.is_file():

@@ -30,11 +30,8 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     for result in results:
         method = result["method"]
-        if method == "scratch":
-            add(method, METHODS[method], result["scratch"], result)
-            continue
         for name, scores in result["scores"].items():
-            if name == "pretrained":
+            if name in ("pretrained", method):
                 add(method, METHODS[method], scores, result)
             else:
                 add(name, FEATURES[name], scores, None)

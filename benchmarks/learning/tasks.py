@@ -60,7 +60,7 @@ class Task:
     """Passes of the training from scratch over all labels."""
     pool: str = "mean"
     """Of the probes, for every trained and untrained network; see `evaluate probe`."""
-    methods: tuple[str, ...] = ("data2vec2", "data2vec1", "autoencoder", "scratch")
+    methods: tuple[str, ...] = ("data2vec2", "data2vec1", "autoencoder", "scratch", "finetuned")
 
     def config(self, version: int) -> Config:
         """The configuration of a version."""
@@ -183,7 +183,7 @@ TASKS = {
     "waveforms": Task(
         "waveforms", "spoken digits, unseen speaker, waveform", prepare_digits, "speech-tiny", "speech1-tiny",
         "speech-classify", ("log_mel",), 1000, {"stem": {"kind": "waveform", "convolutions": WAVEFORM}},
-        pool="mean-std", methods=("data2vec2", "data2vec1", "scratch"),
+        pool="mean-std", methods=("data2vec2", "data2vec1", "scratch", "finetuned"),
     ),
     "cifar": Task(
         "cifar", "CIFAR-10", prepare_cifar, "vision-tiny", "vision1-tiny", "vision-classify", ("pixels",), 1000,
