@@ -15,21 +15,6 @@ struct AttentionCase {
 
 typedef std::vector<double> Doubles;
 
-// Word `j % 4` of Philox4x32-10 at counter (j / 4, query, head).
-uint32_t random_word(uint64_t key, int64_t j, int64_t query, int64_t head) {
-  uint32_t x[4] = {static_cast<uint32_t>(j / 4), static_cast<uint32_t>(query), static_cast<uint32_t>(head), 0};
-  uint32_t k[2] = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = 0xD2511F53ull * x[0], p1 = 0xCD9E8D57ull * x[2];
-    const uint32_t y[4] = {static_cast<uint32_t>(p1 >> 32) ^ x[1] ^ k[0], static_cast<uint32_t>(p1),
-                           static_cast<uint32_t>(p0 >> 32) ^ x[3] ^ k[1], static_cast<uint32_t>(p0)};
-    std::memcpy(x, y, sizeof(x));
-    k[0] += 0x9E3779B9u;
-    k[1] += 0xBB67AE85u;
-  }
-  return x[j % 4];
-}
-
 // Inputs, and the definition in double.
 class Attention {
  public:

@@ -14,20 +14,6 @@ struct NormCase {
   bool affine, straight, with_nan;
 };
 
-// Philox4x32-10 of counter (c / 4, t, 0, 0), word c % 4, one number at a time.
-uint32_t random_word(uint64_t key, uint32_t t, uint32_t c) {
-  uint32_t x[4] = {c / 4, t, 0, 0}, k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = 0xD2511F53ull * x[0], b = 0xCD9E8D57ull * x[2];
-    const uint32_t next[4] = {static_cast<uint32_t>(b >> 32) ^ x[1] ^ k0, static_cast<uint32_t>(b),
-                              static_cast<uint32_t>(a >> 32) ^ x[3] ^ k1, static_cast<uint32_t>(a)};
-    std::memcpy(x, next, sizeof(x));
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return x[c % 4];
-}
-
 struct Inputs {
   Buffer branch, residual, grad, straight, weight, bias;
   std::vector<int64_t> keys;
@@ -41,7 +27,7 @@ double at(const NormCase& c, const Inputs& in, const Buffer& x, int64_t row, int
 double factor_of(const NormCase& c, const Inputs& in, int64_t row, int64_t k) {
   if (c.dropout == 0) return 1;
   const uint64_t key = static_cast<uint64_t>(in.keys[static_cast<size_t>(2 * (row / c.T))]);
-  const uint32_t word = random_word(key, static_cast<uint32_t>(row % c.T), static_cast<uint32_t>(k));
+  const uint32_t word = random_word(key, k, row % c.T);
   return word >= std::nearbyint(c.dropout * 0x1p32) ? 1 / (1 - c.dropout) : 0;
 }
 

@@ -98,15 +98,7 @@ void test_gather(const TokensCase& c) {
 // One normal number of the stream, in double.
 double noise_at(uint64_t key, uint32_t row, int64_t channel) {
   uint32_t x[4] = {static_cast<uint32_t>(channel / 4), row, 0, 0};
-  uint32_t k[2] = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = 0xD2511F53ull * x[0], p1 = 0xCD9E8D57ull * x[2];
-    const uint32_t y[4] = {static_cast<uint32_t>(p1 >> 32) ^ x[1] ^ k[0], static_cast<uint32_t>(p1),
-                           static_cast<uint32_t>(p0 >> 32) ^ x[3] ^ k[1], static_cast<uint32_t>(p0)};
-    std::memcpy(x, y, sizeof(x));
-    k[0] += 0x9E3779B9u;
-    k[1] += 0xBB67AE85u;
-  }
+  philox(x, key);
   const int pair = channel % 4 / 2 * 2;
   const auto uniform = [](uint32_t bits) { return (static_cast<float>(bits >> 8) + 0.5f) * 0x1p-24f; };
   const double length = std::sqrt(-2 * std::log(static_cast<double>(uniform(x[pair]))));

@@ -211,6 +211,26 @@ inline double tolerance_of(DType computed, DType stored) {
   return (computed == d2v::kFloat64 ? 1e-13 : 2e-6) + 2 * unit(stored);
 }
 
+// Philox4x32-10 (Salmon et al. 2011): the words of a counter, in place.
+inline void philox(uint32_t (&x)[4], uint64_t key) {
+  uint32_t k[2] = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = 0xD2511F53ull * x[0], p1 = 0xCD9E8D57ull * x[2];
+    const uint32_t y[4] = {static_cast<uint32_t>(p1 >> 32) ^ x[1] ^ k[0], static_cast<uint32_t>(p1),
+                           static_cast<uint32_t>(p0 >> 32) ^ x[3] ^ k[1], static_cast<uint32_t>(p0)};
+    std::memcpy(x, y, sizeof(x));
+    k[0] += 0x9E3779B9u;
+    k[1] += 0xBB67AE85u;
+  }
+}
+
+// Word i % 4 of counter (i / 4, row, head).
+inline uint32_t random_word(uint64_t key, int64_t i, int64_t row, int64_t head = 0) {
+  uint32_t x[4] = {static_cast<uint32_t>(i / 4), static_cast<uint32_t>(row), static_cast<uint32_t>(head), 0};
+  philox(x, key);
+  return x[i % 4];
+}
+
 // core_attention_test.cpp, core_gelu_test.cpp, core_norm_test.cpp
 void test_attention();
 void test_gelu();
