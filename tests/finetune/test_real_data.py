@@ -47,7 +47,9 @@ def test_spoken_digits(tmp_path: Path, speech_model: Path, task: str, capsys: py
     train, test = (link_digits(tmp_path / n, speaker, c, transcripts=spelled) for n, speaker, c in parts)
     few_updates(task, speech_model, train, test, tmp_path / "run", "--task.time-span", "2", "--task.channel-span", "4")
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert result["samples"] == 20 and 0.0 <= result["wer" if spelled else "accuracy"] <= 1.0
+    assert result["samples"] == 20
+    # Words too many count as errors too, so there may be more errors than words.
+    assert result["wer"] >= 0.0 if spelled else 0.0 <= result["accuracy"] <= 1.0
 
 
 def test_cifar(tmp_path: Path, image_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

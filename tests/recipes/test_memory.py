@@ -44,7 +44,9 @@ def test_only_masked_tokens_are_projected(name: str) -> None:
     inputs, lengths = make_batch(model.config, (1_500, 1_500) if name.startswith("speech") else (30, 30))
     seen: list[torch.Size] = []
     assert model.decoder is not None
-    model.decoder.proj.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape))
+    proj = model.decoder.proj
+    first = proj[0] if isinstance(proj, torch.nn.Sequential) else proj
+    first.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape))
     out = model(inputs, lengths)
     assert seen == [(out.sample_size, model.config.decoder.width)]
 

@@ -95,6 +95,8 @@ class Job:
                     os.kill(pid, signal.SIGKILL)
             for process in self.processes:
                 process.poll()
+        for process in self.processes:  # a process whose first thread is gone may still have its files and locks
+            process.wait(60)
 
     def trainers(self) -> dict[int, int]:
         """Rank -> process id of the trainers: not of their loader workers, nor of a launcher."""

@@ -292,7 +292,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *rest) -> tuple[Tensor,
     out = torch.empty((n, t, h, d), dtype=query.dtype, device=query.device)
     log_sum = torch.empty((n, h, t), dtype=torch.float32, device=query.device)
     if out.numel() == 0:
-        return out, log_sum
+        return out, log_sum.fill_(float("inf"))
     call, tile = _Call(query, rest), launch.attention(d, query.element_size())
     with on_device(query):
         inputs = (query, key, value)
