@@ -201,12 +201,9 @@ class Block(nn.Module):
 
     def add_and_norm(self, branch: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """norm(total) and total = residual + branch after dropout and drop path; all (N,T,C)."""
-        if not self.training:
-            return add_and_norm(branch, residual, norm, 0.0)
-        if self.drop_path.probability > 0.0:
-            total = residual + self.drop_path(self.dropout(branch))
-            return norm(total), total
-        return add_and_norm(branch, residual, norm, self.dropout.p)
+        if self.training and self.drop_path.probability > 0.0:
+            return add_and_norm_plain(self.drop_path(self.dropout(branch)), residual, norm, 0.0)
+        return add_and_norm(branch, residual, norm, self.dropout.p if self.training else 0.0)
 
     def forward(self, x: Tensor, around: Surroundings = ALONE, index: int = 0, output: bool = True) -> Exposed:
         """(N,T,C) to (N,T,C); `output` False: the block's output is not needed, and x comes back in its place.

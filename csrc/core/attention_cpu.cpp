@@ -112,26 +112,14 @@ D2V_INLINE VD exp_vector(VD x) {
   return select_nan_too(y, x);
 }
 
-// |x - y|.
-D2V_INLINE VF apart(VF x, float y) { return bit_cast<VF>(bit_cast<VU>(x - y) & 0x7fffffffu); }
-D2V_INLINE VD apart(VD x, double y) { return bit_cast<VD>(bit_cast<VU64>(x - y) & 0x7fffffffffffffffull); }
-
 // 32-bit numbers of the weights of one query, keys 0 on: word j % 4 of Philox at counter (j / 4, query, head).
 D2V_INLINE void draw_words(uint32_t* words, int64_t count, uint32_t query, uint32_t head, uint64_t key) {
   constexpr int L = kLanes<float>;
   VU64 counter = first_counters();
   for (int64_t j = 0; j < count; j += 2 * L, counter += static_cast<uint64_t>(L / 2)) {
     const Words w = philox(counter, query, key, head);
-    const VU64 a = (w.x0 & 0xffffffffu) | (w.x1 << 32), b = (w.x2 & 0xffffffffu) | (w.x3 << 32);
-#if defined(__AVX512F__)
-    const __m512i low = _mm512_unpacklo_epi64(bit_cast<__m512i>(a), bit_cast<__m512i>(b)),
-                  high = _mm512_unpackhi_epi64(bit_cast<__m512i>(a), bit_cast<__m512i>(b));
-#elif defined(__AVX2__)
-    const __m256i low = _mm256_unpacklo_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)),
-                  high = _mm256_unpackhi_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b));
-#else
-    const VU64 low{a[0], b[0]}, high{a[1], b[1]};
-#endif
+    VU low, high;
+    word_pair(w, &low, &high);
     memcpy(words + j, &low, sizeof(low));
     memcpy(words + j + L, &high, sizeof(high));
   }
@@ -195,7 +183,7 @@ D2V_INLINE bool prepare_row(const AttentionArgs* a, const Keys<A>& keys, int64_t
 
 template <class A>
 D2V_INLINE Vec<A> distance_at(const Keys<A>& keys, A place, int64_t j) {
-  return load<A>(keys.placed + j) * apart(load<A>(keys.place + j), place);
+  return load<A>(keys.placed + j) * magnitude(load<A>(keys.place + j) - place);
 }
 
 template <class A, bool BIAS>

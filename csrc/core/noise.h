@@ -36,6 +36,22 @@ D2V_INLINE Words philox(VU64 counter0, uint32_t counter1, uint64_t key, uint32_t
   return w;
 }
 
+// The words of 2 * kLanes<float> numbers in ascending order: number i has word i % 4 of counter i / 4, with counters as
+// `first_counters` orders them.
+D2V_INLINE void word_pair(const Words& w, VU* low, VU* high) {
+  const VU64 a = (w.x0 & 0xffffffffu) | (w.x1 << 32), b = (w.x2 & 0xffffffffu) | (w.x3 << 32);
+#if defined(__AVX512F__)
+  *low = bit_cast<VU>(_mm512_unpacklo_epi64(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+  *high = bit_cast<VU>(_mm512_unpackhi_epi64(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  *low = bit_cast<VU>(_mm256_unpacklo_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+  *high = bit_cast<VU>(_mm256_unpackhi_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  *low = bit_cast<VU>(VU64{a[0], b[0]});
+  *high = bit_cast<VU>(VU64{a[1], b[1]});
+#endif
+}
+
 // ((x >> 8) + 0.5) * 2^-24, rounded to fp32 after the addition.
 D2V_INLINE VF to_uniform(VU x) { return (__builtin_convertvector(bit_cast<VI>(x >> 8), VF) + 0.5f) * 0x1p-24f; }
 

@@ -10,20 +10,6 @@ constexpr int kSums = 4;  // of a row: an addition need not wait for the one bef
 
 static_assert(kNormPadding % (2 * kLanes<float>) == 0, "whole draws");
 
-// 64-bit lanes 0 of each 128 bits of (a, b), then lanes 1.
-D2V_INLINE void interleave_wide(VU64 a, VU64 b, VU* low, VU* high) {
-#if defined(__AVX512F__)
-  *low = bit_cast<VU>(_mm512_unpacklo_epi64(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
-  *high = bit_cast<VU>(_mm512_unpackhi_epi64(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
-#elif defined(__AVX2__)
-  *low = bit_cast<VU>(_mm256_unpacklo_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
-  *high = bit_cast<VU>(_mm256_unpackhi_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
-#else
-  *low = bit_cast<VU>(VU64{a[0], b[0]});
-  *high = bit_cast<VU>(VU64{a[1], b[1]});
-#endif
-}
-
 D2V_INLINE void store_factors(float* out, VU words, uint32_t threshold, float scale) {
   store<float>(out, bit_cast<VF>(bit_cast<VU>(words >= threshold) & bit_cast<VU>(splat(scale))));
 }
@@ -39,8 +25,8 @@ D2V_INLINE void draw_row(const DropoutArgs& d, int64_t n, int64_t t, int64_t C, 
   VU64 counter = first_counters();
   for (int64_t c = 0; c < C; c += 2 * L) {
     const Words w = philox(counter, static_cast<uint32_t>(t), key);
-    VU low, high;  // a group of four channels: x0 x1 x2 x3
-    interleave_wide((w.x0 & 0xffffffffu) | (w.x1 << 32), (w.x2 & 0xffffffffu) | (w.x3 << 32), &low, &high);
+    VU low, high;
+    word_pair(w, &low, &high);
     store_factors(factors + c, low, d.threshold, static_cast<A>(d.scale));
     store_factors(factors + c + L, high, d.threshold, static_cast<A>(d.scale));
     counter += static_cast<uint64_t>(L / 2);

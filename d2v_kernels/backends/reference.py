@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import NO_FILL, VECTOR_FILL, check_index_range
-from .._random import dropout_threshold, philox
+from .._random import keep_mask, philox
 from ..registry import Backend, Case
 
 _NORM_DIMS = {"layer": (2,), "instance": (1,), "batch": (0, 1), "group": (1, 2)}
@@ -310,9 +310,8 @@ def _dropout_factors(keys: Tensor | None, x: Tensor, dropout: float) -> Tensor:
     if dropout == 0.0 or keys is None:
         return x.new_ones(())
     _, t, c = x.shape
-    groups, tokens = torch.arange((c + 3) // 4, device=x.device), torch.arange(t, device=x.device)[:, None]
-    words = philox(keys[:, None, None], (groups, tokens))
-    kept = torch.stack(words, dim=-1).flatten(-2)[..., :c] >= dropout_threshold(dropout)
+    tokens = torch.arange(t, device=x.device)[:, None]
+    kept = keep_mask(keys[:, None, None], (tokens,), c, dropout)
     return kept.to(x.dtype) * (1.0 / (1.0 - dropout))
 
 
@@ -393,9 +392,8 @@ class _AttentionPart:
             return x
         assert self.keys is not None
         t = x.shape[-1]
-        group, i = torch.arange((t + 3) // 4, device=x.device), torch.arange(t, device=x.device)[:, None]
-        words = philox(self.keys, (group, i, self.heads))
-        kept = torch.stack(words, dim=-1).flatten(-2)[..., :t] >= dropout_threshold(self.dropout)
+        queries = torch.arange(t, device=x.device)[:, None]
+        kept = keep_mask(self.keys, (queries, self.heads), t, self.dropout)
         return torch.where(kept, x / (1.0 - self.dropout), x.new_zeros(()))
 
 
