@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t kPiece = 4096;    // elements that are not cut
 constexpr int64_t kBlockRows = 16;  // rows that are gone through twice while they are in the caches
-constexpr int64_t kSegments = 64;   // at most; bounds the scratch memory
 
 char* at(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
 const char* at(const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; }
@@ -44,16 +43,10 @@ void norm_forward(const NormGeluArgs& a, void* out, Parallel parallel) {
   });
 }
 
-// Rows of a segment: a function of the rows alone, so that the sums do not depend on the threads.
-int64_t segment_rows(int64_t rows) {
-  const int64_t share = (rows + kSegments - 1) / kSegments;
-  return std::max<int64_t>(1, (share + kBlockRows - 1) / kBlockRows) * kBlockRows;
-}
-
 // A block's sums in A, those of a segment in double: no long chain of roundings.
 template <class A>
 void norm_backward(const NormGeluArgs& a, const NormGeluGradient& g, Parallel parallel) {
-  const int64_t per_segment = segment_rows(a.rows), segments = (a.rows + per_segment - 1) / per_segment;
+  const int64_t per_segment = segment_rows(a.rows, kBlockRows), segments = (a.rows + per_segment - 1) / per_segment;
   const size_t width = g.sums ? static_cast<size_t>(2 * a.C) : 0;
   std::vector<double> totals(static_cast<size_t>(segments) * width, 0.0);
   const int64_t bytes = per_segment * a.C * (2 * size_of(a.type) + size_of(g.type));

@@ -1,6 +1,7 @@
 // masked_regression_loss: segments of rows in parallel, merged in order.
 #include "loss.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -10,13 +11,8 @@
 namespace d2v {
 namespace {
 
-constexpr int64_t kSegments = 64;  // at most; bounds the scratch memory
-
-// Rows of a segment: a function of P alone, so that the result does not depend on the threads.
-int64_t segment_rows(int64_t P) {
-  const int64_t rows = (P + kSegments - 1) / kSegments;
-  return rows < 64 ? 64 : (rows + 15) / 16 * 16;
-}
+constexpr int64_t kLeastRows = 64;  // of a segment
+constexpr int64_t kChunkRows = 16;  // a segment is whole chunks of the kernels
 
 template <class A>
 double mean_std(const A* m2, int64_t C, int64_t P) {
@@ -28,7 +24,7 @@ double mean_std(const A* m2, int64_t C, int64_t P) {
 
 template <class A>
 LossResult forward(const LossArgs& a, Parallel parallel) {
-  const int64_t rows = segment_rows(a.P), segments = (a.P + rows - 1) / rows;
+  const int64_t rows = std::max(kLeastRows, segment_rows(a.P, kChunkRows)), segments = (a.P + rows - 1) / rows;
   const DType type = sizeof(A) == 8 ? kFloat64 : kFloat32;
   std::vector<A> moments(static_cast<size_t>((segments > 0 ? segments : 1) * 4 * a.C));
   std::vector<double> sums(static_cast<size_t>(segments));

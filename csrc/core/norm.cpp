@@ -9,14 +9,6 @@
 namespace d2v {
 namespace {
 
-constexpr int64_t kSegments = 64;  // at most; bounds the scratch memory
-
-// Rows of a segment: a function of their number alone, so that the result does not depend on the threads.
-int64_t segment_rows(int64_t rows) {
-  const int64_t part = (rows + kSegments - 1) / kSegments;
-  return part < kNormChunk ? kNormChunk : (part + kNormChunk - 1) / kNormChunk * kNormChunk;
-}
-
 template <class A>
 std::vector<A> factors_for(const DropoutArgs& dropout, int64_t C) {
   return std::vector<A>(static_cast<size_t>(dropout.keys ? factors_of(C) : 0));
@@ -32,7 +24,7 @@ void forward(const NormArgs& a, Parallel parallel) {
 
 template <class A>
 void backward(const NormBackwardArgs& a, Parallel parallel) {
-  const int64_t rows = a.N * a.T, part = segment_rows(rows), segments = (rows + part - 1) / part;
+  const int64_t rows = a.N * a.T, part = segment_rows(rows, kNormChunk), segments = (rows + part - 1) / part;
   std::vector<A> sums(static_cast<size_t>((segments > 0 ? segments : 1) * 2 * a.C));
   parallel_for(parallel, segments, grain_of(part * a.C * size_of(a.type)), [&](int64_t s0, int64_t s1) {
     std::vector<A> factors = factors_for<A>(a.dropout, a.C), chunk(static_cast<size_t>(2 * a.C));

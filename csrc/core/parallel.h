@@ -14,6 +14,15 @@ void parallel_for(const Parallel& parallel, int64_t n, int64_t grain, const F& b
 // Items of `bytes` each that make a piece worth a thread.
 inline int64_t grain_of(int64_t bytes) { return bytes >= (1 << 18) ? 1 : (1 << 18) / (bytes > 0 ? bytes : 1); }
 
+// Sums over rows are formed in at most so many segments, which bounds the scratch memory, and merged in order.
+constexpr int64_t kSegments = 64;
+
+// Rows of a segment, whole blocks: a function of the rows alone, so that no sum depends on the threads.
+inline int64_t segment_rows(int64_t rows, int64_t block) {
+  const int64_t share = (rows + kSegments - 1) / kSegments, blocks = (share + block - 1) / block;
+  return (blocks > 1 ? blocks : 1) * block;
+}
+
 // Outputs at least this large leave the caches before anyone reads them: write them past the caches.
 constexpr int64_t kStreamBytes = 1 << 20;
 
