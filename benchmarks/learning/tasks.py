@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tarfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,11 +138,29 @@ def prepare_digits(data: Path, folder: Path, seed: int) -> Splits:
 
 
 def prepare_cifar(data: Path, folder: Path, seed: int) -> Splits:
-    """Shards 0 to 7 train, 8 chooses, 9 tests; few labels: not from shards, left out."""
+    """Shards 0 to 7 train, 8 chooses, 9 tests; few labels: the first images of each class in shard `seed`."""
     shards = data / "cifar10-train"
     pattern = str(shards / "cifar10-train-{0000..0007}.tar")
     valid, test = (str(shards / f"cifar10-train-{n:04d}.tar") for n in (8, 9))
-    return Splits(pattern, pattern, valid, test, few="")
+    few = folder / "few"
+    if not few.is_dir():
+        count: Counter[str] = Counter()
+        with tarfile.open(shards / f"cifar10-train-{seed % 8:04d}.tar") as shard:
+            members = {m.name: m for m in shard.getmembers()}
+            for name in sorted(n for n in members if n.endswith(".cls")):
+                label = _read_member(shard, members[name]).decode().strip()
+                if count[label] < FEW:
+                    image = name.removesuffix("cls") + "jpg"
+                    (few / label).mkdir(parents=True, exist_ok=True)
+                    (few / label / image).write_bytes(_read_member(shard, members[image]))
+                    count[label] += 1
+    return Splits(pattern, pattern, valid, test, str(few))
+
+
+def _read_member(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = shard.extractfile(member)
+    assert file is not None, member.name
+    return file.read()
 
 
 def prepare_sst(data: Path, folder: Path, seed: int) -> Splits:
@@ -187,9 +207,9 @@ TASKS = {
     ),
     "cifar": Task(
         "cifar", "CIFAR-10", prepare_cifar, "vision-tiny", "vision1-tiny", "vision-classify", ("pixels",), 1000,
-        {"data": {"grey": False, "rotate": False, "crop_scale": (0.4, 1.0), "global_batch": 32}}, epochs=1.0,
+        {"data": {"grey": False, "rotate": False, "crop_scale": (0.4, 1.0), "global_batch": 32}}, epochs=3.0,
     ),
     "sst": Task(
-        "sst", "SST-2", prepare_sst, "text-tiny", "text1-tiny", "text-classify", ("bag_of_words",), 500, epochs=1.0,
+        "sst", "SST-2", prepare_sst, "text-tiny", "text1-tiny", "text-classify", ("bag_of_words",), 500, epochs=3.0,
     ),
 }  # fmt: skip
