@@ -55,7 +55,8 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         checks.require_dtype("gelu_linear", "weight", weight, x.dtype)
     checks.check_gelu_linear(x, weight, bias)
     rows = x.contiguous().view(x.shape[:-1].numel(), x.shape[-1])
-    result: Tensor = _GeluLinear.apply(rows, weight, bias)
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    result: Tensor = _GeluLinear.apply(rows, weight, bias) if differentiable else _forward(rows, weight, bias)
     return result.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -63,16 +64,19 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == torch.float64 else t.to(dtype)
 
 
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(torch.ops.d2v.gelu(x).to(weight.dtype), weight, bias)
+
+
 class _GeluLinear(torch.autograd.Function):
     """x (rows, H) contiguous, weight (C, H), bias (C,) or None, in one dtype but for x under autocast."""
 
+    # One function for forward and context: beside a `setup_context`, PyTorch inspects forward's signature at each call,
+    # which takes longer than everything else here does on the host.
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(torch.ops.d2v.gelu(x).to(weight.dtype), weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return _forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable
