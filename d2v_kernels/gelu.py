@@ -74,7 +74,7 @@ class _GeluLinear(torch.autograd.Function):
     # One function for forward and context: beside a `setup_context`, PyTorch inspects forward's signature at each call,
     # which takes longer than everything else here does on the host.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _forward(x, weight, bias)
 
