@@ -126,11 +126,11 @@ def run_case(case: StepCase, options: argparse.Namespace, threads: int) -> Row:
     }  # fmt: skip
 
 
-def measure_memory(case: StepCase, name: str, device: torch.device) -> int:
-    """Peak resident bytes of three steps of one form, from before its model was built; for a process of its own."""
+def measure_memory(case: StepCase, name: str, device: torch.device, steps: int = BATCHES) -> int:
+    """Peak resident bytes of a few steps of one form, from before its model was built; for a process of its own."""
     before = resident_bytes()
     forms, batches = make_forms(case, [name], device, "fp32")
-    for batch in batches:
+    for batch in batches[:steps]:
         forms[0].step(*batch)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 

@@ -33,10 +33,14 @@ class StepCase:
     """Settings that differ from the recipe's, by their dotted names."""
 
     @property
+    def modality(self) -> str:
+        """What the recipe learns from."""
+        return recipes.get(self.recipe).stem.modality
+
+    @property
     def name(self) -> str:
         """Recipe and batch."""
-        kind = recipes.get(self.recipe).stem.modality
-        size = {"speech": f" x {self.length:g} s", "text": f" x {self.length:g} tokens", "vision": ""}[kind]
+        size = {"speech": f" x {self.length:g} s", "text": f" x {self.length:g} tokens", "vision": ""}[self.modality]
         changes = "".join(f", {name} {value}" for name, value in self.settings)
         return f"{self.recipe} B={self.samples}{size}{changes}"
 
