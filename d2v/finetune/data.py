@@ -54,6 +54,14 @@ class Labelled(Modality):
         value, converted = self.inner.load(source.base, int(source.rows[index]))
         return (value, source.targets[index]), converted
 
+    def stretch(self, value: Any, epoch: int, sample_id: int) -> Any:
+        """(stretched value, target)."""
+        return self.inner.stretch(value[0], epoch, sample_id), value[1]
+
+    def stretch_lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
+        """As the modality."""
+        return self.inner.stretch_lengths(lengths, epoch)
+
     def augment(self, value: Any, rng: np.random.Generator) -> Any:
         """(augmented value, target)."""
         return self.inner.augment(value[0], rng), value[1]
