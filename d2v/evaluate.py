@@ -157,15 +157,26 @@ def extract_features(
         done += len(part)
         for name, extract in extractors.items():
             rows[name].append(extract(part).numpy()[kept])
-    lost = len(bad) + len(source.rejected)
-    if lost > config.data.bad_fraction * source.indexed:
-        raise ValueError(f"{option}: expected decodable samples, got {lost} of {source.indexed} that are not")
+    lost = check_lost(config, source, option, len(bad))
     if lost:
         print(f"{option}: left out {lost} of {source.indexed} samples that cannot be decoded")
     for reason, count in source.left_out.items():
         print(f"{option}: left out {count} {reason}")
     labels = source.labels[np.array([i for i in range(len(source)) if i not in bad], dtype=np.int64)]
     return {name: np.concatenate(parts) for name, parts in rows.items()}, labels
+
+
+def check_lost(config: Config, source: Source, option: str, bad: int = 0) -> int:
+    """Number of samples of a source that cannot be used: `bad` ones and those that its index rejected.
+
+    Raises:
+        ValueError: more than the share data.bad_fraction.
+    """
+    lost = bad + len(source.rejected)
+    if lost > config.data.bad_fraction * source.indexed:
+        first = f"; for example {source.rejected[0].name}: {source.rejected[0].reason}" if source.rejected else ""
+        raise ValueError(f"{option}: expected decodable samples, got {lost} of {source.indexed} that are not{first}")
+    return lost
 
 
 def standardise_features(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -254,6 +265,8 @@ def probe(
     if pool not in (*POOLS, "class"):
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, class, got {pool!r}")
     model, config, place = load_model(checkpoint, device)
+    if pool == "class" and not config.encoder.extra_tokens:
+        raise ValueError(f"pool: expected one of {', '.join(POOLS)} for a model without a class token, got class")
     modality = make_modality(config)
     unknown = [name for name in baselines if name not in ("random_init", *modality.baselines)]
     if unknown:
@@ -264,6 +277,8 @@ def probe(
     test_source.labels, test_source.classes = align_labels(train_source, test_source), train_source.classes
     if len(train_source.classes or []) < 2:
         raise ValueError(f"train: expected at least 2 classes, got {train_source.classes}")
+    for name, source in (("train", train_source), ("test", test_source)):
+        check_lost(config, source, name)  # what the index has rejected already costs no features
 
     def extractor(encoder: Any) -> Callable[[Batch], Tensor]:
         return lambda part: encode_batch(encoder, modality, part, place, layer, pool)
