@@ -15,7 +15,7 @@ from d2v import recipes
 from d2v.config import Config
 from d2v.data.loader import evaluation_batches, train_updates, validation_batches
 from d2v.data.order import BUCKET_RATIO, UpdateSampler
-from d2v.data.samples import Batch, EvaluationSamples, TrainSamples
+from d2v.data.samples import Batch, EvaluationSamples, Group, Slot, TrainSamples
 from d2v.data.sources import Source
 from d2v.data.speech import Speech, normalise_waveform, resample
 from d2v.data.speed import RandomSpeed
@@ -124,6 +124,22 @@ def test_crops_are_of_the_shortest_as_played(sounds: Path) -> None:
         assert width == min(map(len, played))
         assert batch[0].group is not None
         assert batch[0].group.lengths == tuple(map(len, played))
+
+
+def test_a_replacement_is_long_enough_as_played(tmp_path: Path) -> None:
+    """And what is sound but too short at its speed does not count as bad."""
+    speech = Speech(config())
+    source = speech.open(str(write_sounds(tmp_path)))
+    assert source.lengths is not None
+    broken = int(np.argsort(source.lengths)[8])
+    Path(source.describe(broken)).write_bytes(b"")
+    data = TrainSamples(source, speech, 0)
+    for epoch in range(20):
+        length = int(speech.stretch_lengths(source.lengths, epoch)[broken])
+        if (speech.stretch_lengths(source.lengths, epoch) >= length).sum() > 1:
+            sample = data[Slot(broken, epoch, Group(((broken, epoch),), (length,), length))]
+            assert len(sample.value) >= length
+            assert {note.sample_id for note in sample.notes if note.kind == "bad"} == {broken}
 
 
 class Numbers(Source):
