@@ -238,6 +238,18 @@ def align_labels(train: Source, test: Source) -> np.ndarray:
     return np.array([numbers[name] for name in test.classes], dtype=np.int64)[test.labels]
 
 
+def open_pair(modality: Modality, train: str, test: str) -> tuple[Source, Source]:
+    """Labelled training and test samples with the same numbers of classes; `ValueError` for those that no probe can
+    use."""
+    first, second = (modality.open(p, labelled=True, option=o) for p, o in ((train, "train"), (test, "test")))
+    second.labels, second.classes = align_labels(first, second), first.classes
+    if len(first.classes or []) < 2:
+        raise ValueError(f"train: expected at least 2 classes, got {first.classes}")
+    for name, source in (("train", first), ("test", second)):
+        check_lost(modality.config, source, name)  # what the index has rejected already costs no features
+    return first, second
+
+
 def probe(
     checkpoint: str,
     train: str,
@@ -272,13 +284,7 @@ def probe(
     if unknown:
         known = ", ".join(("random_init", *modality.baselines))
         raise ValueError(f"baselines: expected of {known} for {modality.noun}, got {unknown[0]}")
-    train_source = modality.open(train, labelled=True, option="train")
-    test_source = modality.open(test, labelled=True, option="test")
-    test_source.labels, test_source.classes = align_labels(train_source, test_source), train_source.classes
-    if len(train_source.classes or []) < 2:
-        raise ValueError(f"train: expected at least 2 classes, got {train_source.classes}")
-    for name, source in (("train", train_source), ("test", test_source)):
-        check_lost(config, source, name)  # what the index has rejected already costs no features
+    train_source, test_source = open_pair(modality, train, test)
 
     def extractor(encoder: Any) -> Callable[[Batch], Tensor]:
         return lambda part: encode_batch(encoder, modality, part, place, layer, pool)
