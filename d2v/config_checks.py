@@ -18,7 +18,7 @@ def require(condition: bool, name: str, expected: str, config: Any) -> None:
 
 
 def check_model(config: Config) -> None:
-    """Which stem, positions, masks and version belong together."""
+    """Which stem, positions, masks, speed and version belong together."""
     stem, version = config.stem, config.version
     sequence = stem.modality != "vision"
     require(stem.kind == "stock" or stem.modality == "speech", "stem.kind", "stock unless speech", config)
@@ -32,6 +32,8 @@ def check_model(config: Config) -> None:
         require(known, "stem.mask_token", f"0 to {stem.vocabulary - 1}", config)
     if config.mask.kind == "rectangles":
         require(not sequence, "mask.kind", "a kind for sequences", config)
+    require(0.0 <= config.data.speed <= 1.0, "data.speed", "0 to 1", config)
+    require(config.data.speed == 0.0 or stem.modality == "speech", "data.speed", "0 unless speech", config)
     equal = config.mask.kind not in ("rectangles", "token-span")
     require(version == 1 or equal, "mask.kind", "block, random or span for version 2", config)
     fixed = stem.positions == "sincos"

@@ -95,6 +95,9 @@ class Data:
     batch_seconds: float | None = None
     """Speech: most seconds of audio of a micro-batch, padding included; an update has as many micro-batches as this
     needs, the same number on all ranks. Unset: data.micro_batch alone decides."""
+    speed: float = 0.0
+    """Speech: each utterance is played at a random speed of e^-s to e^s, pitch and length change together (Ko et al.
+    2015); s at most 1. Only in training. Published: 0."""
     unequal: Literal["crop", "pad"] = "crop"
     """Speech: random crops of the length of the batch's shortest utterance (published), or padding to its longest."""
     tokenizer: str | None = None

@@ -157,15 +157,26 @@ def extract_features(
         done += len(part)
         for name, extract in extractors.items():
             rows[name].append(extract(part).numpy()[kept])
-    lost = len(bad) + len(source.rejected)
-    if lost > config.data.bad_fraction * source.indexed:
-        raise ValueError(f"{option}: expected decodable samples, got {lost} of {source.indexed} that are not")
+    lost = check_lost(config, source, option, len(bad))
     if lost:
         print(f"{option}: left out {lost} of {source.indexed} samples that cannot be decoded")
     for reason, count in source.left_out.items():
         print(f"{option}: left out {count} {reason}")
     labels = source.labels[np.array([i for i in range(len(source)) if i not in bad], dtype=np.int64)]
     return {name: np.concatenate(parts) for name, parts in rows.items()}, labels
+
+
+def check_lost(config: Config, source: Source, option: str, bad: int = 0) -> int:
+    """Number of samples of a source that cannot be used: `bad` ones and those that its index rejected.
+
+    Raises:
+        ValueError: more than the share data.bad_fraction.
+    """
+    lost = bad + len(source.rejected)
+    if lost > config.data.bad_fraction * source.indexed:
+        first = f"; for example {source.rejected[0].name}: {source.rejected[0].reason}" if source.rejected else ""
+        raise ValueError(f"{option}: expected decodable samples, got {lost} of {source.indexed} that are not{first}")
+    return lost
 
 
 def standardise_features(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -227,6 +238,18 @@ def align_labels(train: Source, test: Source) -> np.ndarray:
     return np.array([numbers[name] for name in test.classes], dtype=np.int64)[test.labels]
 
 
+def open_pair(modality: Modality, train: str, test: str) -> tuple[Source, Source]:
+    """Labelled training and test samples with the same numbers of classes; `ValueError` for those that no probe can
+    use."""
+    first, second = (modality.open(p, labelled=True, option=o) for p, o in ((train, "train"), (test, "test")))
+    second.labels, second.classes = align_labels(first, second), first.classes
+    if len(first.classes or []) < 2:
+        raise ValueError(f"train: expected at least 2 classes, got {first.classes}")
+    for name, source in (("train", first), ("test", second)):
+        check_lost(modality.config, source, name)  # what the index has rejected already costs no features
+    return first, second
+
+
 def probe(
     checkpoint: str,
     train: str,
@@ -254,16 +277,14 @@ def probe(
     if pool not in (*POOLS, "class"):
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, class, got {pool!r}")
     model, config, place = load_model(checkpoint, device)
+    if pool == "class" and not config.encoder.extra_tokens:
+        raise ValueError(f"pool: expected one of {', '.join(POOLS)} for a model without a class token, got class")
     modality = make_modality(config)
     unknown = [name for name in baselines if name not in ("random_init", *modality.baselines)]
     if unknown:
         known = ", ".join(("random_init", *modality.baselines))
         raise ValueError(f"baselines: expected of {known} for {modality.noun}, got {unknown[0]}")
-    train_source = modality.open(train, labelled=True, option="train")
-    test_source = modality.open(test, labelled=True, option="test")
-    test_source.labels, test_source.classes = align_labels(train_source, test_source), train_source.classes
-    if len(train_source.classes or []) < 2:
-        raise ValueError(f"train: expected at least 2 classes, got {train_source.classes}")
+    train_source, test_source = open_pair(modality, train, test)
 
     def extractor(encoder: Any) -> Callable[[Batch], Tensor]:
         return lambda part: encode_batch(encoder, modality, part, place, layer, pool)

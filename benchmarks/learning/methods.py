@@ -176,7 +176,8 @@ def supervised_job(
         )  # fmt: skip
         place = folder / f"{name}-{'test' if test == splits.test else 'valid'}"
         run = dataclasses.replace(run, dir=str(place), seed=seed, threads=1, precision="fp32")
-        data = dataclasses.replace(data, workers=0, global_batch=16, crop_scale=config.data.crop_scale)
+        same = {"crop_scale": config.data.crop_scale, "speed": config.data.speed}
+        data = dataclasses.replace(data, workers=0, global_batch=16, **same)
         found = finetune(
             task.finetune, str(start), path, test, run=run, optim=optim, data=data, options=options
         )  # fmt: skip

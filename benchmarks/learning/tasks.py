@@ -198,11 +198,12 @@ TASKS = {
     ),
     "digits": Task(
         "digits", "spoken digits, unseen speaker, log-mel", prepare_digits, "speech-tiny", "speech1-tiny",
-        "speech-classify", ("log_mel",), 1000, pool="mean-std",
+        "speech-classify", ("log_mel",), 1000, {"data": {"speed": 0.3}}, pool="mean-std",
     ),
     "waveforms": Task(
         "waveforms", "spoken digits, unseen speaker, waveform", prepare_digits, "speech-tiny", "speech1-tiny",
-        "speech-classify", ("log_mel",), 1000, {"stem": {"kind": "waveform", "convolutions": WAVEFORM}},
+        "speech-classify", ("log_mel",), 500,
+        {"stem": {"kind": "stock", "convolutions": WAVEFORM}, "data": {"speed": 0.3}},
         pool="mean-std", methods=("data2vec2", "data2vec1", "scratch", "finetuned"),
     ),
     "cifar": Task(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
 
 from d2v.config import Config
+from d2v.data import make_modality
 from d2v.data.samples import STREAM_ORDER, Group, Slot, random_stream
 from d2v.data.sources import Source
 from d2v.modalities.speech import SAMPLE_RATE
@@ -34,7 +35,7 @@ class SampleOrder:
         self,
         samples: int,
         seed: int,
-        lengths: np.ndarray | None = None,
+        lengths: np.ndarray | Callable[[int], np.ndarray] | None = None,
         group: int = 1,
         shards: np.ndarray | None = None,
         buffer: int = 1,
@@ -45,7 +46,8 @@ class SampleOrder:
         Args:
             samples: number of samples.
             seed: of the permutations.
-            lengths: (samples,) above 0, to group by; None: no groups.
+            lengths: (samples,) above 0, to group by, the same in all epochs or a function of the epoch; None: no
+                groups.
             group: positions of a group.
             shards: (samples,) number of each sample's shard, ascending; None: permute all samples.
             buffer: positions of a window, at least a group.
@@ -53,9 +55,7 @@ class SampleOrder:
             update: samples of an update.
         """
         self.samples, self.seed, self.group, self.buffer = samples, seed, group, max(buffer, group)
-        self._buckets = None
-        if lengths is not None and group > 1:
-            self._buckets = np.floor(np.log(lengths) / np.log(BUCKET_RATIO)).astype(np.int64)
+        self._lengths = lengths if group > 1 else None
         self._shards, self.turns, self.update = shards, turns, update
         self._epochs: dict[int, np.ndarray] = {}
 
@@ -68,9 +68,9 @@ class SampleOrder:
         return self._epochs[epoch]
 
     def _draw(self, epoch: int) -> np.ndarray:
-        rng = random_stream(self.seed, epoch, 0, STREAM_ORDER)
+        rng, buckets = random_stream(self.seed, epoch, 0, STREAM_ORDER), self._make_buckets(epoch)
         if self._shards is None:
-            return self._sort(rng, rng.permutation(self.samples), self._edges(epoch))
+            return self._sort(rng, rng.permutation(self.samples), self._edges(epoch), buckets)
         order, rank = read_in_turn(rng, self._shards, self.turns)
         # Windows begin where groups do, at other places in every epoch.
         edges = self._edges(epoch)
@@ -79,22 +79,31 @@ class SampleOrder:
         windows = np.unique(np.concatenate([[0], chosen, [self.samples]]))
         for start, stop in pairwise(windows.tolist()):
             inner = edges[(edges >= start) & (edges <= stop)] - start
-            order[start:stop] = self._sort(rng, rng.permutation(order[start:stop]), inner)
-        if self._buckets is not None:
+            order[start:stop] = self._sort(rng, rng.permutation(order[start:stop]), inner, buckets)
+        if buckets is not None:
             return order
         updates = (epoch * self.samples + np.arange(self.samples)) // self.update
         return order[np.lexsort((rank[order], updates))]
+
+    def _make_buckets(self, epoch: int) -> np.ndarray | None:
+        """(samples,) int64: equal for samples of about equal length in an epoch."""
+        if self._lengths is None:
+            return None
+        lengths = self._lengths(epoch) if callable(self._lengths) else self._lengths
+        return np.asarray(np.floor(np.log(lengths) / np.log(BUCKET_RATIO)).astype(np.int64))
 
     def _edges(self, epoch: int) -> np.ndarray:
         """Positions of an epoch at which a group begins, and its end."""
         first = -epoch * self.samples % self.group
         return np.concatenate([[0], np.arange(first or self.group, self.samples, self.group), [self.samples]])
 
-    def _sort(self, rng: np.random.Generator, order: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    def _sort(
+        self, rng: np.random.Generator, order: np.ndarray, edges: np.ndarray, buckets: np.ndarray | None
+    ) -> np.ndarray:
         """Samples in random order -> the same, those between two edges of about equal length."""
-        if self._buckets is None:
+        if buckets is None:
             return order
-        order = order[np.argsort(self._buckets[order], kind="stable")]
+        order = order[np.argsort(buckets[order], kind="stable")]
         # The pieces between the edges are dealt out to runs of equal lengths.
         starts, sizes = edges[:-1], np.diff(edges)
         pieces = rng.permutation(len(sizes))
@@ -187,15 +196,18 @@ class UpdateSampler:
         self.total, self.lengths = config.data.global_batch, source.lengths
         if self.total < ranks:
             raise ValueError(f"data.global_batch: expected at least {ranks}, one a rank, got {self.total}")
+        self._modality = make_modality(config) if self.data.speed > 0.0 and self.lengths is not None else None
+        self._stretched: dict[int, np.ndarray] = {}
         self.micro = min(self.data.micro_batch or self.total, self.total)
         # Samples that are forwarded together have about the same length. Groups know nothing of ranks.
         group = self.micro if self.total % self.micro == 0 else self.total
         shards = source.shards if self.data.shuffle == "shards" else None
         if self.data.shuffle == "shards" and shards is None:
             raise ValueError("data.shuffle: expected full unless data.path names .tar shards, got shards")
+        lengths = self.lengths if self._modality is None else self._lengths_in
         self.order = SampleOrder(
-            len(source), config.run.seed, self.lengths, group, shards, self.data.shuffle_buffer,
-            self.data.shuffle_shards, self.total,
+            len(source), config.run.seed, lengths, group, shards, self.data.shuffle_buffer, self.data.shuffle_shards,
+            self.total,
         )  # fmt: skip
         self.limit = self._check_seconds()
         # Only what is cropped or cut to its group must not be forwarded with samples of another.
@@ -211,11 +223,13 @@ class UpdateSampler:
             return None
         if self.lengths is None:
             raise ValueError(f"data.batch_seconds: expected speech, got {seconds} for samples without a length")
-        longest = int(self.lengths.max()) / SAMPLE_RATE
-        if seconds < longest:
+        longest = int(self.lengths.max())
+        if self._modality is not None:
+            longest = self._modality.stretch_limit(longest)
+        if seconds < longest / SAMPLE_RATE:
             raise ValueError(
-                f"data.batch_seconds: expected at least {longest:g}, the longest utterance (--data.max-seconds), "
-                f"got {seconds}"
+                f"data.batch_seconds: expected at least {longest / SAMPLE_RATE:g}, the longest utterance "
+                f"(--data.max-seconds), got {seconds}"
             )
         if self.total % self.ranks:
             raise ValueError(
@@ -255,7 +269,19 @@ class UpdateSampler:
         return self.order.take(update * self.total + start, stop - start)
 
     def _lengths_of(self, places: list[tuple[int, int]]) -> list[int] | None:
-        return None if self.lengths is None else [int(self.lengths[i]) for i, _ in places]
+        return None if self.lengths is None else [int(self._lengths_in(epoch)[i]) for i, epoch in places]
+
+    def _lengths_in(self, epoch: int) -> np.ndarray:
+        """(samples,) int64: lengths of all samples in an epoch; they differ between epochs where samples are played at
+        random speeds."""
+        assert self.lengths is not None
+        if self._modality is None:
+            return self.lengths
+        if epoch not in self._stretched:
+            while len(self._stretched) >= 2:
+                del self._stretched[min(self._stretched)]
+            self._stretched[epoch] = self._modality.stretch_lengths(self.lengths, epoch)
+        return self._stretched[epoch]
 
     def _split(self, lengths: list[int] | None) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]:
         """Groups of an update of samples of these lengths, and the micro-batches of every rank."""

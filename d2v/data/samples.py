@@ -1,10 +1,10 @@
 """What all kinds of data share: samples, batches with their masks, and the interface of a modality.
 
-Everything random about a sample - crop, mirror, turn, masks, decoder noise - is a function of (seed, epoch, sample id),
-so a run does not depend on the number of loader workers and can be resumed exactly.
+Everything random about a sample - crop, speed, mirror, turn, masks, decoder noise - is a function of (seed, epoch,
+sample id), so a run does not depend on the number of loader workers and can be resumed exactly.
 
 A sample that cannot be decoded is replaced, within its slot, by another one chosen by the same rule; shapes and order
-stay as they were. The slot keeps its own crop, masks and noise.
+stay as they were. The slot keeps its own crop, masks and noise; a speed goes with the sample.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from d2v_kernels import Masks, MaskSampler, masks_from_bool
 ATTEMPTS = 64
 """Replacements tried for one slot before the data counts as unusable."""
 
-STREAM_CROP, STREAM_REPLACE, STREAM_ORDER, STREAM_CUT, STREAM_LAYERS = 0, 1, 2, 3, 4
+STREAM_CROP, STREAM_REPLACE, STREAM_ORDER, STREAM_CUT, STREAM_LAYERS, STREAM_SPEED = 0, 1, 2, 3, 4, 5
 _U64 = 0xFFFFFFFFFFFFFFFF
 
 
@@ -45,7 +45,7 @@ class Group(NamedTuple):
     places: tuple[tuple[int, int], ...]
     """(sample id, epoch) of each."""
     lengths: tuple[int, ...] | None
-    """Length of each by the index; None: no lengths in this kind of data."""
+    """Length of each by the index, as training sees it; None: no lengths in this kind of data."""
     crop: int | None
     """The length that all are cropped to; None: they are not."""
 
@@ -199,8 +199,20 @@ class Modality:
         """A decoded sample and what was converted; `ValueError` or `OSError` where it cannot be used."""
         raise NotImplementedError
 
+    def stretch(self, value: Any, epoch: int, sample_id: int) -> Any:
+        """A decoded sample with the length that it has in an epoch of the training."""
+        return value
+
+    def stretch_lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
+        """(n,) int64: lengths that `stretch` gives all n samples, whose lengths by the index are these."""
+        return lengths
+
+    def stretch_limit(self, length: int) -> int:
+        """Greatest length that `stretch` gives samples of at most this length by the index."""
+        return length
+
     def augment(self, value: Any, rng: np.random.Generator) -> np.ndarray:
-        """A decoded sample as training sees it."""
+        """A decoded and stretched sample as training sees it."""
         raise NotImplementedError
 
     def settle(self, value: Any) -> np.ndarray:
@@ -260,6 +272,7 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
         for _ in range(ATTEMPTS):
             try:
                 value, converted = self.modality.load(self.source, candidate)
+                value = self.modality.stretch(value, epoch, candidate)
                 if length is not None and len(value) < length:
                     raise ValueError(f"shorter than the index says: {len(value)}, needed {length}")
             except ShardLost as error:
@@ -268,7 +281,7 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
             except (ValueError, OSError) as error:
                 notes.append(Note(candidate, epoch, "bad", describe_error(error)))
                 picks = picks or random_stream(self.seed, epoch, sample_id, STREAM_REPLACE)
-                candidate = self._pick(picks, length)
+                candidate = self._pick(picks, length, epoch)
                 continue
             notes.extend(Note(candidate, epoch, "converted", text) for text in converted)
             rng = random_stream(self.seed, epoch, sample_id, STREAM_CROP)
@@ -280,11 +293,12 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
             blank = np.resize(blank, length)
         return Sample(sample_id, epoch, blank, tuple(notes), group, place)
 
-    def _pick(self, rng: np.random.Generator, length: int | None) -> int:
+    def _pick(self, rng: np.random.Generator, length: int | None, epoch: int) -> int:
         """A replacement, as long as the group's samples are."""
         if length is None or self.source.lengths is None:
             return int(rng.integers(len(self.source)))
-        return int(rng.choice(np.flatnonzero(self.source.lengths >= length)))
+        lengths = self.modality.stretch_lengths(self.source.lengths, epoch)
+        return int(rng.choice(np.flatnonzero(lengths >= length)))
 
 
 class EvaluationSamples(torch.utils.data.Dataset[Sample]):

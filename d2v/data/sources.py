@@ -78,6 +78,8 @@ class Source:
     cache: IndexCache | None = None
     rejected: list[Rejected]
     left_out: dict[str, int]
+    incomplete: Sequence[Rejected] = ()
+    """Those of `rejected` that could be read but have no text or no label."""
 
     def __len__(self) -> int:
         return len(self.names)

@@ -1,4 +1,4 @@
-"""Speech: decoding, resampling to 16 kHz, normalisation, random crops or padding.
+"""Speech: decoding, resampling to 16 kHz, normalisation, random speed, random crops or padding.
 
 Resampling is polyphase filtering (`scipy.signal.resample_poly`: a Kaiser-windowed low-pass, zero phase).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from d2v.data.manifest import ManifestSource
 from d2v.data.progress import Reporter
 from d2v.data.samples import STREAM_CROP, Batch, Modality, Sample, random_stream
 from d2v.data.sources import Kind, Rejected, Source, Subset, find_files, open_source
+from d2v.data.speed import NORMAL, RandomSpeed
 from d2v.modalities import LogMelStem, make_stem
 from d2v.modalities.speech import SAMPLE_RATE, SpeechStem
 
@@ -33,6 +35,10 @@ PROBES = 8
 """Files whose headers are compared with what a manifest says."""
 SLACK = 16
 """Bytes that a WAV header may promise too many: some writers do."""
+KAISER_BETA = 5.0
+"""Of the window of the resampling's low-pass."""
+KEPT_RATIO = 1_000
+"""Largest term of a resampling ratio whose low-pass is kept: 80 kB of coefficients."""
 _NORM_EPS = 1e-5
 _UNKNOWN_SIZE = 0x7FFF_0000
 """WAV files that were written to a pipe have such a size, or more, in their header."""
@@ -106,7 +112,21 @@ def resample(values: np.ndarray, rate: int) -> np.ndarray:
     from scipy.signal import resample_poly
 
     factor = math.gcd(rate, SAMPLE_RATE)
-    return np.asarray(resample_poly(values, SAMPLE_RATE // factor, rate // factor), dtype=np.float32)
+    up, down = SAMPLE_RATE // factor, rate // factor
+    # To design the low-pass takes longer than to apply it to a short utterance.
+    window = design_low_pass(up, down) if max(up, down) <= KEPT_RATIO else ("kaiser", KAISER_BETA)
+    return np.asarray(resample_poly(values, up, down, window=window), dtype=np.float32)
+
+
+@lru_cache(maxsize=512)
+def design_low_pass(up: int, down: int) -> np.ndarray:
+    """Coefficients, float32, of the filter that `scipy.signal.resample_poly` designs for a ratio."""
+    from scipy.signal import firwin
+
+    largest = max(up, down)
+    taps = firwin(2 * 10 * largest + 1, 1.0 / largest, window=("kaiser", KAISER_BETA)).astype(np.float32)
+    taps.setflags(write=False)
+    return np.asarray(taps)
 
 
 def count_resampled(frames: int, rate: int) -> int:
@@ -146,6 +166,8 @@ class Speech(Modality):
             raise ValueError(
                 f"data.max_seconds: expected at least {needed:g}, {MIN_TOKENS} tokens, got {data.max_seconds}"
             )
+        given = (config.run.seed, data.speed, self.shortest, self.longest)
+        self.speed = RandomSpeed(*given) if data.speed > 0.0 else None
         self._mel: LogMelStem | None = None
 
     def _samples_of(self, tokens: int) -> int:
@@ -181,7 +203,7 @@ class Speech(Modality):
             left = "".join(f", {n} {reason} (--data.min-seconds)" for reason, n in source.left_out.items())
             first = f", for example {source.rejected[0].name}: {source.rejected[0].reason}" if source.rejected else ""
             raise ValueError(f"{option}: expected {self.noun}, got {int(damaged.sum())} unreadable{left}{first}")
-        source.lengths = np.minimum(lengths, self.longest)
+        source.lengths = np.minimum(lengths, self.longest if self.speed is None else self.speed.recorded)
         return Subset(source, rows)
 
     def load(self, source: Source, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -190,6 +212,23 @@ class Speech(Modality):
         if len(values) < self.shortest:
             raise ValueError(f"{len(values) / SAMPLE_RATE:.3f} s, expected at least {self.shortest / SAMPLE_RATE:g}")
         return normalise_waveform(values), converted
+
+    def stretch(self, value: np.ndarray, epoch: int, sample_id: int) -> np.ndarray:
+        """Played at a random speed (data.speed), normalised again: what is played faster loses its highest tones."""
+        if self.speed is None:
+            return value
+        percent = int(self.speed.percents(np.array([len(value)]), epoch, sample_id)[0])
+        if percent == NORMAL:
+            return value
+        return normalise_waveform(resample(value, SAMPLE_RATE * percent // NORMAL))
+
+    def stretch_lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
+        """Samples at 16 kHz of the played utterances, at most those of the longest crop."""
+        return lengths if self.speed is None else np.minimum(self.speed.lengths(lengths, epoch), self.longest)
+
+    def stretch_limit(self, length: int) -> int:
+        """Samples at 16 kHz, at most those of the longest crop."""
+        return length if self.speed is None else self.speed.longest_of(length)
 
     def augment(self, value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The whole utterance: how long a crop is depends on the batch."""

@@ -152,6 +152,7 @@ class LabelledTexts(TextSource):
     def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
         self.files, self.modality = files, modality
         self.rejected, self.left_out = [], {}
+        self.incomplete: list[Rejected] = []
         self.texts: list[tuple[str, ...]] = []
         self.values: list[str] = []
         self._places: list[str] = []
@@ -178,10 +179,12 @@ class LabelledTexts(TextSource):
                 columns = columns or len(parts)
                 if columns not in (2, 3):
                     raise ValueError(f"{option}: expected text<TAB>label or text<TAB>text<TAB>label in {where}")
+                reason = None if all(part.strip() for part in parts) else "an empty column"
                 if len(parts) != columns:
-                    self.rejected.append(Rejected(where, f"expected {columns} columns, got {len(parts)}"))
-                elif not all(part.strip() for part in parts):
-                    self.rejected.append(Rejected(where, "an empty column"))
+                    reason = f"expected {columns} columns, got {len(parts)}"
+                if reason is not None:
+                    self.rejected.append(Rejected(where, reason))
+                    self.incomplete.append(self.rejected[-1])
                 else:
                     self.texts.append(tuple(parts[:-1]))
                     self.values.append(parts[-1].strip())

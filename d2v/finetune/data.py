@@ -54,6 +54,14 @@ class Labelled(Modality):
         value, converted = self.inner.load(source.base, int(source.rows[index]))
         return (value, source.targets[index]), converted
 
+    def stretch(self, value: Any, epoch: int, sample_id: int) -> Any:
+        """(stretched value, target)."""
+        return self.inner.stretch(value[0], epoch, sample_id), value[1]
+
+    def stretch_lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
+        """As the modality."""
+        return self.inner.stretch_lengths(lengths, epoch)
+
     def augment(self, value: Any, rng: np.random.Generator) -> Any:
         """(augmented value, target)."""
         return self.inner.augment(value[0], rng), value[1]
@@ -190,6 +198,22 @@ def _settle(
     return LabelledSource(source, rows, [targets[i] for i in rows])
 
 
+def _open_labelled(modality: Modality, path: str, option: str, skip: bool) -> Source:
+    """The samples with their labels; `ValueError` for entries without a text or a label, unless they are skipped."""
+    source = modality.open(path, labelled=True, option=option)
+    if source.incomplete:
+        count, (first, reason) = len(source.incomplete), source.incomplete[0]
+        if not skip:
+            raise ValueError(
+                f"{option}: expected a text and a label in every line, got {count} of {source.indexed} without; first: "
+                f"{first}: {reason} (--task.bad-labels skip leaves them out)"
+            )
+        skipped = set(source.incomplete)
+        source.rejected = [entry for entry in source.rejected if entry not in skipped]
+        source.left_out[f"lines without a text or a label, first {first}: {reason}"] = count
+    return source
+
+
 def open_classes(
     modality: Modality, path: str, option: str, known: Sequence[str] | None, skip: bool
 ) -> tuple[LabelledSource, list[str]]:
@@ -198,7 +222,7 @@ def open_classes(
     Raises:
         ValueError: a class that is not known; fewer than two classes in training data.
     """
-    source = modality.open(path, labelled=True, option=option)
+    source = _open_labelled(modality, path, option, skip)
     assert source.labels is not None and source.classes is not None
     present = sorted(set(source.labels.tolist()))
     found = [source.classes[i] for i in present]
@@ -215,7 +239,7 @@ def open_classes(
 
 def open_numbers(modality: Modality, path: str, option: str, skip: bool) -> LabelledSource:
     """Samples with numbers to predict."""
-    source = modality.open(path, labelled=True, option=option)
+    source = _open_labelled(modality, path, option, skip)
     assert source.labels is not None and source.classes is not None
     values = [_to_number(name) for name in source.classes]
     targets = [values[i] for i in source.labels.tolist()]

@@ -44,7 +44,7 @@ _BATCH = {"speech-ctc": 32, "speech-classify": 32, "vision-classify": 128, "text
 def default_sections(task: str, config: Config) -> tuple[Optim, Data, Run, TaskOptions]:
     """Optimiser, data, run and task options of a task on a pre-trained model.
 
-    How samples look - size, colours, normalisation, tokenizer - stays as it was pre-trained.
+    How samples look - size, colours, normalisation, tokenizer, speed - stays as it was pre-trained.
 
     Raises:
         ValueError: an unknown task, or one of another modality than the model's.

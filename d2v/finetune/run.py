@@ -87,6 +87,8 @@ def finetune(
         model = build_model(config, checkpoint).to(world.device)
         objective = FineTuning(config, model, sets.modality, sets.train, sets.valid, sets.spelling)
         _say(world, f"{len(sets.train)} training, {len(sets.valid)} held-out {objective.noun}, {_describe(sets)}")
+        for text in _describe_lost(config, sets):
+            _say(world, text)
         place = train(objective, world, folder)
         result: dict[str, Any] = {}
         if world.is_first:
@@ -99,6 +101,19 @@ def finetune(
 def _say(world: World, text: str) -> None:
     if world.is_first:
         print(text, file=sys.stderr)
+
+
+def _describe_lost(config: Config, sets: Sets) -> list[str]:
+    """What of the held-out and of the test samples will not be looked at; the trainer says it of the others."""
+    texts = []
+    for name, source in (("valid", sets.valid if config.data.valid else None), ("test", sets.test)):
+        if source is None:
+            continue
+        texts += [f"{name}: left out {count} {reason}" for reason, count in source.left_out.items()]
+        if source.rejected:
+            first = f"{source.rejected[0].name}: {source.rejected[0].reason}"
+            texts.append(f"{name}: {len(source.rejected)} of {source.indexed} cannot be used; first {first}")
+    return texts
 
 
 def _describe(sets: Sets) -> str:
@@ -288,7 +303,8 @@ def judge(
         raise ValueError(f"test: expected {objective.noun} that can be decoded, got none of {len(source)}")
     labels = objective.model.labels
     result = score_outcomes(outcomes, objective.task, labels)
-    result["left_out"] = {**source.left_out, **({"undecodable": n} if (n := len(source) - len(outcomes)) else {})}
+    lost = len(source) - len(outcomes) + len(source.rejected)
+    result["left_out"] = {**source.left_out, **({"undecodable": lost} if lost else {})}
     if folder is not None:
         write_report(folder, source, outcomes, result, labels, worst)
     print(describe_scores(result))

@@ -163,21 +163,21 @@ class LogMelStem(SpeechStem):
     def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B,F,bins) float32: `make_bands` minus the mean of each band over the frames before the padding, where it
         becomes 0. The mean is the colour of a voice, a room, a microphone (cepstral mean normalisation: Atal 1974)."""
-        bands = self.make_bands(inputs, lengths)
         if lengths is None:
+            bands = self.make_bands(inputs)
             return bands - bands.mean(dim=1, keepdim=True)
-        frames = lengths.to(bands.device) * self.frames
-        valid = valid_positions(lengths * self.frames, bands.shape[1], bands.device)
+        tokens = self.count_tokens(inputs.shape[1])
+        valid = valid_positions(lengths * self.frames, tokens * self.frames, inputs.device)
         assert valid is not None
-        bands = bands * valid[..., None]
-        return (bands - bands.sum(dim=1, keepdim=True) / frames[:, None, None]) * valid[..., None]
+        bands = self.make_bands(inputs, valid) * valid[..., None]
+        return (bands - bands.sum(dim=1, keepdim=True) / valid.sum(dim=1)[:, None, None]) * valid[..., None]
 
-    def make_bands(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def make_bands(self, inputs: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B,F,bins) float32: log power of each band in the F frames that fill tokens, of waveforms (B,S).
 
         At least 40 dB below the loudest band of the row's frames before its padding: what is quieter is the noise of a
         recording, and in bands that a low sampling rate left empty the rounding, by which speakers are told apart and
-        words are not. lengths (B,): tokens before the padding, on the host.
+        words are not. valid: bool (B,F), True before the padding; None: there is none.
         """
         tokens = self.count_tokens(inputs.shape[1])
         frames = inputs.unfold(1, _WINDOW, _HOP)[:, : tokens * self.frames]
@@ -185,11 +185,7 @@ class LogMelStem(SpeechStem):
             spectrum = torch.fft.rfft(frames.float() * self.window.float(), _FFT)
             # Not abs().square(): that takes a square root on the way, three times as slow on a CPU.
             power = (spectrum.real.square() + spectrum.imag.square()) @ self.filters.float()
-            heard = power
-            if lengths is not None:
-                valid = valid_positions(lengths * self.frames, power.shape[1], power.device)
-                assert valid is not None
-                heard = power * valid[..., None]
+            heard = power if valid is None else power * valid[..., None]
             loudest = heard.amax(dim=(1, 2), keepdim=True)
             return power.maximum(loudest * _RANGE).clamp_min(_LEAST_POWER).log()
 

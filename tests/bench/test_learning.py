@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.learning.methods import find_pretrained, linear, updates_for
+from benchmarks.learning import methods
+from benchmarks.learning.methods import find_pretrained, linear, scaled, supervised_job, updates_for, write_untrained
 from benchmarks.learning.table import draw, markdown, summarise
-from benchmarks.learning.tasks import TASKS, choose_few
+from benchmarks.learning.tasks import TASKS, Splits, choose_few
 
 
 def result(method: str, seed: int, value: float, rate: float = 1.0) -> dict[str, Any]:
@@ -49,6 +50,23 @@ def test_fine_tuning_begins_with_the_rate_that_was_chosen(tmp_path: Path) -> Non
         file.write_text(json.dumps(result("data2vec2", 0, value, rate)))
     assert find_pretrained(task, 2, tmp_path).parent.name == "data2vec2-x2-seed2"
     assert linear(result("scratch", 0, 0.5)) == 0.5
+
+
+@pytest.mark.parametrize("name", ["digits", "waveforms"])
+def test_every_method_hears_speech_at_random_speeds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, splits = TASKS[name], Splits("pretrain", "train", "valid", "test", "few")
+    for version in (1, 2):
+        assert scaled(task.config(version), 10, 0, 1.0, splits, tmp_path).data.speed == 0.3
+    given: list[float] = []
+
+    def catch(*_: Any, data: Any, **__: Any) -> dict[str, Any]:
+        given.append(data.speed)
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(methods, "finetune", catch)
+    start = write_untrained(task, 0, splits, tmp_path)
+    assert supervised_job(task, "scratch", 0, 1.0, splits, "test", tmp_path, start)["scores"]["scratch"]["knn"] == 0.5
+    assert given == [0.3, 0.3], "with all labels and with few"
 
 
 def test_equal_work() -> None:

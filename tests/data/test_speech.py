@@ -179,10 +179,11 @@ def test_padding_in_place_of_crops(sounds: Path) -> None:
         assert sum(len(b) for b in validation_batches(settings, source, CPU)) == 12
 
 
-def test_results_do_not_depend_on_workers_and_can_start_anywhere(sounds: Path) -> None:
-    source = Speech(config()).open(str(sounds))
-    whole = list(train_updates(config(steps=8, micro_batch=2), source, 0, CPU))
-    other = list(train_updates(config(steps=8, micro_batch=2, workers=2), source, 3, CPU))
+@pytest.mark.parametrize("speed", [0.0, 0.3])
+def test_results_do_not_depend_on_workers_and_can_start_anywhere(sounds: Path, speed: float) -> None:
+    source = Speech(config(speed=speed)).open(str(sounds))
+    whole = list(train_updates(config(steps=8, micro_batch=2, speed=speed), source, 0, CPU))
+    other = list(train_updates(config(steps=8, micro_batch=2, speed=speed, workers=2), source, 3, CPU))
     pairs = list(zip(flatten(whole[3:]), flatten(other), strict=True))
     assert len(pairs) == 5 * 2 * 3
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -247,14 +248,15 @@ def test_rows_of_two_epochs_are_cut_to_the_fewest_masked() -> None:
     assert not torch.equal(cut, cut_to_smallest(mask, keys + 1))
 
 
-def test_crops_and_masks_do_not_depend_on_ranks(sounds: Path) -> None:
+@pytest.mark.parametrize("speed", [0.0, 0.3])
+def test_crops_and_masks_do_not_depend_on_ranks(sounds: Path, speed: float) -> None:
     for batch, micro, ranks, unequal in (
         (8, None, 2, "crop"),
         (8, 4, 4, "crop"),
         (12, 4, 2, "crop"),
         (8, None, 2, "pad"),
     ):
-        settings = config(steps=6, global_batch=batch, micro_batch=micro, unequal=unequal)
+        settings = config(steps=6, global_batch=batch, micro_batch=micro, unequal=unequal, speed=speed)
         source = Speech(settings).open(str(sounds))
         whole = list(train_updates(settings, source, 1, CPU))
         parts = [list(train_updates(settings, source, 1, CPU, rank, ranks)) for rank in range(ranks)]
@@ -265,9 +267,9 @@ def test_crops_and_masks_do_not_depend_on_ranks(sounds: Path) -> None:
                 assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), (batch, micro, ranks, unequal)
 
 
-@pytest.mark.parametrize("unequal", ["crop", "pad"])
-def test_batches_hold_at_most_so_many_seconds_on_any_number_of_ranks(sounds: Path, unequal: str) -> None:
-    settings = config(steps=6, global_batch=8, batch_seconds=1.5, unequal=unequal)
+@pytest.mark.parametrize(("unequal", "speed"), [("crop", 0.0), ("pad", 0.0), ("crop", 0.4), ("pad", 0.4)])
+def test_batches_hold_at_most_so_many_seconds_on_any_number_of_ranks(sounds: Path, unequal: str, speed: float) -> None:
+    settings = config(steps=6, global_batch=8, batch_seconds=1.5, unequal=unequal, speed=speed)
     source = Speech(settings).open(str(sounds))
     whole = list(train_updates(settings, source, 0, CPU))
     parts = [list(train_updates(settings, source, 0, CPU, rank, 2)) for rank in range(2)]
@@ -296,8 +298,9 @@ def rows_of(batches: list[Batch]) -> list[tuple[torch.Tensor, ...]]:
     return rows
 
 
-def test_a_sample_shorter_than_the_index_says_is_replaced_by_one_that_is_not(sounds: Path) -> None:
-    settings = config(steps=6, global_batch=4, micro_batch=4)
+@pytest.mark.parametrize("speed", [0.0, 0.3])
+def test_a_sample_shorter_than_the_index_says_is_replaced_by_one_that_is_not(sounds: Path, speed: float) -> None:
+    settings = config(steps=6, global_batch=4, micro_batch=4, speed=speed)
     source = Speech(settings).open(str(sounds))
     assert source.lengths is not None
     longest = int(source.lengths.argmax())
@@ -308,5 +311,8 @@ def test_a_sample_shorter_than_the_index_says_is_replaced_by_one_that_is_not(sou
         bad.add(batches[0].notes)
         widths.append(batches[0].inputs.shape[1])
     assert [(e["id"], e["reason"].split(":")[0]) for e in bad.entries] == [(longest, "shorter than the index says")]
-    expected = [min(int(source.lengths[s.sample_id]) for s in batch) for batch in UpdateSampler(settings, source, 0, 6)]
+    lengths = [Speech(settings).stretch_lengths(source.lengths, epoch) for epoch in range(3)]
+    expected = [
+        min(int(lengths[s.epoch][s.sample_id]) for s in batch) for batch in UpdateSampler(settings, source, 0, 6)
+    ]
     assert widths == expected

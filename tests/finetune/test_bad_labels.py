@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,31 @@ def test_labels_that_are_no_numbers(tmp_path: Path, text_model: Path, capsys: py
     command = ["text-classify", "--checkpoint", str(text_model), "--train", str(train), "--task.regression"]
     said = refuse(capsys, tmp_path / "run", *command)
     assert "train: expected numbers as labels, got 1 of 20" in said and "train.tsv:8" in said
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_lines_without_a_text_or_a_label(
+    tmp_path: Path, text_model: Path, capsys: pytest.CaptureFixture[str], pairs: bool
+) -> None:
+    """In any of the sets, before a run folder is there; left out and counted where asked for."""
+    whole, broken = (write_table(tmp_path / f"{name}.tsv", 40, 0, pairs=pairs) for name in ("whole", "broken"))
+    lines = broken.read_text().splitlines()
+    lines[2], lines[5], lines[30] = lines[2].rpartition("\t")[0] + "\t ", "\t" + lines[5].partition("\t")[2], "a film"
+    broken.write_text("\n".join(lines) + "\n")
+    command = ["text-classify", "--checkpoint", str(text_model)]
+    for sets in (("--train", broken), ("--train", whole, "--valid", broken), ("--train", whole, "--test", broken)):
+        said = refuse(capsys, tmp_path / "run", *command, *map(str, sets))
+        assert f"{sets[-2][2:]}: expected a text and a label in every line, got 3 of 40 without" in said
+        assert "broken.tsv:3: an empty column (--task.bad-labels skip" in said
+    skip = ["--task.bad-labels", "skip", "--run.dir", str(tmp_path / "run"), "--run.steps", "1", "--data.workers", "0"]
+    sets = ["--train", str(broken), "--test", str(broken), "--data.global-batch", "4"]
+    assert main(["finetune", *command, *sets, *skip]) == 0
+    said = capsys.readouterr()
+    place = f"without a text or a label, first {broken}:3: an empty column"
+    assert f"test: left out 3 lines {place}" in said.err.split("update 1/1")[0]
+    result = json.loads(said.out.splitlines()[-1])
+    assert result["samples"] == 37
+    assert result["left_out"] == {f"lines {place}": 3}
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,22 @@ def test_probe_with_other_pools(run: Path, images: Path) -> None:
     for pool in ("mean-std", "segments"):
         result = probe(str(run), str(images), str(images), labels_per_class=2, draws=2, device="cpu", pool=pool)
         assert result["pool"] == pool
-    with pytest.raises(ValueError, match="pool: expected another than class"):
+
+
+def test_probe_of_the_class_token(make_config: Callable[..., Config], images: Path) -> None:
+    run = pretrain(make_config(encoder={"extra_tokens": 1}, run={"steps": 1}))
+    result = probe(str(run), str(images), str(images), labels_per_class=2, draws=2, device="cpu", pool="class")
+    assert result["pool"] == "class"
+    assert 0.0 <= result["knn"]["pretrained"] <= 1.0
+
+
+def refuse_features(*_: object, **__: object) -> None:
+    raise AssertionError("features were computed for a probe that cannot be")
+
+
+def test_probes_that_cannot_be_cost_no_features(run: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2v.evaluate.extract_features", refuse_features)
+    with pytest.raises(ValueError, match=r"pool: expected one of mean, .* without a class token, got class"):
         probe(str(run), str(images), str(images), device="cpu", pool="class")
     with pytest.raises(ValueError, match="pool: expected one of mean, mean-std, segments, class, got 'sum'"):
         probe(str(run), str(images), str(images), device="cpu", pool="sum")

@@ -112,6 +112,10 @@ def test_probe_of_text(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture
     result = probe(str(folder), str(table), str(table), baselines=names, draws=2, device="cpu", batch=7)
     assert result["linear_probe"]["bag_of_words"] == 1.0
     assert result["test_samples"] == 30
+    broken = tmp_path / "broken.tsv"
+    broken.write_text("".join([*lines[:20], "\t1\n", "kan sota\t\n"]))
+    with pytest.raises(ValueError, match=r"test: expected decodable samples, got 2 of 22 .*broken\.tsv:21: an empty"):
+        probe(str(folder), str(table), str(broken), draws=1, device="cpu")
     inside = next((folder / "checkpoints").iterdir())
     assert probe(str(inside), str(table), str(table), draws=1, device="cpu")["classes"] == 2
     for file in (folder / "tokenizer").iterdir():
