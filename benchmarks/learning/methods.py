@@ -117,7 +117,9 @@ def pretrain_job(task: Task, method: str, seed: int, rate: float, splits: Splits
 
 def probe_job(task: Task, seed: int, method: str, splits: Splits, test: str, folder: Path) -> dict[str, Any]:
     """Accuracies of the three probes; on test data with the baselines, beside data2vec 2.0."""
-    names = ("random_init", *task.baselines) if method == "data2vec2" and test == splits.test else ()
+    names: tuple[str, ...] = ()
+    if method == "data2vec2" and test == splits.test:
+        names = ("random_init", *(task.baselines if seed == 0 or task.redrawn else ()))
     output = folder / f"probe-{'test' if test == splits.test else 'valid'}.json"
     weights = "student" if method == "autoencoder" else "teacher"
     arguments = ["evaluate", "probe", "--checkpoint", str(folder / "model"), "--train", splits.train, "--test", test,

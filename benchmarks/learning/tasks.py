@@ -62,6 +62,8 @@ class Task:
     """Passes of the training from scratch over all labels."""
     pool: str = "mean"
     """Of the probes, for every trained and untrained network; see `evaluate probe`."""
+    redrawn: bool = False
+    """Whether every seed has samples of its own; else raw features are measured once."""
     methods: tuple[str, ...] = ("data2vec2", "data2vec1", "autoencoder", "scratch", "finetuned")
 
     def config(self, version: int) -> Config:
@@ -194,7 +196,7 @@ WAVEFORM = ((64, 10, 5), (64, 8, 4), (64, 6, 4), (64, 4, 3), (64, 3, 2))
 TASKS = {
     "textures": Task(
         "textures", "textures of photographs", prepare_textures, "vision-tiny", "vision1-tiny", "vision-classify",
-        ("pixels", "sorted_pixels", "power_spectrum"), 1500,
+        ("pixels", "sorted_pixels", "power_spectrum"), 1500, redrawn=True,
     ),
     "digits": Task(
         "digits", "spoken digits, unseen speaker, log-mel", prepare_digits, "speech-tiny", "speech1-tiny",
