@@ -22,13 +22,7 @@ from .step import measure_memory
 from .step_cases import StepCase
 from .step_report import GOALS
 
-CASES = (
-    StepCase("vision-base", 16),
-    StepCase("speech-base", 1, 20.0),
-    StepCase("text-base", 2, 512),
-    StepCase("vision-base", 11, tuned_for=False),
-    StepCase("speech-base", 2, 7.3, tuned_for=False),
-)
+CASES = (StepCase("vision-base", 16), StepCase("speech-base", 1, 20.0), StepCase("text-base", 2, 512))
 FORMS = ("plain", "d2v")
 COMMAND = "benchmarks.memory"
 
