@@ -34,7 +34,7 @@ def parallelise(
     Args:
         model: equal on all ranks; sharded in place by `run.parallel` "fsdp".
         blocks: its transformer blocks, of student and teacher alike: the units that are compiled and sharded.
-        run: parallel, shard_ranks, compile.
+        run: parallel, shard_ranks, compile, compile_scope.
         world: the ranks.
         may_skip: some trained parameters may take no part in an update.
 
@@ -42,8 +42,8 @@ def parallelise(
         ValueError: a number of ranks that does not fit.
     """
     if run.compile:
-        for block in blocks:
-            block.compile()
+        for part in blocks if run.compile_scope == "blocks" else [model]:
+            part.compile()
     if not world.is_parallel:
         return model
     if run.parallel == "ddp":
