@@ -56,7 +56,11 @@ def parallelise(
     # the teacher has no backward pass that would free it.
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    sharded = fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    trained = [block for block in blocks if any(p.requires_grad for p in block.parameters())]
+    if 0 < len(trained) < len(blocks):
+        # By itself the backward pass begins with gathering what ran last: a block of the teacher, which has none.
+        sharded.set_modules_to_backward_prefetch([trained[-1]])
     return model
 
 
