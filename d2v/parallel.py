@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from d2v.config_run import Run
@@ -57,7 +57,7 @@ def parallelise(
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     sharded = fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    trained = [block for block in blocks if any(p.requires_grad for p in block.parameters())]
+    trained = [b for b in blocks if isinstance(b, FSDPModule) and any(p.requires_grad for p in b.parameters())]
     if 0 < len(trained) < len(blocks):
         # By itself the backward pass begins with gathering what ran last: a block of the teacher, which has none.
         sharded.set_modules_to_backward_prefetch([trained[-1]])

@@ -31,7 +31,7 @@ from d2v.train import pretrain
 from .test_train import assert_same_run
 
 Make = Callable[..., Config]
-NETWORK = {"compile": True, "compile_scope": "network"}
+NETWORK: dict[str, Any] = {"compile": True, "compile_scope": "network"}
 
 
 @pytest.fixture(autouse=True)
