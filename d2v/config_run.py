@@ -152,7 +152,7 @@ class Run:
     compile_scope: Literal["blocks", "network"] = "blocks"
     """With compile. blocks: each transformer block of student and teacher. network: all of a pre-training forward as
     one graph, from the stem to the loss with the teacher in it: quicker where the calls between the blocks count, and
-    slower to compile; with ddp, without layer drop."""
+    slower to compile; in one process, without layer drop."""
     teacher_graph: bool = False
     """Run the teacher as a CUDA graph: on GPUs, with ddp, without compile, for batches without padding."""
     activation_checkpointing: bool = False

@@ -39,8 +39,10 @@ def parallelise(
         may_skip: some trained parameters may take no part in an update.
 
     Raises:
-        ValueError: a number of ranks that does not fit.
+        ValueError: a number of ranks that does not fit; one graph on several ranks, which has not been tried.
     """
+    if run.compile_scope == "network" and world.is_parallel:
+        raise ValueError(f"run.compile_scope: expected blocks on {world.size} ranks, got network")
     if run.compile:
         for part in blocks if run.compile_scope == "blocks" else [model]:
             part.compile()
