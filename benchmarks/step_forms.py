@@ -22,7 +22,7 @@ FORMS = {
     "plain": "the published formulation in eager PyTorch",
     "plain compiled": "the same under torch.compile",
     "d2v": "this library",
-    "d2v all": "with compiled blocks and, on a GPU, the teacher as a CUDA graph",
+    "d2v all": "as one compiled graph; on a GPU with compiled blocks, the teacher as a CUDA graph",
 }
 PHASES = ("forward", "backward", "optimiser", "ema")
 CLIP = 3.0
@@ -47,14 +47,12 @@ class Form:
         self.marks: list[float | torch.cuda.Event] = []
 
     def _use_everything(self) -> None:
-        """Compiled blocks; on a GPU of the student only, and the teacher as a graph: the two exclude each other."""
-        model, teacher = self.model, self.model.teacher
-        owners: list[nn.Module] = [model.context, model.blocks]
-        if self.device.type == "cuda":
-            model.graph_teacher()
-        else:
-            owners += teacher.working_parts().values() if teacher.working_dtype else [teacher]
-        for owner in owners:
+        """On a CPU the network as one graph; on a GPU the student's blocks, and the teacher as a CUDA graph."""
+        if self.device.type != "cuda":
+            self.model.compile()
+            return
+        self.model.graph_teacher()
+        for owner in (self.model.context, self.model.blocks):
             for block in owner.modules():
                 if isinstance(block, Block):
                     block.compile()

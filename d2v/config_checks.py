@@ -45,6 +45,16 @@ def check_model(config: Config) -> None:
     require(not both, "encoder.alibi", "none with relative positions", config)
     heads = config.encoder.alibi_heads if config.encoder.alibi != "none" else None
     require(heads is None or 1 <= heads <= config.encoder.heads, "encoder.alibi_heads", "1 to encoder.heads", config)
+    check_graph(config)
+
+
+def check_graph(config: Config) -> None:
+    """What cannot be one graph: each choice of skipped blocks would be another, and counts read on the host end one."""
+    whole = config.run.compile_scope == "network"
+    dropped = config.encoder.layer_drop > 0.0
+    require(not (whole and dropped), "run.compile_scope", "blocks with encoder.layer_drop", config)
+    counted = "masked-tokens-only-teacher" in config.published
+    require(not (whole and counted), "run.compile_scope", "blocks with masked-tokens-only-teacher", config)
 
 
 def check_run(config: Any) -> None:
@@ -60,5 +70,9 @@ def check_run(config: Any) -> None:
     require(run.shard_ranks is None or run.parallel == "fsdp", "run.shard_ranks", "nothing without fsdp", config)
     # The scaler of the loss would have to agree over the shards of each gradient.
     require(run.parallel == "ddp" or run.precision != "fp16", "run.precision", "fp32 or bf16 with fsdp", config)
+    whole = run.compile_scope == "network"
+    require(run.compile or not whole, "run.compile_scope", "blocks without run.compile", config)
+    # Sharded blocks gather their weights one by one.
+    require(run.parallel == "ddp" or not whole, "run.compile_scope", "blocks with fsdp", config)
     alone = run.parallel == "ddp" and not run.compile
     require(alone or not run.teacher_graph, "run.teacher_graph", "False with fsdp or run.compile", config)

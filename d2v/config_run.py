@@ -151,7 +151,11 @@ class Run:
     timeout: float = 600.0
     """Seconds of silence after which a rank counts as lost and the others stop, naming it."""
     compile: bool = False
-    """torch.compile the transformer blocks of student and teacher."""
+    """torch.compile the model; compile_scope says how much of it."""
+    compile_scope: Literal["blocks", "network"] = "blocks"
+    """With compile. blocks: each transformer block of student and teacher. network: all of a pre-training forward as
+    one graph, from the stem to the loss with the teacher in it: quicker where the calls between the blocks count, and
+    slower to compile; in one process, without layer drop."""
     teacher_graph: bool = False
     """Run the teacher as a CUDA graph: on GPUs, with ddp, without compile, for batches without padding."""
     activation_checkpointing: bool = False

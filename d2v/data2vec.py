@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,7 @@ class Data2Vec(nn.Module):
         working_dtype = WORKING_DTYPES.get(config.run.precision) if config.run.parallel == "ddp" else None
         self.teacher = Teacher(student, config.ema.scope, working_dtype)
         self.graphed: GraphedTargets | None = None
+        self.compiled: Callable[..., Output] | None = None
         self._drawn = 0
 
     @torch.no_grad()
@@ -148,6 +150,32 @@ class Data2Vec(nn.Module):
         rows = resolve_masks(self.config, masks, batch, tokens, valid, self._drawn)
         self._drawn += batch if masks is None else 0
         drawn = rows.masks.to(inputs.device, non_blocking=True)
+        if noise is not None:
+            self._check_noise(noise, rows.masks)
+        elif noise_keys is None and self.decoder is not None:
+            # In front of the graph: a compiler draws other numbers.
+            noise_keys = torch.randint(-(2**63), 2**63 - 1, (len(rows.masks.mask),), device=inputs.device)
+        if self.teacher.working_dtype is not None:
+            self.teacher.working_parts()  # rewritten where the averages came from a checkpoint
+        if self.compiled is None:
+            return self._compute(inputs, drawn, rows, valid, noise, noise_keys)
+        if self.config.version == 1 or valid is not None:
+            # Differs from batch to batch: a size of the graph from the first one on. Others become one as they change.
+            torch._dynamo.maybe_mark_dynamic(drawn.rows, 0)
+        return self.compiled(self, inputs, drawn, rows, valid, noise, noise_keys)
+
+    def _compute(
+        self, inputs: Tensor, drawn: Masks, rows: MaskedRows, valid: Tensor | None, noise: Tensor | None,
+        noise_keys: Tensor | None,
+    ) -> Output:  # fmt: skip
+        """What `forward` does once everything that the host decides is decided: one graph for a compiler.
+
+        Args:
+            inputs, noise, noise_keys: of `forward`, checked.
+            drawn: the masks of `rows` on the device.
+            rows: of the student.
+            valid: (B,) tokens before the padding, on the host; None: no padding.
+        """
         inputs = prepare_inputs(self.stem, inputs, valid)
         if self.decoder is not None:
             with span("student"):
@@ -155,12 +183,10 @@ class Data2Vec(nn.Module):
             with span("decoder"):
                 prediction = self._decode(encoded, drawn, rows, noise, noise_keys)
         else:
-            if noise is not None:
-                raise ValueError(f"noise: expected None, 1.0 has no decoder; got shape {tuple(noise.shape)}")
             with span("student"):
                 features, encoded = self._encode_masked(inputs, drawn, rows, valid)
             with span("decoder"):
-                prediction = self._regress(encoded, drawn.rows, tokens)
+                prediction = self._regress(encoded, drawn.rows, drawn.mask.shape[1])
         takes_text = self.config.stem.modality == "text" and self.decoder is None
         with span("teacher"):
             if takes_text and "masked-tokens-only-teacher" in self.config.published:
@@ -241,7 +267,7 @@ class Data2Vec(nn.Module):
         count, tokens = masks.restore.shape
         visible = masks.keep.shape[1]
         kept = self.decoder.dropout(encoded[:, encoded.shape[1] - visible :])
-        fill = self._make_fill(kept, tokens - visible, noise, noise_keys)
+        fill = self._make_fill(kept, noise, noise_keys)
         x = self._add_positions(restore_tokens(kept, masks.restore, fill=fill), masks.mask)
         hides = "positions-see-padding" not in self.config.published
         valid = valid_positions(rows.lengths, tokens, x.device) if hides else None
@@ -258,14 +284,18 @@ class Data2Vec(nn.Module):
             x = x + mask[..., None] * self.positions(torch.zeros_like(x[:1]))
         return self.positions(x) if config.positions_all else x
 
-    def _make_fill(self, kept: Tensor, masked: int, noise: Tensor | None, noise_keys: Tensor | None) -> Tensor | Noise:
-        rows, _, width = kept.shape
+    def _check_noise(self, noise: Tensor, masks: Masks) -> None:
+        if masks.keep is None or self.decoder is None:
+            raise ValueError(f"noise: expected None, 1.0 has no decoder; got shape {tuple(noise.shape)}")
+        rows, tokens = masks.mask.shape
+        expected = (rows, tokens - masks.keep.shape[1], self.config.encoder.width)
+        if tuple(noise.shape) != expected:
+            raise ValueError(f"noise: expected shape {expected}, got {tuple(noise.shape)}")
+
+    def _make_fill(self, kept: Tensor, noise: Tensor | None, noise_keys: Tensor | None) -> Tensor | Noise:
         if noise is not None:
-            if tuple(noise.shape) != (rows, masked, width):
-                raise ValueError(f"noise: expected shape ({rows}, {masked}, {width}), got {tuple(noise.shape)}")
             return noise.to(kept)
-        if noise_keys is None:
-            noise_keys = torch.randint(-(2**63), 2**63 - 1, (rows,), device=kept.device)
+        assert noise_keys is not None
         return Noise(self.config.mask.noise_std, noise_keys.to(kept.device, non_blocking=True))
 
     @torch.no_grad()
@@ -273,8 +303,6 @@ class Data2Vec(nn.Module):
         """(B,T,C) targets: mean of the teacher's K normalised tensors, normalised again (section 3.3 of the paper)."""
         if self.graphed is None or lengths is not None:
             return self._compute_targets(inputs, features, lengths)
-        if self.teacher.working_dtype is not None:
-            self.teacher.working_parts()  # rewritten where the averages came from a checkpoint
         return self.graphed(inputs, features)
 
     def _compute_targets(self, inputs: Tensor, features: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -288,6 +316,18 @@ class Data2Vec(nn.Module):
         record: as in `GraphedTargets`; unset: CUDA graphs.
         """
         self.graphed = GraphedTargets(torch.no_grad()(self._compute_targets), record)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """From here on a training forward is one graph, from the stem to the loss; options as of `torch.compile`.
+
+        What reads values on the host stays in front of it: checks of the inputs, drawing and checking of masks. A copy
+        of the model, or one that was pickled, is not compiled. Layer drop and the teacher of masked tokens alone
+        (`published`) cannot be part of a graph: they raise torch._dynamo.exc.Unsupported, or compile without end.
+        """
+        self.compiled = torch.compile(Data2Vec._compute, *args, fullgraph=True, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "compiled": None}
 
     @torch.no_grad()
     def _make_targets_of_masked_tokens(self, inputs: Tensor, mask: Tensor, host_mask: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from d2v.config_run import Run
@@ -34,16 +34,18 @@ def parallelise(
     Args:
         model: equal on all ranks; sharded in place by `run.parallel` "fsdp".
         blocks: its transformer blocks, of student and teacher alike: the units that are compiled and sharded.
-        run: parallel, shard_ranks, compile.
+        run: parallel, shard_ranks, compile, compile_scope.
         world: the ranks.
         may_skip: some trained parameters may take no part in an update.
 
     Raises:
-        ValueError: a number of ranks that does not fit.
+        ValueError: a number of ranks that does not fit; one graph on several ranks, which has not been tried.
     """
+    if run.compile_scope == "network" and world.is_parallel:
+        raise ValueError(f"run.compile_scope: expected blocks on {world.size} ranks, got network")
     if run.compile:
-        for block in blocks:
-            block.compile()
+        for part in blocks if run.compile_scope == "blocks" else [model]:
+            part.compile()
     if not world.is_parallel:
         return model
     if run.parallel == "ddp":
@@ -56,7 +58,11 @@ def parallelise(
     # the teacher has no backward pass that would free it.
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    sharded = fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    trained = [b for b in blocks if isinstance(b, FSDPModule) and any(p.requires_grad for p in b.parameters())]
+    if 0 < len(trained) < len(blocks):
+        # By itself the backward pass begins with gathering what ran last: a block of the teacher, which has none.
+        sharded.set_modules_to_backward_prefetch([trained[-1]])
     return model
 
 

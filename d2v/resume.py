@@ -28,6 +28,7 @@ FREE_FIELDS = frozenset(
         "run.shard_ranks",
         "run.timeout",
         "run.compile",
+        "run.compile_scope",
         "run.teacher_graph",
         "run.activation_checkpointing",
         "run.threads",

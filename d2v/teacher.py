@@ -138,8 +138,10 @@ class Teacher(nn.Module):
         return torch.autocast(device.type, dtype=self.working_dtype)
 
     def _parts(self) -> dict[str, nn.Module]:
-        own = dict(self.named_children()) if self.working_dtype is None else self.working_parts()
-        return {**self._student, **own}
+        if self.working_dtype is None:
+            return {**self._student, **dict(self.named_children())}
+        # A graph cannot look at addresses; whoever runs one has made the copies before.
+        return {**self._student, **(self._working if torch.compiler.is_compiling() else self.working_parts())}
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
         return tuple((t.data_ptr(), t._version) for t in itertools.chain(self.parameters(), self.buffers()))

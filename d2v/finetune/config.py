@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import Config, build_section
+from ..config_checks import require
 from .heads import HeadSettings
 
 TASKS = ("speech-ctc", "speech-classify", "vision-classify", "text-classify")
@@ -108,6 +109,7 @@ class FineTuneConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.run.compile_scope == "blocks", "run.compile_scope", "blocks in fine-tuning", self)
         check_options(self.finetune.options)
 
     @staticmethod
