@@ -112,6 +112,7 @@ def assert_equal_steps(eager: Data2Vec, inputs: Tensor, backend: str, lengths: T
     assert count_graphs() == 1
 
 
+@pytest.mark.long
 def test_generated_code_has_the_results_of_the_eager_network() -> None:
     config = shrink("vision-tiny")
     torch.manual_seed(0)
