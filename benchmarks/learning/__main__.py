@@ -43,8 +43,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_child(job: Job, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs a job in a process of its own; its output goes to a log."""
+    """The result of a job, stored or from a process of its own, whose output goes to a log."""
     task, method, seed, rate, stage = job
+    file = options.output / task / f"{method}-x{rate:g}-seed{seed}" / f"result-{stage}.json"
+    if file.is_file():
+        stored: dict[str, Any] = json.loads(file.read_text())
+        return stored
     log = options.output / task / f"{method}-x{rate:g}-seed{seed}-{stage}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.learning", "--data", str(options.data), "--output",
@@ -56,7 +60,6 @@ def run_child(job: Job, options: argparse.Namespace) -> dict[str, Any]:
     print(f"{' '.join(map(str, job)):<50} {time.monotonic() - begin:6.0f} s", flush=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, job))}: exit code {done.returncode}, see {log}")
-    file = options.output / task / f"{method}-x{rate:g}-seed{seed}" / f"result-{stage}.json"
     result: dict[str, Any] = json.loads(file.read_text())
     return result
 
