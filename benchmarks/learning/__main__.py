@@ -55,8 +55,8 @@ def run_child(job: Job, options: argparse.Namespace) -> dict[str, Any]:
                str(options.output), "--job", *map(str, job)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     begin = time.monotonic()
-    with log.open("w") as file:
-        done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    with log.open("w") as output:
+        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     print(f"{' '.join(map(str, job)):<50} {time.monotonic() - begin:6.0f} s", flush=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, job))}: exit code {done.returncode}, see {log}")
