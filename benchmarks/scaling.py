@@ -214,18 +214,16 @@ def volumes(sizes: Sizes, parallel: Parallel, ranks: int, forwards: int, cluster
 
     ddp: the gradients, float32, once an update. fsdp, hybrid: weights are gathered in float32, of the student for
     forward and backward, of the teacher's blocks for the forward alone, in every micro-batch (what stands outside the
-    blocks is one unit with the student's, gathered twice, and a block of the teacher once more: FSDP2 fetches the block
-    that ran last ahead of the backward pass, which does not use it); gradients are reduced and scattered once an
-    update.
+    blocks is one unit with the student's, gathered twice); gradients are reduced and scattered once an update.
     """
     gradients = 4.0 * sizes.trained
     if parallel == "ddp":
         return {"all-reduce": all_reduce_bytes(gradients, ranks)}
     shards = shard_ranks(parallel, ranks, cluster)
-    outside, spare = sizes.averaged - sizes.averaged_blocks, sizes.averaged_blocks / sizes.blocks
+    outside = sizes.averaged - sizes.averaged_blocks
     result = {
         "all-gather, student": 2.0 * forwards * gather_bytes(4.0 * sizes.trained, shards),
-        "all-gather, teacher": forwards * gather_bytes(4.0 * (sizes.averaged + outside + spare), shards),
+        "all-gather, teacher": forwards * gather_bytes(4.0 * (sizes.averaged + outside), shards),
         "reduce-scatter": gather_bytes(gradients, shards),
     }
     if shards < ranks:
@@ -319,9 +317,9 @@ def _exposed(sizes: Sizes, parallel: Parallel, gpus: int, compute: list[float], 
         last = needed * min(1.0, BUCKET / gradients)
         return max(last, needed - cluster.overlap * part * compute[-1])
     shards = shard_ranks(parallel, gpus, cluster)
-    outside, spare = sizes.averaged - sizes.averaged_blocks, sizes.averaged_blocks / sizes.blocks
+    outside = sizes.averaged - sizes.averaged_blocks
     ahead = gather_seconds(4.0 * (sizes.trained + sizes.averaged), shards, 2 * sizes.blocks + 1, cluster)
-    back = gather_seconds(4.0 * (sizes.trained + outside + spare), shards, sizes.blocks + 2, cluster)
+    back = gather_seconds(4.0 * (sizes.trained + outside), shards, sizes.blocks + 1, cluster)
     first = gather_seconds(4.0 * (sizes.trained - sizes.trained_blocks + outside), shards, 1, cluster)
     reduced = gather_seconds(gradients, shards, sizes.blocks + 1, cluster)
     if shards < gpus:
