@@ -97,11 +97,13 @@ def draw(rows: list[Row], path: Path) -> None:
     from .step_forms import FORMS, PHASES
 
     figure, axes = plt.subplots(1, 3, figsize=(17, 0.7 + 0.75 * len(rows)), sharey=True)
-    names = [n for n in FORMS if all(n in row["forms"] for row in rows)]
+    names = [n for n in FORMS if any(n in row["forms"] for row in rows)]
     height = 0.8 / len(names)
     for i, row in enumerate(rows):
-        plain = row["forms"][names[0]]
+        plain = row["forms"].get("plain") or next(iter(row["forms"].values()))
         for j, name in enumerate(names):
+            if name not in row["forms"]:
+                continue
             form, place, left = row["forms"][name], i + (j - (len(names) - 1) / 2) * height, 0.0
             total = sum(form["phases"].values())
             for k, phase in enumerate(PHASES):
