@@ -268,6 +268,7 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tu
 def _attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, query, key, value, out = map(_rows_with_unit_stride, (grad, query, key, value, out))
     checks.check_attention_backward(grad, query, key, value, out, log_sum, *rest[:-1])
     body = implementation("attention_backward", query.device.type, (query.dtype,), str(query.shape[3]))
     result: tuple[Tensor, Tensor, Tensor, Tensor] = body(grad, query, key, value, out, log_sum, *rest)
@@ -277,6 +278,7 @@ def _attention_backward(
 def _attention_backward_fake(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sum: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, query, key, value, out = map(_rows_with_unit_stride, (grad, query, key, value, out))
     checks.check_attention_backward(grad, query, key, value, out, log_sum, *rest[:-1])
     slopes = rest[0]
     of_slopes = log_sum.new_empty((0,)) if slopes is None else slopes.new_empty(slopes.shape)
@@ -319,7 +321,8 @@ def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype, ...]:
 
 
 def _rows_with_unit_stride(grad: Tensor) -> Tensor:
-    """A gradient may arrive expanded or transposed; the operators need channels side by side."""
+    """A gradient may arrive expanded or transposed, and what a compiler keeps in another order (inductor, near
+    convolutions); the operators need channels side by side."""
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
@@ -432,13 +435,8 @@ def _add_norm_gradient(ctx: Any, grad: Tensor | None, grad_total: Tensor | None)
     )
     of_branch = of_residual if ctx.dropout == 0.0 else of_branch
     of_weight = None if weight is None else of_weight.to(weight.dtype)
-    return (
-        of_branch,
-        of_residual,
-        of_weight,
-        None if ctx.bias_dtype is None else of_bias.to(ctx.bias_dtype),
-        *[None] * 3,
-    )
+    of_bias = None if ctx.bias_dtype is None else of_bias.to(ctx.bias_dtype)
+    return of_branch, of_residual, of_weight, of_bias, *[None] * 3
 
 
 _BODIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

@@ -269,6 +269,21 @@ def test_opcheck(backend) -> None:
                 opcheck(ops.attention_backward.default, (v, q, k, v, out, log_sum, slopes, positions, *rest))
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_backward_takes_any_layout(backend) -> None:
+    """Inductor keeps four-dimensional tensors in another order where a convolution is near."""
+    grad, q, k, v = torch.randn(4, 2, 9, 3, 8).unbind()
+    rest = (None, None, None, None, None, 0.0, 0.3)
+    with use_backend(backend):
+        out, log_sum = torch.ops.d2v.attention(q, k, v, *rest)
+        expected = torch.ops.d2v.attention_backward(grad, q, k, v, out, log_sum, *rest)
+        moved = [x.contiguous(memory_format=torch.channels_last) for x in (grad, q, k, v, out)]
+        assert moved[4].stride(-1) != 1
+        result = torch.ops.d2v.attention_backward(*moved, log_sum, *rest)
+    for a, b in zip(result, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_compiles_whole() -> None:
     q, k, v = (torch.randn(2, 12, 2, 8, requires_grad=True) for _ in range(3))
     alibi = Alibi(alibi_slopes(2), torch.arange(12).expand(2, 12), torch.ones(2, requires_grad=True))
