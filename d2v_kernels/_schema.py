@@ -411,9 +411,7 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 def _attention_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    of_query, of_key, of_value, of_slopes = torch.ops.d2v.attention_backward(
-        _rows_with_unit_stride(grad), *tensors, ctx.dropout, ctx.scale
-    )
+    of_query, of_key, of_value, of_slopes = torch.ops.d2v.attention_backward(grad, *tensors, ctx.dropout, ctx.scale)
     return of_query, of_key, of_value, None if tensors[5] is None else of_slopes, *[None] * 6
 
 

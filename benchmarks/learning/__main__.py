@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..machine import ROOT, machine_basics
-from .methods import METHODS, RATES, linear, run_job
+from .methods import METHODS, RATES, linear, result_file, run_job
 from .table import draw, markdown, summarise
 from .tasks import TASKS
 
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run_child(job: Job, options: argparse.Namespace) -> dict[str, Any]:
     """The result of a job, stored or from a process of its own, whose output goes to a log."""
     task, method, seed, rate, stage = job
-    file = options.output / task / f"{method}-x{rate:g}-seed{seed}" / f"result-{stage}.json"
+    file = result_file(options.output, *job)
     if file.is_file():
         stored: dict[str, Any] = json.loads(file.read_text())
         return stored

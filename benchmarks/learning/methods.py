@@ -188,13 +188,15 @@ def supervised_job(
     return {"scores": {method: scores}, "cpu_seconds": time.process_time() - cpu}
 
 
+def result_file(root: Path, task: str, method: str, seed: int, rate: float, stage: str) -> Path:
+    """Where a job leaves its result."""
+    return root / task / f"{method}-x{rate:g}-seed{seed}" / f"result-{stage}.json"
+
+
 def run_job(task: Task, method: str, seed: int, rate: float, stage: str, root: Path, data: Path) -> dict[str, Any]:
     """One job: trains, measures on held-out ("choose") or test data ("test"); returns and stores its result."""
-    folder = root / task.name / f"{method}-x{rate:g}-seed{seed}"
-    file = folder / f"result-{stage}.json"
-    if file.is_file():
-        stored: dict[str, Any] = json.loads(file.read_text())
-        return stored
+    file = result_file(root, task.name, method, seed, rate, stage)
+    folder = file.parent
     splits = task.prepare(data, root / task.name / f"data-seed{seed}-{method}-x{rate:g}", seed)
     if stage == "choose" and splits.choose_train:
         splits = dataclasses.replace(splits, train=splits.choose_train, few=splits.choose_few)
