@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2v import encoder
-from d2v.data2vec import Data2Vec, Output
-from d2v.encoder import Surroundings
-from d2v.modalities.positions import grid_distances
-from d2v.modalities.speech import ConvPositions, WaveformStem
-from d2v.modalities.vision import PatchStem
-from d2v.teacher import PARTS, evaluating
+from d2v.model import transformer as encoder
+from d2v.model.data2vec import Data2Vec, Output
+from d2v.model.stems.positions import grid_distances
+from d2v.model.stems.speech import ConvPositions, WaveformStem
+from d2v.model.stems.vision import PatchStem
+from d2v.model.teacher import PARTS, evaluating
+from d2v.model.transformer import Surroundings
 from d2v_kernels import Masks
 
 

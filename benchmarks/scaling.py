@@ -1,8 +1,8 @@
 """What 8 to 512 GPUs should give, by arithmetic: `python -m benchmarks.scaling [--gpus 8 512] [--recipe speech-base]`.
 
 Every figure is an estimate from the assumptions of `Cluster`; nothing here was measured on a GPU. Work comes from
-`d2v.flops`, parameters and kept activations from the recipe's own model, whose forward runs on tensors without memory.
-docs/scaling.md explains the formulas and says what breaks first.
+`d2v.train.flops`, parameters and kept activations from the recipe's own model, whose forward runs on
+tensors without memory. docs/scaling.md explains the formulas and says what breaks first.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.data2vec import Data2Vec, make_mask_sampler
-from d2v.encoder import Block
-from d2v.flops import Shape, count_flops, find_peak
+from d2v.model.data2vec import Data2Vec
+from d2v.model.masking import make_mask_sampler
+from d2v.model.transformer import Block
+from d2v.train.flops import Shape, count_flops, find_peak
 from d2v_kernels import Masks
 
 from .step_cases import StepCase, make_config, make_inputs
@@ -44,7 +45,7 @@ class Cluster:
     """Assumptions; none of them was measured here."""
 
     peak: float = find_peak("H100") or 0.0
-    """FLOP/s of a GPU, dense bfloat16, as quoted in d2v.flops."""
+    """FLOP/s of a GPU, dense bfloat16, as quoted in d2v.train.flops."""
     mfu: float = 0.4
     """Share of the peak that a large enough micro-batch reaches."""
     memory: float = 80e9

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.data2vec import Data2Vec, make_mask_sampler
+from d2v.model.data2vec import Data2Vec
+from d2v.model.masking import make_mask_sampler
 from d2v_kernels import Masks
 
 SAMPLE_RATE = 16_000

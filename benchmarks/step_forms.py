@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config import Config
-from d2v.data2vec import Data2Vec
-from d2v.encoder import Block
-from d2v.objective import autocast
-from d2v.optim import build_optimiser, clip_gradients, decay_groups
+from d2v.model.data2vec import Data2Vec
+from d2v.model.transformer import Block
+from d2v.train.objective import autocast
+from d2v.train.optim import build_optimiser, clip_gradients, decay_groups
 from d2v_kernels import Masks
 
 from .plain import PlainData2Vec, plain_blocks

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"d2v: {_one_sentence(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from d2v.train import RunStopped
+        from d2v.train.loop import RunStopped
 
         if not isinstance(error, RunStopped):
             raise
@@ -218,11 +218,11 @@ def _pretrain(arguments: list[str]) -> int:
     if settings.profile < 0:
         raise UsageError(f"profile: expected 0 updates or more, got {settings.profile}")
     if settings.dry_run:
-        from d2v.dryrun import dry_run
+        from d2v.tools.dry_run import dry_run
 
         print(f"recipe       {config.recipe}\n{dry_run(config, init=settings.model.init)}")
         return 0
-    from d2v.train import pretrain
+    from d2v.train.loop import pretrain
 
     try:
         pretrain(config, init=settings.model.init, profile=settings.profile)
@@ -234,7 +234,7 @@ def _pretrain(arguments: list[str]) -> int:
 @_command("evaluate probe")
 def _evaluate_probe(arguments: list[str]) -> int:
     options = parse_options(Probe, arguments, "d2v evaluate probe")
-    from d2v.evaluate import probe
+    from d2v.evaluate.probe import probe
 
     probe(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)})
     return 0
@@ -251,7 +251,7 @@ def _evaluate_model(arguments: list[str]) -> int:
 
 @_command("finetune")
 def _finetune(arguments: list[str]) -> int:
-    from d2v.finetune.command import run_command
+    from d2v.cli_finetune import run_command
 
     return run_command(arguments)
 
@@ -259,7 +259,7 @@ def _finetune(arguments: list[str]) -> int:
 @_command("evaluate maps")
 def _evaluate_maps(arguments: list[str]) -> int:
     options = parse_options(Maps, arguments, "d2v evaluate maps")
-    from d2v.maps import draw_maps
+    from d2v.tools.maps import draw_maps
 
     print(draw_maps(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)}))
     return 0
@@ -268,7 +268,7 @@ def _evaluate_maps(arguments: list[str]) -> int:
 @_command("features")
 def _features(arguments: list[str]) -> int:
     options = parse_options(Features, arguments, "d2v features")
-    from d2v.features import extract
+    from d2v.evaluate.features import extract
 
     print(extract(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)}))
     return 0
@@ -277,7 +277,7 @@ def _features(arguments: list[str]) -> int:
 @_command("import")
 def _import(arguments: list[str]) -> int:
     options = parse_options(Import, arguments, "d2v import")
-    from d2v.convert import import_checkpoint
+    from d2v.interop.convert import import_checkpoint
 
     print(import_checkpoint(options.from_, options.output))
     return 0
@@ -286,7 +286,7 @@ def _import(arguments: list[str]) -> int:
 @_command("export")
 def _export(arguments: list[str]) -> int:
     options = parse_options(Export, arguments, "d2v export")
-    from d2v.convert import export_checkpoint
+    from d2v.interop.convert import export_checkpoint
 
     print(export_checkpoint(options.checkpoint, options.format, options.output))
     return 0
@@ -295,7 +295,7 @@ def _export(arguments: list[str]) -> int:
 @_command("plot")
 def _plot(arguments: list[str]) -> int:
     options = parse_options(Plot, arguments, "d2v plot")
-    from d2v.plot import draw_report
+    from d2v.tools.plot import draw_report
 
     print(draw_report(Path(options.dir), images=options.images, count=options.count, output=options.output))
     return 0
@@ -332,7 +332,7 @@ def _info(arguments: list[str]) -> int:
 @_command("data textures")
 def _textures(arguments: list[str]) -> int:
     options = parse_options(Textures, arguments, "d2v data textures")
-    from d2v.data.textures import write_textures
+    from d2v.tools.textures import write_textures
 
     counts = {"train": options.train_crops, "valid": options.valid_crops, "test": options.test_crops}
     if options.pretrain_crops:

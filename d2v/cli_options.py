@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from d2v.finetune.decoding import Decoding
+from d2v.config.finetune import Decoding
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from torch.nn.functional import normalize
 
 from d2v.data import make_modality
 from d2v.data.loader import evaluation_batches
-from d2v.evaluate import encode_batch, load_model
+from d2v.evaluate.probe import encode_batch
+from d2v.saved import load_model
 
 model, config, device = load_model(sys.argv[1])
 modality = make_modality(config)

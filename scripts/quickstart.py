@@ -25,7 +25,7 @@ What the table says, and what it does not:
   photograph per class, so nothing is claimed about new photographs.
 - All rows are probed alike. random_init is the same network before training, same seed, same pooling. Raw pixels are at
   a disadvantage by design (random turns, mirrors and places); the power spectrum is the strong simple baseline.
-- vision-tiny is not a published data2vec recipe: `d2v recipes` and d2v/recipes.py name what differs.
+- vision-tiny is not a published data2vec recipe: `d2v recipes` and d2v/recipes/vision.py name what differs.
 """
 
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v.config import Config
-from d2v.data.samples import Batch
-from d2v.data2vec import Data2Vec, Output
-from d2v.objective import Step
-from d2v.pretraining import Pretraining
+from d2v.data.dataset import Batch
+from d2v.model.data2vec import Data2Vec, Output
+from d2v.train.objective import Step
+from d2v.train.pretraining import Pretraining
 
 
 class MaskedAutoencoder(Data2Vec):

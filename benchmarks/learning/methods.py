@@ -13,15 +13,16 @@ import torch
 
 from d2v.cli import main as d2v
 from d2v.config import Config
-from d2v.convert import write_folder
-from d2v.data2vec import Data2Vec, make_mask_sampler
-from d2v.dist import World
 from d2v.files import write_atomically
 from d2v.finetune.run import finetune, read_defaults
-from d2v.flops import Shape, count_flops
-from d2v.pretraining import Pretraining, build_model
-from d2v.runfolder import RunFolder
-from d2v.train import open_data, train
+from d2v.model.data2vec import Data2Vec, build_model
+from d2v.model.masking import make_mask_sampler
+from d2v.model.saving import write_folder
+from d2v.train.distributed import World
+from d2v.train.flops import Shape, count_flops
+from d2v.train.loop import open_data, train
+from d2v.train.pretraining import Pretraining
+from d2v.train.run_dir import RunFolder
 
 from .autoencoder import Autoencoding, MaskedAutoencoder, to_data2vec
 from .tasks import Splits, Task

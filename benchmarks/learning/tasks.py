@@ -16,7 +16,7 @@ import numpy as np
 from d2v import recipes
 from d2v.config import Config
 from d2v.data.speech import SAMPLE_RATE, decode_audio
-from d2v.data.textures import write_textures
+from d2v.tools.textures import write_textures
 
 FEW = 10
 """Labels a class of the few-label measure."""

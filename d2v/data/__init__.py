@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from d2v.config import Config
 
 if TYPE_CHECKING:
-    from d2v.data.samples import Modality
+    from d2v.data.dataset import Modality
 
 
 def make_modality(config: Config) -> Modality:

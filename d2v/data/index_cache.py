@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from d2v.data.names import NameTable
+from d2v.data.string_table import NameTable
 from d2v.files import write_atomically
 
 CACHE = "cache"

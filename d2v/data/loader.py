@@ -16,15 +16,8 @@ from torch.utils.data import DataLoader
 
 from d2v.config import Config
 from d2v.data import make_modality
-from d2v.data.order import UpdateSampler
-from d2v.data.samples import (
-    Batch,
-    Collate,
-    EvaluationSamples,
-    MaskingCollate,
-    Note,
-    TrainSamples,
-)
+from d2v.data.dataset import Batch, Collate, EvaluationSamples, MaskingCollate, Note, TrainSamples
+from d2v.data.sampler import UpdateSampler
 from d2v.data.sources import ShardLost, Source
 from d2v.files import write_atomically
 

@@ -12,16 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from d2v.data.index_cache import IndexCache, Stamp, stamp_of
-from d2v.data.sources import (
-    MAX_ENCODED_BYTES,
-    FileSlice,
-    Kind,
-    NameTable,
-    Rejected,
-    Source,
-    number_classes,
-    read_whole,
-)
+from d2v.data.sources import MAX_ENCODED_BYTES, FileSlice, Kind, NameTable, Rejected, Source, number_classes, read_whole
 
 _STORED = re.compile(r"(.+\.(?:zip|tar)):(\d+):(\d+)")
 """archive:offset:length, an uncompressed member of an archive."""

@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from d2v.data.dataset import describe_error
 from d2v.data.progress import Reporter
-from d2v.data.samples import describe_error
 from d2v.data.sources import IMAGES, Kind, ShardLost, ShardSource, Source, open_source
 from d2v.data.speech import SPEECH, decode_audio, open_audio
 from d2v.data.vision import decode_image

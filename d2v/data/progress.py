@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 
-from d2v.progress import format_seconds
+from d2v.runtime import format_seconds
 
 INTERVAL = 5.0
 """Seconds between two lines."""

@@ -23,9 +23,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from d2v.data.index_cache import CACHE, IndexCache, ShardIndex, index_shards, stamp_of
-from d2v.data.names import NameTable
 from d2v.data.progress import Reporter
 from d2v.data.shards import scan_shard
+from d2v.data.string_table import NameTable
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 MAX_ENCODED_BYTES = 256 << 20

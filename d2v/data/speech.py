@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
+from d2v.data.dataset import STREAM_CROP, Batch, Modality, Sample, random_stream
 from d2v.data.index_cache import IndexCache, index_lengths
 from d2v.data.manifest import ManifestSource
 from d2v.data.progress import Reporter
-from d2v.data.samples import STREAM_CROP, Batch, Modality, Sample, random_stream
 from d2v.data.sources import Kind, Rejected, Source, Subset, find_files, open_source
 from d2v.data.speed import NORMAL, RandomSpeed
-from d2v.modalities import LogMelStem, make_stem
-from d2v.modalities.speech import SAMPLE_RATE, SpeechStem
+from d2v.model.stems import LogMelStem, make_stem
+from d2v.model.stems.speech import SAMPLE_RATE, SpeechStem
 
 SPEECH = Kind("audio files", frozenset({".wav", ".flac", ".ogg"}), "a folder of audio files, a .tsv manifest or shards")
 RATES = (1_000, 768_000)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2v.data.samples import STREAM_SPEED, random_stream
+from d2v.data.dataset import STREAM_SPEED, random_stream
 
 NORMAL = 100
 """Percent of an utterance that is played as it was recorded."""

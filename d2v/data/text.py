@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v.checkpoint import clean_folder, latest_checkpoint
 from d2v.config import Config
+from d2v.data.dataset import Batch, Modality, Sample
 from d2v.data.documents import DocumentReader, find_texts
 from d2v.data.index_cache import CACHE
-from d2v.data.samples import Batch, Modality, Sample
 from d2v.data.sources import Rejected, Source, find_files, number_classes
 from d2v.data.tokenizer import END, FILE, PADDING, START, BytePairs, save_tokenizer, train_tokenizer
 from d2v.data.tokens import group_documents, open_tokens
-from d2v.modalities import TextStem, make_stem
+from d2v.folder import clean_folder, latest_checkpoint
+from d2v.model.stems import TextStem, make_stem
 
 TOKENIZER = "tokenizer"
 """Folder inside a run folder."""

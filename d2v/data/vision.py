@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.data.samples import Batch, Modality, Sample
+from d2v.data.dataset import Batch, Modality, Sample
 from d2v.data.sources import IMAGES, Source, open_source
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import TaskOptions
+from d2v.config.finetune import TaskOptions
 
 ERASED_AREA = (0.02, 1.0 / 3.0)
 """Area of an erased rectangle over that of the image (Zhong et al. 2020)."""

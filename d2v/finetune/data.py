@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v.data.samples import Batch, Modality, Sample
+from d2v.config.finetune import FineTuneConfig
+from d2v.data.dataset import Batch, Modality, Sample
 from d2v.data.sources import Source, Subset
+from d2v.finetune.spelling import Spelling, normalise_transcript
 from d2v_kernels import MaskSampler
-
-from .config import FineTuneConfig
-from .spelling import Spelling, normalise_transcript
 
 STREAM_SPLIT = 101
 """Purpose of the random stream that chooses held-out samples."""

@@ -6,33 +6,13 @@ The beam search is flashlight-text's (pip install flashlight-text), as in the pu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from .spelling import SPECIALS, Spelling
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How transcripts are found."""
-
-    method: Literal["greedy", "beam"] = "greedy"
-    """greedy: the best label of each frame; beam: the best transcripts, all their alignments counted together."""
-    beam: int = 50
-    """Beam: hypotheses that are kept at each frame."""
-    lm: str | None = None
-    """Beam: KenLM language model of words, .arpa or .bin; with it, only words of --decode.lexicon are found."""
-    lexicon: str | None = None
-    """Beam: text file with a word a line."""
-    lm_weight: float = 2.0
-    """Beam: factor on the language model's log-probability."""
-    word_score: float = 0.0
-    """Beam: added for every word."""
-    space_score: float = 0.0
-    """Beam: added for every space."""
+from d2v.config.finetune import Decoding
+from d2v.finetune.spelling import SPECIALS, Spelling
 
 
 def decode_greedily(log_probabilities: Tensor, blank: int) -> list[int]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..config import Config
-from ..config_run import Data, Optim, Run
-from .config import TASKS, TaskOptions
+from d2v.config import Config, Data, Optim, Run
+from d2v.config.finetune import TASKS, TaskOptions
 
 MODALITIES = dict(zip(TASKS, ("speech", "speech", "vision", "text"), strict=True))
 """What each task's inputs are."""

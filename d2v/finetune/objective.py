@@ -13,20 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v.config.finetune import FineTuneConfig
+from d2v.data.dataset import Batch, EvaluationSamples, TrainSamples, random_stream
 from d2v.data.loader import load_pass, load_updates
-from d2v.data.order import UpdateSampler
-from d2v.data.samples import Batch, EvaluationSamples, TrainSamples, random_stream
-from d2v.dist import World
-from d2v.finetuned import FineTuned
-from d2v.monitors import find_broken
-from d2v.objective import Objective, Step, autocast
-
-from .augment import erase_rectangles, mix_images, smooth_targets
-from .config import FineTuneConfig
-from .data import Labelled, LabelledBatch, LabelledCollate, LabelledSource
-from .decoding import Decoder
-from .scores import count_errors, headline
-from .spelling import Spelling
+from d2v.data.sampler import UpdateSampler
+from d2v.finetune.augment import erase_rectangles, mix_images, smooth_targets
+from d2v.finetune.data import Labelled, LabelledBatch, LabelledCollate, LabelledSource
+from d2v.finetune.decoding import Decoder
+from d2v.finetune.scores import count_errors, headline
+from d2v.finetune.spelling import Spelling
+from d2v.model.finetuned import FineTuned
+from d2v.train.distributed import World
+from d2v.train.monitors import find_broken
+from d2v.train.objective import Objective, Step, autocast
 
 CHOICE = "valid_choice"
 """Metric that chooses the checkpoint: the task's score, and its loss where scores are equal."""
@@ -208,7 +207,7 @@ class FineTuning(Objective):
 
     def make_decoder(self) -> Decoder | None:
         """The greedy decoder of CTC."""
-        from .decoding import Decoding
+        from d2v.config.finetune import Decoding
 
         if self.spelling is None:
             return None

@@ -8,15 +8,14 @@ from typing import NamedTuple
 
 import torch
 
+from d2v.config.finetune import Decoding, FineTuneConfig
 from d2v.data import make_modality
 from d2v.data.loader import evaluation_batches
-from d2v.evaluate import load_any
-from d2v.finetuned import FineTuned
-
-from .config import FineTuneConfig
-from .decoding import Decoder, Decoding
-from .objective import token_lengths
-from .spelling import spelling_of
+from d2v.finetune.decoding import Decoder
+from d2v.finetune.objective import token_lengths
+from d2v.finetune.spelling import spelling_of
+from d2v.model.finetuned import FineTuned
+from d2v.saved import load_any
 
 
 class Prediction(NamedTuple):

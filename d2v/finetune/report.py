@@ -11,9 +11,8 @@ import numpy as np
 
 from d2v.data.sources import Source
 from d2v.files import write_atomically
-
-from .objective import Outcome
-from .scores import count_errors, score_classes, score_numbers, score_transcripts
+from d2v.finetune.objective import Outcome
+from d2v.finetune.scores import count_errors, score_classes, score_numbers, score_transcripts
 
 RESULT, CONFUSION, WORST = "result.json", "confusion.png", "worst.tsv"
 MOST_CLASSES = 60

@@ -13,27 +13,26 @@ from typing import Any
 
 import torch
 
-from d2v.checkpoint import MODEL, copy_into, find_best, find_checkpoint, list_checkpoints, load_tensors
-from d2v.config import Config
-from d2v.config_run import Data, Optim, Run
-from d2v.convert import write_folder
+from d2v.config import Config, Data, Optim, Run
+from d2v.config.finetune import Decoding, FineTune, FineTuneConfig, HeadSettings, TaskOptions, read_config
 from d2v.data import make_modality
-from d2v.data2vec import Data2Vec
-from d2v.dist import World, open_world
-from d2v.evaluate import BEST, find_tokenizer, load_any
-from d2v.finetuned import FineTuned, build_finetuned, strip_pretraining
-from d2v.runfolder import RunFolder
-from d2v.train import train
-
-from .config import FineTune, FineTuneConfig, TaskOptions, read_config
-from .data import Labelled, LabelledSource, hold_out, open_classes, open_numbers, open_transcripts
-from .decoding import Decoder, Decoding
-from .defaults import default_sections
-from .heads import HeadSettings, make_head
-from .objective import CHOICE, FineTuning
-from .report import RESULT, describe_scores, score_outcomes, write_report
-from .scores import headline, require_jiwer
-from .spelling import Letters, Pieces, Spelling, spelling_of
+from d2v.finetune.data import Labelled, LabelledSource, hold_out, open_classes, open_numbers, open_transcripts
+from d2v.finetune.decoding import Decoder
+from d2v.finetune.defaults import default_sections
+from d2v.finetune.objective import CHOICE, FineTuning
+from d2v.finetune.report import RESULT, describe_scores, score_outcomes, write_report
+from d2v.finetune.scores import headline, require_jiwer
+from d2v.finetune.spelling import Letters, Pieces, Spelling, spelling_of
+from d2v.folder import BEST, MODEL, copy_into, find_checkpoint, list_checkpoints, load_tensors
+from d2v.model.data2vec import Data2Vec
+from d2v.model.finetuned import FineTuned, build_finetuned, strip_pretraining
+from d2v.model.saving import write_folder
+from d2v.model.task_heads import make_head
+from d2v.saved import find_tokenizer, load_any
+from d2v.train.checkpoint import find_best
+from d2v.train.distributed import World, open_world
+from d2v.train.loop import train
+from d2v.train.run_dir import RunFolder
 
 TEST = "test"
 """Folder inside the run folder with what was found on the test set."""
@@ -71,7 +70,7 @@ def finetune(
     """Runs or resumes a fine-tuning run; returns the result on the test set, or what was best on held-out data.
 
     Under torchrun every rank calls it. data.valid: held-out samples; None: a share of the training samples. The result
-    is printed as one JSON object. Raises as `d2v.train.pretrain` does.
+    is printed as one JSON object. Raises as `d2v.train.loop.pretrain` does.
     """
     if task == "speech-ctc":
         require_jiwer()

@@ -1,5 +1,5 @@
 """Models of other programs, in and out."""
 
-from . import fairseq, huggingface
+from d2v.interop import fairseq, huggingface
 
 __all__ = ["fairseq", "huggingface"]

@@ -21,11 +21,11 @@ from benchmarks import scaling, scaling_report
 from benchmarks.scaling import Cluster
 from benchmarks.step_cases import StepCase, make_batch, make_config
 from d2v import recipes
-from d2v.data2vec import Data2Vec
-from d2v.dist import World
-from d2v.dryrun import count_bytes
-from d2v.encoder import Block
-from d2v.parallel import accumulating, parallelise
+from d2v.model.data2vec import Data2Vec
+from d2v.model.transformer import Block
+from d2v.tools.dry_run import count_bytes
+from d2v.train.distributed import World
+from d2v.train.parallel import accumulating, parallelise
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 8

@@ -17,8 +17,8 @@ from support.images import encode, make_image, write_tar
 from d2v import recipes
 from d2v.config import Config
 from d2v.data import loader
+from d2v.data.dataset import Sample, TrainSamples
 from d2v.data.loader import BadSamples, evaluation_batches, train_updates, validation_batches
-from d2v.data.samples import Sample, TrainSamples
 from d2v.data.sources import Source, open_source
 
 CPU = torch.device("cpu")

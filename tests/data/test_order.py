@@ -11,7 +11,7 @@ import pytest
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.data.order import BUCKET_RATIO, SampleOrder, UpdateSampler, fill, read_in_turn
+from d2v.data.sampler import BUCKET_RATIO, SampleOrder, UpdateSampler, fill, read_in_turn
 from d2v.data.sources import Source
 
 

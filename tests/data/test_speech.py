@@ -13,9 +13,9 @@ from support.sounds import encode_sound, make_sound, write_sounds
 
 from d2v import recipes
 from d2v.config import Config
+from d2v.data.dataset import Batch, Collate, EvaluationSamples, cut_to_smallest
 from d2v.data.loader import BadSamples, train_updates, validation_batches
-from d2v.data.order import UpdateSampler
-from d2v.data.samples import Batch, Collate, EvaluationSamples, cut_to_smallest
+from d2v.data.sampler import UpdateSampler
 from d2v.data.speech import Speech, count_resampled, decode_audio, find_cut, normalise_waveform, resample
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ from support.sounds import write_sounds
 
 from d2v import recipes
 from d2v.config import Config
+from d2v.data.dataset import Batch, EvaluationSamples, Group, Slot, TrainSamples
 from d2v.data.loader import evaluation_batches, train_updates, validation_batches
-from d2v.data.order import BUCKET_RATIO, UpdateSampler
-from d2v.data.samples import Batch, EvaluationSamples, Group, Slot, TrainSamples
+from d2v.data.sampler import BUCKET_RATIO, UpdateSampler
 from d2v.data.sources import Source
 from d2v.data.speech import Speech, normalise_waveform, resample
 from d2v.data.speed import RandomSpeed

@@ -15,9 +15,9 @@ from support.sounds import write_text
 from d2v import recipes
 from d2v.config import Config
 from d2v.data import documents, progress
+from d2v.data.dataset import Collate, EvaluationSamples
 from d2v.data.documents import DocumentReader, find_texts
 from d2v.data.loader import train_updates
-from d2v.data.samples import Collate, EvaluationSamples
 from d2v.data.text import BlockSource, LabelledTexts, Texts, cut_documents, cut_stream
 from d2v.data.tokenizer import BytePairs, save_tokenizer, train_tokenizer
 from d2v.data.tokens import open_tokens

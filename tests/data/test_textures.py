@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2v.data.textures import PHOTOGRAPHS, REGIONS, cut_crops, load_photographs, write_textures
+from d2v.tools.textures import PHOTOGRAPHS, REGIONS, cut_crops, load_photographs, write_textures
 
 COUNTS = {"train": 3, "valid": 2, "test": 2}
 

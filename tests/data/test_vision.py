@@ -17,7 +17,7 @@ from support.images import encode, make_image
 from d2v import recipes
 from d2v.config import Config
 from d2v.data import vision
-from d2v.data.samples import MaskingCollate, TrainSamples, random_stream
+from d2v.data.dataset import MaskingCollate, TrainSamples, random_stream
 from d2v.data.sources import open_source
 from d2v.data.vision import (
     Images,

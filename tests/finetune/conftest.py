@@ -12,8 +12,8 @@ from PIL import Image
 from support.families import make_config
 
 from d2v.config import Config
-from d2v.convert import write_folder
-from d2v.data2vec import Data2Vec
+from d2v.model.data2vec import Data2Vec
+from d2v.model.saving import write_folder
 
 TONES = {"a": 300.0, "e": 900.0, "o": 2000.0}
 WORDS = ("ae", "eo", "oa")

@@ -14,21 +14,21 @@ from support.families import make_batch, make_config
 from torch import Tensor
 
 from d2v.config import Config, Optim
-from d2v.convert import write_folder
-from d2v.data.samples import Sample
-from d2v.data2vec import Data2Vec
-from d2v.evaluate import load_any
+from d2v.config.finetune import Decoding, FineTune, FineTuneConfig, HeadSettings, TaskOptions
+from d2v.data.dataset import Sample
 from d2v.finetune import scores
 from d2v.finetune.augment import erase_rectangles, mix_images, smooth_targets
-from d2v.finetune.config import FineTune, FineTuneConfig, TaskOptions
 from d2v.finetune.data import Labelled, LabelledCollate, LabelledSource, hold_out
-from d2v.finetune.decoding import Decoder, Decoding
-from d2v.finetune.heads import HeadSettings, make_head, vote
+from d2v.finetune.decoding import Decoder
 from d2v.finetune.objective import FineTuning
 from d2v.finetune.run import build_model
 from d2v.finetune.spelling import Letters, Pieces
-from d2v.finetuned import FineTuned, build_finetuned, strip_pretraining
-from d2v.optim import learning_rate_at
+from d2v.model.data2vec import Data2Vec
+from d2v.model.finetuned import FineTuned, build_finetuned, strip_pretraining
+from d2v.model.saving import write_folder
+from d2v.model.task_heads import make_head, vote
+from d2v.saved import load_any
+from d2v.train.optim import learning_rate_at
 
 from .conftest import write_images
 

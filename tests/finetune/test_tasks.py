@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from d2v.checkpoint import MODEL, load_tensors
 from d2v.cli import main
-from d2v.evaluate import load_any
-from d2v.finetuned import FineTuned
+from d2v.folder import MODEL, load_tensors
+from d2v.model.finetuned import FineTuned
+from d2v.saved import load_any
 
 from .conftest import write_images, write_speech, write_spoken_classes, write_table
 

@@ -13,11 +13,11 @@ pytest.importorskip("safetensors", reason="safetensors is not installed: there i
 pytest.importorskip("PIL", reason="Pillow is not installed: there are no images")
 
 from d2v import recipes
-from d2v.data.samples import Batch
-from d2v.dist import World
-from d2v.masking import make_mask_sampler
-from d2v.pretraining import Pretraining
-from d2v.trainer import Trainer
+from d2v.data.dataset import Batch
+from d2v.model.masking import make_mask_sampler
+from d2v.train.distributed import World
+from d2v.train.pretraining import Pretraining
+from d2v.train.trainer import Trainer
 
 
 @pytest.fixture

@@ -14,12 +14,14 @@ from support.families import make_config
 
 import d2v
 from d2v import recipes
-from d2v.convert import export_checkpoint, import_checkpoint, write_folder
-from d2v.evaluate import load_model
-from d2v.finetune.heads import HeadSettings, make_head
-from d2v.finetuned import strip_pretraining
+from d2v.config.finetune import HeadSettings
 from d2v.interop import fairseq
+from d2v.interop.convert import export_checkpoint, import_checkpoint
 from d2v.interop.torch_file import read_torch_file
+from d2v.model.finetuned import strip_pretraining
+from d2v.model.saving import write_folder
+from d2v.model.task_heads import make_head
+from d2v.saved import load_model
 
 from .test_huggingface import tiny_model
 

@@ -14,9 +14,9 @@ from support.golden import load_case
 import d2v
 from d2v import recipes
 from d2v.interop import fairseq
-from d2v.interop.fairseq_config import translate
-from d2v.interop.fairseq_describe import describe
-from d2v.interop.fairseq_names import family_of
+from d2v.interop.fairseq.config import translate
+from d2v.interop.fairseq.describe import describe
+from d2v.interop.fairseq.names import family_of
 from d2v.interop.torch_file import read_torch_file
 
 FAMILIES = ("d2v1_audio", "d2v1_text", "d2v1_vision", "d2v2_audio", "d2v2_image", "d2v2_text")

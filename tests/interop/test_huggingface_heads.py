@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from d2v.finetune.heads import HeadSettings, make_head
-from d2v.finetuned import FineTuned, strip_pretraining
+from d2v.config.finetune import HeadSettings
 from d2v.interop import huggingface
+from d2v.model.finetuned import FineTuned, strip_pretraining
+from d2v.model.task_heads import make_head
 
 from .test_huggingface import close, inputs_of, tiny_model
 

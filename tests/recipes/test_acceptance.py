@@ -11,13 +11,13 @@ from support.tensors import BACKENDS
 
 from d2v import Config, Data2Vec, recipes
 from d2v.config import Decoder, Ema, Encoder
-from d2v.decoder import ConvDecoder
-from d2v.interop.fairseq_config import parse_convolutions
-from d2v.modalities import LogMelStem, SinCosPositions, WaveformStem, relative_index, sincos_positions
-from d2v.modalities.positions import AlibiScale
-from d2v.modalities.speech import mel_filters
-from d2v.optim import learning_rate_at
-from d2v.targets import make_targets
+from d2v.interop.fairseq.config import parse_convolutions
+from d2v.model.decoder import ConvDecoder
+from d2v.model.stems import LogMelStem, SinCosPositions, WaveformStem, relative_index, sincos_positions
+from d2v.model.stems.positions import AlibiScale
+from d2v.model.stems.speech import mel_filters
+from d2v.model.targets import make_targets
+from d2v.train.optim import learning_rate_at
 from d2v_kernels import (
     MaskSampler,
     Noise,

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2v import Data2Vec
 from d2v.config import SPEECH_CONVOLUTIONS
 from d2v.interop import fairseq
-from d2v.interop.fairseq_config import parse_convolutions
+from d2v.interop.fairseq.config import parse_convolutions
 
 TENSORS, RECORD = load_case("d2v2_image")
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import d2v
-from d2v.decoder import ConvDecoder
-from d2v.encoder import Mlp
+from d2v.model.decoder import ConvDecoder
+from d2v.model.transformer import Mlp
 
 
 def make_mlp(**changes: float) -> Mlp:

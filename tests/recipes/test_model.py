@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 import d2v_kernels._schema as schema
-from d2v import Config, Data2Vec, Output, encoder, recipes
-from d2v.data2vec import make_mask_sampler
-from d2v.encoder import Block, add_and_norm_plain, run_block
+from d2v import Config, Data2Vec, Output, recipes
+from d2v.model import transformer as encoder
+from d2v.model.masking import make_mask_sampler
+from d2v.model.transformer import Block, add_and_norm_plain, run_block
 from d2v_kernels import MaskSampler, use_backend
 
 

@@ -11,7 +11,7 @@ from support.families import make_batch, make_config, make_model
 from torch import Tensor
 
 from d2v import Config, Data2Vec
-from d2v.masking import make_mask_sampler
+from d2v.model.masking import make_mask_sampler
 
 LENGTHS = {"speech": (2_000, 1_500, 700), "text": (31, 20, 9)}
 # Recipe, fields of the encoder, and of the stem.

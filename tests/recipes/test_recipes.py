@@ -77,7 +77,7 @@ def test_huge_decoder_changes_width() -> None:
     ("name", "visible"), [("vision-base", 39), ("vision-large", 49), ("vision-huge14", 64), ("vision-tiny", 16)]
 )
 def test_visible_tokens(name: str, visible: int) -> None:
-    from d2v.data2vec import make_mask_sampler
+    from d2v.model.masking import make_mask_sampler
 
     config = recipes.get(name)
     masks = make_mask_sampler(config).draw([3], 0, copies=2)

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from d2v.checkpoint import MODEL, latest_checkpoint, load_json, load_tensors
 from d2v.cli import main as d2v
+from d2v.folder import MODEL, latest_checkpoint, load_json, load_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "D2V_SOAK_JOB"

@@ -12,23 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from d2v import storage
-from d2v.checkpoint import (
-    Saver,
+from d2v.config import Config, Run
+from d2v.folder import (
     clean_folder,
     copy_into,
     find_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     load_config,
-    load_into,
     load_json,
     load_tensors,
     step_of,
 )
-from d2v.config import Config
-from d2v.config_run import Run
-from d2v.dist import World
+from d2v.train import storage
+from d2v.train.checkpoint import Saver, load_into
+from d2v.train.distributed import World
 
 WORLD = World(torch.device("cpu"))
 

@@ -20,13 +20,13 @@ import torch._dynamo
 from torch import Tensor
 
 from d2v import recipes
-from d2v.checkpoint import list_checkpoints
 from d2v.config import Config
-from d2v.data2vec import Data2Vec, Output
-from d2v.dist import World
-from d2v.finetune.config import FineTuneConfig
-from d2v.parallel import parallelise
-from d2v.train import pretrain
+from d2v.config.finetune import FineTuneConfig
+from d2v.folder import list_checkpoints
+from d2v.model.data2vec import Data2Vec, Output
+from d2v.train.distributed import World
+from d2v.train.loop import pretrain
+from d2v.train.parallel import parallelise
 
 from .test_train import assert_same_run
 

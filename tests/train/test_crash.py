@@ -16,7 +16,7 @@ SCRIPT = """
     from d2v.cli import main
 
     place, folder, run = sys.argv[1:]
-    original = d2v.trainer.Trainer.run_update
+    original = d2v.train.trainer.Trainer.run_update
 
     def crash(self, batches):
         if self.update == 2:
@@ -24,9 +24,9 @@ SCRIPT = """
         return original(self, batches)
 
     if place == "update":
-        d2v.trainer.Trainer.run_update = crash
+        d2v.train.trainer.Trainer.run_update = crash
     else:
-        d2v.report.MetricsFile.write = lambda *_: 1 / 0
+        d2v.train.report.MetricsFile.write = lambda *_: 1 / 0
     main(["pretrain", "vision-tiny", "--data.path", folder, "--run.dir", run, "--run.threads", "1",
           "--run.log-every", "3", "--data.workers", "2"])
 """

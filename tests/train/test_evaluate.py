@@ -15,21 +15,21 @@ from support.images import make_image
 
 from d2v.config import Config
 from d2v.data import make_modality
-from d2v.data.samples import Batch
+from d2v.data.dataset import Batch
 from d2v.data.sources import open_source
-from d2v.evaluate import (
+from d2v.evaluate.probe import (
     POOLS,
     align_labels,
     encode_batch,
     extract_features,
-    load_model,
     probe,
     score_features,
     standardise_features,
 )
-from d2v.plot import compare_patches, draw_report
-from d2v.pretraining import build_model
-from d2v.train import pretrain
+from d2v.model.data2vec import build_model
+from d2v.saved import load_model
+from d2v.tools.plot import compare_patches, draw_report
+from d2v.train.loop import pretrain
 
 OPTIONS = {"neighbours": 3, "labels_per_class": 5, "draws": 3, "seed": 0}
 CPU = torch.device("cpu")
@@ -144,7 +144,7 @@ def refuse_features(*_: object, **__: object) -> None:
 
 
 def test_probes_that_cannot_be_cost_no_features(run: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2v.evaluate.extract_features", refuse_features)
+    monkeypatch.setattr("d2v.evaluate.probe.extract_features", refuse_features)
     with pytest.raises(ValueError, match=r"pool: expected one of mean, .* without a class token, got class"):
         probe(str(run), str(images), str(images), device="cpu", pool="class")
     with pytest.raises(ValueError, match="pool: expected one of mean, mean-std, segments, class, got 'sum'"):

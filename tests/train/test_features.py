@@ -12,10 +12,10 @@ from support.images import encode, make_image
 
 import d2v
 from d2v import recipes
-from d2v.convert import write_folder
 from d2v.data import make_modality
-from d2v.evaluate import load_model
-from d2v.features import extract
+from d2v.evaluate.features import extract
+from d2v.model.saving import write_folder
+from d2v.saved import load_model
 
 
 @pytest.fixture

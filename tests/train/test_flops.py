@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.data.samples import Batch
-from d2v.data2vec import Data2Vec
-from d2v.flops import PEAKS, Shape, count_flops, count_work, describe_rates, find_peak, shape_of
-from d2v.masking import make_mask_sampler
+from d2v.data.dataset import Batch
+from d2v.model.data2vec import Data2Vec
+from d2v.model.masking import make_mask_sampler
+from d2v.train.flops import PEAKS, Shape, count_flops, count_work, describe_rates, find_peak, shape_of
 
 SAMPLES = 2
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ import pytest
 from support.sounds import write_sounds
 
 from d2v import recipes
-from d2v.data.textures import write_textures
-from d2v.metrics import read_metrics
-from d2v.train import pretrain
+from d2v.tools.textures import write_textures
+from d2v.train.loop import pretrain
+from d2v.train.metrics import read_metrics
 
 STEPS, WINDOW = 200, 20
 NAMES = [

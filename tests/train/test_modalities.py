@@ -18,10 +18,10 @@ from support.sounds import write_sounds, write_text
 from d2v import recipes
 from d2v.cli import main
 from d2v.config import Config
-from d2v.evaluate import probe
-from d2v.features import extract
-from d2v.metrics import read_metrics
-from d2v.train import Trainer, pretrain
+from d2v.evaluate.features import extract
+from d2v.evaluate.probe import probe
+from d2v.train.loop import Trainer, pretrain
+from d2v.train.metrics import read_metrics
 
 from .test_train import assert_same_run
 

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v import recipes
 from d2v.config import Config, Run
-from d2v.data2vec import Data2Vec, Output
-from d2v.metrics import read_metrics
-from d2v.monitors import (
+from d2v.model.data2vec import Data2Vec, Output
+from d2v.train.loop import RunStopped, pretrain
+from d2v.train.metrics import read_metrics
+from d2v.train.monitors import (
     RANK_LIMIT,
     find_failure,
     measure,
@@ -24,7 +25,6 @@ from d2v.monitors import (
     measure_effective_rank,
     measure_explained_variance,
 )
-from d2v.train import RunStopped, pretrain
 
 
 def test_content_spread_ignores_what_the_position_explains() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from d2v.config import Ema, Optim
-from d2v.optim import (
+from d2v.train.optim import (
     build_optimiser,
     clip_gradients,
     decay_groups,

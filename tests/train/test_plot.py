@@ -17,11 +17,11 @@ from support.sounds import write_sounds, write_text
 from d2v import recipes
 from d2v.config import Config
 from d2v.data import make_modality
-from d2v.metrics import read_metrics
-from d2v.pictures import centre_features, compare_tokens, draw_spectrogram, take_pictures
-from d2v.plot import PANELS, choose_panels, draw_report
-from d2v.pretraining import build_model
-from d2v.train import pretrain
+from d2v.model.data2vec import build_model
+from d2v.tools.figures import centre_features, compare_tokens, draw_spectrogram, take_pictures
+from d2v.tools.plot import PANELS, choose_panels, draw_report
+from d2v.train.loop import pretrain
+from d2v.train.metrics import read_metrics
 
 from .test_flops import change
 

@@ -18,18 +18,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from d2v import profile, recipes
+from d2v import recipes
 from d2v.config import Config
-from d2v.data.samples import Batch
+from d2v.data.dataset import Batch
 from d2v.data.sources import Source
-from d2v.dist import World
-from d2v.masking import make_mask_sampler
-from d2v.metrics import read_metrics
-from d2v.modalities import make_stem
-from d2v.pretraining import Pretraining
-from d2v.profile import RANGES, WARM_UP, Profiler, memory_bytes, resident_bytes, span
-from d2v.train import pretrain
-from d2v.trainer import Trainer
+from d2v.model.masking import make_mask_sampler
+from d2v.model.stems import make_stem
+from d2v.runtime import span
+from d2v.train import profile
+from d2v.train.distributed import World
+from d2v.train.loop import pretrain
+from d2v.train.metrics import read_metrics
+from d2v.train.pretraining import Pretraining
+from d2v.train.profile import RANGES, WARM_UP, Profiler, memory_bytes, resident_bytes
+from d2v.train.trainer import Trainer
 from d2v_kernels import Masks
 
 from .conftest import tiny_options

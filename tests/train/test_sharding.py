@@ -12,9 +12,9 @@ import torch.multiprocessing as processes
 from torch.profiler import ProfilerActivity, profile
 
 from d2v import recipes
-from d2v.data2vec import Data2Vec
-from d2v.dist import World
-from d2v.parallel import parallelise
+from d2v.model.data2vec import Data2Vec
+from d2v.train.distributed import World
+from d2v.train.parallel import parallelise
 
 DEPTH = 3
 

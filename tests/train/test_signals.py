@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from d2v import signals
-from d2v.signals import EXIT_INTERRUPTED, EXIT_REQUEUE, StopRequest, exit_code
+from d2v.train import signals
+from d2v.train.signals import EXIT_INTERRUPTED, EXIT_REQUEUE, StopRequest, exit_code
 
 
 def send(number: int) -> None:

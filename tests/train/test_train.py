@@ -18,15 +18,17 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (its import is slow; once, outside the tests)
 
-from d2v import pretraining, train
-from d2v.checkpoint import latest_checkpoint, list_checkpoints, load_tensors
 from d2v.config import Config
-from d2v.dist import World
-from d2v.metrics import read_metrics
-from d2v.optim import learning_rate_at
-from d2v.pretraining import Pretraining, build_model
-from d2v.train import RunStopped, load_weights, open_data, pretrain
-from d2v.trainer import Trainer
+from d2v.folder import latest_checkpoint, list_checkpoints, load_tensors
+from d2v.model.data2vec import build_model
+from d2v.train import loop as train
+from d2v.train import pretraining
+from d2v.train.distributed import World
+from d2v.train.loop import RunStopped, load_weights, open_data, pretrain
+from d2v.train.metrics import read_metrics
+from d2v.train.optim import learning_rate_at
+from d2v.train.pretraining import Pretraining
+from d2v.train.trainer import Trainer
 
 from .conftest import tiny_options
 
@@ -292,7 +294,7 @@ def test_two_processes_cannot_share_a_run(make_config: Make) -> None:
     config = make_config()
     Path(config.run.dir).mkdir()
     (Path(config.run.dir) / "config.json").write_text(config.to_json())
-    hold = "import sys; from pathlib import Path; from d2v.runfolder import lock_folder\n"
+    hold = "import sys; from pathlib import Path; from d2v.train.run_dir import lock_folder\n"
     hold += "with lock_folder(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, config.run.dir]
     with subprocess.Popen(

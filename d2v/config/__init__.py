@@ -1,0 +1,35 @@
+"""Every setting of a run, as nested dataclasses."""
+
+from d2v.config.model import (
+    PUBLISHED_BEHAVIOURS,
+    SPEECH_CONVOLUTIONS,
+    Config,
+    Decoder,
+    Encoder,
+    Head,
+    Loss,
+    Mask,
+    Stem,
+    Target,
+    build_section,
+)
+from d2v.config.run import Data, Ema, Optim, Run, require
+
+__all__ = [
+    "PUBLISHED_BEHAVIOURS",
+    "SPEECH_CONVOLUTIONS",
+    "Config",
+    "Data",
+    "Decoder",
+    "Ema",
+    "Encoder",
+    "Head",
+    "Loss",
+    "Mask",
+    "Optim",
+    "Run",
+    "Stem",
+    "Target",
+    "build_section",
+    "require",
+]

@@ -1,0 +1,415 @@
+"""What all kinds of data share: samples, batches with their masks, and the interface of a modality.
+
+Everything random about a sample - crop, speed, mirror, turn, masks, decoder noise - is a function of (seed, epoch,
+sample id), so a run does not depend on the number of loader workers and can be resumed exactly.
+
+A sample that cannot be decoded is replaced, within its slot, by another one chosen by the same rule; shapes and order
+stay as they were. The slot keeps its own crop, masks and noise; a speed goes with the sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v.config import Config
+from d2v.data.index_cache import CACHE, IndexCache
+from d2v.data.sources import ShardLost, Source
+from d2v.model.masking import make_mask_sampler
+from d2v_kernels import Masks, MaskSampler, masks_from_bool
+
+ATTEMPTS = 64
+"""Replacements tried for one slot before the data counts as unusable."""
+
+STREAM_CROP, STREAM_REPLACE, STREAM_ORDER, STREAM_CUT, STREAM_LAYERS, STREAM_SPEED = 0, 1, 2, 3, 4, 5
+_U64 = 0xFFFFFFFFFFFFFFFF
+
+
+def random_stream(seed: int, epoch: int, sample_id: int, purpose: int) -> np.random.Generator:
+    """Philox generator keyed by (seed, epoch), with sample id and purpose in the counter: independent streams."""
+    key = np.array([seed & _U64, epoch & _U64], dtype=np.uint64)
+    counter = np.array([0, 0, purpose, sample_id & _U64], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+class Group(NamedTuple):
+    """Samples that are made equal, in length and in how much is masked, on whatever rank each of them is."""
+
+    places: tuple[tuple[int, int], ...]
+    """(sample id, epoch) of each."""
+    lengths: tuple[int, ...] | None
+    """Length of each by the index, as training sees it; None: no lengths in this kind of data."""
+    crop: int | None
+    """The length that all are cropped to; None: they are not."""
+
+
+class Slot(NamedTuple):
+    """One position of the stream: which sample, and what it is made equal to."""
+
+    sample_id: int
+    epoch: int
+    group: Group | None = None
+    place: int = 0
+    """Number in the group."""
+
+
+class Note(NamedTuple):
+    """What the loader has to say about a sample. `kind`: "bad", "converted", or one after which no run goes on: "fatal"
+    (no sample of many can be decoded), "lost" (a shard is gone)."""
+
+    sample_id: int
+    epoch: int
+    kind: str
+    text: str
+
+
+class Sample(NamedTuple):
+    """One decoded sample and what happened on the way."""
+
+    sample_id: int
+    epoch: int
+    value: np.ndarray
+    notes: tuple[Note, ...]
+    group: Group | None = None
+    """What it is made equal to; None: its batch."""
+    place: int = 0
+    """Its number in the group."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B samples; all tensors on the host."""
+
+    inputs: Tensor
+    """As the modality stacks them; `Modality.prepare` makes the model's inputs of them."""
+    lengths: Tensor | None
+    """(B,) int64: samples or tokens of a row before its padding; None: no padding."""
+    token_lengths: Tensor | None
+    """(B,) int64: the same in tokens of the model."""
+    masks: Masks | None
+    """Of B*M rows; None for evaluation."""
+    noise_keys: Tensor | None
+    """int64 (B*M,); None without decoder noise."""
+    notes: tuple[Note, ...]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """On its way from a loader worker the small tensors of a batch are one piece of shared memory: each piece costs
+        the main process time. Large ones are not copied once more."""
+        tensors: list[Tensor] = []
+        packed = [(f.name, _take_tensors(getattr(self, f.name), tensors)) for f in fields(self)]
+        buffer, views = join_tensors(tensors)
+        return _rebuild_batch, (type(self), buffer, views, packed)
+
+    def pin_memory(self) -> Batch:
+        """Copies for asynchronous transfer; called by the loader. Lengths are read on the host and stay as they are."""
+        masks = None if self.masks is None else self.masks.pin_memory()
+        keys = None if self.noise_keys is None else self.noise_keys.pin_memory()
+        return replace(self, inputs=self.inputs.pin_memory(), masks=masks, noise_keys=keys)
+
+
+class _Place(int):
+    """Number of a tensor of a batch."""
+
+
+def _take_tensors(value: Any, tensors: list[Tensor]) -> Any:
+    """A field of a batch with the numbers of its tensors in place of them."""
+    if isinstance(value, Tensor) and value.nbytes <= JOINED_BYTES:
+        tensors.append(value)
+        return _Place(len(tensors) - 1)
+    return [_take_tensors(v, tensors) for v in value] if isinstance(value, Masks) else value
+
+
+def _rebuild_batch(kind: type[Batch], buffer: Tensor, views: list[View], packed: list[tuple[str, Any]]) -> Batch:
+    tensors = split_tensors(buffer, views)
+
+    def restore(value: Any) -> Any:
+        if isinstance(value, list):
+            return Masks(*map(restore, value))
+        return tensors[value] if isinstance(value, _Place) else value
+
+    return kind(**{name: restore(value) for name, value in packed})
+
+
+View = tuple[torch.dtype, tuple[int, ...]]
+JOINED_BYTES = 1 << 19
+"""Largest tensor that is sent together with others."""
+_ALIGNMENT = 64
+
+
+def join_tensors(tensors: list[Tensor]) -> tuple[Tensor, list[View]]:
+    """Tensors on the host -> (one uint8 tensor with the values of all of them, their dtypes and shapes)."""
+    sizes = [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors]
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8)
+    for part, tensor in zip(buffer.split(sizes), tensors, strict=True):
+        part[: tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
+    return buffer, [(t.dtype, tuple(t.shape)) for t in tensors]
+
+
+def split_tensors(buffer: Tensor, views: list[View]) -> list[Tensor]:
+    """The tensors that `join_tensors` had, as views of the buffer."""
+    tensors, start = [], 0
+    for dtype, shape in views:
+        size = math.prod(shape) * dtype.itemsize
+        tensors.append(buffer[start : start + size].view(dtype).view(shape))
+        start += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return tensors
+
+
+class Modality:
+    """One kind of data: where its samples are, how one is decoded, how a batch is made of some.
+
+    The trainer and the probes know data by this interface only.
+    """
+
+    noun = "samples"
+    """What a sample is called in messages."""
+    baselines: tuple[str, ...] = ()
+    """Names that `raw_features` knows."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises `ValueError` for settings that this kind of data cannot have."""
+        self.config = config
+
+    def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
+        """The samples at `path`; reads only. `ValueError`, beginning with `option`, where there are none."""
+        raise NotImplementedError
+
+    def index_cache(self) -> IndexCache:
+        """Where indices of the data are kept."""
+        if self.config.data.cache is not None:
+            return IndexCache(Path(self.config.data.cache), shared=True)
+        run = self.config.run.dir
+        return IndexCache(Path(run) / CACHE if run else None, shared=False)
+
+    def open_whole(self, path: str, *, option: str) -> Source:
+        """What is at `path` as it is evaluated without labels: whole samples, nothing to prepare."""
+        return self.open(path, option=option)
+
+    def load(self, source: Source, index: int) -> tuple[Any, tuple[str, ...]]:
+        """A decoded sample and what was converted; `ValueError` or `OSError` where it cannot be used."""
+        raise NotImplementedError
+
+    def stretch(self, value: Any, epoch: int, sample_id: int) -> Any:
+        """A decoded sample with the length that it has in an epoch of the training."""
+        return value
+
+    def stretch_lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
+        """(n,) int64: lengths that `stretch` gives all n samples, whose lengths by the index are these."""
+        return lengths
+
+    def stretch_limit(self, length: int) -> int:
+        """Greatest length that `stretch` gives samples of at most this length by the index."""
+        return length
+
+    def augment(self, value: Any, rng: np.random.Generator) -> np.ndarray:
+        """A decoded and stretched sample as training sees it."""
+        raise NotImplementedError
+
+    def settle(self, value: Any) -> np.ndarray:
+        """A decoded sample as evaluation sees it: nothing random."""
+        raise NotImplementedError
+
+    def blank(self) -> np.ndarray:
+        """What stands for a sample that cannot be decoded, so that shapes stay as they are."""
+        raise NotImplementedError
+
+    def stack(self, samples: list[Sample], training: bool) -> tuple[Tensor, Tensor | None]:
+        """Inputs and lengths of a batch."""
+        raise NotImplementedError
+
+    def measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int | None, Tensor | None]:
+        """Tokens T of a row (images: None, their stem knows), and the token lengths of the rows or None: all T."""
+        raise NotImplementedError
+
+    def count_tokens(self, length: int) -> int:
+        """Tokens of a sample whose length by the index is `length`; where there are lengths."""
+        raise NotImplementedError
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """Inputs of the model, on the device of the stacked inputs."""
+        raise NotImplementedError
+
+    def raw_features(self, name: str, batch: Batch) -> Tensor:
+        """Baseline features (B,F) float32 of a batch without any network."""
+        raise NotImplementedError
+
+
+def describe_error(error: Exception) -> str:
+    """One sentence for a list of bad samples."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class TrainSamples(torch.utils.data.Dataset[Sample]):
+    """Map from a slot, or (sample id, epoch), to an augmented sample.
+
+    A sample that is shorter than its group's crop, against what the index says, counts as bad.
+    """
+
+    def __init__(self, source: Source, modality: Modality, seed: int) -> None:
+        self.source, self.modality, self.seed = source, modality, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any) -> Sample:
+        sample_id, epoch, group, place = Slot(*index)
+        length = group.crop if group is not None else None
+        notes: list[Note] = []
+        picks: np.random.Generator | None = None  # made for the rare sample that needs it
+        candidate = sample_id
+        for _ in range(ATTEMPTS):
+            try:
+                value, converted = self.modality.load(self.source, candidate)
+                value = self.modality.stretch(value, epoch, candidate)
+                if length is not None and len(value) < length:
+                    raise ValueError(f"shorter than the index says: {len(value)}, needed {length}")
+            except ShardLost as error:
+                notes.append(Note(candidate, epoch, "lost", str(error)))
+                break
+            except (ValueError, OSError) as error:
+                notes.append(Note(candidate, epoch, "bad", describe_error(error)))
+                picks = picks or random_stream(self.seed, epoch, sample_id, STREAM_REPLACE)
+                candidate = self._pick(picks, length, epoch)
+                continue
+            notes.extend(Note(candidate, epoch, "converted", text) for text in converted)
+            rng = random_stream(self.seed, epoch, sample_id, STREAM_CROP)
+            return Sample(sample_id, epoch, self.modality.augment(value, rng), tuple(notes), group, place)
+        else:
+            notes.append(Note(sample_id, epoch, "fatal", f"{ATTEMPTS} samples in a row cannot be decoded"))
+        blank = self.modality.blank()
+        if length is not None:
+            blank = np.resize(blank, length)
+        return Sample(sample_id, epoch, blank, tuple(notes), group, place)
+
+    def _pick(self, rng: np.random.Generator, length: int | None, epoch: int) -> int:
+        """A replacement, as long as the group's samples are."""
+        if length is None or self.source.lengths is None:
+            return int(rng.integers(len(self.source)))
+        lengths = self.modality.stretch_lengths(self.source.lengths, epoch)
+        return int(rng.choice(np.flatnonzero(lengths >= length)))
+
+
+class EvaluationSamples(torch.utils.data.Dataset[Sample]):
+    """Map from a sample id to the sample; one that cannot be decoded is blank and has a "bad" note."""
+
+    def __init__(self, source: Source, modality: Modality) -> None:
+        self.source, self.modality = source, modality
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            value, _ = self.modality.load(self.source, index)
+            return Sample(index, 0, self.modality.settle(value), ())
+        except (ValueError, OSError) as error:
+            kind = "lost" if isinstance(error, ShardLost) else "bad"
+            return Sample(index, 0, self.modality.blank(), (Note(index, 0, kind, describe_error(error)),))
+
+
+class Collate:
+    """Samples -> batch without masks."""
+
+    def __init__(self, modality: Modality) -> None:
+        self.modality = modality
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        inputs, lengths = self.modality.stack(samples, training=False)
+        _, valid = self.modality.measure(inputs, lengths)
+        return Batch(inputs, lengths, valid, None, None, tuple(n for s in samples for n in s.notes))
+
+
+class MaskingCollate:
+    """Samples -> batch with masks and noise keys. Runs in the loader workers, so masks cost the GPU nothing.
+
+    Masks are drawn for the tokens that the batch has after its cropping: mask and sample are never cropped apart.
+    """
+
+    def __init__(self, config: Config, modality: Modality, training: bool = True) -> None:
+        self.config, self.modality, self.training = config, modality, training
+        # Published random masks of 2.0 text know nothing of padding.
+        self.hits_padding = "loss-on-padding" in config.published and config.mask.kind == "random"
+        self._samplers: dict[int | None, MaskSampler] = {}
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        inputs, lengths = self.modality.stack(samples, self.training)
+        tokens, valid = self.modality.measure(inputs, lengths)
+        masks, keys = self._draw(samples, tokens, valid)
+        notes = tuple(n for s in samples for n in s.notes)
+        return Batch(inputs, lengths, valid, masks, keys if self.config.version == 2 else None, notes)
+
+    def _sampler(self, tokens: int | None) -> MaskSampler:
+        if tokens not in self._samplers:
+            self._samplers[tokens] = make_mask_sampler(self.config, tokens=tokens)
+        return self._samplers[tokens]
+
+    def _draw(self, samples: list[Sample], tokens: int | None, valid: Tensor | None) -> tuple[Masks, Tensor]:
+        """Masks and noise keys. Where rows are cut to the fewest masked positions, it is those of the whole group."""
+        sampler, group = self._sampler(tokens), samples[0].group
+        places = [(s.sample_id, s.epoch) for s in samples]
+        if self.hits_padding:
+            return self._draw_rows(sampler, places, None)
+        if group is None or not sampler.equal_counts or len(group.places) == len(samples):
+            return self._draw_rows(sampler, places, valid)
+        lengths = None
+        if group.crop is None and tokens is not None:
+            if group.lengths is None:
+                return self._draw_rows(sampler, places, valid)
+            lengths = torch.tensor([self.modality.count_tokens(n) for n in group.lengths])
+            # A replacement has a length of its own.
+            lengths[[s.place for s in samples]] = torch.tensor([tokens] * len(samples)) if valid is None else valid
+            sampler = self._sampler(int(lengths.max()))
+        masks, keys = self._draw_rows(sampler, group.places, lengths)
+        copies = self.config.mask.copies
+        rows = slice(samples[0].place * copies, (samples[-1].place + 1) * copies)
+        return masks_from_bool(masks.mask[rows, :tokens].contiguous()), keys[rows]
+
+    def _draw_rows(
+        self, sampler: MaskSampler, places: Sequence[tuple[int, int]], lengths: Tensor | None
+    ) -> tuple[Masks, Tensor]:
+        """The same of samples (id, epoch) alone."""
+        copies = self.config.mask.copies
+        masks: list[Masks] = []
+        keys: list[Tensor] = []
+        start = 0
+        while start < len(places):  # a batch may straddle the end of an epoch
+            epoch = places[start][1]
+            stop = next((i for i in range(start, len(places)) if places[i][1] != epoch), len(places))
+            ids = [sample_id for sample_id, _ in places[start:stop]]
+            part = None if lengths is None else lengths[start:stop]
+            masks.append(sampler.draw(ids, epoch, copies=copies, lengths=part))
+            keys.append(sampler.noise_keys(ids, epoch, copies=copies))
+            start = stop
+        joined, noise = masks[0], torch.cat(keys)
+        if len(masks) > 1:
+            mask = torch.cat([m.mask for m in masks])
+            joined = masks_from_bool(cut_to_smallest(mask, noise) if sampler.equal_counts else mask)
+        return joined, noise
+
+
+def cut_to_smallest(mask: Tensor, keys: Tensor) -> Tensor:
+    """Mask (N,T) bool in which every row masks as many positions as the row with the fewest; `keys` (N,) choose which.
+
+    The sampler does this for the samples of one epoch; here parts of two epochs meet.
+    """
+    counts = mask.sum(dim=1)
+    smallest = int(counts.min())
+    mask = mask.clone()
+    for row in (counts > smallest).nonzero()[:, 0].tolist():
+        masked = mask[row].nonzero()[:, 0].numpy()
+        rng = random_stream(int(keys[row]), 0, 0, STREAM_CUT)
+        surplus = rng.choice(masked, size=len(masked) - smallest, replace=False)
+        mask[row, torch.from_numpy(surplus)] = False
+    return mask

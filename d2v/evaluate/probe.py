@@ -1,0 +1,290 @@
+"""Probes of frozen features: linear, k nearest neighbours, linear on few labels, with baselines treated alike."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v.config import Config
+from d2v.data import make_modality
+from d2v.data.dataset import Batch, Modality
+from d2v.data.loader import evaluation_batches
+from d2v.data.sources import Source
+from d2v.files import write_atomically
+from d2v.model.data2vec import build_model
+from d2v.saved import load_model
+
+
+def encode_batch(
+    encoder: Any,
+    modality: Modality,
+    batch: Batch,
+    device: torch.device,
+    layer: int | None = None,
+    pool: str = "mean",
+) -> Tensor:
+    """(B,F) float32 on the host: `encoder.encode`, a model's or its teacher's, made one row a sample by a pool."""
+    encoded = encoder.encode(modality.prepare(batch.inputs.to(device)), lengths=batch.lengths, layer=layer)
+    if pool == "class":
+        if encoded.class_token is None:
+            raise ValueError("pool: expected another than class, the model has no class token")
+        return encoded.class_token.float().cpu()
+    return POOLS[pool](encoded.features.float(), encoded.valid).cpu()
+
+
+SEGMENTS = 4
+
+
+def pool_mean(features: Tensor, valid: Tensor) -> Tensor:
+    """(B,C): mean of features (B,T,C) over the valid tokens, valid (B,T)."""
+    weight = valid.unsqueeze(-1).float()
+    mean: Tensor = (features * weight).sum(1) / weight.sum(1)
+    return mean
+
+
+def pool_mean_std(features: Tensor, valid: Tensor) -> Tensor:
+    """(B,2C): mean and biased standard deviation over the valid tokens."""
+    mean = pool_mean(features, valid)
+    deviation = pool_mean((features - mean[:, None]).square(), valid).sqrt()
+    return torch.cat([mean, deviation], dim=1)
+
+
+def pool_segments(features: Tensor, valid: Tensor) -> Tensor:
+    """(B,4C): means over four equal parts of the valid tokens, in order, which a mean over all forgets; valid tokens
+    come first. Where there are fewer than four, parts share them."""
+    count = valid.sum(1, keepdim=True)
+    place = torch.arange(features.shape[1], device=features.device)[None]
+    parts = []
+    for i in range(SEGMENTS):
+        first = count * i // SEGMENTS
+        last = torch.maximum(count * (i + 1) // SEGMENTS, first + 1)
+        parts.append(pool_mean(features, (place >= first) & (place < last)))
+    return torch.cat(parts, dim=1)
+
+
+POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": pool_mean,
+    "mean-std": pool_mean_std,
+    "segments": pool_segments,
+}
+
+
+@torch.no_grad()
+def extract_features(
+    extractors: Mapping[str, Callable[[Batch], Tensor]],
+    config: Config,
+    source: Source,
+    option: str,
+    *,
+    batch: int = 64,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Features by every extractor, in one pass over a labelled source.
+
+    Returns:
+        float32 (n,F) for each name, and labels int64 (n,), both without the samples that cannot be decoded.
+
+    Raises:
+        ValueError: more samples than data.bad_fraction cannot be decoded.
+    """
+    assert source.labels is not None
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
+    bad: set[int] = set()
+    done = 0
+    for part in evaluation_batches(config, source, torch.device("cpu"), batch=batch):
+        broken = {note.sample_id for note in part.notes}
+        kept = [i for i in range(len(part)) if done + i not in broken]
+        bad |= broken
+        done += len(part)
+        for name, extract in extractors.items():
+            rows[name].append(extract(part).numpy()[kept])
+    lost = check_lost(config, source, option, len(bad))
+    if lost:
+        print(f"{option}: left out {lost} of {source.indexed} samples that cannot be decoded")
+    for reason, count in source.left_out.items():
+        print(f"{option}: left out {count} {reason}")
+    labels = source.labels[np.array([i for i in range(len(source)) if i not in bad], dtype=np.int64)]
+    return {name: np.concatenate(parts) for name, parts in rows.items()}, labels
+
+
+def check_lost(config: Config, source: Source, option: str, bad: int = 0) -> int:
+    """Number of samples of a source that cannot be used: `bad` ones and those that its index rejected.
+
+    Raises:
+        ValueError: more than the share data.bad_fraction.
+    """
+    lost = bad + len(source.rejected)
+    if lost > config.data.bad_fraction * source.indexed:
+        first = f"; for example {source.rejected[0].name}: {source.rejected[0].reason}" if source.rejected else ""
+        raise ValueError(f"{option}: expected decodable samples, got {lost} of {source.indexed} that are not{first}")
+    return lost
+
+
+def standardise_features(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Zero mean and unit variance per feature, by the training set; constant features become 0."""
+    mean, std = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64)
+    scale = np.where(std > 1e-8, std, np.inf)
+    return (train - mean) / scale, (test - mean) / scale
+
+
+def _logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, truth: np.ndarray) -> float:
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # not converged after 1000 iterations is close enough, and the same for all
+        return float(LogisticRegression(max_iter=1000).fit(train, labels).score(test, truth))
+
+
+def score_features(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    *,
+    neighbours: int,
+    labels_per_class: int,
+    draws: int,
+    seed: int,
+) -> dict[str, float]:
+    """Accuracies 0 to 1 of the three probes on standardised features.
+
+    train, test: (features (n,C), labels (n,)). Linear: multinomial logistic regression, L2 with C = 1. kNN: Euclidean.
+    Few-label: the linear probe on `labels_per_class` images a class, mean and standard deviation over `draws` draws,
+    the same draws for all features.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    x, z = standardise_features(train[0], test[0])
+    y, truth = train[1], test[1]
+    classifier = KNeighborsClassifier(n_neighbors=min(neighbours, len(x)))
+    few = []
+    for draw in range(draws):
+        rng = np.random.default_rng([seed, draw])
+        chosen = [rng.permutation(np.flatnonzero(y == c))[:labels_per_class] for c in np.unique(y)]
+        rows = np.concatenate(chosen)
+        few.append(_logistic(x[rows], y[rows], z, truth))
+    return {
+        "linear_probe": _logistic(x, y, z, truth),
+        "knn": float(classifier.fit(x, y).score(z, truth)),
+        "few_label": float(np.mean(few)),
+        "few_label_std": float(np.std(few, ddof=1)) if draws > 1 else 0.0,
+    }
+
+
+def align_labels(train: Source, test: Source) -> np.ndarray:
+    """Test labels in the numbering of the training classes; `ValueError` for a class that was never trained on."""
+    assert train.classes is not None and test.classes is not None and test.labels is not None
+    numbers = {name: i for i, name in enumerate(train.classes)}
+    unknown = [name for name in test.classes if name not in numbers]
+    if unknown:
+        raise ValueError(f"test: expected the classes {', '.join(train.classes[:20])}, got {unknown[0]!r}")
+    return np.array([numbers[name] for name in test.classes], dtype=np.int64)[test.labels]
+
+
+def open_pair(modality: Modality, train: str, test: str) -> tuple[Source, Source]:
+    """Labelled training and test samples with the same numbers of classes; `ValueError` for those that no probe can
+    use."""
+    first, second = (modality.open(p, labelled=True, option=o) for p, o in ((train, "train"), (test, "test")))
+    second.labels, second.classes = align_labels(first, second), first.classes
+    if len(first.classes or []) < 2:
+        raise ValueError(f"train: expected at least 2 classes, got {first.classes}")
+    for name, source in (("train", first), ("test", second)):
+        check_lost(modality.config, source, name)  # what the index has rejected already costs no features
+    return first, second
+
+
+def probe(
+    checkpoint: str,
+    train: str,
+    test: str,
+    *,
+    weights: str = "teacher",
+    baselines: Sequence[str] = (),
+    layer: int | None = None,
+    pool: str = "mean",
+    neighbours: int = 5,
+    labels_per_class: int = 10,
+    draws: int = 5,
+    seed: int = 0,
+    batch: int = 64,
+    device: str = "auto",
+    output: str | None = None,
+) -> dict[str, Any]:
+    """Probes a checkpoint and baselines; prints a table and, as the last line, one JSON object, which it returns.
+
+    The result is also written to `output`, or to `probe.json` of the run folder that `checkpoint` names.
+    """
+    for name, value in (("neighbours", neighbours), ("labels-per-class", labels_per_class), ("draws", draws)):
+        if value < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {value}")
+    if pool not in (*POOLS, "class"):
+        raise ValueError(f"pool: expected one of {', '.join(POOLS)}, class, got {pool!r}")
+    model, config, place = load_model(checkpoint, device)
+    if pool == "class" and not config.encoder.extra_tokens:
+        raise ValueError(f"pool: expected one of {', '.join(POOLS)} for a model without a class token, got class")
+    modality = make_modality(config)
+    unknown = [name for name in baselines if name not in ("random_init", *modality.baselines)]
+    if unknown:
+        known = ", ".join(("random_init", *modality.baselines))
+        raise ValueError(f"baselines: expected of {known} for {modality.noun}, got {unknown[0]}")
+    train_source, test_source = open_pair(modality, train, test)
+
+    def extractor(encoder: Any) -> Callable[[Batch], Tensor]:
+        return lambda part: encode_batch(encoder, modality, part, place, layer, pool)
+
+    extractors: dict[str, Callable[[Batch], Tensor]] = {}
+    extractors["pretrained"] = extractor(model.teacher if weights == "teacher" else model)
+    for name in baselines:
+        if name == "random_init":
+            fresh = build_model(config, place)
+            extractors[name] = extractor(fresh.teacher if weights == "teacher" else fresh)
+        else:
+            extractors[name] = partial(modality.raw_features, name)
+    first, y = extract_features(extractors, config, train_source, "train", batch=batch)
+    second, truth = extract_features(extractors, config, test_source, "test", batch=batch)
+    features = {name: (first[name], second[name]) for name in extractors}
+    options = {"neighbours": neighbours, "labels_per_class": labels_per_class, "draws": draws, "seed": seed}
+    scores = {
+        name: score_features((a, y), (b, truth), **options) for name, (a, b) in features.items()
+    }  # fmt: skip
+    result: dict[str, Any] = {
+        key: {name: round(values[key], 6) for name, values in scores.items()}
+        for key in ("linear_probe", "knn", "few_label", "few_label_std")
+    }
+    result |= {
+        "weights": weights, "pool": pool, "classes": len(train_source.classes or []), "train_samples": len(y),
+        "test_samples": len(truth), **options,
+    }  # fmt: skip
+    print_table(result, modality.noun)
+    _write_result(result, checkpoint, output)
+    print(json.dumps(result))
+    return result
+
+
+def _write_result(result: dict[str, Any], checkpoint: str, output: str | None) -> None:
+    folder = Path(checkpoint)
+    if output is not None:
+        write_atomically(Path(output), json.dumps(result, indent=1))
+    elif (folder / "metrics.jsonl").is_file():
+        write_atomically(folder / "probe.json", json.dumps(result, indent=1))
+
+
+def print_table(result: dict[str, Any], noun: str) -> None:
+    """Accuracies in percent, a row per kind of features."""
+    chance = 100 / result["classes"]
+    print(
+        f"test accuracy in %, {result['classes']} classes (chance {chance:.1f}), "
+        f"{result['train_samples']} training and {result['test_samples']} test {noun}"
+    )
+    neighbours = f"kNN (k={result['neighbours']})"
+    few = f"{result['labels_per_class']} labels per class"
+    print(f"{'features':<16}{'linear':>8}{neighbours:>12}{few:>22}")
+    for name in result["linear_probe"]:
+        spread = f"{100 * result['few_label'][name]:.1f} ± {100 * result['few_label_std'][name]:.1f}"
+        row = f"{100 * result['linear_probe'][name]:>8.1f}{100 * result['knn'][name]:>12.1f}{spread:>22}"
+        print(f"{name:<16}{row}")

@@ -1,0 +1,94 @@
+"""`d2v import` and `d2v export`: checkpoints of other programs in, ours out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from d2v.config.finetune import read_config
+from d2v.folder import CONFIG, find_checkpoint, load_json
+from d2v.interop import fairseq, huggingface
+from d2v.model.data2vec import Data2Vec
+from d2v.model.finetuned import FineTuned
+from d2v.model.saving import ORIGIN, Origin, write_folder
+from d2v.saved import find_tokenizer, load_any
+
+FORMATS = ("safetensors", "huggingface", "fairseq")
+LICENCES = """Published weights have the licence of their source, not of this project. fairseq states the MIT licence
+for its code and says that it applies to its pre-trained models as well; model cards of other sources state their own.
+Read it before you use or pass on what was imported."""
+
+
+def import_checkpoint(source: str, output: str) -> str:
+    """Reads a fairseq file or a transformers folder and writes an exported folder; returns a summary.
+
+    Raises `ValueError` or `NotImplementedError` for what cannot be read, before anything is written.
+    """
+    path, folder = Path(source), _new_folder(output)
+    if not path.exists():
+        raise ValueError(f"from: expected a checkpoint file or a transformers folder, found none at {source!r}")
+    model = huggingface.load(path) if path.is_dir() else fairseq.load(path)
+    write_folder(model, folder)
+    encoder = model.encoder if isinstance(model, FineTuned) else model
+    count = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    stem = model.config.stem
+    head = ""
+    if isinstance(model, FineTuned):
+        settings = model.head.settings
+        shown = ", ".join(model.labels[:6]) + (", ..." if len(model.labels) > 6 else "")
+        head = f", fine-tuned: {settings.task}, {settings.outputs} outputs ({shown})"
+    note = "\nText needs its tokenizer beside the weights: `d2v data tokenizer --help` says how to make that folder."
+    return (
+        f"{folder}: data2vec {model.config.version}.0, {stem.modality}, {count / 1e6:.1f} M parameters of the student"
+        f"{head}{note if stem.modality == 'text' else ''}\n{LICENCES}"
+    )
+
+
+def export_checkpoint(checkpoint: str, format: str, output: str) -> str:
+    """Writes the model of a checkpoint in another format; returns a summary.
+
+    safetensors: a folder with config and a loading example. huggingface: a folder for transformers (1.0). fairseq: a
+    file, or `model.pt` in a folder where `output` has no suffix .pt.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    model = _load_with_origin(checkpoint)
+    if format == "fairseq":
+        path = Path(output) if output.endswith(".pt") else _new_folder(output) / "model.pt"
+        if path.exists():
+            raise ValueError(f"output: expected a new file, got {str(path)!r}, which exists")
+        return f"{fairseq.save(model, path)}: fairseq checkpoint"
+    folder = _new_folder(output)
+    if format == "huggingface":
+        return f"{huggingface.save(model, folder)}: transformers folder"
+    write_folder(model, folder)
+    if model.config.stem.modality == "text" and (tokenizer := _find_tokenizer(checkpoint)) is not None:
+        shutil.copytree(tokenizer, folder / "tokenizer")
+    return f"{folder}: safetensors with {CONFIG} and README.md, which shows how to load them"
+
+
+def _new_folder(output: str) -> Path:
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output: expected an absent or empty folder, got {output!r}")
+    return folder
+
+
+def _find_tokenizer(checkpoint: str) -> str | None:
+    folder = find_checkpoint(checkpoint)
+    try:
+        return find_tokenizer(folder, read_config(folder / CONFIG))
+    except ValueError:
+        return None  # an imported model that nobody gave one
+
+
+def _load_with_origin(checkpoint: str) -> Data2Vec | FineTuned:
+    model, _, _ = load_any(checkpoint, "cpu", takes_data=False)
+    file = find_checkpoint(checkpoint) / ORIGIN
+    if file.is_file():
+        value = load_json(file)
+        dtypes = {name: getattr(torch, dtype) for name, dtype in value["dtypes"].items()}
+        model.origin = Origin(value["config"], dtypes, tuple(value["heads"]), value.get("key", "model"))
+    return model

@@ -1,0 +1,400 @@
+"""One training forward of data2vec: student, teacher, targets, loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from d2v.config import Config
+from d2v.model.cuda_graph import GraphedTargets, Record
+from d2v.model.decoder import ConvDecoder, RegressionHead
+from d2v.model.masking import MaskedRows, resolve_masks
+from d2v.model.stems import PADDING, make_positions, make_stem, prepare_inputs, valid_positions
+from d2v.model.targets import make_targets
+from d2v.model.teacher import PARTS, Encoded, Teacher, encode_parts, evaluating
+from d2v.model.transformer import Context, MainBlocks, initialise_linears
+from d2v.runtime import span
+from d2v_kernels import Masks, Noise, gather_tokens, masked_regression_loss, restore_tokens
+
+WORKING_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dtype of the teacher's working copies by `run.precision`."""
+
+
+@dataclass
+class Output:
+    """Result of a training forward. N rows, P masked positions in all, in row-major order (row, then position)."""
+
+    loss: Tensor
+    """0-D: sum of `losses` over `sample_size`."""
+    losses: dict[str, Tensor]
+    """Differentiable sums: "regression", and "cls" where the class token has a loss."""
+    sample_size: int
+    """P."""
+    prediction: Tensor
+    """(P,C)."""
+    targets: Tensor
+    """(B,T,C) float32 targets at all positions, without gradient."""
+    target_rows: Tensor
+    """(P,) int64: row of `targets` viewed as (B*T, C) that each prediction regresses on."""
+    prediction_std: Tensor
+    """0-D: mean over channels of the predictions' standard deviation over the P rows."""
+    target_std: Tensor
+    """0-D: the same of the targets."""
+    features: Tensor
+    """(B,T,C): the stem's output, what the local encoder makes of the samples (1.0 text with an averaged stem: of their
+    first masked copy); without gradient."""
+    class_prediction: Tensor | None = None
+    """(N,C), or None without class loss."""
+    class_target: Tensor | None = None
+    """(N,C): mean target of the row's sample, or None."""
+
+    @property
+    def target(self) -> Tensor:
+        """(P,C): the targets of `prediction`, copied out of `targets` when asked for."""
+        return self.targets.flatten(0, 1).index_select(0, self.target_rows)
+
+
+class Data2Vec(nn.Module):
+    """data2vec 2.0 (Baevski et al. 2022b): a student that sees the visible tokens of M masked copies of each sample
+    regresses, at the masked positions, on the teacher's averaged layers of the whole sample. In 1.0 (Baevski et al.
+    2022a) it sees a mask token at the masked positions and has a regression head in place of the decoder.
+
+    Attributes: stem, positions, context, blocks (the student's encoder), decoder (2.0) or head (1.0), mask_token (1.0
+    speech and vision), teacher; origin: what a loader of foreign files remembers, to write the same again.
+    """
+
+    origin: object = None
+
+    @property
+    def saved_config(self) -> Config:
+        """What a saved folder holds."""
+        return self.config
+
+    def __init__(self, config: Config) -> None:
+        """Weights are drawn from torch's global generator; the teacher starts equal to the student.
+
+        Args:
+            config: the model's sections, and run.precision: bf16 and fp16 give the teacher such working copies.
+
+        Raises:
+            ValueError: sizes that do not fit.
+        """
+        super().__init__()
+        self.config = config
+        width = config.encoder.width
+        keep_residual = "pre-norm-without-residual" not in config.published
+        self.stem = make_stem(config)
+        self.positions = make_positions(config)
+        self.context = Context(config.encoder, keep_residual)
+        self.blocks = MainBlocks(config.encoder, keep_residual)
+        self.decoder: ConvDecoder | None = None
+        self.head: RegressionHead | None = None
+        self.mask_token: nn.Parameter | None = None
+        if config.version == 2:
+            self.decoder = ConvDecoder(config.decoder, width, dims=2 if config.stem.modality == "vision" else 1)
+        else:
+            self.head = RegressionHead(config.head, width)
+            if config.stem.modality != "text":
+                self.mask_token = nn.Parameter(torch.rand(width))
+        self._initialise()
+        student = {name: self.get_submodule(name) for name in PARTS}
+        # A sharded teacher is cast as it is gathered.
+        working_dtype = WORKING_DTYPES.get(config.run.precision) if config.run.parallel == "ddp" else None
+        self.teacher = Teacher(student, config.ema.scope, working_dtype)
+        self.graphed: GraphedTargets | None = None
+        self.compiled: Callable[..., Output] | None = None
+        self._drawn = 0
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Where a family's published initial weights are not those of the parts."""
+        modality, std = self.config.stem.modality, self.config.encoder.init_std
+        last = self.head if self.decoder is None else self.decoder.proj
+        if modality == "text" and last is not None:
+            initialise_linears(last, std)
+        if self.head is not None and modality == "vision":
+            initialise_linears(self.head, std)
+            for token in (self.mask_token, self.context.extra_tokens):
+                if token is not None:
+                    nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        lengths: Tensor | None = None,
+        masks: Tensor | Masks | None = None,
+        noise: Tensor | None = None,
+        noise_keys: Tensor | None = None,
+    ) -> Output:
+        """One training forward; with `Masks` given, nothing is read from a device (text: with lengths too).
+
+        Args:
+            inputs: images (B, channels, H, W) or waveforms (B,S), floating; or token ids (B,T) int64, not yet masked.
+            lengths: (B,) int64 on the host, samples or tokens before the padding; None: no padding (text: counted from
+                the padding id); images: None.
+            masks: bool (N,T), True = masked, copies of a sample adjacent; or `Masks`; None: drawn by config.mask,
+                others at every call. N is a multiple of B. In 2.0 every row masks the same number.
+            noise: (N,T-V,C) decoder rows of the masked positions in ascending order; None: drawn. 2.0 only.
+            noise_keys: int64 (N,), keys of the drawn noise; None: drawn with torch's generator. 2.0 only.
+
+        Raises:
+            ValueError, TypeError: inputs, lengths, masks or noise that do not fit.
+        """
+        tokens, valid = self._measure(inputs, lengths)
+        batch = inputs.shape[0]
+        rows = resolve_masks(self.config, masks, batch, tokens, valid, self._drawn)
+        self._drawn += batch if masks is None else 0
+        drawn = rows.masks.to(inputs.device, non_blocking=True)
+        if noise is not None:
+            self._check_noise(noise, rows.masks)
+        elif noise_keys is None and self.decoder is not None:
+            # In front of the graph: a compiler draws other numbers.
+            noise_keys = torch.randint(-(2**63), 2**63 - 1, (len(rows.masks.mask),), device=inputs.device)
+        if self.teacher.working_dtype is not None:
+            self.teacher.working_parts()  # rewritten where the averages came from a checkpoint
+        if self.compiled is None:
+            return self._compute(inputs, drawn, rows, valid, noise, noise_keys)
+        if self.config.version == 1 or valid is not None:
+            # Differs from batch to batch: a size of the graph from the first one on. Others become one as they change.
+            torch._dynamo.maybe_mark_dynamic(drawn.rows, 0)
+        return self.compiled(self, inputs, drawn, rows, valid, noise, noise_keys)
+
+    def _compute(
+        self, inputs: Tensor, drawn: Masks, rows: MaskedRows, valid: Tensor | None, noise: Tensor | None,
+        noise_keys: Tensor | None,
+    ) -> Output:  # fmt: skip
+        """What `forward` does once everything that the host decides is decided: one graph for a compiler.
+
+        Args:
+            inputs, noise, noise_keys: of `forward`, checked.
+            drawn: the masks of `rows` on the device.
+            rows: of the student.
+            valid: (B,) tokens before the padding, on the host; None: no padding.
+        """
+        inputs = prepare_inputs(self.stem, inputs, valid)
+        if self.decoder is not None:
+            with span("student"):
+                features, encoded = self._encode_visible(inputs, drawn, rows, valid)
+            with span("decoder"):
+                prediction = self._decode(encoded, drawn, rows, noise, noise_keys)
+        else:
+            with span("student"):
+                features, encoded = self._encode_masked(inputs, drawn, rows, valid)
+            with span("decoder"):
+                prediction = self._regress(encoded, drawn.rows, drawn.mask.shape[1])
+        takes_text = self.config.stem.modality == "text" and self.decoder is None
+        with span("teacher"):
+            if takes_text and "masked-tokens-only-teacher" in self.config.published:
+                targets = self._make_targets_of_masked_tokens(inputs, drawn.mask, rows.masks.mask)
+            else:
+                targets = self._make_targets(inputs, features, valid)
+        with span("loss"):
+            return self._compute_loss(prediction, encoded, targets, features, drawn.rows, rows.copies, valid)
+
+    def _measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int, Tensor | None]:
+        stem: Any = self.stem
+        result: tuple[int, Tensor | None] = stem.measure(inputs, lengths)
+        return result
+
+    def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
+        """Features of unmasked inputs by the student, in evaluation mode and without gradient.
+
+        Args:
+            inputs, lengths: as in `forward`. Padding is invisible: a sample has the same features alone and in a batch.
+            layer: number of blocks that run, prenet blocks first, 0 to all; their output is returned as it is. None:
+                all blocks and, in pre-norm models, the final norm.
+
+        Returns:
+            `Encoded`: features (B,T,C), valid (B,T) bool, class_token (B,C) or None.
+        """
+        return encode_parts({name: self.get_submodule(name) for name in PARTS}, inputs, lengths, layer)
+
+    def _encode_visible(
+        self, inputs: Tensor, masks: Masks, rows: MaskedRows, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """2.0: the stem's features (B,T,C), and the encoder's (N,E+V,C) of the visible tokens of every copy."""
+        features = self.stem(inputs, lengths)
+        around = self.positions.surround(features, rows.kept_lengths, masks.keep)
+        x = self.positions.visible(features, masks, rows.copies, lengths)
+        encoded: Tensor = self.blocks(self.context(x, around), around)
+        return features, encoded
+
+    def _encode_masked(
+        self, inputs: Tensor, masks: Masks, rows: MaskedRows, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """1.0: the stem's features (B,T,C) that the teacher takes, and the encoder's (N,E+T,C) of every masked copy."""
+        if self.mask_token is None:
+            assert self.config.stem.mask_token is not None
+            copies = inputs.repeat_interleave(rows.copies, dim=0) if rows.copies > 1 else inputs
+            x = self.stem(copies.masked_fill(masks.mask, self.config.stem.mask_token), rows.lengths)
+            features = x
+            if "stem" not in self.teacher.owned:
+                with torch.no_grad(), evaluating(self.stem):
+                    features = self.stem(inputs, lengths)
+        else:
+            features = self.stem(inputs, lengths)
+            x = functional.dropout(features, self.config.stem.dropout, self.training)
+            x = x.repeat_interleave(rows.copies, dim=0) if rows.copies > 1 else x
+            places = torch.arange(x.shape[1], device=x.device)
+            restore = torch.where(masks.mask, x.shape[1], places)
+            x = restore_tokens(x, restore, fill=self.mask_token.to(x.dtype))
+        around = self.positions.surround(x, rows.lengths)
+        encoded: Tensor = self.blocks(self.context(self.positions(x, rows.lengths), around), around)
+        return features, encoded
+
+    def _regress(self, encoded: Tensor, rows: Tensor, tokens: int) -> Tensor:
+        """(P,C): the head at the masked positions."""
+        assert self.head is not None
+        extra = encoded.shape[1] - tokens
+        if extra:
+            rows = rows + (rows // tokens + 1) * extra
+        selected = gather_tokens(encoded.reshape(1, -1, encoded.shape[2]), rows[None])[0]
+        if "no-head-1.0-vision" in self.config.published and self.config.stem.modality == "vision":
+            return selected
+        result: Tensor = self.head(selected)
+        return result
+
+    def _decode(
+        self, encoded: Tensor, masks: Masks, rows: MaskedRows, noise: Tensor | None, noise_keys: Tensor | None
+    ) -> Tensor:
+        """(P,C): the decoder at the masked positions."""
+        assert masks.keep is not None and masks.restore is not None and self.decoder is not None
+        count, tokens = masks.restore.shape
+        visible = masks.keep.shape[1]
+        kept = self.decoder.dropout(encoded[:, encoded.shape[1] - visible :])
+        fill = self._make_fill(kept, noise, noise_keys)
+        x = self._add_positions(restore_tokens(kept, masks.restore, fill=fill), masks.mask)
+        hides = "positions-see-padding" not in self.config.published
+        valid = valid_positions(rows.lengths, tokens, x.device) if hides else None
+        grid = self.config.stem.grid if self.config.stem.modality == "vision" else (tokens,)
+        hidden = self.decoder(x, grid, valid)
+        # The projection is per token: only the rows that enter the loss are projected.
+        selected = gather_tokens(hidden.reshape(1, count * tokens, hidden.shape[-1]), masks.rows[None])
+        return self.decoder.project(selected[0])
+
+    def _add_positions(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The decoder's input with fixed positions at masked tokens, or at all."""
+        config = self.config.decoder
+        if config.positions_masked:
+            x = x + mask[..., None] * self.positions(torch.zeros_like(x[:1]))
+        return self.positions(x) if config.positions_all else x
+
+    def _check_noise(self, noise: Tensor, masks: Masks) -> None:
+        if masks.keep is None or self.decoder is None:
+            raise ValueError(f"noise: expected None, 1.0 has no decoder; got shape {tuple(noise.shape)}")
+        rows, tokens = masks.mask.shape
+        expected = (rows, tokens - masks.keep.shape[1], self.config.encoder.width)
+        if tuple(noise.shape) != expected:
+            raise ValueError(f"noise: expected shape {expected}, got {tuple(noise.shape)}")
+
+    def _make_fill(self, kept: Tensor, noise: Tensor | None, noise_keys: Tensor | None) -> Tensor | Noise:
+        if noise is not None:
+            return noise.to(kept)
+        assert noise_keys is not None
+        return Noise(self.config.mask.noise_std, noise_keys.to(kept.device, non_blocking=True))
+
+    @torch.no_grad()
+    def _make_targets(self, inputs: Tensor, features: Tensor, lengths: Tensor | None) -> Tensor:
+        """(B,T,C) targets: mean of the teacher's K normalised tensors, normalised again (section 3.3 of the paper)."""
+        if self.graphed is None or lengths is not None:
+            return self._compute_targets(inputs, features, lengths)
+        return self.graphed(inputs, features)
+
+    def _compute_targets(self, inputs: Tensor, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        target = self.config.target
+        layers = self.teacher.collect(inputs, features, lengths, target.top_k, target.source)
+        return make_targets(self.config, layers, lengths)
+
+    def graph_teacher(self, record: Record | None = None) -> None:
+        """From here on the targets of batches without padding come from a recording (`d2v.model.cuda_graph`).
+
+        record: as in `GraphedTargets`; unset: CUDA graphs.
+        """
+        self.graphed = GraphedTargets(torch.no_grad()(self._compute_targets), record)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """From here on a training forward is one graph, from the stem to the loss; options as of `torch.compile`.
+
+        What reads values on the host stays in front of it: checks of the inputs, drawing and checking of masks. A copy
+        of the model, or one that was pickled, is not compiled. Layer drop and the teacher of masked tokens alone
+        (`published`) cannot be part of a graph: they raise torch._dynamo.exc.Unsupported, or compile without end.
+        """
+        self.compiled = torch.compile(Data2Vec._compute, *args, fullgraph=True, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "compiled": None}
+
+    @torch.no_grad()
+    def _make_targets_of_masked_tokens(self, inputs: Tensor, mask: Tensor, host_mask: Tensor) -> Tensor:
+        """(B,T,C) targets as published 1.0 text makes them: the teacher gets the masked tokens only, as if the others
+        were padding. They are moved to the front, where that is the same."""
+        if mask.shape[0] != inputs.shape[0]:
+            raise ValueError(f"masks: expected one row a sample, got {mask.shape[0]} rows of {inputs.shape[0]} samples")
+        lengths = host_mask.sum(dim=1).cpu()
+        if not bool((lengths > 0).all()):
+            raise ValueError(f"masks: expected a masked token in every row, got counts {lengths.tolist()}")
+        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+        front = inputs.gather(1, order)
+        front = front.masked_fill(~mask.gather(1, order), PADDING)
+        with evaluating(self.stem):
+            features = self.stem(front, lengths)
+        y = self._make_targets(front, features, lengths)
+        return gather_tokens(y, order.argsort(dim=1))
+
+    def _compute_loss(
+        self, prediction: Tensor, encoded: Tensor, targets: Tensor, features: Tensor, rows: Tensor, copies: int,
+        lengths: Tensor | None,
+    ) -> Output:  # fmt: skip
+        config = self.config.loss
+        batch, tokens, _ = targets.shape
+        sample_size = rows.shape[0]
+        # Row r of the student belongs to sample r // M; the targets are never repeated.
+        row = rows // tokens
+        target_rows = rows - (row - row // copies) * tokens
+        beta, scale = config.beta, self.config.loss_scale
+        regression = masked_regression_loss(prediction, targets, None, target_rows, beta=beta, scale=scale)
+        losses = {"regression": regression.loss}
+        class_prediction = class_target = None
+        if config.class_weight > 0.0:
+            class_prediction = encoded[:, self.config.encoder.extra_tokens - 1]
+            class_target = self._mean_targets(targets, lengths).repeat_interleave(copies, dim=0)
+            weight = self._class_weight(sample_size, batch * copies)
+            losses["cls"] = masked_regression_loss(
+                class_prediction, class_target, beta=beta, scale=scale * weight
+            ).loss  # fmt: skip
+        total = torch.stack(list(losses.values())).sum()
+        return Output(
+            loss=total / max(sample_size, 1), losses=losses, sample_size=sample_size, prediction=prediction,
+            targets=targets, target_rows=target_rows, prediction_std=regression.prediction_std,
+            target_std=regression.target_std, features=features.detach()[:: features.shape[0] // batch],
+            class_prediction=class_prediction, class_target=class_target,
+        )  # fmt: skip
+
+    def _mean_targets(self, targets: Tensor, lengths: Tensor | None) -> Tensor:
+        """(B,C): mean over the tokens of each sample, without its padding, where targets are 0."""
+        if lengths is None or "statistics-over-padding" in self.config.published:
+            return targets.mean(dim=1)
+        return targets.sum(dim=1) / lengths.to(targets)[:, None]
+
+    def _class_weight(self, sample_size: int, rows: int) -> float:
+        """Factor on the class loss, which the division by the sample size turns into a weight of the mean over rows.
+
+        Published: weight * P, so that the effective weight grows with the rows of a micro-batch. Here it is
+        weight * class_rows for any number of rows.
+        """
+        config = self.config.loss
+        if "class-loss-per-micro-batch" in self.config.published:
+            return config.class_weight * sample_size
+        return config.class_weight * config.class_rows * sample_size / rows
+
+
+def build_model(config: Config, device: torch.device | None = None) -> Data2Vec:
+    """The untrained model of a configuration; its weights are a function of `run.seed`."""
+    torch.manual_seed(config.run.seed)
+    model = Data2Vec(config)
+    return model.to(device) if device is not None else model

@@ -1,0 +1,111 @@
+"""Convolutional decoder of data2vec 2.0 (Baevski et al. 2022b, section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from d2v.config import Decoder, Head
+from d2v.model.layers import norm_gelu
+from d2v_kernels import gelu_linear
+
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
+
+
+class ConvDecoder(nn.Module):
+    """Convolutions over the token grid, each with layer norm (no affine), GELU and residual; then a projection.
+
+    The convolutions see all tokens; the projection is per token, so it is applied to the masked rows only
+    (`project`), which is exact.
+    """
+
+    def __init__(self, config: Decoder, width: int, dims: int) -> None:
+        """
+        Args:
+            config: layers, width, kernel, groups, residual, projection.
+            width: channels C of the tokens that enter and of the predictions.
+            dims: axes of the token grid: 1 for sequences, 2 for images.
+        """
+        super().__init__()
+        inputs = [width] + [config.width] * config.layers
+        for name, channels in (("width of the encoder", width), ("decoder.width", config.width)):
+            if config.layers and channels % config.groups:
+                raise ValueError(f"decoder.groups: expected a divisor of the {name} {channels}, got {config.groups}")
+        self.residual, self.trim = config.residual, config.kernel % 2 == 0
+        self.dropout = nn.Dropout(config.input_dropout)
+        self.blocks = nn.ModuleList(
+            _CONVOLUTIONS[dims](c, config.width, config.kernel, padding=config.kernel // 2, groups=config.groups)
+            for c in inputs[:-1]
+        )
+        self.proj = _projection(inputs[-1], width, config)
+
+    def forward(self, x: Tensor, grid: tuple[int, ...], valid: Tensor | None = None) -> Tensor:
+        """Hidden rows of all tokens.
+
+        Args:
+            x: (N,T,C), visible tokens and noise in their places.
+            grid: extents of the token grid; their product is T.
+            valid: (N,T) bool, False at padding, which every convolution then sees as 0; None: no padding.
+
+        Returns:
+            (N,T,D), D the decoder width.
+        """
+        n, tokens, _ = x.shape
+        # Channels stay last in memory: the convolution gets a transposed view and layer norm needs no copy.
+        x = x.view(n, *grid, -1)
+        shown = None if valid is None else valid.view(n, *grid, 1)
+        for conv in self.blocks:
+            x = x if shown is None else x * shown
+            y = conv(x.movedim(-1, 1)).movedim(1, -1)
+            if self.trim:  # an even kernel yields one position too many on every axis
+                for axis in range(1, y.dim() - 1):
+                    y = y.narrow(axis, 0, y.shape[axis] - 1)
+            y = norm_gelu(y)
+            x = x + y if self.residual and x.shape[-1] == y.shape[-1] else y
+        return x.reshape(n, tokens, -1)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Predictions (..., C) of hidden rows (..., D)."""
+        if torch.compiler.is_compiling() or not isinstance(self.proj, nn.Sequential):
+            result: Tensor = self.proj(hidden)
+            return result
+        first, *rest = self.proj
+        x: Tensor = first(hidden)
+        for layer in rest:
+            if isinstance(layer, nn.Linear):  # behind a GELU, which is part of this call
+                x = gelu_linear(x, layer.weight, layer.bias)
+        return x
+
+
+def _projection(inputs: int, outputs: int, config: Decoder) -> nn.Module:
+    """Linear layers in PyTorch's default initialisation, as published for images and speech (text: N(0, 0.02^2))."""
+    layers: list[nn.Module] = []
+    for i in range(config.projection_layers - 1):
+        hidden = int(inputs * config.projection_ratio) if i == 0 else inputs
+        layers += [nn.Linear(inputs, hidden), nn.GELU()]
+        inputs = hidden
+    last = nn.Linear(inputs, outputs)
+    return nn.Sequential(*layers, last) if layers else last
+
+
+class RegressionHead(nn.Module):
+    """Linear layers with GELU between, C to C (Baevski et al. 2022; one layer for speech and images, two for text)."""
+
+    def __init__(self, config: Head, width: int) -> None:
+        """
+        Args:
+            config: number of layers; those before the last have width 2 C.
+            width: channels C of the encoder and of the targets.
+        """
+        super().__init__()
+        layers: list[nn.Module] = []
+        inputs = width
+        for _ in range(config.layers - 1):
+            layers += [nn.Linear(inputs, 2 * width), nn.GELU()]
+            inputs = 2 * width
+        self.layers = nn.Sequential(*layers, nn.Linear(inputs, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Predictions (..., C) of encoded tokens (..., C)."""
+        result: Tensor = self.layers(x)
+        return result

@@ -1,0 +1,173 @@
+"""A pre-trained encoder with a head for a task."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2v.config import Config
+from d2v.config.finetune import FineTune, FineTuneConfig, read_config
+from d2v.folder import CONFIG, MODEL, copy_into, find_model, load_tensors
+from d2v.model.data2vec import Data2Vec
+from d2v.model.saving import write_folder
+from d2v.model.stems import valid_positions
+from d2v.model.task_heads import Head, make_head
+from d2v.runtime import choose_device
+from d2v_kernels import Noise, restore_tokens
+
+
+class FineTuned(nn.Module):
+    """An encoder, a head, and what the head's outputs are called.
+
+    Attributes: encoder (`Data2Vec`; its decoder, regression head and teacher may be gone, see `strip_pretraining`),
+    head, labels; origin: what a loader of foreign files remembers, to write the same again.
+    """
+
+    origin: object = None
+    frozen = False
+    """Train the head alone."""
+
+    def __init__(self, encoder: Data2Vec, head: Head, labels: Sequence[str]) -> None:
+        """Takes the encoder over: the final norm of a pre-norm encoder goes where the head has its own behind the pool,
+        as in the published image classifiers.
+
+        Args:
+            encoder: its student is what is used.
+            head: see `finetune.heads.make_head`.
+            labels: names of the outputs in their order; regression has one.
+
+        Raises:
+            ValueError: another number of labels than of outputs.
+        """
+        super().__init__()
+        if len(labels) != head.settings.outputs:
+            raise ValueError(f"labels: expected {head.settings.outputs}, one for each output, got {len(labels)}")
+        self.encoder, self.head, self.labels = encoder, head, tuple(labels)
+        if getattr(head, "norm", None) is not None and head.settings.kind == "pooled":
+            encoder.blocks.norm = None
+
+    @property
+    def config(self) -> Config:
+        """The encoder's configuration."""
+        return self.encoder.config
+
+    def forward(
+        self,
+        inputs: Tensor,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        channels: Tensor | None = None,
+        noise_keys: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B,K), or (B,T,K) of a head that predicts for every token; differentiable.
+
+        Args:
+            inputs, lengths: as `Data2Vec` takes them.
+            mask: bool (B,T); such tokens are hidden from the encoder. 1.0: by the mask token; 2.0: by noise.
+            channels: bool (B,C); such channels of the features are set to 0.
+            noise_keys: int64 (B,), keys of that noise; None: drawn. 2.0 only.
+
+        Raises:
+            ValueError, TypeError: inputs or lengths that do not fit.
+        """
+        stem: Any = self.encoder.stem
+        tokens, lengths = stem.measure(inputs, lengths)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            x = self._hide(stem(inputs, lengths), mask, channels, noise_keys)
+            around = self.encoder.positions.surround(x, lengths)
+            x = self.encoder.context(self.encoder.positions(x, lengths), around)
+            x = self.encoder.blocks(x, around)
+        result: Tensor = self.head(x, x.shape[1] - tokens, valid_positions(lengths, tokens, x.device))
+        return result
+
+    def _hide(self, x: Tensor, mask: Tensor | None, channels: Tensor | None, keys: Tensor | None) -> Tensor:
+        """Features (B,T,C) with masked tokens and channels."""
+        encoder = self.encoder
+        if encoder.mask_token is not None:
+            x = nn.functional.dropout(x, encoder.config.stem.dropout, self.training)
+        if mask is not None:
+            if encoder.mask_token is None and encoder.config.version == 1:
+                raise ValueError("mask: expected None for an encoder without a mask token, got a mask")
+            places = torch.arange(x.shape[1], device=x.device)
+            fill: Tensor | Noise
+            if encoder.mask_token is not None:
+                restore, fill = torch.where(mask, x.shape[1], places), encoder.mask_token.to(x.dtype)
+            else:
+                if keys is None:
+                    keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), device=x.device)
+                restore = torch.where(mask, x.shape[1] + places, places)
+                fill = Noise(encoder.config.mask.noise_std, keys.to(x.device))
+            x = restore_tokens(x.contiguous(), restore, fill=fill)
+        return x if channels is None else x.masked_fill(channels[:, None], 0.0)
+
+    @property
+    def saved_config(self) -> FineTuneConfig:
+        """The encoder's configuration with the head's section: what a saved folder holds."""
+        config = self.encoder.config
+        if isinstance(config, FineTuneConfig):
+            return config
+        return FineTuneConfig.of(config, finetune=FineTune(head=self.head.settings, labels=self.labels))
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes config.json and model.safetensors into an absent or empty folder, which `load` and `--checkpoint`
+        take; returns it."""
+        write_folder(self, Path(folder))
+        return Path(folder)
+
+    @staticmethod
+    def load(folder: str | Path, device: str = "cpu") -> FineTuned:
+        """A model that `save`, a fine-tuning run or `d2v import` wrote, in evaluation mode.
+
+        Raises:
+            ValueError: no such folder, or one of a pre-trained model.
+        """
+        found = find_model(str(folder))
+        config = read_config(found / CONFIG)
+        if not isinstance(config, FineTuneConfig):
+            raise ValueError(f"checkpoint: expected a fine-tuned model, got a pre-trained one at {str(folder)!r}")
+        tensors = load_tensors(found, MODEL)
+        model = build_finetuned(config, tensors)
+        copy_into(model.state_dict(), tensors, f"checkpoint {str(found)!r}")
+        return model.to(choose_device(device)).eval()
+
+    def count_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B,) int64 on the host: tokens of each sample, those that its padding yields not counted."""
+        stem: Any = self.encoder.stem
+        tokens, valid = stem.measure(inputs, lengths)
+        return torch.full((len(inputs),), tokens) if valid is None else valid
+
+
+def strip_pretraining(model: Data2Vec, *, decoder: bool = True, teacher: bool = True) -> Data2Vec:
+    """Removes, in place, what only pre-training uses, and returns the model.
+
+    Args:
+        decoder: the decoder (2.0) or the regression head (1.0).
+        teacher: the averages; `model.teacher.encode` then uses the student's weights.
+    """
+    if decoder:
+        model.decoder = model.head = None
+    if teacher:
+        for name in model.teacher.owned:
+            delattr(model.teacher, name)
+    return model
+
+
+def build_finetuned(config: FineTuneConfig, names: Collection[str]) -> FineTuned:
+    """A fine-tuned model without its weights; only random draws of a fork are made.
+
+    Args:
+        config: of encoder, head and labels.
+        names: of the tensors that will be loaded; parts of the pre-training that are not among them are left out.
+    """
+    with torch.random.fork_rng(devices=[]):
+        encoder = Data2Vec(config)
+        head = make_head(config.finetune.head, config.encoder.width)
+    has = {part: any(n.startswith(f"encoder.{part}.") for n in names) for part in ("decoder", "head", "teacher")}
+    strip_pretraining(encoder, decoder=not (has["decoder"] or has["head"]), teacher=not has["teacher"])
+    if "encoder.mask_token" not in names:
+        encoder.mask_token = None
+    return FineTuned(encoder, head, config.finetune.labels)

@@ -1,0 +1,128 @@
+"""Masks of a forward: drawn or given, checked against the inputs, as lists on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2v.config import Config
+from d2v_kernels import Masks, MaskSampler, masks_from_bool
+
+
+def make_mask_sampler(config: Config, seed: int | None = None, tokens: int | None = None) -> MaskSampler:
+    """The sampler of `config.mask` on the token grid of `config.stem`.
+
+    Args:
+        seed: `config.run.seed` unless given.
+        tokens: T of a sequence; images have the grid of their stem.
+
+    2.0 needs the same count in every row: where the rule or padding makes them differ, all are cut to the smallest.
+    """
+    mask, sequence = config.mask, config.stem.modality != "vision"
+    if sequence and tokens is None:
+        raise ValueError(f"tokens: expected the tokens of a row of {config.stem.modality}, got None")
+    equal = "equal-mask-counts" in config.published or (config.version == 2 and sequence)
+    return MaskSampler(
+        mask.kind, tokens=tokens if sequence else None, grid=None if sequence else config.stem.grid, ratio=mask.ratio,
+        span=mask.span, adjust=mask.adjust, inverse=mask.inverse, equal_counts=equal,
+        seed=config.run.seed if seed is None else seed,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MaskedRows:
+    """Masks of the student's N rows, and where their padding starts."""
+
+    masks: Masks
+    """`rows` lists the positions that enter the loss."""
+    copies: int
+    """Rows M of each sample."""
+    lengths: Tensor | None
+    """(N,) tokens of a row before the padding, on the host; None: no padding."""
+    kept_lengths: Tensor | None
+    """(N,) the same of its visible tokens alone, on the device of the masks."""
+
+
+def resolve_masks(
+    config: Config, masks: Tensor | Masks | None, batch: int, tokens: int, lengths: Tensor | None, first_id: int
+) -> MaskedRows:
+    """Masks with lists for `batch` samples of T tokens.
+
+    Args:
+        masks: given bool (N,T) or `Masks`, or None: drawn for samples `first_id`, `first_id` + 1, ...
+        lengths: (batch,) tokens before the padding, on the host; None: no padding.
+
+    Raises:
+        ValueError: masks that do not fit; 2.0: rows that mask different counts; rows that show padding only.
+    """
+    if masks is None:
+        masks = _draw(config, batch, tokens, lengths, first_id)
+    elif isinstance(masks, Tensor):
+        masks = _from_tensor(config, masks)
+    rows = masks.mask.shape[0]
+    if masks.mask.dim() != 2 or masks.mask.shape[1] != tokens or batch == 0 or rows % batch or rows == 0:
+        raise ValueError(
+            f"masks: expected (N, {tokens}) with N a multiple of the {batch} samples, got {tuple(masks.mask.shape)}"
+        )
+    if config.version == 2 and (masks.keep is None or masks.restore is None):
+        counts = masks.mask.sum(dim=1)
+        odd = (counts != counts[0]).nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"masks: expected the same number of masked positions in every row, row 0 has {int(counts[0])}; got "
+            f"{counts[odd].tolist()[:8]} in rows {odd[:8]}"
+        )
+    copies = rows // batch
+    if lengths is None:
+        return MaskedRows(masks, copies, None, None)
+    return _with_padding(config, masks, copies, lengths.repeat_interleave(copies))
+
+
+def _draw(config: Config, batch: int, tokens: int, lengths: Tensor | None, first_id: int) -> Masks:
+    # The published random masks of 2.0 text know nothing of padding.
+    hits_padding = "loss-on-padding" in config.published and config.mask.kind == "random"
+    sampler = make_mask_sampler(config, tokens=tokens)
+    ids = list(range(first_id, first_id + batch))
+    return sampler.draw(ids, epoch=0, copies=config.mask.copies, lengths=None if hits_padding else lengths)
+
+
+def _from_tensor(config: Config, mask: Tensor) -> Masks:
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise ValueError(f"masks: expected bool (N, T), got {mask.dtype} {tuple(mask.shape)}")
+    masks = masks_from_bool(mask.detach().cpu())
+    if config.version == 2 and masks.keep is None and mask.shape[0] > 0:
+        return cut_to_first_row(masks) if "visible-count-of-row-0" in config.published else masks
+    return masks
+
+
+def _with_padding(config: Config, masks: Masks, copies: int, lengths: Tensor) -> MaskedRows:
+    """Padding leaves the loss and is counted among the visible tokens. Lists that already lie on a device are taken as
+    they are: their sampler knew the lengths."""
+    tokens = masks.mask.shape[1]
+    valid = torch.arange(tokens, device=masks.mask.device) < lengths.to(masks.mask.device)[:, None]
+    if masks.mask.device.type == "cpu":
+        # 1.0 sees its masked tokens, too.
+        blind = (~(valid & ~masks.mask).any(dim=1)).nonzero()[:, 0].tolist() if config.version == 2 else []
+        if blind:
+            rows = blind[:8]
+            raise ValueError(f"masks: expected a visible token before the padding in every row, got none in {rows}")
+        if "loss-on-padding" not in config.published:
+            masks = masks._replace(rows=masks.rows[valid.flatten()[masks.rows]])
+    kept = lengths
+    if masks.keep is not None:
+        # Kept positions ascend, so padding comes last among them too.
+        kept = (masks.keep < lengths.to(masks.keep.device)[:, None]).sum(dim=1)
+    return MaskedRows(masks, copies, lengths, kept)
+
+
+def cut_to_first_row(masks: Masks) -> Masks:
+    """Lists with row 0's number of visible tokens in every row, as the published code makes them.
+
+    A row that masks fewer loses its last visible tokens; in one that masks more, its first masked tokens stay visible.
+    """
+    mask = masks.mask
+    visible = mask.shape[1] - int(mask[0].sum())
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    order = torch.cat([order[:, :visible].sort(dim=1).values, order[:, visible:]], dim=1)
+    return Masks(mask, order[:, :visible].to(torch.int32), order.argsort(dim=1).to(torch.int32), masks.rows)

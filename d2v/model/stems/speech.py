@@ -1,0 +1,255 @@
+"""Speech: frames of a waveform as tokens, positions by convolutions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from d2v.config import Encoder, Stem
+from d2v.model.layers import NORM_EPS, norm_gelu
+from d2v.model.stems.convolve import convolve
+from d2v.model.stems.positions import Positions, check_lengths, valid_positions
+from d2v_kernels import Masks, gather_tokens
+
+SAMPLE_RATE = 16_000
+_WINDOW, _HOP, _FFT = 400, 160, 512  # 25 ms every 10 ms
+_RANGE = 1e-4
+"""Power of the quietest band that is told from silence, over the loudest of the utterance: 40 dB."""
+_LEAST_POWER = 1e-5
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor  # type: ignore[attr-defined]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None  # type: ignore[attr-defined]
+
+
+class SpeechStem(nn.Module):
+    """What speech stems share: checks, and the lengths of their tokens."""
+
+    def samples_needed(self) -> int:
+        """Samples of the shortest waveform that yields a token."""
+        raise NotImplementedError
+
+    def count_tokens(self, samples: int) -> int:
+        """Tokens of a waveform."""
+        raise NotImplementedError
+
+    def measure(self, inputs: Tensor, lengths: Tensor | None = None) -> tuple[int, Tensor | None]:
+        """Checks inputs (B,S) and lengths, int64 (B,) on the host: samples before the padding.
+
+        Returns the tokens T, and of each row those before its padding, or None: all.
+
+        Raises:
+            ValueError, TypeError: other shapes or dtypes, waveforms that yield no token, lengths that do not fit; on
+                the host also samples that are not finite.
+        """
+        if not inputs.is_floating_point():
+            raise TypeError(f"inputs: expected floating waveforms, got {str(inputs.dtype).removeprefix('torch.')}")
+        if inputs.dim() != 2:
+            raise ValueError(f"inputs: expected waveforms of shape (B, S), got {tuple(inputs.shape)}")
+        batch, samples = inputs.shape
+        if samples < (needed := self.samples_needed()):
+            raise ValueError(f"inputs: expected at least {needed} samples, the receptive field, got {samples}")
+        lengths = check_lengths(lengths, batch, samples, needed)
+        if inputs.device.type == "cpu" and not bool(torch.isfinite(inputs).all()):
+            rows = (~torch.isfinite(inputs)).any(dim=1).nonzero()[:, 0].tolist()[:8]
+            raise ValueError(f"inputs: expected finite samples, got NaN or infinity in rows {rows}")
+        tokens = self.count_tokens(samples)
+        if lengths is None:
+            return tokens, None
+        valid = torch.tensor([self.count_tokens(n) for n in lengths.tolist()], dtype=torch.int64)
+        return tokens, None if bool((valid == tokens).all()) else valid
+
+
+class WaveformStem(SpeechStem):
+    """Convolutions of the waveform, each with layer norm over channels and GELU, then layer norm and a projection.
+
+    wav2vec 2.0 (Baevski et al. 2020, section 2), as data2vec 1.0 and 2.0 use it.
+    """
+
+    def __init__(self, config: Stem, width: int) -> None:
+        """
+        Args:
+            config: the convolutions.
+            width: channels C of a token.
+        """
+        super().__init__()
+        self.spec, self.gradient_scale = config.convolutions, config.gradient_scale
+        inputs = [1, *(channels for channels, _, _ in self.spec)]
+        self.convs = nn.ModuleList(
+            nn.Conv1d(i, channels, kernel, stride, bias=config.convolution_bias)
+            for i, (channels, kernel, stride) in zip(inputs[:-1], self.spec, strict=True)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(channels, eps=NORM_EPS) for channels in inputs[1:])
+        self.norm = nn.LayerNorm(inputs[-1], eps=config.norm_eps)
+        self.proj = nn.Linear(inputs[-1], width)
+        for conv in self.convs:
+            assert isinstance(conv, nn.Conv1d)
+            nn.init.kaiming_normal_(conv.weight)
+
+    def samples_needed(self) -> int:
+        """Receptive field of a frame: 400 samples for the published convolutions."""
+        field = 1
+        for _, kernel, stride in reversed(self.spec):
+            field = (field - 1) * stride + kernel
+        return field
+
+    def count_tokens(self, samples: int) -> int:
+        """Frames of a waveform: (n - kernel) // stride + 1 through all convolutions."""
+        for _, kernel, stride in self.spec:
+            samples = (samples - kernel) // stride + 1
+        return samples
+
+    def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Frames (B,T,C) of waveforms (B,S) at 16 kHz that `measure` took; padded frames are computed too."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient_scale > 0.0):
+            x = inputs[..., None]
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                assert isinstance(conv, nn.Conv1d)
+                assert isinstance(norm, nn.LayerNorm)
+                x = norm_gelu(convolve(conv, x), norm.weight, norm.bias)
+        if self.gradient_scale not in (0.0, 1.0):
+            x = _ScaleGradient.apply(x, self.gradient_scale)
+        result: Tensor = self.proj(self.norm(x))
+        return result
+
+
+class LogMelStem(SpeechStem):
+    """Log-mel spectrogram without its mean over time, some frames a token, layer norm, linear. Not a published stem."""
+
+    window: Tensor
+    filters: Tensor
+
+    def __init__(self, config: Stem, width: int) -> None:
+        """
+        Args:
+            config: bands and frames a token.
+            width: channels C of a token.
+        """
+        super().__init__()
+        self.frames = config.mel_frames
+        self.register_buffer("window", torch.hann_window(_WINDOW), persistent=False)
+        self.register_buffer("filters", mel_filters(config.mel_bins), persistent=False)
+        self.norm = nn.LayerNorm(config.mel_bins * self.frames, eps=NORM_EPS)
+        self.proj = nn.Linear(config.mel_bins * self.frames, width)
+
+    def samples_needed(self) -> int:
+        """Samples of one token."""
+        return _WINDOW + (self.frames - 1) * _HOP
+
+    def count_tokens(self, samples: int) -> int:
+        """Whole tokens of a waveform; the rest is dropped."""
+        return ((samples - _WINDOW) // _HOP + 1) // self.frames
+
+    def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Tokens (B,T,C) of waveforms (B,S) at 16 kHz that `measure` took, or of what `prepare` made of them; padded
+        tokens are computed too."""
+        bands = inputs if inputs.dim() == 3 else self.prepare(inputs, lengths)
+        tokens = bands.shape[1] // self.frames
+        result: Tensor = self.proj(self.norm(bands.reshape(len(inputs), tokens, -1).to(self.proj.weight.dtype)))
+        return result
+
+    def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B,F,bins) float32: `make_bands` minus the mean of each band over the frames before the padding, where it
+        becomes 0. The mean is the colour of a voice, a room, a microphone (cepstral mean normalisation: Atal 1974)."""
+        if lengths is None:
+            bands = self.make_bands(inputs)
+            return bands - bands.mean(dim=1, keepdim=True)
+        tokens = self.count_tokens(inputs.shape[1])
+        valid = valid_positions(lengths * self.frames, tokens * self.frames, inputs.device)
+        assert valid is not None
+        bands = self.make_bands(inputs, valid) * valid[..., None]
+        return (bands - bands.sum(dim=1, keepdim=True) / valid.sum(dim=1)[:, None, None]) * valid[..., None]
+
+    def make_bands(self, inputs: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B,F,bins) float32: log power of each band in the F frames that fill tokens, of waveforms (B,S).
+
+        At least 40 dB below the loudest band of the row's frames before its padding: what is quieter is the noise of a
+        recording, and in bands that a low sampling rate left empty the rounding, by which speakers are told apart and
+        words are not. valid: bool (B,F), True before the padding; None: there is none.
+        """
+        tokens = self.count_tokens(inputs.shape[1])
+        frames = inputs.unfold(1, _WINDOW, _HOP)[:, : tokens * self.frames]
+        with torch.autocast(inputs.device.type, enabled=False):
+            spectrum = torch.fft.rfft(frames.float() * self.window.float(), _FFT)
+            # Not abs().square(): that takes a square root on the way, three times as slow on a CPU.
+            power = (spectrum.real.square() + spectrum.imag.square()) @ self.filters.float()
+            heard = power if valid is None else power * valid[..., None]
+            loudest = heard.amax(dim=(1, 2), keepdim=True)
+            return power.maximum(loudest * _RANGE).clamp_min(_LEAST_POWER).log()
+
+
+def mel_filters(bins: int) -> Tensor:
+    """(257, bins) float32: triangles on the mel scale, mel = 2595 log10(1 + f / 700), from 0 to 8 kHz."""
+    top = 2595.0 * math.log10(1.0 + SAMPLE_RATE / 2 / 700.0)
+    edges = 700.0 * (10.0 ** (torch.linspace(0.0, top, bins + 2, dtype=torch.float64) / 2595.0) - 1.0)
+    hertz = torch.linspace(0.0, SAMPLE_RATE / 2, _FFT // 2 + 1, dtype=torch.float64)[:, None]
+    rising = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising, falling).clamp_min(0.0).float()
+
+
+class ConvPositions(Positions):
+    """Adds the output of a stack of grouped convolutions, each with layer norm (no affine) and GELU.
+
+    The student's convolutions see zeros at masked frames. Padding is invisible: zeros before every convolution; the
+    published code zeroes the first input only (1.0) or nothing (2.0).
+    """
+
+    def __init__(self, stem: Stem, encoder: Encoder, *, zero_input: bool = True, zero_between: bool = True) -> None:
+        """
+        Args:
+            stem: layers, width and groups of the convolutions.
+            encoder: width C.
+            zero_input: write 0 at padded frames before the convolutions.
+            zero_between: and between them.
+        """
+        super().__init__(encoder)
+        width, groups = encoder.width, stem.position_groups
+        if width % groups:
+            raise ValueError(f"stem.position_groups: expected a divisor of encoder.width {width}, got {groups}")
+        kernel = max(3, stem.position_width // stem.position_layers)
+        self.zero_input, self.zero_between = zero_input, zero_between
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if stem.position_norm else None
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups) for _ in range(stem.position_layers)
+        )
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Features (B,T,C) plus positions."""
+        valid = valid_positions(lengths, x.shape[1], x.device)
+        if valid is not None and self.zero_input:
+            x = x * valid[..., None]
+        return x + self._convolve(x, valid)
+
+    def visible(self, x: Tensor, masks: Masks, copies: int, lengths: Tensor | None = None) -> Tensor:
+        """Features of visible frames plus positions computed with zeros at the masked ones; see `Positions.visible`."""
+        assert masks.keep is not None
+        batch, tokens, _ = x.shape
+        shown = ~masks.mask.view(batch, copies, tokens)
+        valid = valid_positions(lengths, tokens, x.device)
+        if valid is not None and self.zero_input:
+            shown = shown & valid[:, None]
+        rows = (x[:, None] * shown[..., None]).flatten(0, 1)
+        places = self._convolve(rows, None if valid is None else valid.repeat_interleave(copies, dim=0))
+        return gather_tokens(x, masks.keep, clones=copies) + gather_tokens(places, masks.keep)
+
+    def _convolve(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        if self.norm is not None:
+            x = self.norm(x)
+        for i, conv in enumerate(self.convs):
+            assert isinstance(conv, nn.Conv1d)
+            if valid is not None and self.zero_between and (i > 0 or self.norm is not None):
+                x = x * valid[..., None]
+            x = norm_gelu(convolve(conv, x))
+        return x

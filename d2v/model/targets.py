@@ -1,0 +1,45 @@
+"""Targets: the mean of the teacher's normalised tensors (data2vec, section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from d2v.config import Config
+from d2v.model.stems import valid_positions
+from d2v_kernels import average_layers
+
+_EPS = 1e-5
+
+
+@torch.no_grad()
+def make_targets(config: Config, layers: list[Tensor], lengths: Tensor | None) -> Tensor:
+    """(B,T,C) float32 targets of K teacher tensors (B,T,C): each normalised, averaged, the mean normalised.
+
+    Args:
+        config: `target` and `published`.
+        lengths: (B,) tokens before the padding, on the host: later ones leave the statistics and become 0. None: all.
+    """
+    norm, out_norm = config.target.norm, config.target.out_norm
+    if "statistics-over-padding" in config.published:
+        lengths = None
+    if norm == "position":
+        mean = torch.stack([_norm_over_samples(t, lengths) for t in layers]).mean(dim=0)
+        return average_layers([mean], norm="none", out_norm=out_norm, lengths=lengths, eps=_EPS)
+    if "norms-over-batch" in config.published and not {"instance", "batch"} & set(norm.split(",")):
+        # Published 1.0 speech keeps (T,B,C) where no tensor is instance- or batch-normed: what it calls time is then
+        # the batch.
+        y = average_layers([t.transpose(0, 1) for t in layers], norm=norm, out_norm=out_norm, eps=_EPS)
+        return y.transpose(0, 1).contiguous()
+    return average_layers(layers, norm=norm, out_norm=out_norm, lengths=lengths, eps=_EPS)
+
+
+def _norm_over_samples(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B,T,C) float32: standardised over the samples at each position and channel, padding left out. Not published."""
+    x = x if x.dtype == torch.float64 else x.float()
+    valid = valid_positions(lengths, x.shape[1], x.device)
+    weight = x.new_ones(*x.shape[:2], 1) if valid is None else valid[..., None].to(x.dtype)
+    count = weight.sum(dim=0).clamp_min(1.0)
+    centred = x - (x * weight).sum(dim=0) / count
+    variance = (centred.square() * weight).sum(dim=0) / count
+    return centred / (variance + _EPS).sqrt()

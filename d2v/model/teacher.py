@@ -1,0 +1,222 @@
+"""The teacher: moving averages of the student's weights, and the forward pass that makes targets."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from d2v.model.stems import valid_positions
+from d2v_kernels import EmaPlan
+
+# Parts of a model in the order they run, and those averaged in each scope (`Ema.scope`).
+PARTS = ("stem", "positions", "context", "blocks")
+SCOPES = {
+    "all": PARTS,
+    "encoder": ("positions", "context", "blocks"),
+    "transformer": ("positions", "blocks"),
+    "layers": ("context", "blocks"),
+    "blocks": ("blocks",),
+}
+
+
+class Encoded(NamedTuple):
+    """Features of an unmasked input."""
+
+    features: Tensor
+    """(B,T,C)."""
+    valid: Tensor
+    """(B,T) bool; False at padding."""
+    class_token: Tensor | None
+    """(B,C): the last extra token, or None."""
+
+
+class Teacher(nn.Module):
+    """Averages of the student's weights in float32, and a forward with them that keeps no gradient.
+
+    Parts in the scope are copied; what it leaves out is the student's own. Parameters are averaged, buffers (fixed
+    positions) copied. Averages are parameters with `requires_grad=False`: an optimiser that takes the trainable ones
+    never sees them, and `state_dict` holds them. With a working dtype, the forward runs on copies whose matrix products
+    have that dtype, written by the averaging pass itself (data2vec section 3.2).
+    """
+
+    def __init__(self, student: Mapping[str, nn.Module], scope: str, working_dtype: torch.dtype | None = None) -> None:
+        """
+        Args:
+            student: modules by the names of `PARTS`; held by reference.
+            scope: a key of `SCOPES`.
+            working_dtype: bfloat16 or float16 for low-precision working copies; None: the averages are used directly.
+        """
+        super().__init__()
+        # In a dict, so that the student's modules are not registered a second time.
+        self._student = dict(student)
+        self.working_dtype = working_dtype
+        self._working: dict[str, nn.Module] = {}
+        self._written: tuple[tuple[int, int], ...] = ()
+        self._plan: EmaPlan | None = None
+        for name in SCOPES[scope]:
+            self.add_module(name, copy.deepcopy(student[name]).requires_grad_(False))
+        self.train(False)
+
+    @property
+    def owned(self) -> tuple[str, ...]:
+        """Names of the parts in the scope."""
+        return tuple(self._modules)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def copy_student(self) -> None:
+        """Makes the averages equal to the student bit for bit, as at the start of a run."""
+        for name in self.owned:
+            self.get_submodule(name).load_state_dict(self._student[name].state_dict())
+
+    @torch.no_grad()
+    def update(self, decay: float | Tensor) -> None:
+        """One step average <- average + (1 - decay) * (student - average), in one pass over all parameters.
+
+        Args:
+            decay: in [0, 1]; or a 0-D float64 tensor on the device holding 1 - decay.
+        """
+        if self.working_dtype is not None:
+            self.working_parts()
+        if self._plan is None:
+            sources = [p for name in self.owned for p in self._student[name].parameters()]
+            copies = [p for part in self._working.values() for p in part.parameters()]
+            self._plan = EmaPlan(list(self.parameters()), sources, copies or None)
+        self._plan.step(decay)
+        for name in self.owned:
+            source = dict(self._student[name].named_buffers())
+            for part in [self.get_submodule(name), *([self._working[name]] if self._working else [])]:
+                for key, buffer in part.named_buffers():
+                    buffer.copy_(source[key])
+        if self._working:
+            self._written = self._versions()
+
+    @torch.no_grad()
+    def collect(
+        self, inputs: Tensor, features: Tensor, lengths: Tensor | None, top_k: int, source: str
+    ) -> list[Tensor]:
+        """Target tensors of the top K main blocks on the full input, extra tokens cut off.
+
+        Args:
+            inputs: what the stem takes.
+            features: (B,T,C), the student's stem output, used where the stem is not averaged.
+            lengths: (B,) tokens before the padding, on the host; None: no padding.
+            top_k: K.
+            source: "ffn" or "block".
+
+        Returns:
+            K tensors (B,T,C), views without gradient.
+        """
+        with self._precision(features.device):
+            parts = self._parts()
+            x = parts["stem"](inputs, lengths) if "stem" in self._modules else features.detach()
+            positions: Any = parts["positions"]
+            around = positions.surround(x, lengths)
+            x = parts["context"](positions(x, lengths), around)
+            blocks: Any = parts["blocks"]
+            tensors = blocks.collect(x, top_k, source, around)
+        extra = x.shape[1] - features.shape[1]
+        return [t[:, extra:] for t in tensors]
+
+    def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
+        """`Data2Vec.encode` with the averaged weights."""
+        with self._precision(inputs.device):
+            return encode_parts(self._parts(), inputs, lengths, layer)
+
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        if self.working_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.working_dtype)
+
+    def _parts(self) -> dict[str, nn.Module]:
+        if self.working_dtype is None:
+            return {**self._student, **dict(self.named_children())}
+        # A graph cannot look at addresses; whoever runs one has made the copies before.
+        return {**self._student, **(self._working if torch.compiler.is_compiling() else self.working_parts())}
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        return tuple((t.data_ptr(), t._version) for t in itertools.chain(self.parameters(), self.buffers()))
+
+    def working_parts(self) -> dict[str, nn.Module]:
+        """Working copies, made on first use and rewritten when an average was changed from outside (a checkpoint)."""
+        if not self._working:
+            self._working = {name: copy.deepcopy(part) for name, part in self.named_children()}
+            for part in self._working.values():
+                _cast_products(part, self.working_dtype)
+            self._plan = None
+        elif self._written != self._versions():
+            for name, part in self._working.items():
+                part.load_state_dict(self.get_submodule(name).state_dict())
+        self._written = self._versions()
+        return self._working
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The plan holds addresses of this process; a copy makes its own.
+        return {**self.__dict__, "_plan": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
+        """Moves with the model, but averages stay in float32 or above: a cast makes low-precision working copies."""
+
+        def keep_precision(t: Tensor) -> Tensor:
+            moved = fn(t)
+            if moved.dtype not in (torch.bfloat16, torch.float16):
+                return moved
+            self.working_dtype = moved.dtype
+            return t.to(moved.device)
+
+        self._working, self._plan = {}, None
+        return super()._apply(keep_precision, recurse)
+
+
+def _cast_products(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Weights of matrix products to a lower precision; norms and tokens stay, as under autocast."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            part.to(dtype)
+
+
+@torch.no_grad()
+def encode_parts(parts: Mapping[str, nn.Module], inputs: Tensor, lengths: Tensor | None, layer: int | None) -> Encoded:
+    """Features of an unmasked input in evaluation mode; see `Data2Vec.encode`."""
+    context: Any = parts["context"]
+    main: Any = parts["blocks"]
+    blocks = [*context.blocks, *main.blocks]
+    if layer is not None and not 0 <= layer <= len(blocks):
+        raise ValueError(f"layer: expected 0 to {len(blocks)}, got {layer}")
+    positions: Any = parts["positions"]
+    with evaluating(*parts.values()):
+        stem: Any = parts["stem"]
+        tokens, lengths = stem.measure(inputs, lengths)
+        x = stem(inputs, lengths)
+        around = positions.surround(x, lengths)
+        x = context.embed(positions(x, lengths))
+        for i, block in enumerate(blocks[:layer]):
+            x = block(x, around, i).output
+        if layer is None and main.norm is not None:
+            x = main.norm(x)
+    extra = x.shape[1] - tokens
+    valid = valid_positions(lengths, tokens, x.device)
+    if valid is None:
+        valid = torch.ones(x.shape[0], tokens, dtype=torch.bool, device=x.device)
+    return Encoded(x[:, extra:], valid, x[:, extra - 1] if extra else None)
+
+
+@contextlib.contextmanager
+def evaluating(*parts: nn.Module) -> Iterator[None]:
+    """Modules in evaluation mode, for a while."""
+    modes = [(part, part.training) for part in parts]
+    try:
+        for part, _ in modes:
+            part.train(False)
+        yield
+    finally:
+        for part, mode in modes:
+            part.train(mode)

@@ -1,0 +1,331 @@
+"""Transformer blocks of student and teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from d2v.config import Encoder
+from d2v_kernels import Alibi, attend, dropout_add_layer_norm, gelu_linear
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What attention knows of a row of tokens besides their content; the same for all blocks but for the scales."""
+
+    lengths: Tensor | None = None
+    """(N,) int64 on the device: tokens before the padding, extra tokens counted; None: no padding."""
+    alibi: Alibi | None = None
+    """ALiBi slopes and places of the tokens, without scale; None: no ALiBi."""
+    scales: Tensor | None = None
+    """(L,H) or (1,H): ALiBi's scale of each block, prenet blocks first, or of all."""
+    distances: Tensor | None = None
+    """(N or 1, E+T, E+T): what ALiBi takes for |place - place| where tokens stand on a grid; None: the places."""
+    table: Tensor | None = None
+    """(H,E+T,E+T): bias of all pairs of tokens, for relative positions; None: none."""
+
+    def bias_of(self, index: int) -> Tensor | None:
+        """(N or 1, H, E+T, E+T) of one block, where attention cannot compute it from places."""
+        if self.table is not None:
+            return self.table[None]
+        alibi = self.alibi_of(index)
+        if self.distances is None or alibi is None or alibi.scale is None:
+            return None
+        slopes = alibi.slopes * alibi.scale.clamp_min(0.0)
+        return -slopes[:, None, None] * self.distances[:, None]
+
+    def alibi_of(self, index: int) -> Alibi | None:
+        """ALiBi of one block."""
+        if self.alibi is None or self.scales is None:
+            return None
+        return self.alibi._replace(scale=self.scales[index if len(self.scales) > 1 else 0])
+
+
+ALONE = Surroundings()
+"""Tokens without padding, ALiBi or relative positions."""
+
+
+def mix_tokens(q: Tensor, k: Tensor, v: Tensor, around: Surroundings, index: int, dropout: float) -> Tensor:
+    """Attention of block `index`; all (N,T,H,D). Padding is never a key; as a query it sees what the others see."""
+    bias = around.bias_of(index)
+    if bias is None:
+        return attend(q, k, v, valid=around.lengths, alibi=around.alibi_of(index), dropout=dropout)
+    # Of patches on a grid: short rows without padding.
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (N,T,C); query, key and value from one projection."""
+
+    def __init__(self, config: Encoder) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.key_bias)
+        self.q_bias = None if config.key_bias else nn.Parameter(torch.zeros(config.width))
+        self.v_bias = None if config.key_bias else nn.Parameter(torch.zeros(config.width))
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, around: Surroundings = ALONE, index: int = 0) -> Tensor:
+        """(N,T,C) to (N,T,C), before any dropout of the result; `index`: number of the block."""
+        n, t, c = x.shape
+        projected = self.qkv(x)
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            projected = projected + bias.to(projected.dtype)
+        # Rows of the projection: q, k, v, and inside each, head by head.
+        q, k, v = projected.view(n, t, 3, self.heads, c // self.heads).unbind(2)
+        mixed = mix_tokens(q, k, v, around, index, self.dropout if self.training else 0.0)
+        result: Tensor = self.proj(mixed.reshape(n, t, c))
+        return result
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, config: Encoder) -> None:
+        super().__init__()
+        hidden = int(config.width * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.width, hidden)
+        self.dropout = nn.Dropout(config.activation_dropout)
+        self.fc2 = nn.Linear(hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A compiler has GELU in its own kernels; without dropout in between, the activation need not be kept.
+        if torch.compiler.is_compiling() or (self.training and self.dropout.p > 0.0):
+            return self.forward_plain(x)
+        return gelu_linear(self.fc1(x), self.fc2.weight, self.fc2.bias)
+
+    def forward_plain(self, x: Tensor) -> Tensor:
+        """`forward` by PyTorch's own operators."""
+        result: Tensor = self.fc2(self.dropout(F.gelu(self.fc1(x))))
+        return result
+
+
+class DropPath(nn.Module):
+    """Drops a branch for whole samples with the given probability; kept ones are divided by the rest."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return x
+        keep = 1.0 - self.probability
+        return x * x.new_empty((x.shape[0], 1, 1)).bernoulli_(keep).div_(keep)
+
+
+def make_norm(config: Encoder) -> nn.LayerNorm:
+    """Layer norm over C as configured."""
+    return nn.LayerNorm(config.width, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+
+
+def add_and_norm(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float) -> tuple[Tensor, Tensor]:
+    """norm(total) and total = residual + dropout(branch), all (N,T,C); the dropped elements come from drawn row keys.
+
+    With dropout on a CPU in one pass, which neither draws with PyTorch's slow generator nor keeps what it drew. Without
+    dropout PyTorch's steps are as quick; compiled, `torch.compile` fuses them.
+    """
+    one_pass = dropout > 0.0 and branch.device.type == "cpu" and branch.dtype == residual.dtype
+    if not one_pass or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return add_and_norm_plain(branch, residual, norm, dropout)
+    keys = torch.randint(0, 2**62, (branch.shape[0],))
+    branch, residual = (x if x.stride(-1) == 1 else x.contiguous() for x in (branch, residual))
+    return dropout_add_layer_norm(branch, residual, norm.weight, norm.bias, dropout=dropout, keys=keys, eps=norm.eps)
+
+
+def add_and_norm_plain(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float) -> tuple[Tensor, Tensor]:
+    """`add_and_norm` by PyTorch's own operators."""
+    total = residual + F.dropout(branch, dropout)
+    return norm(total), total
+
+
+class Exposed(NamedTuple):
+    """What a block computes; both (N,T,C)."""
+
+    output: Tensor
+    """Input of the next block."""
+    ffn: Tensor
+    """The MLP output before the residual sum."""
+
+
+class Block(nn.Module):
+    """One transformer block.
+
+    Post-norm (published 2.0, 1.0 speech and text): u = norm1(x + attn(x)), f = mlp(u), out = norm2(u + f).
+    Pre-norm: u = x + attn(norm1(x)), f = mlp(norm2(u)), out = u + f. The published pre-norm code of 2.0 computes f + f
+    instead; `keep_residual=False` reproduces that. With a layer scale, both branches are multiplied by a learned vector
+    (published 1.0 vision), and then f is the scaled MLP output.
+    """
+
+    def __init__(self, config: Encoder, drop_path: float = 0.0, keep_residual: bool = True) -> None:
+        super().__init__()
+        self.pre_norm = config.norm_order == "pre"
+        self.keep_residual = keep_residual
+        self.norm1 = make_norm(config)
+        self.attn = Attention(config)
+        self.norm2 = make_norm(config)
+        self.mlp = Mlp(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.drop_path = DropPath(drop_path)
+        scaled = config.layer_scale > 0.0
+        self.scale1 = nn.Parameter(torch.full((config.width,), config.layer_scale)) if scaled else None
+        self.scale2 = nn.Parameter(torch.full((config.width,), config.layer_scale)) if scaled else None
+
+    def branch(self, x: Tensor, around: Surroundings = ALONE, index: int = 0) -> tuple[Tensor, Tensor]:
+        """The residual u and the MLP output f, the published target tensor; both (N,T,C)."""
+        attended = self.attn(self.norm1(x) if self.pre_norm else x, around, index)
+        if self.scale1 is not None:
+            attended = self.scale1 * attended
+        normed, total = self.add_and_norm(attended, x, self.norm2 if self.pre_norm else self.norm1)
+        u = total if self.pre_norm else normed
+        f = self.mlp(normed)
+        if self.scale2 is not None:
+            f = self.scale2 * f
+        return (f if self.pre_norm and not self.keep_residual else u), f
+
+    def merge(self, residual: Tensor, f: Tensor) -> Tensor:
+        """The block's output from what `branch` returned."""
+        if self.pre_norm:
+            return residual + self.drop_path(self.dropout(f))
+        return self.add_and_norm(f, residual, self.norm2)[0]
+
+    def add_and_norm(self, branch: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """norm(total) and total = residual + branch after dropout and drop path; all (N,T,C)."""
+        if self.training and self.drop_path.probability > 0.0:
+            return add_and_norm_plain(self.drop_path(self.dropout(branch)), residual, norm, 0.0)
+        return add_and_norm(branch, residual, norm, self.dropout.p if self.training else 0.0)
+
+    def forward(self, x: Tensor, around: Surroundings = ALONE, index: int = 0, output: bool = True) -> Exposed:
+        """(N,T,C) to (N,T,C); `output` False: the block's output is not needed, and x comes back in its place.
+
+        Sharded and compiled blocks know their parameters in this call only.
+        """
+        residual, f = self.branch(x, around, index)
+        return Exposed(self.merge(residual, f) if output else x, f)
+
+
+class Context(nn.Module):
+    """What stands before the main blocks: extra tokens, a norm (post-norm models), dropout, prenet blocks."""
+
+    def __init__(self, config: Encoder, keep_residual: bool = True) -> None:
+        super().__init__()
+        count = config.extra_tokens
+        # Standard deviation 1, not 0.02: as published for 2.0.
+        self.extra_tokens = nn.Parameter(torch.randn(1, count, config.width)) if count else None
+        self.norm = make_norm(config) if config.norm_order == "post" and config.input_norm else None
+        self.dropout = nn.Dropout(config.prenet_dropout)
+        self.recompute = False
+        self.blocks = nn.ModuleList(Block(config, 0.0, keep_residual) for _ in range(config.prenet_depth))
+        initialise_linears(self, config.init_std)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Input (N,E+T,C) of the first block from tokens (N,T,C)."""
+        if self.extra_tokens is not None:
+            x = torch.cat([self.extra_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+        if self.norm is not None:
+            x = self.norm(x)
+        result: Tensor = self.dropout(x)
+        return result
+
+    def forward(self, x: Tensor, around: Surroundings = ALONE) -> Tensor:
+        """Tokens (N,T,C) to (N,E+T,C), E extra tokens first; `around` counts them."""
+        x = self.embed(x)
+        for i, block in enumerate(self.blocks):
+            x = run_block(block, x, around, i, self.recompute)
+        return x
+
+
+def run_block(block: nn.Module, x: Tensor, around: Surroundings, index: int, recompute: bool = False) -> Tensor:
+    """(N,T,C) to (N,T,C); `recompute`: keep no activations for the backward pass, run the block there once more."""
+    if recompute and torch.is_grad_enabled():
+        result: Exposed = checkpoint(block, x, around, index, use_reentrant=False)
+    else:
+        result = block(x, around, index)
+    return result.output
+
+
+class MainBlocks(nn.Module):
+    """The blocks whose tensors are targets, and the final norm of pre-norm models."""
+
+    def __init__(self, config: Encoder, keep_residual: bool = True) -> None:
+        super().__init__()
+        depth = config.depth
+        rates = [config.drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.layer_drop, self.first = config.layer_drop, config.prenet_depth
+        self.recompute = False
+        self.skipped: frozenset[int] | None = None
+        self.blocks = nn.ModuleList(Block(config, rate, keep_residual) for rate in rates)
+        self.norm = make_norm(config) if config.norm_order == "pre" else None
+        initialise_linears(self, config.init_std)
+        if config.init_rescale:
+            _rescale_outputs(self.blocks, config.init_std)
+
+    def forward(self, x: Tensor, around: Surroundings = ALONE) -> Tensor:
+        """(N,T,C) to (N,T,C); in training a block is skipped with probability `layer_drop`."""
+        skipped = self._choose_skipped() if self.training and self.layer_drop > 0.0 else ()
+        for i, block in enumerate(self.blocks):
+            if i not in skipped:
+                x = run_block(block, x, around, self.first + i, self.recompute)
+        return x if self.norm is None else self.norm(x)
+
+    def _choose_skipped(self) -> Collection[int]:
+        """Blocks that this forward leaves out: those of the update, or drawn anew where no trainer chose any."""
+        if self.skipped is not None:
+            return self.skipped
+        return self.draw_skipped(torch.rand(len(self.blocks)).tolist())
+
+    def draw_skipped(self, uniform: Sequence[float]) -> frozenset[int]:
+        """Blocks whose number of [0, 1) is below `layer_drop`."""
+        return frozenset(i for i, u in enumerate(uniform) if u < self.layer_drop)
+
+    def collect(self, x: Tensor, top_k: int, source: str, around: Surroundings = ALONE) -> list[Tensor]:
+        """Target tensors of the top K blocks, lowest first; stops after the last tensor it needs.
+
+        Args:
+            x: (N,T,C) input of the first main block.
+            top_k: number of blocks K.
+            source: "ffn", the MLP output before the residual sum, or "block", the block's output.
+            around: padding and places of the tokens.
+
+        Returns:
+            K tensors (N,T,C).
+        """
+        first, last = len(self.blocks) - top_k, len(self.blocks) - 1
+        tensors: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            x, f = block(x, around, self.first + i, output=i < last or source == "block")
+            if i >= first:
+                tensors.append(f if source == "ffn" else x)
+        return tensors
+
+
+def initialise_linears(module: nn.Module, std: float | None) -> None:
+    """Every linear layer N(0, std^2) with bias 0, as published; norms and convolutions keep PyTorch's defaults, and so
+    do the linear layers for std None."""
+    for part in module.modules():
+        if std is not None and isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+@torch.no_grad()
+def _rescale_outputs(blocks: nn.ModuleList, std: float | None) -> None:
+    """Truncated normal weights; output weights of block i (from 1) divided by sqrt(2 i), as BEiT does."""
+    for i, block in enumerate(blocks, 1):
+        assert isinstance(block, Block)
+        layers = (block.attn.qkv, block.mlp.fc1, block.attn.proj, block.mlp.fc2)
+        for layer in layers:
+            if std is not None:
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2.0 * std, b=2.0 * std)
+        for layer in layers[2:]:
+            layer.weight.div_((2.0 * i) ** 0.5)

@@ -1,0 +1,57 @@
+"""Models of checkpoints, pre-trained or fine-tuned, ready to be used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from d2v.config import Config
+from d2v.config.finetune import FineTuneConfig, read_config
+from d2v.folder import CONFIG, MODEL, copy_into, find_model, load_tensors
+from d2v.model.data2vec import Data2Vec, build_model
+from d2v.model.finetuned import FineTuned, build_finetuned
+from d2v.runtime import choose_device
+
+
+def load_model(checkpoint: str, device: str = "auto") -> tuple[Data2Vec, Config, torch.device]:
+    """The model of a checkpoint, in evaluation mode, with its configuration and device; of a fine-tuned one the
+    encoder."""
+    model, config, place = load_any(checkpoint, device)
+    return (model.encoder if isinstance(model, FineTuned) else model), config, place
+
+
+def load_any(
+    checkpoint: str, device: str = "auto", *, takes_data: bool = True
+) -> tuple[Data2Vec | FineTuned, Config, torch.device]:
+    """The model of a checkpoint, pre-trained or fine-tuned; else as `load_model`.
+
+    Of the folder of a fine-tuning run the model that it chose on held-out data. takes_data: False where no text will be
+    read, for which a tokenizer has to be found.
+    """
+    folder = find_model(checkpoint)
+    config = read_config(folder / CONFIG)
+    config = replace(config, run=replace(config.run, device=device))  # type: ignore[arg-type]
+    place = choose_device(device)
+    tensors = load_tensors(folder, MODEL)
+    model: Data2Vec | FineTuned
+    model = build_finetuned(config, tensors) if isinstance(config, FineTuneConfig) else build_model(config)
+    copy_into(model.state_dict(), tensors, f"checkpoint {str(folder)!r}")
+    # No sample is too short to be evaluated, as far as the stem can take it.
+    tokenizer = find_tokenizer(folder, config) if takes_data else config.data.tokenizer
+    data = replace(config.data, min_seconds=0.0, tokenizer=tokenizer)
+    return model.to(place).eval(), replace(config, data=data), place
+
+
+def find_tokenizer(folder: Path, config: Config) -> str | None:
+    """The tokenizer folder that goes with a checkpoint: beside it, of its run, or the one the run was given."""
+    if config.stem.modality != "text":
+        return None
+    given = [Path(config.data.tokenizer)] if config.data.tokenizer is not None else []
+    places = [folder / "tokenizer", folder.parent.parent / "tokenizer", Path(config.run.dir) / "tokenizer", *given]
+    found = next((p for p in places if (p / "tokenizer.json").is_file()), None)
+    if found is None:
+        listed = ", ".join(repr(str(p)) for p in places)
+        raise ValueError(f"checkpoint: expected its tokenizer in one of {listed}, found none")
+    return str(found)

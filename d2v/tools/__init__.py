@@ -1,0 +1,1 @@
+"""Pictures, dry runs and the quick start's images."""

@@ -1,0 +1,1 @@
+"""Pre-training: one update, the loop around it, checkpoints, logs."""

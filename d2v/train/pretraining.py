@@ -1,0 +1,133 @@
+"""The objective of pre-training: data2vec's masked regression with its moving average."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2v.config import Config
+from d2v.data import make_modality
+from d2v.data.dataset import Batch
+from d2v.data.loader import train_updates, validation_batches
+from d2v.data.sources import Source
+from d2v.model.data2vec import Data2Vec, Output, build_model
+from d2v.runtime import span
+from d2v.train.distributed import World
+from d2v.train.flops import count_work, describe_rates
+from d2v.train.monitors import find_failure, measure
+from d2v.train.objective import Objective, Step, autocast
+
+SKIPPING = frozenset({"no-head-1.0-vision"})
+
+
+class Pretraining(Objective):
+    """Student, teacher and unlabelled samples of a configuration."""
+
+    model: Data2Vec
+
+    def __init__(self, config: Config, source: Source, valid: Source | None, device: torch.device) -> None:
+        self.config, self.source, self.valid = config, source, valid
+        self.modality = make_modality(config)
+        self.noun = self.modality.noun
+        self.model = build_model(config, device)
+        if config.run.teacher_graph:
+            if device.type != "cuda":
+                raise ValueError(f"run.teacher_graph: expected a GPU, got a run on {device.type}")
+            self.model.graph_teacher()
+        for part in (self.model.context, self.model.blocks):
+            part.recompute = config.run.activation_checkpointing
+
+    def blocks(self) -> list[nn.Module]:
+        """Of student and teacher."""
+        model = self.model
+        owners: list[nn.Module] = [model.context, model.blocks]
+        owners += [model.teacher.get_submodule(name) for name in model.teacher.owned if name in ("context", "blocks")]
+        if model.teacher.working_dtype is not None:
+            owners += [part for name, part in model.teacher.working_parts().items() if name in ("context", "blocks")]
+        return [block for owner in owners for block in owner.get_submodule("blocks").children()]
+
+    @property
+    def may_skip(self) -> bool:
+        """Layer drop skips blocks; a frozen stem and a head that is left out have no gradient."""
+        config = self.config
+        frozen = config.stem.gradient_scale == 0.0 and config.stem.modality == "speech"
+        return config.encoder.layer_drop > 0.0 or frozen or bool(SKIPPING & config.published)
+
+    def updates(self, first: int, world: World) -> Generator[list[Batch], None, None]:
+        """With masks and noise keys, drawn in the loader's workers."""
+        return train_updates(self.config, self.source, first, world.device, world.rank, world.size)
+
+    def weigh(self, batch: Batch) -> float:
+        """Masked positions."""
+        assert batch.masks is not None
+        return float(len(batch.masks.rows))
+
+    def begin_update(self, update: int) -> None:
+        """Chooses the blocks that are skipped."""
+        self.skip_blocks(self.model.blocks, update)
+
+    def inputs_of(self, batch: Batch, device: torch.device) -> Tensor:
+        """The model's inputs of a batch, on the device."""
+        return self.modality.prepare(batch.inputs.to(device, non_blocking=True))
+
+    def forward(self, network: nn.Module, batch: Batch, world: World) -> Step:
+        """Regression and class loss; spreads as this micro-batch's share of their mean over the update."""
+        out = self.run_model(network, batch, world.device)
+        share = len(batch) / self.config.data.global_batch
+        values = {"prediction_std": out.prediction_std * share, "target_std": out.target_std * share}
+        return Step(out.losses, values, out)
+
+    def run_model(self, network: nn.Module, batch: Batch, device: torch.device) -> Output:
+        """One forward under the run's precision."""
+        with autocast(self.config.run.precision, device):
+            out: Output = network(
+                self.inputs_of(batch, device), lengths=batch.lengths, masks=batch.masks, noise_keys=batch.noise_keys
+            )
+            return out
+
+    def end_update(self, update: int, applied: Tensor | None) -> None:
+        """One step of the moving average, which a skipped optimiser step skips, too."""
+        decay = self.config.ema.decay(update, self.config.run.steps)
+        with span("ema"):
+            self.model.teacher.update(decay if applied is None else applied * (1.0 - decay))
+
+    def work(self, batch: Batch) -> Mapping[str, float]:
+        """Tokens and FLOPs."""
+        return count_work(self.config, batch)
+
+    def describe_rates(self, rates: Mapping[str, float], world: World) -> dict[str, float]:
+        """Tokens a second, and the share of the GPUs' peak where it is known."""
+        return describe_rates(dict(rates), self.config, world.device, world.size)
+
+    def monitor(self, step: Step, batch: Batch) -> dict[str, float]:
+        """Collapse monitors."""
+        return measure(step.out, batch.token_lengths)
+
+    def describe(self, update: int) -> dict[str, float]:
+        """The decay of the moving average."""
+        return {"ema_decay": self.config.ema.decay(update, self.config.run.steps)}
+
+    def validate(self, network: nn.Module, world: World) -> dict[str, float]:
+        """Loss with fixed masks and without dropout."""
+        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        assert self.valid is not None
+        if len(self.valid) < world.size:
+            raise ValueError(f"data.valid: expected a sample for each of {world.size} ranks, got {len(self.valid)}")
+        held_out = validation_batches(self.config, self.valid, world.device, world.rank, world.size)
+        self.model.eval()
+        with torch.no_grad(), contextlib.closing(held_out):
+            for batch, counted in world.in_step(held_out):
+                out = self.run_model(self.model, batch, world.device)
+                if counted:
+                    sums[0] += torch.stack(list(out.losses.values())).sum()
+                    sums[1] += out.sample_size
+        total, masked = world.sum_(sums).tolist()
+        return {"valid_loss": total / max(masked, 1.0)}
+
+    def find_failure(self, line: Mapping[str, Any], batch: Batch | None) -> str | None:
+        """A value that is not finite, or collapse."""
+        return find_failure(line, self.config.run, 0 if batch is None else len(batch))
