@@ -20,8 +20,7 @@ import d2v_kernels as dk
 from d2v import recipes
 from d2v.config import Config
 from d2v.train.distributed import World, open_world
-from d2v.train.loop import open_data
-from d2v.train.pretraining import Pretraining
+from d2v.train.pretraining import Pretraining, open_data
 from d2v.train.trainer import Trainer
 
 from . import loader, step

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from d2v.model.data2vec import Data2Vec
+from d2v.runtime import resident_bytes
 from d2v.train.flops import Shape, count_flops, find_peak
-from d2v.train.profile import resident_bytes
 
 from . import step_report
 from .kernels import KEEP_PAGES, RESULTS

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"d2v: {_one_sentence(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from d2v.train.loop import RunStopped
+        from d2v.train.trainer import RunStopped
 
         if not isinstance(error, RunStopped):
             raise
@@ -222,7 +222,7 @@ def _pretrain(arguments: list[str]) -> int:
 
         print(f"recipe       {config.recipe}\n{dry_run(config, init=settings.model.init)}")
         return 0
-    from d2v.train.loop import pretrain
+    from d2v.train.pretraining import pretrain
 
     try:
         pretrain(config, init=settings.model.init, profile=settings.profile)

@@ -20,9 +20,9 @@ from d2v.model.masking import make_mask_sampler
 from d2v.model.saving import write_folder
 from d2v.train.distributed import World
 from d2v.train.flops import Shape, count_flops
-from d2v.train.loop import open_data, train
-from d2v.train.pretraining import Pretraining
+from d2v.train.pretraining import Pretraining, open_data
 from d2v.train.run_dir import RunFolder
+from d2v.train.trainer import train
 
 from .autoencoder import Autoencoding, MaskedAutoencoder, to_data2vec
 from .tasks import Splits, Task

@@ -22,6 +22,7 @@ from d2v.finetune.data import Labelled, LabelledBatch, LabelledCollate, Labelled
 from d2v.finetune.decoding import Decoder
 from d2v.finetune.scores import count_errors, headline
 from d2v.finetune.spelling import Spelling
+from d2v.model.data2vec import Data2Vec
 from d2v.model.finetuned import FineTuned
 from d2v.train.distributed import World
 from d2v.train.monitors import find_broken
@@ -52,6 +53,8 @@ class FineTuning(Objective):
     """A fine-tuned model and its labelled samples."""
 
     model: FineTuned
+    may_skip = True
+    """A frozen encoder or stem has no gradient, nor has a skipped block, nor a class token that is not read."""
 
     def __init__(
         self, config: FineTuneConfig, model: FineTuned, modality: Labelled, source: LabelledSource,
@@ -61,20 +64,14 @@ class FineTuning(Objective):
         self.modality, self.spelling, self.noun = modality, spelling, modality.noun
         self.options, self.task = config.finetune.options, config.finetune.head.task
         self._update = 0
-        for part in (model.encoder.context, model.encoder.blocks):
-            part.recompute = config.run.activation_checkpointing
+        self.set_recompute()
 
     # ---- the model ------------------------------------------------------------------------------------------
 
-    def blocks(self) -> list[nn.Module]:
-        """Of the encoder."""
-        encoder = self.model.encoder
-        return [*encoder.context.blocks, *encoder.blocks.blocks]
-
     @property
-    def may_skip(self) -> bool:
-        """A frozen encoder or stem has no gradient, nor has a skipped block, nor a class token that is not read."""
-        return True
+    def encoder(self) -> Data2Vec:
+        """The pre-trained part."""
+        return self.model.encoder
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups by weight decay and learning rate: block i of N has rate d^(N - i), the head 1, what stands before the
@@ -117,7 +114,7 @@ class FineTuning(Objective):
         """One draw of the skipped blocks for all ranks; freezes the encoder in the first updates."""
         self._update = update
         self.model.frozen = update <= self.options.freeze_encoder
-        self.skip_blocks(self.model.encoder.blocks, update)
+        super().begin_update(update)
 
     def forward(self, network: nn.Module, batch: Batch, world: World) -> Step:
         """The task's loss, summed over samples."""

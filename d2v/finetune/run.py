@@ -31,8 +31,8 @@ from d2v.model.task_heads import make_head
 from d2v.saved import find_tokenizer, load_any
 from d2v.train.checkpoint import find_best
 from d2v.train.distributed import World, open_world
-from d2v.train.loop import train
 from d2v.train.run_dir import RunFolder
+from d2v.train.trainer import train
 
 TEST = "test"
 """Folder inside the run folder with what was found on the test set."""
@@ -70,7 +70,7 @@ def finetune(
     """Runs or resumes a fine-tuning run; returns the result on the test set, or what was best on held-out data.
 
     Under torchrun every rank calls it. data.valid: held-out samples; None: a share of the training samples. The result
-    is printed as one JSON object. Raises as `d2v.train.loop.pretrain` does.
+    is printed as one JSON object. Raises as `d2v.train.pretraining.pretrain` does.
     """
     if task == "speech-ctc":
         require_jiwer()

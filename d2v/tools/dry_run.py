@@ -16,12 +16,10 @@ from d2v.data.dataset import Batch
 from d2v.data.loader import BadSamples, train_updates
 from d2v.data.sampler import UpdateSampler
 from d2v.data.sources import Source
-from d2v.runtime import choose_device
+from d2v.runtime import choose_device, memory_bytes
 from d2v.train.distributed import World
 from d2v.train.flops import count_work
-from d2v.train.loop import load_weights, open_data
-from d2v.train.pretraining import Pretraining
-from d2v.train.profile import memory_bytes
+from d2v.train.pretraining import Pretraining, load_weights, open_data
 from d2v.train.trainer import Trainer
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

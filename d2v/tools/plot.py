@@ -10,7 +10,7 @@ from typing import Any
 
 from d2v.config import Config
 from d2v.tools.figures import Picture, compare_patches, draw_pictures, plan_height, save_figure, take_pictures
-from d2v.train.metrics import read_metrics
+from d2v.train.logging import read_metrics
 
 __all__ = ["PANELS", "compare_patches", "draw_report"]
 

@@ -1,32 +1,159 @@
 """Checkpoints: folders of safetensors and JSON that appear whole or not at all, and never hold a pickle.
 
-Layout: `checkpoints/step-00001000/{config.json, state.json, metadata.json, shard-00000.safetensors, ...}`; written and
-read by torch.distributed.checkpoint through `d2v.train.storage`, so a run may go on with another number of ranks.
+Layout: `checkpoints/step-00001000/{config.json, state.json, metadata.json, shard-00000.safetensors, ...}`. They are
+written and read by torch.distributed.checkpoint, so a run may go on with another number of ranks. Its stock file format
+unpickles its metadata; ours is JSON, so nothing in a run folder can execute. Every rank writes its shard into a hidden
+folder beside the checkpoint's place; when all have, the coordinator adds `metadata.json` and its JSON files and renames
+the folder. A kill at any moment leaves the checkpoint before it.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import math
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint import metadata as layout
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from d2v.config import Run
-from d2v.folder import REMOVED, STATE, clean_folder, latest_checkpoint, list_checkpoints, load_json, step_of
+from d2v.data.sources import Source
+from d2v.files import PARTIAL, flush
+from d2v.folder import (
+    CONFIG,
+    FORMAT,
+    METADATA,
+    MODEL_PREFIX,
+    REMOVED,
+    STATE,
+    clean_folder,
+    describe_mismatch,
+    latest_checkpoint,
+    list_checkpoints,
+    load_json,
+    read_index,
+    read_piece,
+    step_of,
+)
 from d2v.train.distributed import World
-from d2v.train.storage import SafetensorsReader, SafetensorsWriter
+from d2v.train.logging import Window
+from d2v.train.optim import PREFIX, make_state, optimiser_tensors
 
+_RANK_SEEDS = 0x9E3779B97F4A7C15
+_FLAT = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 # One process is no mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+
+class RunState:
+    """Everything that a run carries from one update to the next, and a checkpoint holds."""
+
+    def __init__(
+        self, config: Any, model: nn.Module, optimiser: torch.optim.Optimizer, source: Source, world: World
+    ) -> None:
+        self.config, self.model, self.optimiser, self.source, self.world = config, model, optimiser, source, world
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.run.precision == "fp16")
+        self.window = Window()
+        self.update = 0
+        """Completed updates."""
+        self.pending: dict[str, Any] = {}
+        """Entries for the next line of metrics."""
+        self.latest: dict[str, Any] = {}
+        """The last line."""
+        if world.rank:
+            self._seed_rank()
+
+    def _seed_rank(self) -> None:
+        """Dropout has a stream for each rank; weights were drawn alike."""
+        mixed = (self.config.run.seed * _RANK_SEEDS + (self.update << 20) + self.world.rank) % (1 << 63)
+        torch.manual_seed(mixed)
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        """The model's tensors, in place, by their names in a checkpoint."""
+        return {f"{MODEL_PREFIX}{name}": value for name, value in self.model.state_dict().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything of a checkpoint that is a tensor. Random states have a name for each rank."""
+        tensors = self._model_tensors()
+        tensors |= optimiser_tensors(self.model, self.optimiser) | self.window.tensors(self.world.sum_)
+        tensors[f"rng.cpu.{self.world.rank}"] = torch.get_rng_state()
+        if self.world.device.type == "cuda":
+            tensors[f"rng.cuda.{self.world.rank}"] = torch.cuda.get_rng_state(self.world.device)
+        return tensors
+
+    def texts(self, bad: Mapping[str, Any]) -> dict[str, str]:
+        """The JSON files of a checkpoint; `bad`: the account of bad samples."""
+        metrics = {**self.latest, **self.pending}
+        state = {
+            "step": self.update,
+            "ranks": self.world.size,
+            "torch": torch.__version__,
+            "metrics": {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)},
+            "window": self.window.state(),
+            "pending": self.pending,
+            "scaler": self.scaler.state_dict(),
+            "bad": bad,
+            "data": self.data_identity(),
+        }
+        return {CONFIG: self.config.to_json(), STATE: json.dumps(state, indent=1)}
+
+    def data_identity(self) -> dict[str, Any]:
+        """What a resumed run must find again."""
+        return {"samples": len(self.source), "names": self.source.digest()}
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Takes up a checkpoint, of any number of ranks; returns its state.
+
+        `ValueError` where the data or the tensors do not fit.
+        """
+        state = load_json(checkpoint / STATE)
+        self._compare_data(state["data"], checkpoint)
+        index, model = read_index(checkpoint), self._model_tensors()
+        stored = {n: torch.empty(e["shape"], device="meta") for n, e in index.items() if n.startswith(MODEL_PREFIX)}
+        if problem := describe_mismatch(model, stored):
+            raise ValueError(f"checkpoint {str(checkpoint)!r}: {problem}")
+        moments = make_state(self.model, self.optimiser, [n for n in index if n.startswith(PREFIX)])
+        cpu, cuda = (f"rng.{kind}.{self.world.rank}" for kind in ("cpu", "cuda"))
+        host = {
+            n: torch.empty(index[n]["shape"], dtype=getattr(torch, index[n]["dtype"]))
+            for n in (cpu, cuda, "metrics.sums")
+            if n in index
+        }
+        load_into(checkpoint, {**model, **moments, **host}, self.world)
+        self.update = int(state["step"])
+        self.pending, self.latest = dict(state["pending"]), dict(state["metrics"])
+        self.window.restore(state["window"], host, self.world.device, main=self.world.is_first)
+        self.scaler.load_state_dict(state["scaler"])
+        if cpu not in host:  # of a run with fewer ranks
+            self._seed_rank()
+            return state
+        torch.set_rng_state(host[cpu])
+        if self.world.device.type == "cuda" and cuda in host:
+            torch.cuda.set_rng_state(host[cuda], self.world.device)
+        return state
+
+    def _compare_data(self, stored: Mapping[str, Any], checkpoint: Path) -> None:
+        found = self.data_identity()
+        if stored != found:
+            same = stored["samples"] == found["samples"]
+            raise ValueError(
+                f"data.path: expected the {stored['samples']} samples that {str(checkpoint)!r} was trained on, "
+                f"got {found['samples']} with {'other' if same else ''} names"
+            )
 
 
 class Saver:
@@ -34,10 +161,12 @@ class Saver:
 
     def __init__(self, folder: Path, world: World, run: Run) -> None:
         self.folder, self.world, self.run = folder, world, run
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "d2v-checkpoint")
         self._pending: concurrent.futures.Future[Any] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
-        """Begins checkpoint `step`, once the one before it stands; `OSError` where that or this one cannot be written.
+        """Begins checkpoint `step`, once the one before it is complete; `OSError` where that or this one cannot be
+        written.
 
         Args:
             step: completed updates.
@@ -48,15 +177,11 @@ class Saver:
         final = self.folder / f"step-{step:08d}"
         if self.world.share(final.is_dir()):
             return  # the same step of the same run: the same state
-        writer = SafetensorsWriter(final, self.world.rank, texts, self._prune)
-        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         staged = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
-        result = dcp.async_save(
-            staged, storage_writer=writer, planner=planner, async_stager=_AlreadyStaged(),
-            process_group=self.world.storage, no_dist=not self.world.is_parallel,
+        self._pending = self._thread.submit(
+            dcp.save, staged, storage_writer=SafetensorsWriter(final, self.world.rank, texts, self._prune),
+            planner=DefaultSavePlanner(**_FLAT), process_group=self.world.storage, no_dist=not self.world.is_parallel,
         )  # fmt: skip
-        assert isinstance(result, concurrent.futures.Future)
-        self._pending = result
         if not self.run.async_checkpoint:
             self.wait()
 
@@ -66,12 +191,11 @@ class Saver:
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Until the checkpoint in writing stands; `OSError` or `RuntimeError` where it does not."""
-        if self._pending is None:
-            return
+        """Until the checkpoint in writing is complete; `OSError` or `RuntimeError` where it cannot be."""
         pending, self._pending = self._pending, None
         try:
-            pending.result()
+            if pending is not None:
+                pending.result()
         except CheckpointException as error:
             clean_folder(self.folder)
             rank, (reason, _) = sorted(error.failures.items())[0]
@@ -88,24 +212,11 @@ class Saver:
             kept |= {c for c in found if step_of(c) % self.run.keep_every == 0}
         if self.run.keep_best is not None and (best := find_best(found, self.run)):
             kept.add(best)
-        for old in found:
-            if old not in kept:
-                _remove(old)
-
-
-class _AlreadyStaged:
-    """For tensors that are copies on the host already."""
-
-    should_synchronize_after_execute = _synchronize_after_execute = False
-
-    def stage(self, state_dict: Any) -> Any:
-        return state_dict
-
-    def synchronize_staging(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        for old in (c for c in found if c not in kept):
+            # Renamed first: a kill in the middle never leaves half a checkpoint under a valid name.
+            doomed = old.with_name(f"{REMOVED}{old.name}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(old.rename(doomed), ignore_errors=True)
 
 
 def find_best(checkpoints: Sequence[Path], run: Run) -> Path | None:
@@ -125,18 +236,118 @@ def load_into(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     """
     try:
         dcp.load(
-            tensors, storage_reader=SafetensorsReader(folder), process_group=world.control,
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=not world.is_parallel,
+            tensors, storage_reader=SafetensorsReader(folder), planner=DefaultLoadPlanner(**_FLAT),
+            process_group=world.control, no_dist=not world.is_parallel,
         )  # fmt: skip
     except CheckpointException as error:
         _, (reason, _) = sorted(error.failures.items())[0]
         raise ValueError(str(reason)) from None
 
 
-def _remove(checkpoint: Path) -> None:
-    """Renames first: a kill in the middle never leaves half a checkpoint under a valid name."""
-    doomed = checkpoint.with_name(f"{REMOVED}{checkpoint.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+# ---- storage of torch.distributed.checkpoint --------------------------------------------------------------------
+
+
+class SafetensorsWriter(dcp.FileSystemWriter):
+    """Writes a checkpoint to `final`, a folder that does not exist yet."""
+
+    def __init__(self, final: Path, rank: int, texts: Mapping[str, str], after: Callable[[], None]) -> None:
+        """
+        Args:
+            final: the checkpoint's folder.
+            rank: number of this process, which names its shard.
+            texts: further files, name -> content, written by the coordinator.
+            after: called by the coordinator once the checkpoint is complete.
+        """
+        self.partial = final.with_name(f"{PARTIAL}{final.name}")
+        super().__init__(self.partial)
+        self.final, self.file, self.texts, self.after = final, f"shard-{rank:05d}.safetensors", texts, after
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Makes the hidden folder; the others write only after all have planned."""
+        if is_coordinator:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """As planned."""
+        return plan
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """One safetensors file with this rank's tensors and pieces of tensors."""
+        tensors: dict[str, Tensor] = {}
+        results: list[WriteResult] = []
+        for item in plan.items:
+            value = planner.resolve_data(item)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"checkpoint: expected tensors only, got {type(value).__name__} at {item.index.fqn!r}")
+            value = value.detach().cpu().contiguous()
+            size = value.numel() * value.element_size()
+            if value.untyped_storage().nbytes() != size:  # safetensors refuses a part of a larger storage
+                value = value.clone()
+            offset = list(item.index.offset or ())
+            name = f"{item.index.fqn}@{','.join(map(str, offset))}" if any(offset) else item.index.fqn
+            tensors[name] = value
+            results.append(WriteResult(item.index, size, {"file": self.file, "name": name}))
+        if tensors:
+            save_file(tensors, self.partial / self.file)
+            flush(self.partial / self.file)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: layout.Metadata, results: list[list[WriteResult]]) -> None:
+        """Coordinator: metadata, JSON files, rename."""
+        places = {result.index: result.storage_data for listed in results for result in listed}
+        tensors = {}
+        for name, entry in metadata.state_dict_metadata.items():
+            assert isinstance(entry, layout.TensorStorageMetadata)
+            chunks = [
+                {"offset": list(c.offsets), "shape": list(c.sizes), **places[layout.MetadataIndex(name, c.offsets)]}
+                for c in entry.chunks
+            ]
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            tensors[name] = {"dtype": dtype, "shape": list(entry.size), "chunks": chunks}
+        written = {**self.texts, METADATA: json.dumps({"format": FORMAT, "tensors": tensors})}
+        for name, text in written.items():
+            (self.partial / name).write_text(text, encoding="utf-8")
+            flush(self.partial / name)
+        flush(self.partial)
+        self.partial.rename(self.final)
+        flush(self.final.parent)
+        self.after()
+
+
+class SafetensorsReader(dcp.FileSystemReader):
+    """Reads what `SafetensorsWriter` wrote; on any number of ranks, each reads only the pieces that it needs."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder, self.index = folder, read_index(folder)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> layout.Metadata:
+        """The index in the terms of torch.distributed.checkpoint."""
+        tensors: dict[str, Any] = {}
+        for name, entry in self.index.items():
+            chunks = [
+                layout.ChunkStorageMetadata(torch.Size(c["offset"]), torch.Size(c["shape"])) for c in entry["chunks"]
+            ]
+            self.storage_data |= {
+                layout.MetadataIndex(name, chunk.offsets): place
+                for chunk, place in zip(chunks, entry["chunks"], strict=True)
+            }
+            properties = layout.TensorProperties(dtype=getattr(torch, entry["dtype"]))
+            tensors[name] = layout.TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+        return layout.Metadata(state_dict_metadata=tensors, storage_data=self.storage_data)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copies every planned piece into its place."""
+        for item in plan.items:
+            spans = zip(item.storage_offsets, item.lengths, strict=True)
+            place = self.storage_data[item.storage_index]
+            piece = read_piece(self.folder, place, tuple(slice(o, o + n) for o, n in spans))
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(piece)
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done

@@ -1,26 +1,47 @@
-"""The processes of a run: who they are, and the few things that they tell each other outside the training step."""
+"""The ranks of a run: who they are, what they tell each other outside the training step, how they share a model, and
+how they notice that one is gone."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import itertools
+import os
+import signal
 import socket
+import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from d2v.config import Run
 from d2v.runtime import choose_device
-from d2v.train.heartbeat import Heartbeat
 
 _T = TypeVar("_T")
 _POLL_SECONDS = 0.05
+EXIT_LOST = 76
+"""Exit code of a rank that lost another one."""
+_DONE = "done"
+# The option's name changed in torch 2.13.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
+# It warns of changing a block's outputs in place, which nothing here does.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
 
 
 @dataclass(frozen=True)
@@ -135,20 +156,15 @@ class Agreement:
         """Tells the others `value`; returns the largest value of the previous call (one rank: of this one)."""
         if self._world.size == 1:
             return value
-        previous = self.finish()
+        largest = 0
+        if self._pending is not None:
+            told, work = self._pending
+            work.wait()
+            largest = int(told)
         told = torch.tensor([value])
         work = dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._world.control, async_op=True)
         self._pending = told, work
-        return previous
-
-    def finish(self) -> int:
-        """The largest value of the last call."""
-        if self._pending is None:
-            return 0
-        told, work = self._pending
-        self._pending = None
-        work.wait()
-        return int(told)
+        return largest
 
 
 @contextlib.contextmanager
@@ -156,7 +172,7 @@ def open_world(run: Run) -> Iterator[World]:
     """Joins the ranks that torchrun started, or makes a world of one; leaves it at the end.
 
     Raises `ValueError` for a device that is not there. A rank that is silent for `run.timeout` seconds ends the others
-    (`d2v.train.heartbeat`).
+    (`Heartbeat`).
     """
     device = choose_device(run.device)
     launched = dist.is_torchelastic_launched()
@@ -170,10 +186,162 @@ def open_world(run: Run) -> Iterator[World]:
     try:
         rank, size = dist.get_rank(), dist.get_world_size()
         control, storage = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-        name = f"rank {rank} on {socket.gethostname()}"
-        with Heartbeat(rank, size, name, run.timeout) if size > 1 else contextlib.nullcontext():
-            default: Any = dist.distributed_c10d._get_default_store()
-            store = dist.PrefixStore("d2v-world", default) if size > 1 else None
-            yield World(device, rank, size, control, storage, store)
+        store: Any = dist.distributed_c10d._get_default_store()
+        with Heartbeat(rank, size, store, run.timeout) if size > 1 else contextlib.nullcontext():
+            yield World(
+                device, rank, size, control, storage, dist.PrefixStore("d2v-world", store) if size > 1 else None
+            )
     finally:
         dist.destroy_process_group()
+
+
+# ---- one model on many ranks: DistributedDataParallel or fully sharded ---------------------------------------------
+
+
+def parallelise(
+    model: nn.Module, blocks: Sequence[nn.Module], run: Run, world: World, *, may_skip: bool = False
+) -> nn.Module:
+    """What the trainer calls in place of `model`, on `world.device`.
+
+    Args:
+        model: equal on all ranks; sharded in place by `run.parallel` "fsdp".
+        blocks: its transformer blocks, of student and teacher alike: the units that are compiled and sharded.
+        run: parallel, shard_ranks, compile, compile_scope.
+        world: the ranks.
+        may_skip: some trained parameters may take no part in an update.
+
+    Raises:
+        ValueError: a number of ranks that does not fit; one graph on several ranks, which has not been tried.
+    """
+    if run.compile_scope == "network" and world.is_parallel:
+        raise ValueError(f"run.compile_scope: expected blocks on {world.size} ranks, got network")
+    if run.compile:
+        for part in blocks if run.compile_scope == "blocks" else [model]:
+            part.compile()
+    if not world.is_parallel:
+        return model
+    if run.parallel == "ddp":
+        # Without device_ids the inputs stay where they are: lengths and masks are read on the host. Buffers are fixed
+        # positions, equal from the beginning.
+        options: dict[str, Any] = {_SYNC_BUFFERS: False, "find_unused_parameters": may_skip}
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+    shards = run.shard_ranks or world.size
+    if world.size % shards:
+        raise ValueError(f"run.shard_ranks: expected a divisor of the {world.size} ranks, got {shards}")
+    # All ranks in one group, or (copies, shards) where `run.shard_ranks` says how many share a model.
+    copies = world.size // shards
+    shape, names = ((shards,), ("shard",)) if copies == 1 else ((copies, shards), ("replicate", "shard"))
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    # Student and teacher are sharded alike, so the moving average is local. Nothing stays gathered after a forward:
+    # the teacher has no backward pass that would free it.
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    sharded = fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    trained = [b for b in blocks if isinstance(b, FSDPModule) and any(p.requires_grad for p in b.parameters())]
+    if 0 < len(trained) < len(blocks):
+        # By itself the backward pass begins with gathering what ran last: a block of the teacher, which has none.
+        sharded.set_modules_to_backward_prefetch([trained[-1]])
+    return model
+
+
+def accumulating(network: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Context of a forward and backward pass: gradients are summed over the ranks after the last micro-batch only."""
+    if isinstance(network, DistributedDataParallel):
+        return contextlib.nullcontext() if last else network.no_sync()
+    set_sync = getattr(network, "set_requires_gradient_sync", None)  # of a sharded module
+    if set_sync is not None:
+        set_sync(last)
+    return contextlib.nullcontext()
+
+
+# ---- signs of life --------------------------------------------------------------------------------------------------
+
+
+class Heartbeat:
+    """Ranks that tell each other they are alive, so that a dead or unreachable one is named and nobody waits for ever.
+
+    A collective with a dead peer fails with an address, or hangs. Here every rank counts up a number in the job's
+    key-value store, from a thread of its own while the `with` block runs, and watches the numbers of the others; one
+    that stays silent for `timeout` seconds counts as lost and ends the process.
+    """
+
+    def __init__(self, rank: int, size: int, store: Any, timeout: float) -> None:
+        """rank, size: of the run; store: of the job."""
+        self.rank, self.timeout = rank, timeout
+        self.interval = min(2.0, timeout / 10)
+        self._store = dist.PrefixStore("d2v-heartbeat", store.clone() if hasattr(store, "clone") else store)
+        self._set("name", f"rank {rank} on {socket.gethostname()}")
+        self._set("beat", "0")
+        dist.barrier()
+        peers = [r for r in range(size) if r != rank]
+        self.names = {r: self._store.get(f"name-{r}").decode() for r in peers}
+        self._beats = dict.fromkeys(peers, b"0")
+        self._store_seen = time.monotonic()
+        self._seen = dict.fromkeys(peers, self._store_seen)
+        self._ended: dict[int, str] = {}
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="d2v-heartbeat", daemon=True)
+
+    def _set(self, kind: str, value: str) -> None:
+        self._store.set(f"{kind}-{self.rank}", value)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Tells the others how it ended; where it ended because another rank is gone, names that one and leaves."""
+        wanted = error is None or isinstance(error, (SystemExit, KeyboardInterrupt))
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not wanted and threading.current_thread() is threading.main_thread():
+            # torchrun ends the others as soon as one is dead; this rank has something to say first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not wanted and isinstance(error, (RuntimeError, dist.DistError)):
+            # A few missing beats are enough after a failure, and they are waited for.
+            end = time.monotonic() + 8 * self.interval
+            while time.monotonic() < end:
+                time.sleep(self.interval / 2)
+                self._leave_if_lost(4 * self.interval, f" at: {first_line}")
+        self._leaving.set()
+        self._thread.join()
+        with contextlib.suppress(RuntimeError):  # the store went first
+            self._set("ended", _DONE if wanted else f"{getattr(kind, '__name__', kind)}: {first_line}")
+
+    def _run(self) -> None:
+        for count in itertools.count(1):
+            if self._leaving.wait(self.interval):
+                return
+            with contextlib.suppress(RuntimeError):  # the store does not answer: its host is gone or cut off
+                self._set("beat", str(count))
+                self._look()
+                self._store_seen = time.monotonic()
+            self._leave_if_lost(self.timeout)
+
+    def _look(self) -> None:
+        now, peers = time.monotonic(), list(self._beats)
+        for rank, beat in zip(peers, self._store.multi_get([f"beat-{r}" for r in peers]), strict=True):
+            if beat != self._beats[rank]:
+                self._beats[rank], self._seen[rank] = beat, now
+            elif now - self._seen[rank] > 2 * self.interval and self._store.check([f"ended-{rank}"]):
+                self._ended[rank] = self._store.get(f"ended-{rank}").decode()
+
+    def _leave_if_lost(self, silence: float, where: str = "") -> None:
+        """Says who is gone and ends the process at once: other threads may wait for that rank, and would not let it."""
+        if (lost := self._describe_lost(silence)) and not self._leaving.is_set():
+            print(f"d2v: {lost}; this rank ({self.rank}) stops{where}", file=sys.stderr, flush=True)
+            os._exit(EXIT_LOST)
+
+    def _describe_lost(self, silence: float) -> str | None:
+        """The ranks that are gone, in one sentence, or None."""
+        now = time.monotonic()
+        for rank, reason in list(self._ended.items()):
+            if reason != _DONE:
+                return f"{self.names[rank]} stopped with {reason}"
+        if (quiet := now - self._store_seen) > silence:
+            place = self.names.get(0, "this rank")
+            return f"the job's key-value store, beside {place}, has not answered for {quiet:.0f} s"
+        silent = [self.names[r] for r, seen in self._seen.items() if r not in self._ended and now - seen > silence]
+        if not silent:
+            return None
+        names = ", ".join(silent[:8]) + (" and others" if len(silent) > 8 else "")
+        return f"{names} {'has' if len(silent) == 1 else 'have'} died or cannot be reached"

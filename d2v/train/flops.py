@@ -17,6 +17,7 @@ all), the teacher's B rows all tokens; a first layer that sees the data has no g
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -81,7 +82,9 @@ def count_work(config: Config, batch: Batch) -> dict[str, float]:
     return {"tokens": float(tokens), "flops": count_flops(config, shape)}
 
 
-def describe_rates(rates: dict[str, float], config: Config, device: torch.device, ranks: int = 1) -> dict[str, float]:
+def describe_rates(
+    rates: Mapping[str, float], config: Config, device: torch.device, ranks: int = 1
+) -> dict[str, float]:
     """`tokens_per_second`, and `mfu` (0 to 1) for bf16 and fp16 runs on GPUs whose peak is known.
 
     rates: what `Window.rates` made of the counts of `count_work`, summed over `ranks` equal devices.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from d2v.data.dataset import STREAM_LAYERS, Batch, random_stream
 from d2v.data.sources import Source
-from d2v.model.data2vec import WORKING_DTYPES
-from d2v.model.transformer import MainBlocks
+from d2v.model.data2vec import WORKING_DTYPES, Data2Vec
 from d2v.train.distributed import World
 from d2v.train.optim import decay_groups
 
@@ -27,6 +26,8 @@ class Step:
     """0-D values to log; their sums over the micro-batches of all ranks are shown."""
     out: Any
     """What `Objective.monitor` takes."""
+    work: Mapping[str, float] = field(default_factory=dict)
+    """Host counts whose rates are shown, tokens for instance."""
 
 
 class Objective:
@@ -42,23 +43,26 @@ class Objective:
     """Held-out samples."""
     noun: str = "samples"
     """What a sample is called."""
+    may_skip: bool = False
+    """Whether trained parameters may take no part in an update."""
 
-    # ---- the model ------------------------------------------------------------------------------------------
+    @property
+    def encoder(self) -> Data2Vec:
+        """The pre-trained part of `model`, or all of it."""
+        raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks: the units that are compiled and sharded."""
-        raise NotImplementedError
+        return [*self.encoder.context.blocks, *self.encoder.blocks.blocks]
 
-    @property
-    def may_skip(self) -> bool:
-        """Whether trained parameters may take no part in an update."""
-        return False
+    def set_recompute(self) -> None:
+        """Has the blocks compute their activations again in the backward pass, where the run asks for it."""
+        for part in (self.encoder.context, self.encoder.blocks):
+            part.recompute = self.config.run.activation_checkpointing
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups of trained parameters for the optimiser; an entry `rate` multiplies the learning rate."""
         return decay_groups(self.model, self.config.optim)
-
-    # ---- an update ------------------------------------------------------------------------------------------
 
     def updates(self, first: int, world: World) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of every update from number `first` (0-based) to the last."""
@@ -69,38 +73,27 @@ class Objective:
         raise NotImplementedError
 
     def begin_update(self, update: int) -> None:
-        """Before the forwards of update number `update` (1-based); equal on all ranks."""
+        """Before the forwards of update number `update` (1-based): chooses the blocks that layer drop skips, by one
+        draw for all micro-batches and ranks."""
+        blocks = self.encoder.blocks
+        if blocks.layer_drop > 0.0:
+            rng = random_stream(self.config.run.seed, update, 0, STREAM_LAYERS)
+            blocks.skipped = blocks.draw_skipped(rng.random(len(blocks.blocks)).tolist())
 
     def forward(self, network: nn.Module, batch: Batch, world: World) -> Step:
-        """One forward; `network` stands for `model` and takes its arguments."""
+        """One forward; `network` is called in place of `model` and takes its arguments."""
         raise NotImplementedError
 
     def end_update(self, update: int, applied: Tensor | None) -> None:
         """After the optimiser's step. applied: 0-D float64, 0 where the step was skipped for an overflow; None: it
         never is."""
 
-    def work(self, batch: Batch) -> Mapping[str, float]:
-        """Host counts of a batch whose rates are shown, tokens for instance."""
-        return {}
-
-    # ---- what is shown --------------------------------------------------------------------------------------
-
     def monitor(self, step: Step, batch: Batch) -> dict[str, float]:
-        """Further entries of a line of metrics, measured on one micro-batch."""
+        """Entries of a line of metrics that are measured on one micro-batch."""
         raise NotImplementedError
 
-    def skip_blocks(self, blocks: MainBlocks, update: int) -> None:
-        """Chooses the blocks that layer drop skips in an update: one draw for all its micro-batches and ranks."""
-        if blocks.layer_drop > 0.0:
-            rng = random_stream(self.config.run.seed, update, 0, STREAM_LAYERS)
-            blocks.skipped = blocks.draw_skipped(rng.random(len(blocks.blocks)).tolist())
-
-    def describe(self, update: int) -> dict[str, float]:
-        """Settings that change with the update and are shown."""
-        return {}
-
-    def describe_rates(self, rates: Mapping[str, float], world: World) -> dict[str, float]:
-        """Entries made of the rates of `work`."""
+    def describe(self, update: int, rates: Mapping[str, float], world: World) -> dict[str, float]:
+        """Entries made of the number of the update and of the rates of `Step.work`."""
         return dict(rates)
 
     def validate(self, network: nn.Module, world: World) -> dict[str, float]:

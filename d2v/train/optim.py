@@ -45,12 +45,11 @@ def decay_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
 
     With `decay_all` off, parameters with fewer than two dimensions (biases, norm gains) are not decayed.
     """
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    decayed = {n for n, p in named.items() if optim.decay_all or p.dim() >= 2}
-    return [
-        {"params": [p for n, p in named.items() if n in decayed], "weight_decay": optim.weight_decay},
-        {"params": [p for n, p in named.items() if n not in decayed], "weight_decay": 0.0},
-    ]
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[optim.decay_all or parameter.dim() >= 2].append(parameter)
+    return [{"params": p, "weight_decay": optim.weight_decay if decayed else 0.0} for decayed, p in groups.items()]
 
 
 def build_optimiser(groups: Sequence[dict[str, Any]], optim: Optim) -> torch.optim.AdamW:
@@ -80,12 +79,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> T
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if limit is not None:
-        torch._foreach_mul_([_local(g) for g in gradients], (limit / norm).clamp(max=1.0))
+        shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        torch._foreach_mul_(shards, (limit / norm).clamp(max=1.0))
     return norm
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -103,19 +99,13 @@ def make_state(model: nn.Module, optimiser: torch.optim.Optimizer, names: Iterab
     `ValueError` where a name does not fit the model.
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    step_on_device = optimiser.defaults.get("fused") or optimiser.defaults.get("capturable")
     for key in names:
         _, entry, name = key.split(".", 2)
         if name not in named:
             raise ValueError(f"checkpoint: optimiser state {key!r} does not fit the model")
-        parameter = named[name]
+        value = torch.zeros_like(named[name], memory_format=torch.preserve_format).detach()
         if entry == "step":
-            device = parameter.device if _step_on_device(optimiser) else torch.device("cpu")
-            value = torch.zeros((), dtype=torch.float32, device=device)
-        else:
-            value = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
-        optimiser.state[parameter][entry] = value
+            value = torch.zeros((), dtype=torch.float32, device=value.device if step_on_device else "cpu")
+        optimiser.state[named[name]][entry] = value
     return optimiser_tensors(model, optimiser)
-
-
-def _step_on_device(optimiser: torch.optim.Optimizer) -> bool:
-    return bool(optimiser.defaults.get("fused") or optimiser.defaults.get("capturable"))

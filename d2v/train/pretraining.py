@@ -1,9 +1,10 @@
-"""The objective of pre-training: data2vec's masked regression with its moving average."""
+"""Pre-training: data2vec's masked regression with its moving average."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +15,56 @@ from d2v.data import make_modality
 from d2v.data.dataset import Batch
 from d2v.data.loader import train_updates, validation_batches
 from d2v.data.sources import Source
+from d2v.folder import MODEL, copy_into, find_checkpoint, load_tensors
 from d2v.model.data2vec import Data2Vec, Output, build_model
 from d2v.runtime import span
-from d2v.train.distributed import World
+from d2v.train.distributed import World, open_world
 from d2v.train.flops import count_work, describe_rates
 from d2v.train.monitors import find_failure, measure
 from d2v.train.objective import Objective, Step, autocast
+from d2v.train.run_dir import RunFolder
+from d2v.train.trainer import train
 
 SKIPPING = frozenset({"no-head-1.0-vision"})
+
+
+def pretrain(config: Config, *, init: str | None = None, profile: int = 0) -> Path:
+    """Runs or resumes a pre-training run; returns the run folder. Under torchrun every rank calls it.
+
+    Args:
+        config: of the run.
+        init: checkpoint whose weights a new run starts from.
+        profile: updates to trace (`d2v.runtime.Profiler`).
+
+    Raises:
+        ValueError (also OSError of the file system): input that cannot be used, before anything is written.
+        RunStopped: a loss that is not finite, or collapse.
+        SystemExit: 75 after SIGTERM and SIGUSR1, 130 after SIGINT, once a checkpoint is saved.
+    """
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    with open_world(config.run) as world:
+        folder = RunFolder(config, world)
+        # With a cache of the index, one rank fills it and the others read it.
+        with world.first_before_others() if config.data.cache else contextlib.nullcontext():
+            source, valid = open_data(config)
+        objective = Pretraining(config, source, valid, world.device)
+        if init is not None and folder.resumed is None:
+            load_weights(objective.model, init, "model.init")
+        return train(objective, world, folder, profile=profile)
+
+
+def open_data(config: Config) -> tuple[Source, Source | None]:
+    """Training and held-out samples of a configuration; reads only. Before use they need `Source.prepare`."""
+    modality = make_modality(config)
+    source = modality.open(config.data.path, option="data.path")
+    return source, modality.open(config.data.valid, option="data.valid") if config.data.valid is not None else None
+
+
+def load_weights(model: Data2Vec, checkpoint: str, option: str) -> None:
+    """Copies student and teacher from a checkpoint; `ValueError` names the first tensor that does not fit."""
+    folder = find_checkpoint(checkpoint, option)
+    copy_into(model.state_dict(), load_tensors(folder, MODEL), f"{option} {str(folder)!r}")
 
 
 class Pretraining(Objective):
@@ -38,24 +81,23 @@ class Pretraining(Objective):
             if device.type != "cuda":
                 raise ValueError(f"run.teacher_graph: expected a GPU, got a run on {device.type}")
             self.model.graph_teacher()
-        for part in (self.model.context, self.model.blocks):
-            part.recompute = config.run.activation_checkpointing
+        self.set_recompute()
+        # Layer drop skips blocks; a frozen stem and a head that is left out have no gradient.
+        frozen = config.stem.gradient_scale == 0.0 and config.stem.modality == "speech"
+        self.may_skip = config.encoder.layer_drop > 0.0 or frozen or bool(SKIPPING & config.published)
+
+    @property
+    def encoder(self) -> Data2Vec:
+        """The student."""
+        return self.model
 
     def blocks(self) -> list[nn.Module]:
         """Of student and teacher."""
-        model = self.model
-        owners: list[nn.Module] = [model.context, model.blocks]
-        owners += [model.teacher.get_submodule(name) for name in model.teacher.owned if name in ("context", "blocks")]
-        if model.teacher.working_dtype is not None:
-            owners += [part for name, part in model.teacher.working_parts().items() if name in ("context", "blocks")]
-        return [block for owner in owners for block in owner.get_submodule("blocks").children()]
-
-    @property
-    def may_skip(self) -> bool:
-        """Layer drop skips blocks; a frozen stem and a head that is left out have no gradient."""
-        config = self.config
-        frozen = config.stem.gradient_scale == 0.0 and config.stem.modality == "speech"
-        return config.encoder.layer_drop > 0.0 or frozen or bool(SKIPPING & config.published)
+        teacher = self.model.teacher
+        owners = [teacher.get_submodule(name) for name in teacher.owned if name in ("context", "blocks")]
+        if teacher.working_dtype is not None:
+            owners += [part for name, part in teacher.working_parts().items() if name in ("context", "blocks")]
+        return super().blocks() + [block for owner in owners for block in owner.get_submodule("blocks").children()]
 
     def updates(self, first: int, world: World) -> Generator[list[Batch], None, None]:
         """With masks and noise keys, drawn in the loader's workers."""
@@ -66,20 +108,9 @@ class Pretraining(Objective):
         assert batch.masks is not None
         return float(len(batch.masks.rows))
 
-    def begin_update(self, update: int) -> None:
-        """Chooses the blocks that are skipped."""
-        self.skip_blocks(self.model.blocks, update)
-
     def inputs_of(self, batch: Batch, device: torch.device) -> Tensor:
         """The model's inputs of a batch, on the device."""
         return self.modality.prepare(batch.inputs.to(device, non_blocking=True))
-
-    def forward(self, network: nn.Module, batch: Batch, world: World) -> Step:
-        """Regression and class loss; spreads as this micro-batch's share of their mean over the update."""
-        out = self.run_model(network, batch, world.device)
-        share = len(batch) / self.config.data.global_batch
-        values = {"prediction_std": out.prediction_std * share, "target_std": out.target_std * share}
-        return Step(out.losses, values, out)
 
     def run_model(self, network: nn.Module, batch: Batch, device: torch.device) -> Output:
         """One forward under the run's precision."""
@@ -89,27 +120,27 @@ class Pretraining(Objective):
             )
             return out
 
+    def forward(self, network: nn.Module, batch: Batch, world: World) -> Step:
+        """Regression and class loss; spreads as this micro-batch's share of their mean over the update."""
+        out = self.run_model(network, batch, world.device)
+        share = len(batch) / self.config.data.global_batch
+        values = {"prediction_std": out.prediction_std * share, "target_std": out.target_std * share}
+        return Step(out.losses, values, out, count_work(self.config, batch))
+
     def end_update(self, update: int, applied: Tensor | None) -> None:
         """One step of the moving average, which a skipped optimiser step skips, too."""
         decay = self.config.ema.decay(update, self.config.run.steps)
         with span("ema"):
             self.model.teacher.update(decay if applied is None else applied * (1.0 - decay))
 
-    def work(self, batch: Batch) -> Mapping[str, float]:
-        """Tokens and FLOPs."""
-        return count_work(self.config, batch)
-
-    def describe_rates(self, rates: Mapping[str, float], world: World) -> dict[str, float]:
-        """Tokens a second, and the share of the GPUs' peak where it is known."""
-        return describe_rates(dict(rates), self.config, world.device, world.size)
-
     def monitor(self, step: Step, batch: Batch) -> dict[str, float]:
         """Collapse monitors."""
         return measure(step.out, batch.token_lengths)
 
-    def describe(self, update: int) -> dict[str, float]:
-        """The decay of the moving average."""
-        return {"ema_decay": self.config.ema.decay(update, self.config.run.steps)}
+    def describe(self, update: int, rates: Mapping[str, float], world: World) -> dict[str, float]:
+        """The decay of the moving average, tokens a second, and the share of the GPUs' peak where it is known."""
+        decay = self.config.ema.decay(update, self.config.run.steps)
+        return {"ema_decay": decay, **describe_rates(rates, self.config, world.device, world.size)}
 
     def validate(self, network: nn.Module, world: World) -> dict[str, float]:
         """Loss with fixed masks and without dropout."""

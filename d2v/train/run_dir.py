@@ -1,11 +1,15 @@
-"""The run folder: whose it is, what it holds, and who may write into it."""
+"""The run folder: whose it is, what it holds, who may write into it; and the signals that end a run in order, with an
+exit code that says whether to start it again."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import json
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,13 @@ from d2v.files import write_atomically
 from d2v.folder import CONFIG, clean_folder, latest_checkpoint, load_json
 from d2v.train.distributed import World
 from d2v.train.resume import compare_configs
-from d2v.train.signals import EXIT_REQUEUE
 
+EXIT_REQUEUE = 75
+"""Exit code after SIGTERM and SIGUSR1 (EX_TEMPFAIL): the job was stopped from outside; started again, it goes on."""
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 REQUEUE = "requeue"
 """File in the run folder of a run that was stopped from outside and can be started again."""
+_ECHO_SECONDS = 1.0
 
 
 class RunFolder:
@@ -27,7 +34,7 @@ class RunFolder:
 
     def __init__(self, config: Any, world: World) -> None:
         """Raises `ValueError` where `run.dir` is no place for this run."""
-        self.world, self.path = world, Path(config.run.dir)
+        self.path = Path(config.run.dir)
         self.changed: list[str] = []
         found = None
         with world.first_before_others():
@@ -37,15 +44,6 @@ class RunFolder:
             if found is not None:
                 self.changed = compare_configs(load_json(self.path / CONFIG), json.loads(config.to_json()), self.path)
         self.resumed: Path | None = world.share(found)
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps a second run out of the folder, which exists from here on."""
-        with contextlib.ExitStack() as stack:
-            if self.world.is_first:
-                self.path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(lock_folder(self.path))
-            yield
 
     def begin(self, config: Any) -> None:
         """Rank 0: writes the configuration, removes what a killed run left half done."""
@@ -58,12 +56,9 @@ class RunFolder:
         print(f"resuming {self.path} after update {state['step']} of {config.run.steps}", file=sys.stderr)
         for text in self.changed:
             print(f"note: changed {text}", file=sys.stderr)
-        for name, before, now in (
-            ("ranks", state["ranks"], world.size),
-            ("torch", state["torch"], torch.__version__),
-        ):
-            if before != now:
-                print(f"note: {name} {before} before, {now} now: equal up to rounding from here", file=sys.stderr)
+        for name, now in (("ranks", world.size), ("torch", torch.__version__)):
+            if state[name] != now:
+                print(f"note: {name} {state[name]} before, {now} now: equal up to rounding from here", file=sys.stderr)
 
     def mark_stopped(self, update: int, number: int, code: int) -> None:
         """Rank 0: tells a batch script whether to start the run again."""
@@ -84,13 +79,48 @@ def check_run_folder(folder: str) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of the run folder; the lock goes with the process, however that ends.
+    """Makes the run folder and keeps a second process out of it; the lock goes with the process, however that ends.
 
     A POSIX record lock: unlike flock, loader workers do not inherit it and so cannot keep it after a kill.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"run.dir: another process is training in {str(folder)!r}") from None
         yield
+
+
+class StopRequest:
+    """Remembers the first SIGTERM, SIGUSR1 or SIGINT; a second SIGINT interrupts at once.
+
+    Ctrl-C under torchrun reaches a rank twice, from the terminal and from torchrun: an echo within a second is none.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._since = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, _frame: Any) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.signal == signal.SIGINT and now - self._since > _ECHO_SECONDS:
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal, self._since = number, now
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def exit_code(number: int) -> int:
+    """Exit code of a run that signal `number` stopped."""
+    return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE

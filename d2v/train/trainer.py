@@ -1,97 +1,103 @@
-"""A run in memory: model, optimiser, what is counted, and the number of completed updates.
+"""Training, from top to bottom: one update, and the loop around it.
 
-One update: forward and backward of each micro-batch with the gradient of (sum of losses) / (weight of the whole update,
-over all micro-batches and ranks), clipping, AdamW at the scheduled rate, and what the objective does after that: one
-step of the teacher's average. Nothing is read from the device.
+Rank 0 alone writes files and prints. What decides how the loop goes on - a signal, a failure, too many bad samples - is
+agreed on by all ranks, so that none waits for one that has left.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
-from collections.abc import Mapping
+import signal
+import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2v.data.dataset import Batch
-from d2v.folder import CONFIG, MODEL_PREFIX, STATE, describe_mismatch, load_json, read_index
-from d2v.runtime import span
-from d2v.train.checkpoint import load_into
-from d2v.train.distributed import World
-from d2v.train.metrics import Window
+from d2v.data.loader import BadSamples
+from d2v.folder import latest_checkpoint
+from d2v.runtime import Profiler, memory_bytes, span
+from d2v.train.checkpoint import RunState, Saver
+from d2v.train.distributed import Agreement, World, accumulating, parallelise
+from d2v.train.logging import Report
 from d2v.train.objective import Objective, Step
-from d2v.train.optim import (
-    PREFIX,
-    build_optimiser,
-    clip_gradients,
-    learning_rate_at,
-    make_state,
-    optimiser_tensors,
-    set_learning_rate,
-)
-from d2v.train.parallel import accumulating, parallelise
-from d2v.train.profile import memory_bytes
+from d2v.train.optim import build_optimiser, clip_gradients, learning_rate_at, set_learning_rate
+from d2v.train.run_dir import RunFolder, StopRequest, exit_code, lock_folder
 
-_RANK_SEEDS = 0x9E3779B97F4A7C15
+_SAVE_FAILED = 1 << 16
+"""Asked of all ranks, above every signal's number: stop, a checkpoint could not be written."""
 
 
-class Trainer:
-    """Updates an objective's model on the ranks of a world."""
+class RunStopped(RuntimeError):
+    """Training cannot go on: the loss is not finite, or the collapse rule applies."""
+
+
+class Trainer(RunState):
+    """Updates an objective's model on the ranks of a world; `run` does so until the last update."""
+
+    folder: RunFolder
+    """This and the next three belong to `run`."""
+    saver: Saver
+    bad: BadSamples
+    report: Report
 
     def __init__(self, objective: Objective, world: World) -> None:
-        self.objective, self.world, self.config = objective, world, objective.config
-        self.model = objective.model
-        run = self.config.run
-        self.network = parallelise(self.model, objective.blocks(), run, world, may_skip=objective.may_skip)
-        self.optimiser = build_optimiser(objective.parameter_groups(), self.config.optim)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=run.precision == "fp16")
-        self.window = Window()
-        self.update = 0
-        self.rate = 0.0
-        self.pending: dict[str, Any] = {}
-        """Entries for the next line of metrics."""
-        self.latest: dict[str, Any] = {}
-        """The last line."""
-        if world.rank:
-            self._seed_rank()
-
-    def _seed_rank(self) -> None:
-        """Dropout has a stream for each rank; weights were drawn alike."""
-        mixed = (self.config.run.seed * _RANK_SEEDS + (self.update << 20) + self.world.rank) % (1 << 63)
-        torch.manual_seed(mixed)
+        config, model = objective.config, objective.model
+        self.objective = objective
+        self.network = parallelise(model, objective.blocks(), config.run, world, may_skip=objective.may_skip)
+        optimiser = build_optimiser(objective.parameter_groups(), config.optim)
+        super().__init__(config, model, optimiser, objective.source, world)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     # ---- one update -------------------------------------------------------------------------------------------
 
     def run_update(self, batches: list[Batch]) -> Step:
-        """One update from this rank's micro-batches; returns the first forward, and never the rest."""
-        objective = self.objective
+        """One update from this rank's micro-batches; returns the first forward. Nothing is read from the device.
+
+        The gradient is that of (sum of losses) / (weight of the whole update, over all micro-batches and ranks).
+        """
+        objective, world, optim = self.objective, self.world, self.config.optim
         objective.begin_update(self.update + 1)
-        total = self._weigh(batches)
-        self.model.train()
+        weight = self._sum_weights(batches)
         sums: dict[str, Tensor] = {}
         first: Step | None = None
+        self.model.train()
         for number, batch in enumerate(batches):
             with accumulating(self.network, number == len(batches) - 1):
-                step = objective.forward(self.network, batch, self.world)
-                first = first or step
-                parts = {name: value / total for name, value in step.losses.items()}
+                step = objective.forward(self.network, batch, world)
+                parts = {name: value / weight for name, value in step.losses.items()}
                 loss = torch.stack(list(parts.values())).sum()
                 with span("backward"):
                     # Gradients are averaged over the ranks; theirs is a sum.
-                    self.scaler.scale(loss * self.world.size if self.world.size > 1 else loss).backward()
-            self._add({"loss": loss, **(parts if len(parts) > 1 else {}), **step.values}, sums)
-            self.window.count(**objective.work(batch))
-        applied = self._step(sums)
-        objective.end_update(self.update, applied)
+                    self.scaler.scale(loss * world.size if world.size > 1 else loss).backward()
+            for name, value in {"loss": loss, **(parts if len(parts) > 1 else {}), **step.values}.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+            self.window.count(**step.work)
+            first = first or step
+
+        with span("optimiser"):
+            self.scaler.unscale_(self.optimiser)
+            norm = clip_gradients(self.parameters, optim.clip)
+            self.update += 1
+            set_learning_rate(self.optimiser, learning_rate_at(optim, self.update, self.config.run.steps))
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+            self.optimiser.zero_grad(set_to_none=True)
+
+        applied = None
+        if self.scaler.is_enabled():  # gradients that overflowed were not applied
+            applied = norm.isfinite().double()
+            norm = norm.nan_to_num(0.0, 0.0, 0.0)
+            sums["skipped"] = (1.0 - applied) / world.size
+        objective.end_update(self.update, applied)  # the teacher's moving average
+        sums["grad_norm"] = norm / world.size  # the same on every rank
         self.window.add(sums)
         assert first is not None
         return first
 
-    def _weigh(self, batches: list[Batch]) -> float | Tensor:
+    def _sum_weights(self, batches: list[Batch]) -> float | Tensor:
         """What the losses are divided by; known on the host for one rank, on the device for several."""
         own = sum(self.objective.weigh(batch) for batch in batches)
         if self.world.size == 1:
@@ -99,141 +105,155 @@ class Trainer:
         total = torch.full((), own, dtype=torch.float32, device=self.world.device)
         return self.world.sum_(total).clamp_(min=1.0)
 
-    @staticmethod
-    def _add(values: Mapping[str, Tensor], sums: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+    # ---- the loop ---------------------------------------------------------------------------------------------
 
-    def _step(self, sums: dict[str, Tensor]) -> Tensor | None:
-        """Clips and applies the gradients. With a scaled loss: 0-D float64, 0 where they overflowed and were not."""
-        with span("optimiser"):
-            self.scaler.unscale_(self.optimiser)
-            norm = clip_gradients(self.parameters, self.config.optim.clip)
-            self.update += 1
-            self.rate = learning_rate_at(self.config.optim, self.update, self.config.run.steps)
-            set_learning_rate(self.optimiser, self.rate)
-            self.scaler.step(self.optimiser)
-            self.scaler.update()
-            self.optimiser.zero_grad(set_to_none=True)
-        applied = None
-        if self.scaler.is_enabled():
-            applied = norm.isfinite().double()
-            norm = norm.nan_to_num(0.0, 0.0, 0.0)
-            sums["skipped"] = (1.0 - applied) / self.world.size
-        sums["grad_norm"] = norm / self.world.size  # the same on every rank
-        return applied
+    def run(self, folder: RunFolder, stop: StopRequest, profiler: Profiler) -> None:
+        """Updates from the beginning, or from the folder's checkpoint, until the last one, a signal or a failure."""
+        run, agreement = self.config.run, Agreement(self.world)
+        self._prepare(folder)
+        updates = self.objective.updates(self.update, self.world)
+        # Closing `updates` ends the loader's workers, also when an error is on its way out.
+        with contextlib.closing(self.report), contextlib.closing(updates):
+            self.report.begin(self.config, self.bad)
+            self.window.resume_clock()
+            for batches in self.window.watch(updates):
+                self._check_samples(batches)
+                step = self.run_update(batches)
+                self.report.advance()
+                profiler.step()
+                due = self._is_due(run.checkpoint_every, self.update)
+                if due and self.objective.valid is not None:
+                    self._validate()
+                if self._is_due(run.log_every, self.update):
+                    self._log(step, batches[0])
+                asked = agreement.exchange(_SAVE_FAILED if self.saver.failed else stop.signal)
+                if asked == _SAVE_FAILED:
+                    self.saver.wait()
+                    raise RunStopped("a checkpoint could not be written on another rank")
+                if asked:
+                    self._leave(asked)
+                if due:
+                    self._save()
+            self.saver.wait()
+        self.report.summarise(self.update, self.bad)
+        self.world.wait()
 
-    # ---- what is shown ----------------------------------------------------------------------------------------
+    def _is_due(self, every: int, update: int) -> bool:
+        return update % every == 0 or update == self.config.run.steps
 
-    def make_line(self, step: Step, batch: Batch) -> dict[str, Any]:
-        """A line of metrics, on every rank: means over the window, and monitors of this rank's micro-batch."""
-        world, window = self.world, self.window
-        means = window.means(world.sum_)
-        rates = window.rates(world.sum_, world.device)
-        step_seconds = window.step_seconds()
-        samples = self.config.data.global_batch
-        line = {
-            "step": self.update,
-            **means,
-            **(self.objective.monitor(step, batch) if world.is_first else {}),
-            "learning_rate": self.rate,
-            **self.objective.describe(self.update),
-            "samples_per_second": samples / step_seconds if step_seconds else math.nan,
-            **self.objective.describe_rates(rates, world),
-            "step_seconds": step_seconds,
-            "data_wait": window.data_wait(),
-            "memory_bytes": memory_bytes(world.device),
-            **self.pending,
-        }
-        self.pending = {}
-        self.latest = line
-        window.reset()
-        return line
+    def _prepare(self, folder: RunFolder) -> None:
+        run, first = self.config.run, self.world.is_first
+        self.folder = folder
+        self.saver = Saver(folder.path / "checkpoints", self.world, run)
+        file = folder.path / "bad_samples.jsonl" if first else None
+        self.bad = BadSamples(self.source, self.config.data.bad_fraction, file)
+        if folder.resumed is None:
+            self.bad.start_file()
+        else:
+            state = self.load(folder.resumed)
+            self.bad.restore(state["bad"])
+            if first:
+                folder.describe_resume(state, self.config, self.world)
+        self.bad.check(0)
+        self.report = Report(folder.path, self.update, run.steps, first)
 
-    def validate(self) -> None:
+    def _check_samples(self, batches: list[Batch]) -> None:
+        """Bad samples of all ranks, and the verdict on them; with several ranks at the log interval."""
+        update = self.update + 1
+        for batch in batches:
+            self.report.say(self.bad.add(batch.notes))
+        if self.world.size > 1:
+            if not self._is_due(self.config.run.log_every, update):
+                return
+            self._exchange_bad()
+        self.bad.write()
+        with self.world.saying_once():
+            self.bad.check(update * self.config.data.global_batch)
+
+    def _exchange_bad(self) -> None:
+        """Every rank learns what the others found, so that all come to the same verdict and rank 0 can write it."""
+        found = [entry for part in self.world.gather(self.bad.take()) for entry in part]
+        self.report.say(self.bad.add_entries(found))
+
+    def _validate(self) -> None:
         """Measures the held-out samples; the result goes into the next line of metrics."""
         self.window.pause_clock()
         self.pending = {**self.objective.validate(self.network, self.world), "valid_step": self.update}
         self.window.resume_clock()
 
-    # ---- state ------------------------------------------------------------------------------------------------
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything of a checkpoint that is a tensor. Random states have a name for each rank."""
-        tensors = self._model_tensors()
-        tensors |= optimiser_tensors(self.model, self.optimiser) | self.window.tensors(self.world.sum_)
-        tensors[f"rng.cpu.{self.world.rank}"] = torch.get_rng_state()
-        if self.world.device.type == "cuda":
-            tensors[f"rng.cuda.{self.world.rank}"] = torch.cuda.get_rng_state(self.world.device)
-        return tensors
-
-    def _model_tensors(self) -> dict[str, Tensor]:
-        """The model's tensors, in place, by their names in a checkpoint."""
-        return {f"{MODEL_PREFIX}{name}": value for name, value in self.model.state_dict().items()}
-
-    def texts(self, bad: Mapping[str, Any]) -> dict[str, str]:
-        """The JSON files of a checkpoint; `bad`: the account of bad samples."""
-        state = {
+    def _log(self, step: Step, batch: Batch) -> None:
+        """A line of metrics, made on every rank: means over the window, and monitors of this rank's micro-batch."""
+        config, world, window, objective = self.config, self.world, self.window, self.objective
+        means, rates = window.means(world.sum_), window.rates(world.sum_, world.device)
+        step_seconds = window.step_seconds()
+        line = {
             "step": self.update,
-            "ranks": self.world.size,
-            "torch": torch.__version__,
-            "metrics": {k: v for k, v in {**self.latest, **self.pending}.items() if _is_plain(v)},
-            "window": self.window.state(),
-            "pending": self.pending,
-            "scaler": self.scaler.state_dict(),
-            "bad": bad,
-            "data": self.data_identity(),
+            **means,
+            **(objective.monitor(step, batch) if world.is_first else {}),
+            "learning_rate": learning_rate_at(config.optim, self.update, config.run.steps),
+            **objective.describe(self.update, rates, world),
+            "samples_per_second": config.data.global_batch / step_seconds if step_seconds else math.nan,
+            "step_seconds": step_seconds,
+            "data_wait": window.data_wait(),
+            "memory_bytes": memory_bytes(world.device),
+            **self.pending,
         }
-        return {CONFIG: self.config.to_json(), STATE: json.dumps(state, indent=1)}
+        self.latest, self.pending = line, {}
+        window.reset()
+        self.report.write(line)
+        self._stop_on(world.share(objective.find_failure(line, batch)))
 
-    def data_identity(self) -> dict[str, Any]:
-        """What a resumed run must find again."""
-        return {"samples": len(self.objective.source), "names": self.objective.source.digest()}
-
-    def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Takes up a checkpoint, of any number of ranks; returns its state.
-
-        `ValueError` where the data or the tensors do not fit.
-        """
-        state = load_json(checkpoint / STATE)
-        self._compare_data(state["data"], checkpoint)
-        index = read_index(checkpoint)
-        model = self._model_tensors()
-        stored = {n: torch.empty(e["shape"], device="meta") for n, e in index.items() if n.startswith(MODEL_PREFIX)}
-        if problem := describe_mismatch(model, stored):
-            raise ValueError(f"checkpoint {str(checkpoint)!r}: {problem}")
-        moments = make_state(self.model, self.optimiser, [n for n in index if n.startswith(PREFIX)])
-        own = [f"rng.{kind}.{self.world.rank}" for kind in ("cpu", "cuda")]
-        host = {
-            n: torch.empty(index[n]["shape"], dtype=getattr(torch, index[n]["dtype"]))
-            for n in (*own, "metrics.sums")
-            if n in index
-        }
-        load_into(checkpoint, {**model, **moments, **host}, self.world)
-        self.update = int(state["step"])
-        self.pending, self.latest = dict(state["pending"]), dict(state["metrics"])
-        self.window.restore(state["window"], host, self.world.device, main=self.world.is_first)
-        self.scaler.load_state_dict(state["scaler"])
-        self._restore_random(host, own)
-        return state
-
-    def _compare_data(self, stored: Mapping[str, Any], checkpoint: Path) -> None:
-        found = self.data_identity()
-        if stored != found:
-            same = stored["samples"] == found["samples"]
-            raise ValueError(
-                f"data.path: expected the {stored['samples']} samples that {str(checkpoint)!r} was trained on, "
-                f"got {found['samples']} with {'other' if same else ''} names"
-            )
-
-    def _restore_random(self, host: Mapping[str, Tensor], names: list[str]) -> None:
-        if names[0] not in host:  # of a run with fewer ranks
-            self._seed_rank()
+    def _stop_on(self, failure: str | None) -> None:
+        if failure is None:
             return
-        torch.set_rng_state(host[names[0]])
-        if self.world.device.type == "cuda" and names[1] in host:
-            torch.cuda.set_rng_state(host[names[1]], self.world.device)
+        self.saver.wait()
+        kept = latest_checkpoint(self.folder.path)
+        held = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
+        with self.world.saying_once():
+            raise RunStopped(f"training stopped at update {self.update}: {failure}; {held}")
+
+    def _save(self) -> None:
+        """A checkpoint, unless a value since the last line is not finite: a good one is never replaced by a broken
+        one."""
+        self.window.pause_clock()
+        means = self.window.means(self.world.sum_)
+        self._stop_on(self.objective.find_failure({"step": 0, **means}, None))
+        if self.world.size > 1:
+            self._exchange_bad()
+        self.saver.save(self.update, self.tensors(), self.texts(self.bad.state()))
+        self.report.write_counts(self.bad)
+        self.window.resume_clock()
+
+    def _leave(self, number: int) -> None:
+        """Saves and ends the process after a signal."""
+        if self.update:
+            self._save()
+            self.saver.wait()
+        code = exit_code(number)
+        if self.world.is_first:
+            self.folder.mark_stopped(self.update, number, code)
+            done = f"saved update {self.update} in {self.folder.path}; the same command resumes it"
+            print(f"{signal.Signals(number).name}: {done if self.update else 'nothing to save yet'}", file=sys.stderr)
+        self.world.wait()
+        raise SystemExit(code)
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def train(objective: Objective, world: World, folder: RunFolder, *, profile: int = 0) -> Path:
+    """Trains an objective to its last update, from the beginning or from the folder's checkpoint; returns the folder.
+
+    Raises as `d2v.train.pretraining.pretrain` does.
+    """
+    batch = objective.config.data.global_batch
+    with world.saying_once():
+        if batch < world.size:
+            raise ValueError(f"data.global_batch: expected at least {world.size}, one for each rank, got {batch}")
+    trainer = Trainer(objective, world)
+    with lock_folder(folder.path) if world.is_first else contextlib.nullcontext():
+        with world.first_before_others():
+            if world.is_first:
+                folder.begin(objective.config)
+            for source in (s for s in (objective.source, objective.valid) if s is not None):
+                source.prepare(folder.path, fresh=folder.resumed is None and source is objective.source)
+        with StopRequest() as stop, Profiler(folder.path / "profile", profile if world.is_first else 0) as profiler:
+            trainer.run(folder, stop, profiler)
+    return folder.path

@@ -24,8 +24,7 @@ from d2v import recipes
 from d2v.model.data2vec import Data2Vec
 from d2v.model.transformer import Block
 from d2v.tools.dry_run import count_bytes
-from d2v.train.distributed import World
-from d2v.train.parallel import accumulating, parallelise
+from d2v.train.distributed import World, accumulating, parallelise
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 8

@@ -24,9 +24,8 @@ from d2v.config import Config
 from d2v.config.finetune import FineTuneConfig
 from d2v.folder import list_checkpoints
 from d2v.model.data2vec import Data2Vec, Output
-from d2v.train.distributed import World
-from d2v.train.loop import pretrain
-from d2v.train.parallel import parallelise
+from d2v.train.distributed import World, parallelise
+from d2v.train.pretraining import pretrain
 
 from .test_train import assert_same_run
 

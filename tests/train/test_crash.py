@@ -11,8 +11,8 @@ import pytest
 
 SCRIPT = """
     import sys
-    import d2v.report
-    import d2v.trainer
+    import d2v.train.logging
+    import d2v.train.trainer
     from d2v.cli import main
 
     place, folder, run = sys.argv[1:]
@@ -26,7 +26,7 @@ SCRIPT = """
     if place == "update":
         d2v.train.trainer.Trainer.run_update = crash
     else:
-        d2v.train.report.MetricsFile.write = lambda *_: 1 / 0
+        d2v.train.logging.MetricsFile.write = lambda *_: 1 / 0
     main(["pretrain", "vision-tiny", "--data.path", folder, "--run.dir", run, "--run.threads", "1",
           "--run.log-every", "3", "--data.workers", "2"])
 """

@@ -13,8 +13,7 @@ from d2v.config import Config
 from d2v.data.loader import train_updates
 from d2v.tools.dry_run import MIB, count_bytes, count_static, dry_run
 from d2v.train.distributed import World
-from d2v.train.loop import open_data
-from d2v.train.pretraining import Pretraining
+from d2v.train.pretraining import Pretraining, open_data
 from d2v.train.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -29,7 +29,7 @@ from d2v.evaluate.probe import (
 from d2v.model.data2vec import build_model
 from d2v.saved import load_model
 from d2v.tools.plot import compare_patches, draw_report
-from d2v.train.loop import pretrain
+from d2v.train.pretraining import pretrain
 
 OPTIONS = {"neighbours": 3, "labels_per_class": 5, "draws": 3, "seed": 0}
 CPU = torch.device("cpu")

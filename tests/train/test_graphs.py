@@ -10,8 +10,7 @@ import torch
 from d2v.config import Config
 from d2v.model.cuda_graph import SHAPES, GraphedTargets, Make
 from d2v.model.data2vec import Data2Vec
-from d2v.train.loop import open_data
-from d2v.train.pretraining import Pretraining
+from d2v.train.pretraining import Pretraining, open_data
 
 
 def record_calls(make: Make, inputs: torch.Tensor, features: torch.Tensor) -> tuple[Callable[[], None], torch.Tensor]:

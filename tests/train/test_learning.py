@@ -14,8 +14,8 @@ from support.sounds import write_sounds
 
 from d2v import recipes
 from d2v.tools.textures import write_textures
-from d2v.train.loop import pretrain
-from d2v.train.metrics import read_metrics
+from d2v.train.logging import read_metrics
+from d2v.train.pretraining import pretrain
 
 STEPS, WINDOW = 200, 20
 NAMES = [

@@ -18,7 +18,7 @@ from d2v.data import make_modality
 from d2v.evaluate.probe import encode_batch
 from d2v.saved import load_model
 from d2v.tools.maps import choose_patches, choose_rows, collect_features, cover_patches, draw_maps, embed, project_pca
-from d2v.train.loop import pretrain
+from d2v.train.pretraining import pretrain
 
 from .test_plot import small
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from d2v.runtime import format_seconds
-from d2v.train.metrics import Board, MetricsFile, Window, read_metrics
-from d2v.train.progress import Progress, describe_line
+from d2v.train.logging import Board, MetricsFile, Progress, Window, describe_line, read_metrics
 
 
 def test_window_means_and_resume() -> None:
@@ -59,7 +58,7 @@ def test_sums_of_all_ranks() -> None:
 
 def test_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("d2v.train.metrics.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("d2v.train.logging.time.perf_counter", lambda: now[0])
 
     def late(count: int) -> Iterator[int]:
         for i in range(count):

@@ -20,8 +20,9 @@ from d2v.cli import main
 from d2v.config import Config
 from d2v.evaluate.features import extract
 from d2v.evaluate.probe import probe
-from d2v.train.loop import Trainer, pretrain
-from d2v.train.metrics import read_metrics
+from d2v.train.logging import read_metrics
+from d2v.train.pretraining import pretrain
+from d2v.train.trainer import Trainer
 
 from .test_train import assert_same_run
 

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from d2v import recipes
 from d2v.config import Config, Run
 from d2v.model.data2vec import Data2Vec, Output
-from d2v.train.loop import RunStopped, pretrain
-from d2v.train.metrics import read_metrics
+from d2v.train.logging import read_metrics
 from d2v.train.monitors import (
     RANK_LIMIT,
     find_failure,
@@ -25,6 +24,8 @@ from d2v.train.monitors import (
     measure_effective_rank,
     measure_explained_variance,
 )
+from d2v.train.pretraining import pretrain
+from d2v.train.trainer import RunStopped
 
 
 def test_content_spread_ignores_what_the_position_explains() -> None:

@@ -20,8 +20,8 @@ from d2v.data import make_modality
 from d2v.model.data2vec import build_model
 from d2v.tools.figures import centre_features, compare_tokens, draw_spectrogram, take_pictures
 from d2v.tools.plot import PANELS, choose_panels, draw_report
-from d2v.train.loop import pretrain
-from d2v.train.metrics import read_metrics
+from d2v.train.logging import read_metrics
+from d2v.train.pretraining import pretrain
 
 from .test_flops import change
 

@@ -18,19 +18,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from d2v import recipes
+from d2v import recipes, runtime
 from d2v.config import Config
 from d2v.data.dataset import Batch
 from d2v.data.sources import Source
 from d2v.model.masking import make_mask_sampler
 from d2v.model.stems import make_stem
-from d2v.runtime import span
-from d2v.train import profile
+from d2v.runtime import RANGES, WARM_UP, Profiler, memory_bytes, resident_bytes, span
 from d2v.train.distributed import World
-from d2v.train.loop import pretrain
-from d2v.train.metrics import read_metrics
-from d2v.train.pretraining import Pretraining
-from d2v.train.profile import RANGES, WARM_UP, Profiler, memory_bytes, resident_bytes
+from d2v.train.logging import read_metrics
+from d2v.train.pretraining import Pretraining, pretrain
 from d2v.train.trainer import Trainer
 from d2v_kernels import Masks
 
@@ -38,6 +35,7 @@ from .conftest import tiny_options
 from .test_flops import change, make_batch, small
 
 CPU = torch.device("cpu")
+PACKAGES = tuple(f"{Path(runtime.__file__).parents[1]}/{name}/" for name in ("d2v", "d2v_kernels"))
 Make = Callable[..., Config]
 
 
@@ -78,7 +76,7 @@ def test_a_run_that_ends_early_leaves_what_there_is(tmp_path: Path) -> None:
     with Profiler(tmp_path / "none", 5) as profiler:
         profiler.step()
     assert not (tmp_path / "none").exists()
-    assert profile._open_profilers == 0
+    assert runtime._open_profilers == 0
 
 
 def test_nothing_without_a_profiler(tmp_path: Path) -> None:
@@ -148,7 +146,7 @@ class DeviceReads(TorchDispatchMode):
 
     def _record(self, name: str, tensors: list[Tensor]) -> None:
         if any(self.is_marked(t) for t in tensors):
-            frames = [f for f in traceback.extract_stack() if "/d2v/" in f.filename or "/d2v_kernels/" in f.filename]
+            frames = [f for f in traceback.extract_stack() if f.filename.startswith(PACKAGES)]
             if frames and (Path(frames[-1].filename).name, frames[-1].name) in ON_HOST:
                 return
             where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "outside"
@@ -273,7 +271,7 @@ def growth(images: Path, folder: Path, steps: int) -> float:
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     places = ["--data.path", str(images), "--run.dir", str(folder)]
     command = [sys.executable, "-m", "d2v", "pretrain", "vision-tiny", *tiny_options(), *words, *places]
-    subprocess.run(command, cwd=Path(profile.__file__).parents[1], check=True, capture_output=True)
+    subprocess.run(command, cwd=Path(runtime.__file__).parents[1], check=True, capture_output=True)
     lines = read_metrics(folder / "metrics.jsonl")
     assert len(lines) == steps // 10
     assert all(line["memory_bytes"] > 1 << 20 for line in lines)
@@ -302,4 +300,4 @@ def test_memory_of_the_process() -> None:
 @pytest.fixture(autouse=True)
 def _no_profiler_stays_open() -> Iterator[None]:
     yield
-    assert profile._open_profilers == 0
+    assert runtime._open_profilers == 0

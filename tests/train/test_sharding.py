@@ -13,8 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from d2v import recipes
 from d2v.model.data2vec import Data2Vec
-from d2v.train.distributed import World
-from d2v.train.parallel import parallelise
+from d2v.train.distributed import World, parallelise
 
 DEPTH = 3
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from d2v.train import signals
-from d2v.train.signals import EXIT_INTERRUPTED, EXIT_REQUEUE, StopRequest, exit_code
+from d2v.train import run_dir
+from d2v.train.run_dir import EXIT_INTERRUPTED, EXIT_REQUEUE, StopRequest, exit_code
 
 
 def send(number: int) -> None:
@@ -31,7 +31,7 @@ def test_the_first_signal_counts() -> None:
 
 def test_a_second_interrupt_stops_at_once_but_its_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_dir.time, "monotonic", lambda: now[0])
     with StopRequest() as stop:
         send(signal.SIGINT)
         now[0] += 0.5

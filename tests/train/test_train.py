@@ -21,18 +21,17 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (its import is 
 from d2v.config import Config
 from d2v.folder import latest_checkpoint, list_checkpoints, load_tensors
 from d2v.model.data2vec import build_model
-from d2v.train import loop as train
 from d2v.train import pretraining
 from d2v.train.distributed import World
-from d2v.train.loop import RunStopped, load_weights, open_data, pretrain
-from d2v.train.metrics import read_metrics
+from d2v.train.logging import read_metrics
 from d2v.train.optim import learning_rate_at
-from d2v.train.pretraining import Pretraining
-from d2v.train.trainer import Trainer
+from d2v.train.pretraining import Pretraining, load_weights, open_data, pretrain
+from d2v.train.trainer import RunStopped, Trainer
 
 from .conftest import tiny_options
 
 CPU = torch.device("cpu")
+ROOT = Path(pretraining.__file__).parents[2]
 CONTRACT_KEYS = {
     "step", "loss", "target_std", "prediction_std", "explained_variance", "content_spread", "learning_rate",
     "ema_decay", "grad_norm", "samples_per_second", "step_seconds",
@@ -182,17 +181,17 @@ def test_a_killed_run_resumes_exactly(make_config: Make, tmp_path: Path, images:
         "--data.workers", "1",
     ]  # fmt: skip
     for kill_after in (7, 18):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(train.__file__).parents[1])
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
         while process.poll() is None and len(metrics_of(folder)) < kill_after:
             time.sleep(0.005)
         process.kill()
         assert process.wait() == -signal.SIGKILL
     assert kill_after <= len(metrics_of(folder)) < steps
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(train.__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stderr
     assert_same_run(tmp_path / "whole", folder)
-    again = subprocess.run(command, capture_output=True, text=True, cwd=Path(train.__file__).parents[1])
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 0
     assert_same_run(tmp_path / "whole", folder)
 
@@ -206,9 +205,7 @@ def test_a_signal_to_the_whole_process_group_saves(name: str, code: int, tmp_pat
         "--run.dir", str(folder), "--run.steps", "100000", "--run.log-every", "1", "--data.workers", "2",
         "--run.checkpoint-every", "100000",
     ]  # fmt: skip
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, cwd=Path(train.__file__).parents[1], start_new_session=True
-    )
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
     while process.poll() is None and len(metrics_of(folder)) < 3:
         time.sleep(0.01)
     os.killpg(process.pid, number)
@@ -297,9 +294,7 @@ def test_two_processes_cannot_share_a_run(make_config: Make) -> None:
     hold = "import sys; from pathlib import Path; from d2v.train.run_dir import lock_folder\n"
     hold += "with lock_folder(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, config.run.dir]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(train.__file__).parents[1]
-    ) as other:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
         assert other.stdout is not None
         assert other.stdin is not None
         assert other.stdout.readline() == "held\n"

@@ -1,6 +1,6 @@
-"""What a run writes about itself: means between two lines, `metrics.jsonl`, TensorBoard.
+"""What a run writes about itself: means between two lines, `metrics.jsonl`, TensorBoard, the console, `data.json`.
 
-Values stay on the device until a line is written. What is measured is in `d2v.train.monitors`.
+Values stay on the device until a line is written. What is measured is in `d2v.train.monitors`. Rank 0 alone writes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from d2v.data.loader import BadSamples
 from d2v.files import write_atomically
-from d2v.runtime import span
+from d2v.runtime import format_seconds, span
+from d2v.train.monitors import find_low_ranks
 
 Item = TypeVar("Item")
 Reduce = Callable[[Tensor], object]
@@ -33,17 +36,22 @@ class Window:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.updates = 0
+        self._running_since: float | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new window."""
+        self.updates = self._timed_updates = 0
         self._sums: Tensor | None = None
         self._counts: dict[str, float] = {}
-        self._timed_updates = 0
         self._seconds = self._waited = 0.0
-        self._running_since: float | None = None
+        if self._running_since is not None:
+            self._running_since = time.perf_counter()
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Adds the values of one update; the names are the same at every update."""
         row = torch.stack([v.detach().double() for v in values.values()])
-        if self._sums is None or not self.updates:
+        if self._sums is None:
             self.names, self._sums = list(values), torch.zeros_like(row)
         self._sums += row
         self.updates += 1
@@ -59,12 +67,8 @@ class Window:
 
         reduce: sums a float64 device tensor over ranks in place; every rank calls then. The window goes on unchanged.
         """
-        if self._sums is None or not self.updates:
-            return {}
-        sums = self._sums.clone()
-        if reduce is not None:
-            reduce(sums)
-        return dict(zip(self.names, (sums / self.updates).tolist(), strict=True))
+        sums = self.tensors(reduce).get("metrics.sums")
+        return {} if sums is None else dict(zip(self.names, (sums / self.updates).tolist(), strict=True))
 
     def rates(self, reduce: Reduce | None = None, device: torch.device | None = None) -> dict[str, float]:
         """Each count per second since the last reset, by the clock of this rank.
@@ -87,9 +91,7 @@ class Window:
 
     def pause_clock(self) -> None:
         """Stops counting, for work that is not training."""
-        if self._running_since is not None:
-            self._seconds += time.perf_counter() - self._running_since
-        self._running_since = None
+        self._seconds, self._running_since = self.seconds(), None
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -107,10 +109,9 @@ class Window:
         source = iter(items)
         while True:
             with self.waiting():
-                try:
-                    item = next(source)
-                except StopIteration:
-                    return
+                item = next(source, None)
+            if item is None:
+                return
             yield item
 
     def seconds(self) -> float:
@@ -129,17 +130,9 @@ class Window:
 
     # ---- state ------------------------------------------------------------------------------------------------
 
-    def reset(self) -> None:
-        """Starts a new window."""
-        self.updates = self._timed_updates = 0
-        self._counts = {}
-        self._seconds = self._waited = 0.0
-        if self._running_since is not None:
-            self._running_since = time.perf_counter()
-
     def tensors(self, reduce: Reduce | None = None) -> dict[str, Tensor]:
         """State for a checkpoint, with `state`. reduce: as in `means`, for the sums of all ranks."""
-        if self._sums is None or not self.updates:
+        if self._sums is None:
             return {}
         sums = self._sums.clone()
         if reduce is not None:
@@ -154,8 +147,7 @@ class Window:
         self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device, main: bool = True
     ) -> None:
         """Continues a window; its time and counts start anew. main: one rank takes the sums, the others begin at 0."""
-        self.names, self.updates = list(state["names"]), int(state["updates"])
-        self._sums = None
+        self.names, self.updates, self._sums = list(state["names"]), int(state["updates"]), None
         if self.updates:
             sums = tensors["metrics.sums"].to(device).clone()
             self._sums = sums if main else torch.zeros_like(sums)
@@ -172,7 +164,8 @@ class MetricsFile:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one line."""
-        self._file.write(json.dumps({k: finite_or_none(v) for k, v in line.items()}) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -180,20 +173,13 @@ class MetricsFile:
         self._file.close()
 
 
-def finite_or_none(value: Any) -> Any:
-    """JSON has no NaN or infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of `metrics.jsonl`; a last line cut off by a kill is left out."""
     lines: list[dict[str, Any]] = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
+    texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    with contextlib.suppress(ValueError):
+        for text in texts:
+            lines.append(json.loads(text))
     return lines
 
 
@@ -214,3 +200,121 @@ class Board:
     def close(self) -> None:
         """Flushes and closes."""
         self._writer.close()
+
+
+class Progress:
+    """Rate, time left, loss, content spread and share of time spent waiting for data, on standard error: a bar on a
+    terminal, a line per log interval elsewhere."""
+
+    def __init__(self, update: int, steps: int) -> None:
+        self.steps = steps
+        self._said: set[str] = set()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=update, unit="update", dynamic_ncols=True, file=sys.stderr)
+
+    def advance(self) -> None:
+        """One update is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Shows a line of metrics; says once that an effective rank has collapsed."""
+        values = describe_line(line)
+        if self._bar is not None:
+            self._bar.set_postfix_str(values, refresh=False)
+        else:
+            left = (self.steps - line["step"]) * line["step_seconds"]
+            self.say(f"update {line['step']}/{self.steps}: {values}, {format_seconds(left)} left")
+
+        for name, text in find_low_ranks(line).items():
+            if name not in self._said:
+                self.say(f"note: {text}")
+            self._said.add(name)
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def describe_line(line: Mapping[str, Any]) -> str:
+    """Loss, spread, rate and data wait of a line of metrics in a few words; what the line lacks is left out."""
+    words = {
+        "loss": "loss {:.4f}", "valid_loss": "valid {:.4f}", "content_spread": "spread {:.3f}",
+        "samples_per_second": "{:.0f} samples/s", "data_wait": "data wait {:.0%}",
+    }  # fmt: skip
+    return ", ".join(text.format(line[name]) for name, text in words.items() if name in line)
+
+
+class Report:
+    """Lines of metrics and notes of a run, wherever they go; on other ranks than the first it is silent."""
+
+    def __init__(self, folder: Path, update: int, steps: int, active: bool) -> None:
+        self.folder, self.update, self.steps, self.active = folder, update, steps, active
+        if active:
+            self._file = MetricsFile(folder / "metrics.jsonl", update)
+            self._board = Board(folder / "tensorboard", update)
+            self._progress = Progress(update, steps)
+
+    def begin(self, config: Any, bad: BadSamples) -> None:
+        """What is worth knowing before the first update."""
+        if self.update < self.steps and config.optim.warmup_steps >= self.steps:
+            self.say([f"optim.warmup_steps ({config.optim.warmup_steps}) covers all of run.steps"])
+        source = bad.source
+        self.say(f"left out {count} {reason}" for reason, count in source.left_out.items())
+        if source.rejected:
+            self.say([f"{len(source.rejected)} of {source.indexed} cannot be used; {bad.examples()}"])
+
+    def say(self, notes: Iterable[str]) -> None:
+        """Notes, a line each."""
+        for note in notes if self.active else ():
+            self._progress.say(f"note: {note}")
+
+    def advance(self) -> None:
+        """One update is done."""
+        if self.active:
+            self._progress.advance()
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """A line of metrics."""
+        if self.active:
+            self._file.write(line)
+            self._board.write(line)
+            self._progress.show(line)
+
+    def write_counts(self, bad: BadSamples) -> None:
+        """`data.json`: how many samples there are, how many were bad, what was converted and what was left out."""
+        if self.active:
+            counts: dict[str, Any] = {
+                "samples": len(bad.source), "bad": len(bad.entries), "converted": bad.converted,
+                "left_out": bad.source.left_out,
+            }  # fmt: skip
+            write_atomically(self.folder / "data.json", json.dumps(counts, indent=1))
+
+    def close(self) -> None:
+        """Closes the files."""
+        for part in (self._file, self._board, self._progress) if self.active else ():
+            part.close()
+
+    def summarise(self, update: int, bad: BadSamples) -> None:
+        """The last words of a run that reached its end."""
+        if not self.active:
+            return
+        text = f"finished {update} updates in {self.folder}"
+        if bad.converted:
+            text += "; converted: " + ", ".join(f"{n} ({kind})" for kind, n in sorted(bad.converted.items()))
+        if left_out := bad.source.left_out:
+            text += "; left out: " + ", ".join(f"{n} {reason}" for reason, n in left_out.items())
+        if bad.entries:
+            text += f"; {len(bad.entries)} samples could not be decoded, {bad.examples()}"
+        print(text, file=sys.stderr)
