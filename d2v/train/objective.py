@@ -93,8 +93,8 @@ class Objective:
         raise NotImplementedError
 
     def describe(self, update: int, rates: Mapping[str, float], world: World) -> dict[str, float]:
-        """Entries made of the number of the update and of the rates of `Step.work`."""
-        return dict(rates)
+        """Entries made of the number of the update and of the amounts a second of samples and of `Step.work`."""
+        return {"samples_per_second": rates["samples"]}
 
     def validate(self, network: nn.Module, world: World) -> dict[str, float]:
         """Entries from the held-out samples, the same on every rank; not called without any."""

@@ -138,9 +138,10 @@ class Pretraining(Objective):
         return measure(step.out, batch.token_lengths)
 
     def describe(self, update: int, rates: Mapping[str, float], world: World) -> dict[str, float]:
-        """The decay of the moving average, tokens a second, and the share of the GPUs' peak where it is known."""
-        decay = self.config.ema.decay(update, self.config.run.steps)
-        return {"ema_decay": decay, **describe_rates(rates, self.config, world.device, world.size)}
+        """Besides: decay of the moving average, tokens a second, and the share of the GPUs' peak where it is known."""
+        entries = {"ema_decay": self.config.ema.decay(update, self.config.run.steps)}
+        entries |= super().describe(update, rates, world)
+        return entries | describe_rates(rates, self.config, world.device, world.size)
 
     def validate(self, network: nn.Module, world: World) -> dict[str, float]:
         """Loss with fixed masks and without dropout."""

@@ -186,13 +186,13 @@ class Trainer(RunState):
         config, world, window, objective = self.config, self.world, self.window, self.objective
         means, rates = window.means(world.sum_), window.rates(world.sum_, world.device)
         step_seconds = window.step_seconds()
+        rates["samples"] = config.data.global_batch / step_seconds if step_seconds else math.nan
         line = {
             "step": self.update,
             **means,
             **(objective.monitor(step, batch) if world.is_first else {}),
             "learning_rate": learning_rate_at(config.optim, self.update, config.run.steps),
             **objective.describe(self.update, rates, world),
-            "samples_per_second": config.data.global_batch / step_seconds if step_seconds else math.nan,
             "step_seconds": step_seconds,
             "data_wait": window.data_wait(),
             "memory_bytes": memory_bytes(world.device),
