@@ -120,8 +120,13 @@ class RunState:
 
         `ValueError` where the data or the tensors do not fit.
         """
-        state = load_json(checkpoint / STATE)
-        self._compare_data(state["data"], checkpoint)
+        state, found = load_json(checkpoint / STATE), self.data_identity()
+        if (stored_data := state["data"]) != found:
+            other = "other" if stored_data["samples"] == found["samples"] else ""
+            raise ValueError(
+                f"data.path: expected the {stored_data['samples']} samples that {str(checkpoint)!r} was trained on, "
+                f"got {found['samples']} with {other} names"
+            )
         index, model = read_index(checkpoint), self._model_tensors()
         stored = {n: torch.empty(e["shape"], device="meta") for n, e in index.items() if n.startswith(MODEL_PREFIX)}
         if problem := describe_mismatch(model, stored):
@@ -145,15 +150,6 @@ class RunState:
         if self.world.device.type == "cuda" and cuda in host:
             torch.cuda.set_rng_state(host[cuda], self.world.device)
         return state
-
-    def _compare_data(self, stored: Mapping[str, Any], checkpoint: Path) -> None:
-        found = self.data_identity()
-        if stored != found:
-            same = stored["samples"] == found["samples"]
-            raise ValueError(
-                f"data.path: expected the {stored['samples']} samples that {str(checkpoint)!r} was trained on, "
-                f"got {found['samples']} with {'other' if same else ''} names"
-            )
 
 
 class Saver:
@@ -320,14 +316,10 @@ class SafetensorsWriter(dcp.FileSystemWriter):
 class SafetensorsReader(dcp.FileSystemReader):
     """Reads what `SafetensorsWriter` wrote; on any number of ranks, each reads only the pieces that it needs."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.folder, self.index = folder, read_index(folder)
-
     def read_metadata(self, *args: Any, **kwargs: Any) -> layout.Metadata:
         """The index in the terms of torch.distributed.checkpoint."""
         tensors: dict[str, Any] = {}
-        for name, entry in self.index.items():
+        for name, entry in read_index(Path(self.path)).items():
             chunks = [
                 layout.ChunkStorageMetadata(torch.Size(c["offset"]), torch.Size(c["shape"])) for c in entry["chunks"]
             ]
@@ -344,7 +336,7 @@ class SafetensorsReader(dcp.FileSystemReader):
         for item in plan.items:
             spans = zip(item.storage_offsets, item.lengths, strict=True)
             place = self.storage_data[item.storage_index]
-            piece = read_piece(self.folder, place, tuple(slice(o, o + n) for o, n in spans))
+            piece = read_piece(Path(self.path), place, tuple(slice(o, o + n) for o, n in spans))
             target = planner.resolve_tensor(item).detach()
             target.copy_(piece)
             planner.commit_tensor(item, target)

@@ -62,7 +62,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes the run's files and speaks."""
+        """Whether this rank writes the run's files and messages."""
         return self.rank == 0
 
     @property
@@ -78,11 +78,7 @@ class World:
 
     def share(self, value: _T) -> _T:
         """Rank 0's value, on every rank."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        return self.gather(value)[0]
 
     def gather(self, value: _T) -> list[_T]:
         """The values of all ranks, on every rank."""

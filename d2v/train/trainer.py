@@ -60,7 +60,11 @@ class Trainer(RunState):
         """
         objective, world, optim = self.objective, self.world, self.config.optim
         objective.begin_update(self.update + 1)
-        weight = self._sum_weights(batches)
+        # What the losses are divided by: known on the host for one rank, on the device for several.
+        weight: float | Tensor = max(own := sum(objective.weigh(batch) for batch in batches), 1.0)
+        if world.size > 1:
+            total = torch.full((), own, dtype=torch.float32, device=world.device)
+            weight = world.sum_(total).clamp_(min=1.0)
         sums: dict[str, Tensor] = {}
         first: Step | None = None
         self.model.train()
@@ -96,14 +100,6 @@ class Trainer(RunState):
         self.window.add(sums)
         assert first is not None
         return first
-
-    def _sum_weights(self, batches: list[Batch]) -> float | Tensor:
-        """What the losses are divided by; known on the host for one rank, on the device for several."""
-        own = sum(self.objective.weigh(batch) for batch in batches)
-        if self.world.size == 1:
-            return max(own, 1.0)
-        total = torch.full((), own, dtype=torch.float32, device=self.world.device)
-        return self.world.sum_(total).clamp_(min=1.0)
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
