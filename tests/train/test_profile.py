@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import d2v
+import d2v_kernels
 from d2v import recipes
 from d2v.config import Config
 from d2v.data.dataset import Batch
@@ -38,6 +40,8 @@ from .conftest import tiny_options
 from .test_flops import change, make_batch, small
 
 CPU = torch.device("cpu")
+PACKAGES = tuple(f"{Path(str(package.__file__)).parent}/" for package in (d2v, d2v_kernels))
+"""Where the code lies that these tests watch, whatever its checkout is called."""
 Make = Callable[..., Config]
 
 
@@ -148,7 +152,7 @@ class DeviceReads(TorchDispatchMode):
 
     def _record(self, name: str, tensors: list[Tensor]) -> None:
         if any(self.is_marked(t) for t in tensors):
-            frames = [f for f in traceback.extract_stack() if "/d2v/" in f.filename or "/d2v_kernels/" in f.filename]
+            frames = [f for f in traceback.extract_stack() if f.filename.startswith(PACKAGES)]
             if frames and (Path(frames[-1].filename).name, frames[-1].name) in ON_HOST:
                 return
             where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "outside"
