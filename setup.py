@@ -3,11 +3,13 @@
 Environment variables:
     D2V_TORCH       folder of the torch package to take headers from (default: the installed one)
     D2V_BUILD_CUDA  auto (where nvcc is found), 0 (never) or 1 (fail without nvcc)
+    D2V_REQUIRE_NATIVE  1: fail where the CPU library or the pybind11 module cannot be built
     D2V_CUDA_ARCHS  for example "90-real;100"
     D2V_BUILD_TYPE  Release (default), RelWithDebInfo or Debug
 
-A missing tool (C++ compiler, CMake, Ninja, torch) does not fail the installation: it leaves the Python sources, which
-run on the reference backend, and a record that `python -m d2v_kernels.info` shows. An error of the compiler does fail.
+A missing tool (C++ compiler, CMake, Ninja, torch) does not fail the installation unless one of the two variables asks
+for it: it leaves the Python sources, which run on the reference backend, and a record that `python -m d2v_kernels.info`
+shows. An error of the compiler does fail.
 
 A wheel without the pybind11 module serves every Python: `pip wheel . -C--build-option=--python-tag=py3`.
 """
@@ -81,9 +83,12 @@ class CMakeBuild(build_ext):
             try:
                 self.build_native(new)
             except MissingTool as error:
+                if needs_native() or os.environ.get("D2V_BUILD_CUDA") == "1":
+                    raise SystemExit(f"d2v: native code is required, but: {error}") from None
                 print(f"d2v: native code is not built: {error}", file=sys.stderr)
                 record = {"built": [], "missing": [str(error)]}
                 (new / "build.json").write_text(json.dumps(record, indent=2) + "\n")
+            check_record(json.loads((new / "build.json").read_text()))
             replace_files(new, lib)
 
     def build_native(self, lib: Path) -> None:
@@ -117,6 +122,19 @@ class CMakeBuild(build_ext):
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
+
+
+def needs_native() -> bool:
+    """True where D2V_REQUIRE_NATIVE forbids leaving native code out."""
+    return os.environ.get("D2V_REQUIRE_NATIVE") == "1"
+
+
+def check_record(record: dict) -> None:
+    """Says what was left out of a build; ends it where that is required."""
+    for missing in record["missing"]:
+        print(f"d2v: left out: {missing}", file=sys.stderr)
+        if needs_native() and missing.startswith("pybind11 module: no"):
+            raise SystemExit(f"d2v: native code is required, but: {missing}")
 
 
 def replace_files(new: Path, old: Path) -> None:

@@ -48,6 +48,17 @@ def _info(target: Path) -> dict[str, object]:
     return report
 
 
+@pytest.mark.parametrize("variable", ["D2V_REQUIRE_NATIVE", "D2V_BUILD_CUDA"])
+def test_required_native_code_fails(tmp_path: Path, variable: str) -> None:
+    """Not a silent fallback: the build that must have native code ends with the reason."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext"], cwd=_copy_sources(tmp_path / "source"),
+        env={**os.environ, "D2V_TORCH": "/nonexistent", variable: "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "native code is required, but: torch 2.10 or newer" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("environment", "missing"),
     [

@@ -15,6 +15,7 @@ import torch
 from d2v.config import Config, Run
 from d2v.config.finetune import read_config
 from d2v.folder import (
+    CONFIG,
     clean_folder,
     copy_into,
     find_checkpoint,
@@ -58,7 +59,7 @@ def test_round_trip(tmp_path: Path) -> None:
     load_into(folder, places, WORLD)
     assert torch.equal(places["model.c"], shared.T)
     assert not places["optim.x"].any()
-    assert read_config(folder / "config.json") == Config()
+    assert read_config(folder / CONFIG) == Config()
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_json(folder / "state.json")
     (folder / "config.json").write_text(json.dumps({"nonsense": 1}))
     with pytest.raises(ValueError, match="unknown fields"):
-        read_config(folder / "config.json")
+        read_config(folder / CONFIG)
 
 
 def test_tensors_that_do_not_fit_are_named() -> None:
@@ -193,4 +194,4 @@ def test_tensors_that_do_not_fit_are_named() -> None:
 def test_config_is_written_with_the_run(tmp_path: Path, make_config: Callable[..., Config]) -> None:
     config = make_config()
     (tmp_path / "config.json").write_text(config.to_json())
-    assert read_config(tmp_path / "config.json") == config
+    assert read_config(tmp_path / CONFIG) == config

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import d2v
+import d2v_kernels
 from d2v import recipes, runtime
 from d2v.config import Config
 from d2v.data.dataset import Batch
@@ -35,7 +37,8 @@ from .conftest import tiny_options
 from .test_flops import change, make_batch, small
 
 CPU = torch.device("cpu")
-PACKAGES = tuple(f"{Path(runtime.__file__).parents[1]}/{name}/" for name in ("d2v", "d2v_kernels"))
+PACKAGES = tuple(f"{Path(str(package.__file__)).parent}/" for package in (d2v, d2v_kernels))
+"""Where the code lies that these tests watch, whatever its checkout is called."""
 Make = Callable[..., Config]
 
 
