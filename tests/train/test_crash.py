@@ -11,8 +11,8 @@ import pytest
 
 SCRIPT = """
     import sys
-    import d2v.report
-    import d2v.trainer
+    import d2v.train.report
+    import d2v.train.trainer
     from d2v.cli import main
 
     place, folder, run = sys.argv[1:]
