@@ -46,8 +46,7 @@ SEGMENTS = 4
 def pool_mean(features: Tensor, valid: Tensor) -> Tensor:
     """(B,C): mean of features (B,T,C) over the valid tokens, valid (B,T)."""
     weight = valid.unsqueeze(-1).float()
-    mean: Tensor = (features * weight).sum(1) / weight.sum(1)
-    return mean
+    return (features * weight).sum(1) / weight.sum(1)
 
 
 def pool_mean_std(features: Tensor, valid: Tensor) -> Tensor:

@@ -51,8 +51,7 @@ class Decoder:
 
     @property
     def _words(self) -> list[str]:
-        words: list[str] = self._search.d2v_words
-        return words
+        return self._search.d2v_words
 
 
 def _join_repeats(ids: Sequence[int]) -> list[int]:

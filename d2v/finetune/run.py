@@ -24,8 +24,8 @@ from d2v.finetune.report import RESULT, describe_scores, score_outcomes, write_r
 from d2v.finetune.scores import headline, require_jiwer
 from d2v.finetune.spelling import Letters, Pieces, Spelling, spelling_of
 from d2v.folder import BEST, MODEL, copy_into, find_checkpoint, list_checkpoints, load_tensors
-from d2v.model.data2vec import Data2Vec
-from d2v.model.finetuned import FineTuned, build_finetuned, strip_pretraining
+from d2v.model.data2vec import Data2Vec, strip_pretraining
+from d2v.model.finetuned import FineTuned, build_finetuned
 from d2v.model.saving import write_folder
 from d2v.model.task_heads import make_head
 from d2v.saved import find_tokenizer, load_any

@@ -92,8 +92,7 @@ class Pieces:
             if self._folder is None:
                 raise ValueError("task.bpe: expected the folder of the tokenizer, got nothing")
             self._tokenizer = BytePairs(Path(self._folder), "task.bpe")  # type: ignore[assignment]
-        result: list[int] = self._tokenizer.encode([text])[0]  # type: ignore[attr-defined]
-        return result
+        return self._tokenizer.encode([text])[0]  # type: ignore[attr-defined]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens; special ones are left out."""

@@ -99,8 +99,7 @@ def _take(
 def draw_spectrogram(waveform: Tensor) -> np.ndarray:
     """Waveform (1,S) at 16 kHz -> (64, frames) log power of mel bands, low ones first, a frame every 10 ms."""
     stem = LogMelStem(replace(Stem(), mel_bins=_BANDS, mel_frames=1), width=1)
-    bands: np.ndarray = stem.make_bands(waveform)[0].T.numpy()
-    return bands
+    return stem.make_bands(waveform)[0].T.numpy()
 
 
 def centre_features(features: Tensor) -> Tensor:
@@ -124,8 +123,7 @@ def compare_patches(features: Tensor, config: Config, patch: int | None = None) 
 def compare_tokens(features: Tensor) -> np.ndarray:
     """Features (T,C) of a sequence -> (T,T) cosine similarity of all pairs, their mean taken off first."""
     unit = torch.nn.functional.normalize(centre_features(features), dim=1)
-    similarity: np.ndarray = (unit @ unit.T).numpy()
-    return similarity
+    return (unit @ unit.T).numpy()
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from d2v.data.dataset import STREAM_LAYERS, Batch, random_stream
 from d2v.data.sources import Source
 from d2v.model.data2vec import WORKING_DTYPES
-from d2v.model.transformer import MainBlocks
+from d2v.model.transformer import TransformerEncoder
 from d2v.train.distributed import World
 from d2v.train.optim import decay_groups
 
@@ -89,7 +89,7 @@ class Objective:
         """Further entries of a line of metrics, measured on one micro-batch."""
         raise NotImplementedError
 
-    def skip_blocks(self, blocks: MainBlocks, update: int) -> None:
+    def skip_blocks(self, blocks: TransformerEncoder, update: int) -> None:
         """Chooses the blocks that layer drop skips in an update: one draw for all its micro-batches and ranks."""
         if blocks.layer_drop > 0.0:
             rng = random_stream(self.config.run.seed, update, 0, STREAM_LAYERS)
