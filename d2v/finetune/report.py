@@ -85,13 +85,11 @@ def _show(value: Any, task: str, labels: Sequence[str]) -> str:
 
 def draw_confusion(path: Path, confusion: np.ndarray, labels: Sequence[str]) -> None:
     """Confusion matrix as a picture: shares of each true class, counts written in small ones."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     classes = len(labels)
     side = min(12.0, 2.5 + 0.42 * classes)
     figure = Figure(figsize=(side + 1.0, side), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)

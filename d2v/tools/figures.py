@@ -207,11 +207,24 @@ def show_similarity(axis: Any, picture: Picture) -> Any:
         return image
     shown = min(SHOWN_TOKENS, len(picture.tokens))
     image = axis.imshow(compare_tokens(picture.features)[:shown, :shown], **_SIMILARITY)
-    # Characters that mathematical text would interpret are shown as they are.
-    words = [word[:SHOWN_LETTERS].replace("$", r"\$") for word in picture.tokens[:shown]]
+    words = [escape(word[:SHOWN_LETTERS]) for word in picture.tokens[:shown]]
     axis.set_yticks(range(shown), words, fontsize=5)
     axis.set_xticks(range(shown), words, fontsize=5, rotation=90)
     return image
+
+
+def new_figure(width: float, height: float, title: str) -> Any:
+    """An empty figure of this size in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(escape(title), fontsize=10)
+    return figure
+
+
+def escape(text: str) -> str:
+    """Text with the characters that matplotlib would take for mathematics as they are."""
+    return text.replace("$", r"\$")
 
 
 def save_figure(figure: Any, path: Path) -> None:

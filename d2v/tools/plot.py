@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from d2v.config import Config
-from d2v.tools.figures import Picture, compare_patches, draw_pictures, plan_height, save_figure, take_pictures
+from d2v.tools.figures import (
+    Picture,
+    compare_patches,
+    draw_pictures,
+    new_figure,
+    plan_height,
+    save_figure,
+    take_pictures,
+)
 from d2v.train.metrics import read_metrics
 
 __all__ = ["PANELS", "compare_patches", "draw_report"]
@@ -103,18 +111,13 @@ def _draw(
     config: Config | None,
     title: str,
 ) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = choose_panels(lines)
     rows = -(-len(panels) // COLUMNS)
     heights = [2.3 * rows] + [2.6] * (result is not None)
     if pictures and config is not None:
         heights.append(plan_height(config.stem.modality))
-    figure = Figure(figsize=(15, sum(heights) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(15, sum(heights) + 0.6, title)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    figure.suptitle(title.replace("$", r"\$"))
     _draw_curves(parts[0], lines, panels, rows)
     if result is not None:
         _draw_bars(parts[1], result)
