@@ -28,7 +28,7 @@ def decode_greedily(log_probabilities: Tensor, blank: int) -> list[int]:
 def read_logits(
     logits: Tensor, frames: int | None, task: str, decoder: Decoder | None
 ) -> tuple[int | float | str, float]:
-    """What the head says of one sample: class number, number or transcript, and its confidence.
+    """Prediction of one sample - class number, number or transcript - and its confidence.
 
     Args:
         logits: (K,), or (T,K) of CTC, on the host.

@@ -77,7 +77,7 @@ class FineTuning(Objective):
         return True
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups by weight decay and learning rate: block i of N has rate d^(N - i), the head 1, what stands before the
+        """Groups by weight decay and learning rate: block i of N has rate d^(N - i), the head 1, what precedes the
         blocks 1 (published 2.0), or d^(N + 1) with `decay_stem` (BEiT)."""
         optim = self.config.optim
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -160,7 +160,7 @@ class FineTuning(Objective):
     # ---- what is shown --------------------------------------------------------------------------------------
 
     def monitor(self, step: Step, batch: Batch) -> dict[str, float]:
-        """Spread of the outputs: 0 where a model says the same of every sample."""
+        """Spread of the outputs: 0 where a model predicts the same for every sample."""
         logits = step.out.float()
         flat = logits.flatten(0, -2)
         return {"output_std": float(flat.std(dim=0).mean()) if len(flat) > 1 else math.nan}

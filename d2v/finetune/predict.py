@@ -1,4 +1,4 @@
-"""What a fine-tuned model says of data without labels."""
+"""Predictions of a fine-tuned model on data without labels."""
 
 from __future__ import annotations
 

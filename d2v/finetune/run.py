@@ -98,8 +98,8 @@ def finetune(
 
 
 def _describe(config: FineTuneConfig, sets: Sets) -> list[str]:
-    """The samples of a run, and what of the held-out and of the test samples will not be looked at; the trainer says it
-    of the others."""
+    """The samples of a run, and what of the held-out and of the test samples will not be looked at; the trainer
+    reports the others."""
     count = len(sets.labels)
     what = f"{count} labels" if sets.spelling is not None else "numbers" if count == 1 else f"{count} classes"
     texts = [f"{len(sets.train)} training, {len(sets.valid)} held-out {sets.modality.noun}, {what}"]
@@ -301,7 +301,7 @@ def judge(
 
 
 def make_decoder(config: FineTuneConfig, sets: Sets, settings: Decoding) -> Decoder | None:
-    """The decoder of the test set, made before the training so that what it lacks is said then."""
+    """The decoder of the test set, made before the training so that what it lacks is reported then."""
     if sets.spelling is None:
         if settings != Decoding():
             raise ValueError("decode: expected nothing but for speech-ctc, got settings")

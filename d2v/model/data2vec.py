@@ -402,7 +402,11 @@ class Data2Vec(nn.Module):
         class_prediction = class_target = None
         if config.class_weight > 0.0:
             class_prediction = encoded[:, self.config.encoder.extra_tokens - 1]
-            class_target = self._mean_targets(targets, lengths).repeat_interleave(copies, dim=0)
+            if lengths is None or "statistics-over-padding" in self.config.published:
+                mean = targets.mean(dim=1)
+            else:  # padding has targets of 0
+                mean = targets.sum(dim=1) / lengths.to(targets)[:, None]
+            class_target = mean.repeat_interleave(copies, dim=0)
             weight = self._class_weight(sample_size, batch * copies)
             losses["cls"] = masked_regression_loss(
                 class_prediction, class_target, beta=beta, scale=scale * weight
@@ -414,12 +418,6 @@ class Data2Vec(nn.Module):
             target_std=regression.target_std, features=features.detach()[:: features.shape[0] // batch],
             class_prediction=class_prediction, class_target=class_target,
         )  # fmt: skip
-
-    def _mean_targets(self, targets: Tensor, lengths: Tensor | None) -> Tensor:
-        """(B,C): mean over the tokens of each sample, without its padding, where targets are 0."""
-        if lengths is None or "statistics-over-padding" in self.config.published:
-            return targets.mean(dim=1)
-        return targets.sum(dim=1) / lengths.to(targets)[:, None]
 
     def _class_weight(self, sample_size: int, rows: int) -> float:
         """Factor on the class loss, which the division by the sample size turns into a weight of the mean over rows.

@@ -38,7 +38,7 @@ class Picture:
     seconds: float
     """Speech: length."""
     tokens: tuple[str, ...]
-    """Text: what each token says."""
+    """Text: the string of each token."""
     features: Tensor
     """(T,C) float32 on the host."""
     mask: np.ndarray | None
@@ -230,7 +230,7 @@ def escape(text: str) -> str:
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a PNG."""
     with warnings.catch_warnings():
-        # Tokens may say what matplotlib's font has no letters for; a box stands for those.
+        # Tokens may hold characters that matplotlib's font lacks; it draws a box for those.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(path, dpi=110, format="png")
 

@@ -205,7 +205,7 @@ def choose_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     if len(labels) <= count:
         return np.arange(len(labels))
     order = np.random.default_rng(seed).permutation(len(labels))
-    # The n-th sample of its class stands in round n; early rounds are taken first.
+    # The n-th sample of its class is in round n; early rounds are taken first.
     turn = np.empty(len(order), dtype=np.int64)
     for label in np.unique(labels):
         turn[labels[order] == label] = np.arange((labels == label).sum())

@@ -34,11 +34,11 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("data wait and MFU, shares", ("data_wait", "mfu")),
     ("memory, GiB", ("memory_bytes",)),
 )
-"""Title and keys of the panels. A key that stands in no panel gets one of its own."""
+"""Title and keys of the panels. A key that is in no panel gets one of its own."""
 LOGARITHMIC = frozenset({"effective rank", "gradient norm", "per second"})
 UNITS = {"memory_bytes": 2.0**-30}
 LEFT_OUT = frozenset({"step", "valid_step", "step_seconds"})
-"""Keys that say nothing that another does not."""
+"""Keys whose content another key shows."""
 COLUMNS = 5
 PROBES = (("linear_probe", "linear"), ("knn", "kNN"), ("few_label", "few labels"))
 
@@ -127,8 +127,8 @@ def _draw(
 
 
 def choose_panels(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
-    """Title and keys of the panels that have something to show: the known ones, then one for every other number, in
-    which the same number of the held-out data stands, too."""
+    """Title and keys of the panels that have something to show: the known ones, then one for every other number, with
+    the same number of the held-out data."""
     numbers = (int, float)
     found = dict.fromkeys(k for line in lines for k, v in line.items() if isinstance(v, numbers) or v is None)
     panels = [(title, tuple(key for key in keys if key in found)) for title, keys in PANELS]

@@ -13,7 +13,7 @@ from d2v.model.layers import NORM_EPS, check_lengths, convolve, norm_gelu, valid
 SAMPLE_RATE = 16_000
 _WINDOW, _HOP, _FFT = 400, 160, 512  # 25 ms every 10 ms
 _RANGE = 1e-4
-"""Power of the quietest band that is told from silence, over the loudest of the utterance: 40 dB."""
+"""Power of the quietest band that differs from silence, over the loudest of the utterance: 40 dB."""
 _LEAST_POWER = 1e-5
 
 
@@ -145,7 +145,8 @@ class LogMelStem(SpeechStem):
 
     def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B,F,bins) float32: `make_bands` minus the mean of each band over the frames before the padding, where it
-        becomes 0. The mean is the colour of a voice, a room, a microphone (cepstral mean normalisation: Atal 1974)."""
+        becomes 0. The mean holds the spectrum of voice, reverberation and microphone (cepstral mean normalisation:
+        Atal 1974)."""
         if lengths is None:
             bands = self.make_bands(inputs)
             return bands - bands.mean(dim=1, keepdim=True)
@@ -159,8 +160,8 @@ class LogMelStem(SpeechStem):
         """(B,F,bins) float32: log power of each band in the F frames that fill tokens, of waveforms (B,S).
 
         At least 40 dB below the loudest band of the row's frames before its padding: what is quieter is the noise of a
-        recording, and in bands that a low sampling rate left empty the rounding, by which speakers are told apart and
-        words are not. valid: bool (B,F), True before the padding; None: there is none.
+        recording, and in bands that a low sampling rate left empty the rounding, which distinguishes
+        speakers and not words. valid: bool (B,F), True before the padding; None: there is none.
         """
         tokens = self.count_tokens(inputs.shape[1])
         frames = inputs.unfold(1, _WINDOW, _HOP)[:, : tokens * self.frames]
@@ -168,8 +169,7 @@ class LogMelStem(SpeechStem):
             spectrum = torch.fft.rfft(frames.float() * self.window.float(), _FFT)
             # Not abs().square(): that takes a square root on the way, three times as slow on a CPU.
             power = (spectrum.real.square() + spectrum.imag.square()) @ self.filters.float()
-            heard = power if valid is None else power * valid[..., None]
-            loudest = heard.amax(dim=(1, 2), keepdim=True)
+            loudest = (power if valid is None else power * valid[..., None]).amax(dim=(1, 2), keepdim=True)
             return power.maximum(loudest * _RANGE).clamp_min(_LEAST_POWER).log()
 
 
