@@ -102,14 +102,14 @@ class _Search(NamedTuple):
 def _make_search(settings: Decoding, spelling: Spelling, blank: int) -> _Search:
     library, dictionary, kenlm = _import_library()
     labels = spelling.labels
-    ctc, usable = library.CriterionType.CTC, min(len(labels), 100)
+    common = {
+        "beam_size": settings.beam, "beam_size_token": min(len(labels), 100), "beam_threshold": 50.0,
+        "sil_score": settings.space_score, "log_add": True, "criterion_type": library.CriterionType.CTC,
+    }  # fmt: skip
     if settings.lexicon is None:
         if settings.lm is not None:
             raise ValueError("decode.lexicon: expected a file of words with --decode.lm, got nothing")
-        options = library.LexiconFreeDecoderOptions(
-            beam_size=settings.beam, beam_size_token=usable, beam_threshold=50.0, lm_weight=0.0,
-            sil_score=settings.space_score, log_add=True, criterion_type=ctc,
-        )  # fmt: skip
+        options = library.LexiconFreeDecoderOptions(lm_weight=0.0, **common)
         model = library.ZeroLM()
         return _Search(library.LexiconFreeDecoder(options, model, spelling.space, blank, []), [], (model,))
     words = read_words(settings.lexicon)
@@ -138,9 +138,8 @@ def _make_search(settings: Decoding, spelling: Spelling, blank: int) -> _Search:
         trie.insert(ids, index, score)
     trie.smear(library.SmearingMode.MAX)
     options = library.LexiconDecoderOptions(
-        beam_size=settings.beam, beam_size_token=usable, beam_threshold=50.0,
         lm_weight=settings.lm_weight if settings.lm is not None else 0.0, word_score=settings.word_score,
-        unk_score=-float("inf"), sil_score=settings.space_score, log_add=True, criterion_type=ctc,
+        unk_score=-float("inf"), **common,
     )  # fmt: skip
     unknown = names.get_index("<unk>")
     search = library.LexiconDecoder(options, trie, model, spelling.space, blank, unknown, [], False)

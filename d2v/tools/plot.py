@@ -69,7 +69,18 @@ def draw_report(folder: Path, *, images: str | None = None, count: int = 6, outp
     pictures, config, reason = _find_pictures(folder, images, count)
     missing += [reason] if reason else []
     path = Path(output) if output is not None else folder / "report.png"
-    figure = _draw(lines, result, pictures, config, str(folder))
+    panels = choose_panels(lines)
+    rows = -(-len(panels) // COLUMNS)
+    heights = [2.3 * rows] + [2.6] * (result is not None)
+    if pictures and config is not None:
+        heights.append(plan_height(config.stem.modality))
+    figure = new_figure(15, sum(heights) + 0.6, str(folder))
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_curves(parts[0], lines, panels, rows)
+    if result is not None:
+        _draw_bars(parts[1], result)
+    if pictures and config is not None:
+        draw_pictures(parts[-1], pictures, config)
     save_figure(figure, path)
     return f"{path}" + (f" (left out: {'; '.join(missing)})" if missing else "")
 
@@ -104,28 +115,6 @@ def _find_pictures(folder: Path, images: str | None, count: int) -> tuple[list[P
     return pictures, config, "" if pictures else f"none of the {modality.noun} could be decoded"
 
 
-def _draw(
-    lines: Sequence[dict[str, Any]],
-    result: dict[str, Any] | None,
-    pictures: Sequence[Picture],
-    config: Config | None,
-    title: str,
-) -> Any:
-    panels = choose_panels(lines)
-    rows = -(-len(panels) // COLUMNS)
-    heights = [2.3 * rows] + [2.6] * (result is not None)
-    if pictures and config is not None:
-        heights.append(plan_height(config.stem.modality))
-    figure = new_figure(15, sum(heights) + 0.6, title)
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    _draw_curves(parts[0], lines, panels, rows)
-    if result is not None:
-        _draw_bars(parts[1], result)
-    if pictures and config is not None:
-        draw_pictures(parts[-1], pictures, config)
-    return figure
-
-
 def choose_panels(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
     """Title and keys of the panels that have something to show: the known ones, then one for every other number, with
     the same number of the held-out data."""
@@ -156,7 +145,8 @@ def _draw_curves(
             for line in lines:
                 if key in line and line[key] is None:  # it was not finite
                     axis.axvline(line["step"], color="red", linewidth=0.8, linestyle=":")
-        if title in LOGARITHMIC and _is_positive(lines, keys):
+        values = [line[key] for line in lines for key in keys if line.get(key) is not None]
+        if title in LOGARITHMIC and values and all(0 < value < math.inf for value in values):
             axis.set_yscale("log")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("update", fontsize=8)
@@ -164,11 +154,6 @@ def _draw_curves(
         axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend(fontsize=7)
-
-
-def _is_positive(lines: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> bool:
-    values = [line[key] for line in lines for key in keys if line.get(key) is not None]
-    return bool(values) and all(value > 0 and math.isfinite(value) for value in values)
 
 
 def _draw_bars(part: Any, result: dict[str, Any]) -> None:
