@@ -24,7 +24,7 @@ from d2v.finetune.objective import CHOICE, FineTuning
 from d2v.finetune.report import RESULT, describe_scores, score_outcomes, write_report
 from d2v.finetune.scores import headline, require_jiwer
 from d2v.finetune.spelling import Letters, Pieces, Spelling, spelling_of
-from d2v.folder import BEST, copy_into, find_checkpoint, list_checkpoints
+from d2v.folder import BEST, copy_into, find_model, list_checkpoints
 from d2v.model.data2vec import Data2Vec, strip_pretraining
 from d2v.model.finetuned import FineTuned
 from d2v.model.saving import write_folder
@@ -56,9 +56,7 @@ class Sets:
 
 def read_defaults(task: str, checkpoint: str) -> tuple[Config, tuple[Optim, Data, Run, TaskOptions]]:
     """Configuration of the pre-trained model, and the sections that a run of the task starts from."""
-    folder = find_checkpoint(checkpoint)
-    if (Path(checkpoint) / BEST).is_dir():
-        folder = Path(checkpoint) / BEST
+    folder = find_model(checkpoint)
     config = read_config(folder / "config.json")
     config = replace(config, data=replace(config.data, tokenizer=find_tokenizer(folder, config)))
     return config, default_sections(task, config)

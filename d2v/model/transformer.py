@@ -107,18 +107,10 @@ class Mlp(nn.Module):
         return self.fc2(self.dropout(F.gelu(self.fc1(x))))
 
 
-class DropPath(nn.Module):
+def drop_samples(x: Tensor, probability: float) -> Tensor:
     """Drops a branch for whole samples with the given probability; kept ones are divided by the rest."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0.0:
-            return x
-        keep = 1.0 - self.probability
-        return x * x.new_empty((x.shape[0], 1, 1)).bernoulli_(keep).div_(keep)
+    keep = 1.0 - probability
+    return x * x.new_empty((x.shape[0], 1, 1)).bernoulli_(keep).div_(keep)
 
 
 def make_norm(config: Encoder) -> nn.LayerNorm:
@@ -173,7 +165,7 @@ class Block(nn.Module):
         self.norm2 = make_norm(config)
         self.mlp = Mlp(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path
         scaled = config.layer_scale > 0.0
         self.scale1 = nn.Parameter(torch.full((config.width,), config.layer_scale)) if scaled else None
         self.scale2 = nn.Parameter(torch.full((config.width,), config.layer_scale)) if scaled else None
@@ -193,13 +185,18 @@ class Block(nn.Module):
     def merge(self, residual: Tensor, f: Tensor) -> Tensor:
         """The block's output from what `branch` returned."""
         if self.pre_norm:
-            return residual + self.drop_path(self.dropout(f))
+            return residual + self.drop(f)
         return self.add_and_norm(f, residual, self.norm2)[0]
+
+    def drop(self, branch: Tensor) -> Tensor:
+        """A branch after dropout and drop path."""
+        branch = self.dropout(branch)
+        return drop_samples(branch, self.drop_path) if self.training and self.drop_path > 0.0 else branch
 
     def add_and_norm(self, branch: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """norm(total) and total = residual + branch after dropout and drop path; all (N,T,C)."""
-        if self.training and self.drop_path.probability > 0.0:
-            return add_and_norm_plain(self.drop_path(self.dropout(branch)), residual, norm, 0.0)
+        if self.training and self.drop_path > 0.0:
+            return add_and_norm_plain(self.drop(branch), residual, norm, 0.0)
         return add_and_norm(branch, residual, norm, self.dropout.p if self.training else 0.0)
 
     def forward(self, x: Tensor, bias: AttentionBias = NO_BIAS, index: int = 0, output: bool = True) -> BlockOutput:
