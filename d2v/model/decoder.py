@@ -48,7 +48,7 @@ class ConvDecoder(nn.Module):
         """Hidden rows of all tokens.
 
         Args:
-            x: (N,T,C), visible tokens and noise in their places.
+            x: (N,T,C), visible tokens, and noise at the masked positions.
             grid: extents of the token grid; their product is T.
             valid: (N,T) bool, False at padding, which every convolution then sees as 0; None: no padding.
 
