@@ -20,15 +20,15 @@ from torch import Tensor
 
 from d2v.model import transformer as encoder
 from d2v.model.data2vec import Data2Vec, Output
-from d2v.model.stems.positions import grid_distances
-from d2v.model.stems.speech import ConvPositions, WaveformStem
+from d2v.model.stems.positions import ConvPositions, grid_distances
+from d2v.model.stems.speech import WaveformStem
 from d2v.model.stems.vision import PatchStem
 from d2v.model.teacher import PARTS, evaluating
-from d2v.model.transformer import Surroundings
+from d2v.model.transformer import AttentionBias
 from d2v_kernels import Masks
 
 
-def mix_plain(q: Tensor, k: Tensor, v: Tensor, around: Surroundings, index: int, dropout: float) -> Tensor:
+def mix_plain(q: Tensor, k: Tensor, v: Tensor, around: AttentionBias, index: int, dropout: float) -> Tensor:
     """Attention with its bias as a tensor (N,H,T,T), where there is one."""
     bias = around.table
     alibi = around.alibi_of(index)
@@ -136,9 +136,9 @@ class PlainData2Vec(Data2Vec):
         target = targets.repeat_interleave(copies, dim=0)[mask]
         return self.compute_loss(prediction, target, targets, encoded, copies, features)
 
-    def bias(self, places: Tensor, positions: Any) -> Surroundings:
+    def bias(self, places: Tensor, positions: Any) -> AttentionBias:
         """Distances of all pairs of tokens at `places` (N,V), which the published code keeps with the heads' slopes."""
-        around: Surroundings = positions.surround(places[..., None], None, places)
+        around: AttentionBias = positions.attention_bias(places[..., None], None, places)
         if around.alibi is None:
             return around
         distances = (places[:, :, None] - places[:, None, :]).abs().float()
@@ -146,7 +146,7 @@ class PlainData2Vec(Data2Vec):
             table = grid_distances(self.config.stem.grid, self.config.encoder.alibi_distance).to(places.device)
             distances = table[places[:, :, None], places[:, None, :]]
         extra = self.config.encoder.extra_tokens
-        return Surroundings(alibi=around.alibi, scales=around.scales, distances=F.pad(distances, (extra, 0, extra, 0)))
+        return AttentionBias(alibi=around.alibi, scales=around.scales, distances=F.pad(distances, (extra, 0, extra, 0)))
 
     def encode_visible(self, features: Tensor, mask: Tensor, copies: int, visible: int) -> tuple[Tensor, Tensor]:
         """2.0: the encoder's output (N,E+V,C), and where each token of a row is among visible, then masked ones."""
@@ -174,7 +174,7 @@ class PlainData2Vec(Data2Vec):
             x = F.dropout(features, self.config.stem.dropout, self.training).repeat_interleave(copies, dim=0)
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         positions: Any = self.positions
-        around = positions.surround(x, None)
+        around = positions.attention_bias(x, None)
         encoded: Tensor = self.blocks(self.context(add_positions(positions, x), around), around)
         return encoded
 
@@ -213,7 +213,7 @@ class PlainData2Vec(Data2Vec):
         tokens = x.shape[1]
         positions: Any = parts["positions"]
         if positions.alibi is None:
-            around = positions.surround(x, None)
+            around = positions.attention_bias(x, None)
         else:
             around = self.bias(torch.arange(tokens, device=x.device).expand(len(x), -1), positions)
         x = add_positions(positions, x)

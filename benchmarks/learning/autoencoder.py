@@ -44,7 +44,7 @@ class MaskedAutoencoder(Data2Vec):
         if config.modality == "vision":
             patches = F.unfold(inputs, config.patch_size, stride=config.patch_size).transpose(1, 2)
             return F.layer_norm(patches, patches.shape[-1:])
-        bands = inputs.reshape(len(inputs), features.shape[1], -1)  # as `prepare_inputs` made them
+        bands = inputs.reshape(len(inputs), features.shape[1], -1)  # as `LogMelStem.prepare` made them
         return F.layer_norm(bands, bands.shape[-1:])
 
     def _compute_loss(

@@ -82,7 +82,7 @@ def extract(
     """Writes features of everything at `input`; returns a summary.
 
     The file holds float32 rows (rows, C): of every valid token ("tokens"), or one mean a sample ("mean"). Beside it,
-    OUTPUT.index.tsv says for each sample its name, its first row and its rows. Samples that cannot be decoded are left
+    OUTPUT.index.tsv lists for each sample its name, its first row and its rows. Samples that cannot be decoded are left
     out and named in the summary.
     """
     if pool not in POOLS:

@@ -46,8 +46,7 @@ SEGMENTS = 4
 def pool_mean(features: Tensor, valid: Tensor) -> Tensor:
     """(B,C): mean of features (B,T,C) over the valid tokens, valid (B,T)."""
     weight = valid.unsqueeze(-1).float()
-    mean: Tensor = (features * weight).sum(1) / weight.sum(1)
-    return mean
+    return (features * weight).sum(1) / weight.sum(1)
 
 
 def pool_mean_std(features: Tensor, valid: Tensor) -> Tensor:
@@ -61,12 +60,12 @@ def pool_segments(features: Tensor, valid: Tensor) -> Tensor:
     """(B,4C): means over four equal parts of the valid tokens, in order, which a mean over all forgets; valid tokens
     come first. Where there are fewer than four, parts share them."""
     count = valid.sum(1, keepdim=True)
-    place = torch.arange(features.shape[1], device=features.device)[None]
+    position = torch.arange(features.shape[1], device=features.device)[None]
     parts = []
     for i in range(SEGMENTS):
         first = count * i // SEGMENTS
         last = torch.maximum(count * (i + 1) // SEGMENTS, first + 1)
-        parts.append(pool_mean(features, (place >= first) & (place < last)))
+        parts.append(pool_mean(features, (position >= first) & (position < last)))
     return torch.cat(parts, dim=1)
 
 

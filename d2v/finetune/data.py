@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +32,9 @@ class LabelledSource(Subset):
         super().__init__(base, rows)
         self.targets = list(targets)
 
-    def take(self, places: np.ndarray) -> LabelledSource:
+    def take(self, rows: np.ndarray) -> LabelledSource:
         """Some of these samples."""
-        return LabelledSource(self.base, self.rows[places], [self.targets[i] for i in places])
+        return LabelledSource(self.base, self.rows[rows], [self.targets[i] for i in rows])
 
     def digest(self) -> str:
         return hashlib.sha256(f"{super().digest()} {self.targets!r}".encode()).hexdigest()
@@ -46,6 +46,8 @@ class Labelled(Modality):
     def __init__(self, inner: Modality) -> None:
         super().__init__(inner.config)
         self.inner, self.noun = inner, inner.noun
+        # What concerns inputs alone: as the modality.
+        self.measure, self.count_tokens, self.prepare = inner.measure, inner.count_tokens, inner.prepare  # type: ignore[method-assign]
 
     def load(self, source: Source, index: int) -> tuple[Any, tuple[str, ...]]:
         """(value, target)."""
@@ -76,18 +78,6 @@ class Labelled(Modality):
     def stack(self, samples: list[Sample], training: bool) -> tuple[Tensor, Tensor | None]:
         """Inputs and lengths, without the targets."""
         return self.inner.stack([s._replace(value=s.value[0]) for s in samples], training)
-
-    def measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int | None, Tensor | None]:
-        """As the modality."""
-        return self.inner.measure(inputs, lengths)
-
-    def count_tokens(self, length: int) -> int:
-        """As the modality."""
-        return self.inner.count_tokens(length)
-
-    def prepare(self, inputs: Tensor) -> Tensor:
-        """As the modality."""
-        return self.inner.prepare(inputs)
 
 
 @dataclass(frozen=True)
@@ -167,34 +157,32 @@ class LabelledCollate:
 # ---- opening ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Samples whose label cannot be used."""
 
-    places: list[int]
+    rows: list[int]
     reason: str
-
-    def describe(self, source: Source, option: str, expected: str) -> str:
-        """One sentence."""
-        first = source.describe(self.places[0])
-        return f"{option}: expected {expected}, got {len(self.places)} of {len(source)} {self.reason}; first: {first}"
+    expected: str
 
 
-def _settle(
-    source: Source, targets: list[Any], problems: list[tuple[Problem, str]], option: str, skip: bool
-) -> LabelledSource:
+def _leave_out(source: Source, targets: list[Any], problems: list[Problem], option: str, skip: bool) -> LabelledSource:
     """The samples without the problematic ones; `ValueError` for the first problem unless they are skipped."""
-    problems = [(p, expected) for p, expected in problems if p.places]
-    if problems and not skip:
-        problem, expected = problems[0]
-        raise ValueError(f"{problem.describe(source, option, expected)} (--task.bad-labels skip leaves them out)")
-    bad = {place for problem, _ in problems for place in problem.places}
-    rows = np.array([i for i in range(len(source)) if i not in bad], dtype=np.int64)
-    if not len(rows):
+    bad: set[int] = set()
+    for rows, reason, expected in problems:
+        if not rows:
+            continue
+        first = source.describe(rows[0])
+        if not skip:
+            raise ValueError(
+                f"{option}: expected {expected}, got {len(rows)} of {len(source)} {reason}; first: {first} "
+                "(--task.bad-labels skip leaves them out)"
+            )
+        source.left_out[f"{reason}, first {first}"] = len(rows)
+        bad |= set(rows)
+    kept = np.array([i for i in range(len(source)) if i not in bad], dtype=np.int64)
+    if not len(kept):
         raise ValueError(f"{option}: expected samples with a label, got {len(source)} without a usable one")
-    for problem, _ in problems:
-        source.left_out[f"{problem.reason}, first {source.describe(problem.places[0])}"] = len(problem.places)
-    return LabelledSource(source, rows, [targets[i] for i in rows])
+    return LabelledSource(source, kept, [targets[i] for i in kept])
 
 
 def _open_labelled(modality: Modality, path: str, option: str, skip: bool) -> Source:
@@ -232,8 +220,9 @@ def open_classes(
     targets = [numbers.get(source.classes[i]) for i in source.labels.tolist()]
     strange = [i for i, target in enumerate(targets) if target is None]
     names = sorted({source.classes[source.labels[i]] for i in strange})
-    problem = Problem(strange, f"of classes that the training data lacks ({', '.join(names[:5])})")
-    return _settle(source, targets, [(problem, "the classes of the training data")], option, skip), classes
+    reason = f"of classes that the training data lacks ({', '.join(names[:5])})"
+    problem = Problem(strange, reason, "the classes of the training data")
+    return _leave_out(source, targets, [problem], option, skip), classes
 
 
 def open_numbers(modality: Modality, path: str, option: str, skip: bool) -> LabelledSource:
@@ -242,8 +231,8 @@ def open_numbers(modality: Modality, path: str, option: str, skip: bool) -> Labe
     assert source.labels is not None and source.classes is not None
     values = [_to_number(name) for name in source.classes]
     targets = [values[i] for i in source.labels.tolist()]
-    odd = Problem([i for i, value in enumerate(targets) if value is None], "that are not finite numbers")
-    return _settle(source, targets, [(odd, "numbers as labels")], option, skip)
+    odd = [i for i, value in enumerate(targets) if value is None]
+    return _leave_out(source, targets, [Problem(odd, "that are not finite numbers", "numbers as labels")], option, skip)
 
 
 def _to_number(text: str) -> float | None:
@@ -274,27 +263,28 @@ def open_transcripts(
         except (ValueError, OSError) as error:
             reasons = reasons or (error.strerror if isinstance(error, OSError) and error.strerror else str(error))
             texts.append(None)
-    long = []
+    long: list[int] = []
     if source.lengths is not None:
-        long = [i for i, length in enumerate(source.lengths.tolist()) if length >= longest]
+        long = np.flatnonzero(source.lengths >= longest).tolist()
         if long:
             source.left_out[f"utterances of {longest / 16_000:g} s or more (--data.max-seconds)"] = len(long)
+    absent, empty = ([i for i, text in enumerate(texts) if text == value] for value in (None, ""))
     problems = [
-        (Problem([i for i, t in enumerate(texts) if t is None], f"without one ({reasons})"), "a transcript for each"),
-        (Problem([i for i, t in enumerate(texts) if t == ""], "that are empty"), "transcripts"),
+        Problem(absent, f"without one ({reasons})", "a transcript for each"),
+        Problem(empty, "that are empty", "transcripts"),
     ]
     if check is not None:
-        odd = {i: check(t) for i, t in enumerate(texts) if t}
+        odd = {i: found for i, text in enumerate(texts) if text and (found := check(text))}
         letters = "".join(sorted(set("".join(odd.values()))))
         reason = f"with characters outside the alphabet ({letters[:20]!r})"
-        problems.append((Problem([i for i, found in odd.items() if found], reason), "the characters of the training"))
-    settled = _settle(source, texts, problems, option, skip)
+        problems.append(Problem(list(odd), reason, "the characters of the training"))
+    usable = _leave_out(source, texts, problems, option, skip)
     if not long:
-        return settled
-    kept = np.array([i for i, row in enumerate(settled.rows.tolist()) if row not in set(long)], dtype=np.int64)
+        return usable
+    kept = np.flatnonzero(~np.isin(usable.rows, long))
     if not len(kept):
         raise ValueError(f"{option}: expected utterances below {longest / 16_000:g} s (--data.max-seconds), got none")
-    return settled.take(kept)
+    return usable.take(kept)
 
 
 def hold_out(source: LabelledSource, share: float, seed: int) -> tuple[LabelledSource, LabelledSource]:

@@ -5,9 +5,10 @@ The beam search is flashlight-text's (pip install flashlight-text), as in the pu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,13 +25,38 @@ def decode_greedily(log_probabilities: Tensor, blank: int) -> list[int]:
     return [i for i in best if i != blank]
 
 
+def read_logits(
+    logits: Tensor, frames: int | None, task: str, decoder: Decoder | None
+) -> tuple[int | float | str, float]:
+    """Prediction of one sample - class number, number or transcript - and its confidence.
+
+    Args:
+        logits: (K,), or (T,K) of CTC, on the host.
+        frames: CTC: valid frames.
+        task: of the head.
+        decoder: of CTC.
+
+    Returns:
+        The answer, and the probability of the class; transcripts: mean log-probability of the best labels; numbers:
+        nan.
+    """
+    if decoder is not None:
+        log_p = logits[:frames].log_softmax(-1)
+        return decoder.decode(log_p), float(log_p.max(-1).values.mean())
+    if task == "regression":
+        return float(logits[0]), math.nan
+    probabilities = logits.softmax(-1)
+    best = int(probabilities.argmax())
+    return best, float(probabilities[best])
+
+
 class Decoder:
     """Finds transcripts in outputs of CTC."""
 
     def __init__(self, settings: Decoding, spelling: Spelling, blank: int) -> None:
         """Raises `ValueError` for settings that do not go together, or a library or file that is not there."""
         self.settings, self.spelling, self.blank = settings, spelling, blank
-        self._search: Any = None
+        self._search: _Search | None = None
         if settings.beam < 1:
             raise ValueError(f"decode.beam: expected 1 or more, got {settings.beam}")
         if settings.method == "greedy" and (settings.lm is not None or settings.lexicon is not None):
@@ -43,16 +69,11 @@ class Decoder:
         if self._search is None:
             return self.spelling.decode(decode_greedily(log_probabilities, self.blank))
         emissions = log_probabilities.float().cpu().contiguous()
-        best = self._search.decode(emissions.data_ptr(), *emissions.shape)[0]
+        best = self._search.decoder.decode(emissions.data_ptr(), *emissions.shape)[0]
         if self.settings.lexicon is not None:
-            return " ".join(self._words[i] for i in best.words if i >= 0)
+            return " ".join(self._search.words[i] for i in best.words if i >= 0)
         labels = [i for i in _join_repeats(best.tokens) if i != self.blank]
         return self.spelling.decode(labels)
-
-    @property
-    def _words(self) -> list[str]:
-        words: list[str] = self._search.d2v_words
-        return words
 
 
 def _join_repeats(ids: Sequence[int]) -> list[int]:
@@ -70,26 +91,27 @@ def _import_library() -> tuple[Any, Any, Any]:
     return decoder, dictionary, kenlm
 
 
-class _Search:
+class _Search(NamedTuple):
     """A decoder of the library with what it must not outlive."""
 
-    def __init__(self, search: Any, words: list[str], *kept: Any) -> None:
-        self.decode, self.d2v_words, self._kept = search.decode, words, (search, kept)
+    decoder: Any
+    words: list[str]
+    kept: tuple[Any, ...]
 
 
 def _make_search(settings: Decoding, spelling: Spelling, blank: int) -> _Search:
     library, dictionary, kenlm = _import_library()
     labels = spelling.labels
-    ctc, usable = library.CriterionType.CTC, min(len(labels), 100)
+    common = {
+        "beam_size": settings.beam, "beam_size_token": min(len(labels), 100), "beam_threshold": 50.0,
+        "sil_score": settings.space_score, "log_add": True, "criterion_type": library.CriterionType.CTC,
+    }  # fmt: skip
     if settings.lexicon is None:
         if settings.lm is not None:
             raise ValueError("decode.lexicon: expected a file of words with --decode.lm, got nothing")
-        options = library.LexiconFreeDecoderOptions(
-            beam_size=settings.beam, beam_size_token=usable, beam_threshold=50.0, lm_weight=0.0,
-            sil_score=settings.space_score, log_add=True, criterion_type=ctc,
-        )  # fmt: skip
+        options = library.LexiconFreeDecoderOptions(lm_weight=0.0, **common)
         model = library.ZeroLM()
-        return _Search(library.LexiconFreeDecoder(options, model, spelling.space, blank, []), [], model)
+        return _Search(library.LexiconFreeDecoder(options, model, spelling.space, blank, []), [], (model,))
     words = read_words(settings.lexicon)
     spelled = [(word, spelling.encode(word)) for word in words if not spelling.unknown(word)]
     spelled = [(word, ids) for word, ids in spelled if ids]
@@ -116,13 +138,12 @@ def _make_search(settings: Decoding, spelling: Spelling, blank: int) -> _Search:
         trie.insert(ids, index, score)
     trie.smear(library.SmearingMode.MAX)
     options = library.LexiconDecoderOptions(
-        beam_size=settings.beam, beam_size_token=usable, beam_threshold=50.0,
         lm_weight=settings.lm_weight if settings.lm is not None else 0.0, word_score=settings.word_score,
-        unk_score=-float("inf"), sil_score=settings.space_score, log_add=True, criterion_type=ctc,
+        unk_score=-float("inf"), **common,
     )  # fmt: skip
     unknown = names.get_index("<unk>")
     search = library.LexiconDecoder(options, trie, model, spelling.space, blank, unknown, [], False)
-    return _Search(search, [word for word, _ in spelled], trie, model, names)
+    return _Search(search, [word for word, _ in spelled], (trie, model, names))
 
 
 def read_words(path: str) -> list[str]:

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v.config.finetune import FineTuneConfig
+from d2v.config.finetune import Decoding, FineTuneConfig
 from d2v.data.dataset import Batch, EvaluationSamples, TrainSamples, random_stream
 from d2v.data.loader import load_pass, load_updates
 from d2v.data.sampler import UpdateSampler
 from d2v.finetune.augment import erase_rectangles, mix_images, smooth_targets
 from d2v.finetune.data import Labelled, LabelledBatch, LabelledCollate, LabelledSource
-from d2v.finetune.decoding import Decoder
-from d2v.finetune.scores import count_errors, headline
+from d2v.finetune.decoding import Decoder, read_logits
+from d2v.finetune.scores import headline, quick_score
 from d2v.finetune.spelling import Spelling
 from d2v.model.data2vec import Data2Vec
 from d2v.model.finetuned import FineTuned
@@ -74,7 +74,7 @@ class FineTuning(Objective):
         return self.model.encoder
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups by weight decay and learning rate: block i of N has rate d^(N - i), the head 1, what stands before the
+        """Groups by weight decay and learning rate: block i of N has rate d^(N - i), the head 1, what precedes the
         blocks 1 (published 2.0), or d^(N + 1) with `decay_stem` (BEiT)."""
         optim = self.config.optim
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -133,11 +133,10 @@ class FineTuning(Objective):
                 channels=_move(batch.channels, world.device), noise_keys=_move(batch.noise_keys, world.device),
             )  # fmt: skip
         losses = self.measure_losses(logits, targets, batch)
-        share = 1.0 / self.config.data.global_batch
         values = {}
         if self.task == "classification":
             hits = (logits.argmax(-1) == targets.argmax(-1)).sum()
-            values["accuracy"] = hits * share
+            values["accuracy"] = hits * (1.0 / self.config.data.global_batch)
         return Step({"task": losses.sum()}, values, logits.detach())
 
     def measure_losses(self, logits: Tensor, targets: Tensor, batch: LabelledBatch) -> Tensor:
@@ -158,7 +157,7 @@ class FineTuning(Objective):
     # ---- what is shown --------------------------------------------------------------------------------------
 
     def monitor(self, step: Step, batch: Batch) -> dict[str, float]:
-        """Spread of the outputs: 0 where a model says the same of every sample."""
+        """Spread of the outputs: 0 where a model predicts the same for every sample."""
         logits = step.out.float()
         flat = logits.flatten(0, -2)
         return {"output_std": float(flat.std(dim=0).mean()) if len(flat) > 1 else math.nan}
@@ -172,19 +171,21 @@ class FineTuning(Objective):
         if not outcomes:
             raise ValueError(f"valid: expected {self.noun} that can be decoded, got none of {len(self.valid)}")
         name, best = headline(self.task)
-        loss, score = float(np.mean([o.loss for o in outcomes])), quick_score(outcomes, name)
+        truth, predicted = [o.truth for o in outcomes], [o.predicted for o in outcomes]
+        loss, score = float(np.mean([o.loss for o in outcomes])), quick_score(name, truth, predicted)
         # Few samples give many equal scores: of those the one with the least loss.
         choice = score + (_TIE if best == "lowest" else -_TIE) * loss
         scores = {"valid_loss": loss, f"valid_{name}": score, CHOICE: choice}
         if self.task == "classification" and len(self.model.labels) == 2:
-            scores["valid_f1"] = quick_score(outcomes, "f1")
+            scores["valid_f1"] = quick_score("f1", truth, predicted)
         return scores
 
     @torch.no_grad()
     def predict(self, source: LabelledSource, world: World, decoder: Decoder | None = None) -> list[Outcome]:
         """Outcomes of this rank's share of the samples that can be decoded."""
         data = self.config.data
-        decoder = decoder or self.make_decoder()
+        if decoder is None and self.spelling is not None:
+            decoder = Decoder(Decoding(), self.spelling, self.config.finetune.head.blank)
         collate = LabelledCollate(self.config, self.modality, self.spelling, training=False)
         size = data.micro_batch or -(-data.global_batch // world.size)
         samples = EvaluationSamples(source, self.modality)
@@ -202,32 +203,16 @@ class FineTuning(Objective):
                     outcomes += self._judge(source, batch, logits.float().cpu(), losses.cpu(), decoder)
         return outcomes
 
-    def make_decoder(self) -> Decoder | None:
-        """The greedy decoder of CTC."""
-        from d2v.config.finetune import Decoding
-
-        if self.spelling is None:
-            return None
-        return Decoder(Decoding(), self.spelling, self.config.finetune.head.blank)
-
     def _judge(
         self, source: LabelledSource, batch: LabelledBatch, logits: Tensor, losses: Tensor, decoder: Decoder | None
     ) -> list[Outcome]:
         lengths = token_lengths(batch, logits) if decoder is not None else None
         outcomes = []
         for i, row in enumerate(batch.rows):
-            if i in batch.bad:
-                continue
-            predicted: Any
-            if decoder is not None and lengths is not None:
-                frames = logits[i, : int(lengths[i])].log_softmax(-1)
-                predicted, confidence = decoder.decode(frames), float(frames.max(-1).values.mean())
-            elif self.task == "regression":
-                predicted, confidence = float(logits[i, 0]), math.nan
-            else:
-                probabilities = logits[i].softmax(-1)
-                predicted, confidence = int(probabilities.argmax()), float(probabilities.max())
-            outcomes.append(Outcome(row, source.targets[row], predicted, float(losses[i]), confidence))
+            if i not in batch.bad:
+                frames = None if lengths is None else int(lengths[i])
+                predicted, confidence = read_logits(logits[i], frames, self.task, decoder)
+                outcomes.append(Outcome(row, source.targets[row], predicted, float(losses[i]), confidence))
         return outcomes
 
     def find_failure(self, line: Mapping[str, Any], batch: Batch | None) -> str | None:
@@ -244,18 +229,3 @@ def token_lengths(batch: Batch, logits: Tensor) -> Tensor:
     if batch.token_lengths is not None:
         return batch.token_lengths
     return torch.full((logits.shape[0],), logits.shape[1])
-
-
-def quick_score(outcomes: list[Outcome], name: str) -> float:
-    """A score without its interval."""
-    if name == "wer":
-        table, _ = count_errors([o.truth for o in outcomes], [o.predicted for o in outcomes])
-        return float(table[:, 0].sum() / max(table[:, 1].sum(), 1))
-    truth, predicted = (np.array([getattr(o, k) for o in outcomes]) for k in ("truth", "predicted"))
-    if name == "pearson":
-        spread = truth.std() * predicted.std()
-        return float(((truth - truth.mean()) * (predicted - predicted.mean())).mean() / spread) if spread else 0.0
-    if name == "f1":
-        hits = ((truth == 1) & (predicted == 1)).sum()
-        return float(2 * hits / max((truth == 1).sum() + (predicted == 1).sum(), 1))
-    return float((truth == predicted).mean())

@@ -1,4 +1,4 @@
-"""What a fine-tuned model says of data without labels."""
+"""Predictions of a fine-tuned model on data without labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from d2v.config.finetune import Decoding, FineTuneConfig
 from d2v.data import make_modality
 from d2v.data.loader import evaluation_batches
-from d2v.finetune.decoding import Decoder
+from d2v.finetune.decoding import Decoder, read_logits
 from d2v.finetune.objective import token_lengths
 from d2v.finetune.spelling import spelling_of
 from d2v.model.finetuned import FineTuned
@@ -58,20 +58,8 @@ def predict(
         lengths = token_lengths(part, logits) if decoder is not None else None
         for i in range(len(part)):
             if row not in bad:
-                yield _judge(
-                    source.describe(row), logits[i], None if lengths is None else int(lengths[i]), decoder, model
-                )
+                frames = None if lengths is None else int(lengths[i])
+                answer, confidence = read_logits(logits[i], frames, settings.task, decoder)
+                named = model.labels[int(answer)] if settings.task == "classification" else answer
+                yield Prediction(source.describe(row), named, confidence)
             row += 1
-
-
-def _judge(
-    name: str, logits: torch.Tensor, frames: int | None, decoder: Decoder | None, model: FineTuned
-) -> Prediction:
-    if decoder is not None:
-        log_p = logits[:frames].log_softmax(-1)
-        return Prediction(name, decoder.decode(log_p), float(log_p.max(-1).values.mean()))
-    if model.head.settings.task == "regression":
-        return Prediction(name, float(logits[0]), float("nan"))
-    probabilities = logits.softmax(-1)
-    best = int(probabilities.argmax())
-    return Prediction(name, model.labels[best], float(probabilities[best]))

@@ -12,7 +12,7 @@ import numpy as np
 from d2v.data.sources import Source
 from d2v.files import write_atomically
 from d2v.finetune.objective import Outcome
-from d2v.finetune.scores import count_errors, score_classes, score_numbers, score_transcripts
+from d2v.finetune.scores import count_confusions, count_errors, score_classes, score_numbers, score_transcripts
 
 RESULT, CONFUSION, WORST = "result.json", "confusion.png", "worst.tsv"
 MOST_CLASSES = 60
@@ -51,14 +51,11 @@ def write_report(
     task = result["task"]
     write_atomically(folder / WORST, _list_worst(source, outcomes, task, labels, worst))
     if task == "classification" and len(labels) <= MOST_CLASSES:
-        draw_confusion(folder / CONFUSION, count_confusions(outcomes, len(labels)), labels)
+        table = count_confusions(
+            np.array([o.truth for o in outcomes]), np.array([o.predicted for o in outcomes]), len(labels)
+        )
+        draw_confusion(folder / CONFUSION, table, labels)
     write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
-
-
-def count_confusions(outcomes: Sequence[Outcome], classes: int) -> np.ndarray:
-    """(K,K) int64: samples of each true class (row) and predicted class (column)."""
-    flat = np.array([o.truth * classes + o.predicted for o in outcomes], dtype=np.int64)
-    return np.bincount(flat, minlength=classes * classes).reshape(classes, classes)
 
 
 def _list_worst(source: Source, outcomes: Sequence[Outcome], task: str, labels: Sequence[str], count: int) -> str:
@@ -88,13 +85,11 @@ def _show(value: Any, task: str, labels: Sequence[str]) -> str:
 
 def draw_confusion(path: Path, confusion: np.ndarray, labels: Sequence[str]) -> None:
     """Confusion matrix as a picture: shares of each true class, counts written in small ones."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     classes = len(labels)
     side = min(12.0, 2.5 + 0.42 * classes)
     figure = Figure(figsize=(side + 1.0, side), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)

@@ -16,6 +16,7 @@ import torch
 from d2v.config import Config, Data, Optim, Run
 from d2v.config.finetune import Decoding, FineTune, FineTuneConfig, HeadSettings, TaskOptions, read_config
 from d2v.data import make_modality
+from d2v.data.dataset import Modality
 from d2v.finetune.data import Labelled, LabelledSource, hold_out, open_classes, open_numbers, open_transcripts
 from d2v.finetune.decoding import Decoder
 from d2v.finetune.defaults import default_sections
@@ -23,9 +24,9 @@ from d2v.finetune.objective import CHOICE, FineTuning
 from d2v.finetune.report import RESULT, describe_scores, score_outcomes, write_report
 from d2v.finetune.scores import headline, require_jiwer
 from d2v.finetune.spelling import Letters, Pieces, Spelling, spelling_of
-from d2v.folder import BEST, MODEL, copy_into, find_checkpoint, list_checkpoints, load_tensors
-from d2v.model.data2vec import Data2Vec
-from d2v.model.finetuned import FineTuned, build_finetuned, strip_pretraining
+from d2v.folder import BEST, copy_into, find_model, list_checkpoints
+from d2v.model.data2vec import Data2Vec, strip_pretraining
+from d2v.model.finetuned import FineTuned
 from d2v.model.saving import write_folder
 from d2v.model.task_heads import make_head
 from d2v.saved import find_tokenizer, load_any
@@ -55,9 +56,7 @@ class Sets:
 
 def read_defaults(task: str, checkpoint: str) -> tuple[Config, tuple[Optim, Data, Run, TaskOptions]]:
     """Configuration of the pre-trained model, and the sections that a run of the task starts from."""
-    folder = find_checkpoint(checkpoint)
-    if (Path(checkpoint) / BEST).is_dir():
-        folder = Path(checkpoint) / BEST
+    folder = find_model(checkpoint)
     config = read_config(folder / "config.json")
     config = replace(config, data=replace(config.data, tokenizer=find_tokenizer(folder, config)))
     return config, default_sections(task, config)
@@ -75,19 +74,18 @@ def finetune(
     if task == "speech-ctc":
         require_jiwer()
     base, _ = read_defaults(task, checkpoint)
-    data = replace(data, path=train_path)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    sets = open_sets(task, _encoder_config(base, data, run, optim, options), test_path, options)
-    config = make_config(task, base, sets, run=run, optim=optim, data=data, options=options)
+    encoder = _encoder_config(base, replace(data, path=train_path), run, optim, options)
+    sets = open_sets(task, encoder, test_path, options)
+    config = make_config(task, encoder, sets, options)
     decoder = make_decoder(config, sets, decode or Decoding())
     with open_world(run) as world:
         folder = RunFolder(config, world)
         model = build_model(config, checkpoint).to(world.device)
         objective = FineTuning(config, model, sets.modality, sets.train, sets.valid, sets.spelling)
-        _say(world, f"{len(sets.train)} training, {len(sets.valid)} held-out {objective.noun}, {_describe(sets)}")
-        for text in _describe_lost(config, sets):
-            _say(world, text)
+        if world.is_first:
+            print("\n".join(_describe(config, sets)), file=sys.stderr)
         place = train(objective, world, folder)
         result: dict[str, Any] = {}
         if world.is_first:
@@ -97,14 +95,12 @@ def finetune(
     return result
 
 
-def _say(world: World, text: str) -> None:
-    if world.is_first:
-        print(text, file=sys.stderr)
-
-
-def _describe_lost(config: Config, sets: Sets) -> list[str]:
-    """What of the held-out and of the test samples will not be looked at; the trainer says it of the others."""
-    texts = []
+def _describe(config: FineTuneConfig, sets: Sets) -> list[str]:
+    """The samples of a run, and what of the held-out and of the test samples will not be looked at; the trainer
+    reports the others."""
+    count = len(sets.labels)
+    what = f"{count} labels" if sets.spelling is not None else "numbers" if count == 1 else f"{count} classes"
+    texts = [f"{len(sets.train)} training, {len(sets.valid)} held-out {sets.modality.noun}, {what}"]
     for name, source in (("valid", sets.valid if config.data.valid else None), ("test", sets.test)):
         if source is None:
             continue
@@ -115,42 +111,43 @@ def _describe_lost(config: Config, sets: Sets) -> list[str]:
     return texts
 
 
-def _describe(sets: Sets) -> str:
-    if sets.spelling is not None:
-        return f"{len(sets.labels)} labels"
-    return "numbers" if len(sets.labels) == 1 else f"{len(sets.labels)} classes"
-
-
 # ---- data -------------------------------------------------------------------------------------------------------
 
 
 def open_sets(task: str, config: Config, test_path: str | None, options: TaskOptions) -> Sets:
     """Opens and checks all labelled samples of a run; `ValueError` says what is wrong with which."""
-    modality = make_modality(config)
+    modality, kind = make_modality(config), _meaning(task, options)
     paths = {"train": config.data.path, "valid": config.data.valid, "test": test_path}
     found: dict[str, LabelledSource] = {}
-    known: list[str] | None = None
+    labels: Sequence[str] | None = None
     spelling: Spelling | None = None
-    skip = options.bad_labels == "skip"
     for name, path in paths.items():
-        if path is None:
-            continue
-        if task == "speech-ctc":
-            longest = round(config.data.max_seconds * SAMPLE_RATE)
-            check = spelling.unknown if spelling is not None else None
-            found[name] = open_transcripts(
-                modality, path, name, case=options.case, longest=longest, skip=skip, check=check
-            )
-            spelling = spelling or learn_spelling(found[name].targets, options)
-        elif options.regression:
-            found[name] = open_numbers(modality, path, name, skip)
-        else:
-            found[name], known = open_classes(modality, path, name, known, skip)
+        if path is not None:
+            found[name], labels, spelling = _open(kind, modality, path, name, options, labels, spelling)
     train_set, valid = found["train"], found.get("valid")
     if valid is None:
         train_set, valid = hold_out(train_set, options.valid_share, config.run.seed)
-    labels = spelling.labels if spelling is not None else known or ["number"]
-    return Sets(Labelled(modality), train_set, valid, found.get("test"), tuple(labels), spelling)
+    return Sets(Labelled(modality), train_set, valid, found.get("test"), tuple(labels or ["number"]), spelling)
+
+
+def _open(
+    kind: str, modality: Modality, path: str, option: str, options: TaskOptions, labels: Sequence[str] | None,
+    spelling: Spelling | None,
+) -> tuple[LabelledSource, Sequence[str] | None, Spelling | None]:  # fmt: skip
+    """Labelled samples for a head's task; labels and spelling: those of the training samples, None while these are
+    opened themselves, which decide them."""
+    skip = options.bad_labels == "skip"
+    if kind == "ctc":
+        longest = round(modality.config.data.max_seconds * SAMPLE_RATE)
+        check = spelling.unknown if spelling is not None else None
+        source = open_transcripts(modality, path, option, case=options.case, longest=longest, skip=skip, check=check)
+        spelling = spelling or learn_spelling(source.targets, options)
+        return source, spelling.labels, spelling
+    if kind == "regression":
+        return open_numbers(modality, path, option, skip), None, None
+    if kind == "classification":
+        return *open_classes(modality, path, option, labels, skip), None
+    raise ValueError(f"checkpoint: expected a head for classification, regression or ctc, got {kind}")
 
 
 def learn_spelling(transcripts: Sequence[str], options: TaskOptions) -> Spelling:
@@ -182,11 +179,11 @@ def _encoder_config(base: Config, data: Data, run: Run, optim: Optim, options: T
     return Config(**{**values, **changed})
 
 
-def make_config(
-    task: str, base: Config, sets: Sets, *, run: Run, optim: Optim, data: Data, options: TaskOptions
-) -> FineTuneConfig:
-    """The configuration of a run: numbers of updates from numbers of epochs, the head from the labels."""
-    per_epoch = len(sets.train) / data.global_batch
+def make_config(task: str, config: Config, sets: Sets, options: TaskOptions) -> FineTuneConfig:
+    """The configuration of a run from that of its encoder: numbers of updates from numbers of epochs, the head from the
+    labels."""
+    run, optim = config.run, config.optim
+    per_epoch = len(sets.train) / config.data.global_batch
     steps = run.steps or max(1, round(options.epochs * per_epoch))
     if not run.steps and options.epochs <= 0.0:
         raise ValueError(f"task.epochs: expected above 0 where run.steps is 0, got {options.epochs}")
@@ -202,9 +199,8 @@ def make_config(
         optim, warmup_steps=optim.warmup_steps or round(options.warmup * steps),
         hold_steps=optim.hold_steps or round(options.hold * steps),
     )  # fmt: skip
-    config = _encoder_config(base, data, run, optim, options)
     tuned = FineTune(task, make_head_settings(task, config, sets.labels, options), sets.labels, options)
-    return FineTuneConfig.of(config, finetune=tuned)
+    return FineTuneConfig.of(config, run=run, optim=optim, finetune=tuned)
 
 
 def _meaning(task: str, options: TaskOptions) -> Any:
@@ -216,12 +212,9 @@ def make_head_settings(task: str, config: Config, labels: Sequence[str], options
     common: dict[str, Any] = {
         "outputs": len(labels), "task": _meaning(task, options), "dropout": options.head_dropout,
     }  # fmt: skip
-    if task == "speech-ctc":
-        return HeadSettings("tokens", **common)
-    if task == "speech-classify":
-        return HeadSettings("pooled", **common)
-    if task == "text-classify":
-        return HeadSettings("sentence", **common)
+    if task != "vision-classify":
+        kinds: dict[str, Any] = {"speech-ctc": "tokens", "speech-classify": "pooled", "text-classify": "sentence"}
+        return HeadSettings(kinds[task], **common)
     if options.pool == "class" and not config.encoder.extra_tokens:
         raise ValueError("task.pool: expected mean for a model without a class token, got class")
     # A pre-norm encoder has a norm before its class token already.
@@ -232,15 +225,14 @@ def make_head_settings(task: str, config: Config, labels: Sequence[str], options
 
 def build_model(config: FineTuneConfig, checkpoint: str) -> FineTuned:
     """The model before the first update: pre-trained encoder, random head (a function of run.seed)."""
-    given, _, _ = load_any(checkpoint, "cpu", takes_data=False)
-    source = given.encoder if isinstance(given, FineTuned) else given
+    source = Data2Vec.from_checkpoint(checkpoint)
     torch.manual_seed(config.run.seed)
     encoder = strip_pretraining(Data2Vec(config))
     if source.mask_token is None or config.stem.modality == "vision":
         encoder.mask_token = None
     tensors = source.state_dict()
     if config.finetune.options.weights == "teacher":
-        if isinstance(given, FineTuned):
+        if isinstance(source.config, FineTuneConfig):
             raise ValueError("task.weights: expected student for a fine-tuned model, got teacher")
         tensors |= {n.removeprefix("teacher."): t for n, t in tensors.items() if n.startswith("teacher.")}
     own = encoder.state_dict()
@@ -260,10 +252,7 @@ def write_best(folder: Path, config: FineTuneConfig) -> Path:
     found = list_checkpoints(folder / "checkpoints")
     best = find_best(found, config.run) or found[-1]
     shutil.rmtree(place, ignore_errors=True)
-    tensors = load_tensors(best, MODEL)
-    model = build_finetuned(config, tensors)
-    copy_into(model.state_dict(), tensors, f"checkpoint {str(best)!r}")
-    write_folder(model, place, config)
+    write_folder(FineTuned.load(best), place, config)
     if config.stem.modality == "text" and config.data.tokenizer is not None:
         shutil.copytree(config.data.tokenizer, place / "tokenizer")
     if config.finetune.options.units == "bpe" and config.finetune.options.bpe is not None:
@@ -284,8 +273,7 @@ def _conclude(
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     else:
         alone = World(world.device)
-        model, _, _ = load_any(str(folder / BEST), config.run.device)
-        assert isinstance(model, FineTuned)
+        model = FineTuned.load(folder / BEST, config.run.device)
         objective = FineTuning(config, model, sets.modality, sets.test, sets.test, sets.spelling)
         result = judge(objective, sets.test, alone, decoder, file.parent, worst)
     print(json.dumps(result))
@@ -311,7 +299,7 @@ def judge(
 
 
 def make_decoder(config: FineTuneConfig, sets: Sets, settings: Decoding) -> Decoder | None:
-    """The decoder of the test set, made before the training so that what it lacks is said then."""
+    """The decoder of the test set, made before the training so that what it lacks is reported then."""
     if sets.spelling is None:
         if settings != Decoding():
             raise ValueError("decode: expected nothing but for speech-ctc, got settings")
@@ -340,30 +328,21 @@ def evaluate_model(
     config = replace(config, finetune=tuned, data=data)
     modality = make_modality(config)
     spelling: Spelling | None = None
-    skip = bad_labels == "skip"
+    options = replace(options, bad_labels=bad_labels)  # type: ignore[arg-type]
     if kind == "ctc":
         require_jiwer()
         beside = [str(p) for p in (Path(checkpoint) / SPELLING, Path(checkpoint) / BEST / SPELLING) if p.is_dir()]
         spelling = spelling_of(options.units, model.labels, beside[0] if beside else options.bpe)
-        case = options.case if config.finetune.task or not isinstance(spelling, Letters) else spelling.case
-        longest = round(config.data.max_seconds * SAMPLE_RATE)
-        source = open_transcripts(modality, test, "test", case=case, longest=longest, skip=skip, check=spelling.unknown)
-    elif kind == "regression":
-        source = open_numbers(modality, test, "test", skip)
-    elif kind == "classification":
-        source, _ = open_classes(modality, test, "test", model.labels, skip)
-    else:
-        raise ValueError(f"checkpoint: expected a head for classification, regression or ctc, got {kind}")
+        if not config.finetune.task and isinstance(spelling, Letters):
+            options = replace(options, case=spelling.case)  # type: ignore[arg-type]
+    source, _, _ = _open(kind, modality, test, "test", options, model.labels, spelling)
     objective = FineTuning(config, model.eval(), Labelled(modality), source, source, spelling)
     decoder = None
     if spelling is not None:
         decoder = Decoder(decode or Decoding(), spelling, model.head.settings.blank)
-    folder = Path(output) if output is not None else _find_output(checkpoint)
+    folder = Path(output) if output is not None else None
+    if folder is None and (Path(checkpoint) / "metrics.jsonl").is_file():
+        folder = Path(checkpoint) / "evaluation"
     result = judge(objective, source, World(place), decoder, folder, worst)
     print(json.dumps(result))
     return result
-
-
-def _find_output(checkpoint: str) -> Path | None:
-    folder = Path(checkpoint)
-    return folder / "evaluation" if (folder / "metrics.jsonl").is_file() else None

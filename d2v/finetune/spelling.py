@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from d2v.data.tokenizer import FILE, BytePairs
+
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 """First labels of a published dictionary; `<s>` is the blank of CTC, the others are never spelled with."""
 SPACE = "|"
@@ -67,14 +69,12 @@ class Pieces:
     def __init__(self, labels: Sequence[str], folder: str | None = None) -> None:
         """`folder`: of the tokenizer, to encode; decoding needs the labels alone."""
         self.labels, self._folder = tuple(labels), folder
-        self._tokenizer = None
+        self._tokenizer: BytePairs | None = None
 
     @staticmethod
     def read(folder: str) -> Pieces:
         """Of a tokenizer folder; `ValueError` where there is none."""
         from tokenizers import Tokenizer
-
-        from d2v.data.tokenizer import FILE, BytePairs
 
         size = BytePairs(Path(folder), "task.bpe").vocabulary
         tokenizer = Tokenizer.from_file(str(Path(folder) / FILE))
@@ -86,14 +86,11 @@ class Pieces:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a transcript."""
-        from d2v.data.tokenizer import BytePairs
-
         if self._tokenizer is None:
             if self._folder is None:
                 raise ValueError("task.bpe: expected the folder of the tokenizer, got nothing")
-            self._tokenizer = BytePairs(Path(self._folder), "task.bpe")  # type: ignore[assignment]
-        result: list[int] = self._tokenizer.encode([text])[0]  # type: ignore[attr-defined]
-        return result
+            self._tokenizer = BytePairs(Path(self._folder), "task.bpe")
+        return self._tokenizer.encode([text])[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens; special ones are left out."""

@@ -18,14 +18,14 @@ Record = Callable[[Make, Tensor, Tensor], tuple[Callable[[], None], Tensor]]
 class GraphedTargets:
     """Calls `make` through recordings, one for every shape of its inputs.
 
-    What `make` reads besides its inputs must stay in its place and be changed in place, as averaged weights are.
+    What `make` reads besides its inputs must keep its address and be changed in place, as averaged weights are.
     """
 
     def __init__(self, make: Make, record: Record | None = None) -> None:
         """
         Args:
             make: (inputs, features) -> targets, without gradient, random numbers or reads from the device.
-            record: makes (replay, result) of `make` and two tensors that stay in their places; unset: CUDA graphs.
+            record: makes (replay, result) of `make` and two tensors that keep their addresses; unset: CUDA graphs.
         """
         self.make, self.record = make, record or record_graph
         self._entries: dict[object, tuple[Tensor, Tensor, Callable[[], None], Tensor]] = {}
@@ -40,18 +40,18 @@ class GraphedTargets:
         if key not in self._entries:
             if len(self._entries) >= SHAPES:
                 return self.make(inputs, features)
-            places = inputs.detach().clone(), features.detach().clone()
-            self._entries[key] = (*places, *self.record(self.make, *places))
-        input_place, feature_place, replay, result = self._entries[key]
-        input_place.copy_(inputs)
-        feature_place.copy_(features.detach())
+            buffers = inputs.detach().clone(), features.detach().clone()
+            self._entries[key] = (*buffers, *self.record(self.make, *buffers))
+        input_buffer, feature_buffer, replay, result = self._entries[key]
+        input_buffer.copy_(inputs)
+        feature_buffer.copy_(features.detach())
         replay()
         # The next replay writes over the result, which a backward pass or a monitor may still need.
         return result.clone()
 
 
 def record_graph(make: Make, inputs: Tensor, features: Tensor) -> tuple[Callable[[], None], Tensor]:
-    """A CUDA graph of `make` on two tensors in their places: how to replay it, and where the result appears."""
+    """A CUDA graph of `make` on two static tensors: how to replay it, and where the result appears."""
     kind = inputs.device.type
     # Casts that autocast remembers would be left out of the recording.
     precision = torch.autocast(

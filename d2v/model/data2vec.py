@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from d2v.config import Config
+from d2v.config.finetune import FineTuneConfig, read_config
+from d2v.folder import CONFIG, MODEL, copy_into, find_model, load_tensors
 from d2v.model.cuda_graph import GraphedTargets, Record
 from d2v.model.decoder import ConvDecoder, RegressionHead
+from d2v.model.layers import valid_positions
 from d2v.model.masking import MaskedRows, resolve_masks
-from d2v.model.stems import PADDING, make_positions, make_stem, prepare_inputs, valid_positions
+from d2v.model.stems import PADDING, LogMelStem, make_positions, make_stem
 from d2v.model.targets import make_targets
 from d2v.model.teacher import PARTS, Encoded, Teacher, encode_parts, evaluating
-from d2v.model.transformer import Context, MainBlocks, initialise_linears
-from d2v.runtime import span
+from d2v.model.transformer import InputBlock, TransformerEncoder, initialise_linears
+from d2v.runtime import choose_device, span
 from d2v_kernels import Masks, Noise, gather_tokens, masked_regression_loss, restore_tokens
 
 WORKING_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,6 +73,8 @@ class Data2Vec(nn.Module):
     """
 
     origin: object = None
+    stem: Any
+    positions: Any
 
     @property
     def saved_config(self) -> Config:
@@ -90,8 +96,8 @@ class Data2Vec(nn.Module):
         keep_residual = "pre-norm-without-residual" not in config.published
         self.stem = make_stem(config)
         self.positions = make_positions(config)
-        self.context = Context(config.encoder, keep_residual)
-        self.blocks = MainBlocks(config.encoder, keep_residual)
+        self.context = InputBlock(config.encoder, keep_residual)
+        self.blocks = TransformerEncoder(config.encoder, keep_residual)
         self.decoder: ConvDecoder | None = None
         self.head: RegressionHead | None = None
         self.mask_token: nn.Parameter | None = None
@@ -145,7 +151,7 @@ class Data2Vec(nn.Module):
         Raises:
             ValueError, TypeError: inputs, lengths, masks or noise that do not fit.
         """
-        tokens, valid = self._measure(inputs, lengths)
+        tokens, valid = self.stem.measure(inputs, lengths)
         batch = inputs.shape[0]
         rows = resolve_masks(self.config, masks, batch, tokens, valid, self._drawn)
         self._drawn += batch if masks is None else 0
@@ -176,17 +182,16 @@ class Data2Vec(nn.Module):
             rows: of the student.
             valid: (B,) tokens before the padding, on the host; None: no padding.
         """
-        inputs = prepare_inputs(self.stem, inputs, valid)
-        if self.decoder is not None:
-            with span("student"):
-                features, encoded = self._encode_visible(inputs, drawn, rows, valid)
-            with span("decoder"):
-                prediction = self._decode(encoded, drawn, rows, noise, noise_keys)
-        else:
-            with span("student"):
-                features, encoded = self._encode_masked(inputs, drawn, rows, valid)
-            with span("decoder"):
+        if isinstance(self.stem, LogMelStem):
+            inputs = self.stem.prepare(inputs, valid)  # without weights: student and teacher share it
+        with span("student"):
+            encode = self._encode_masked if self.decoder is None else self._encode_visible
+            features, encoded = encode(inputs, drawn, rows, valid)
+        with span("decoder"):
+            if self.decoder is None:
                 prediction = self._regress(encoded, drawn.rows, drawn.mask.shape[1])
+            else:
+                prediction = self._decode(encoded, drawn, rows, noise, noise_keys)
         takes_text = self.config.stem.modality == "text" and self.decoder is None
         with span("teacher"):
             if takes_text and "masked-tokens-only-teacher" in self.config.published:
@@ -195,11 +200,6 @@ class Data2Vec(nn.Module):
                 targets = self._make_targets(inputs, features, valid)
         with span("loss"):
             return self._compute_loss(prediction, encoded, targets, features, drawn.rows, rows.copies, valid)
-
-    def _measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int, Tensor | None]:
-        stem: Any = self.stem
-        result: tuple[int, Tensor | None] = stem.measure(inputs, lengths)
-        return result
 
     def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
         """Features of unmasked inputs by the student, in evaluation mode and without gradient.
@@ -214,15 +214,64 @@ class Data2Vec(nn.Module):
         """
         return encode_parts({name: self.get_submodule(name) for name in PARTS}, inputs, lengths, layer)
 
+    def features(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B,T,C): the features of `encode`, all blocks; the training flag stays as it was."""
+        return self.encode(inputs, lengths).features
+
+    @staticmethod
+    def from_checkpoint(path: str | Path, device: str = "cpu") -> Data2Vec:
+        """The model of a run folder, a checkpoint in it or an exported folder, in evaluation mode; of a fine-tuned one
+        the encoder.
+
+        Raises:
+            ValueError: no such folder, or files in it that are damaged or do not belong together.
+        """
+        folder = find_model(str(path))
+        config = read_config(folder / CONFIG)
+        tensors = load_tensors(folder, MODEL)
+        if isinstance(config, FineTuneConfig):
+            tensors = {n.removeprefix("encoder."): t for n, t in tensors.items() if n.startswith("encoder.")}
+        model = build_encoder(config, tensors)
+        copy_into(model.state_dict(), tensors, f"checkpoint {str(folder)!r}")
+        return model.to(choose_device(device)).eval()
+
+    def run_encoder(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """(N,E+T,C): the encoder's output of full rows of features (N,T,C)."""
+        bias = self.positions.attention_bias(x, lengths)
+        return self.blocks(self.context(self.positions(x, lengths), bias), bias)
+
+    def hide_tokens(self, x: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Features (N,T,C) with the mask token (1.0) or noise (2.0) at the masked positions.
+
+        Args:
+            mask: bool (N,T).
+            keys: int64 (N,), keys of the noise; None: drawn. 2.0 only.
+
+        Raises:
+            ValueError: a model of 1.0 without a mask token.
+        """
+        tokens = x.shape[1]
+        positions = torch.arange(tokens, device=x.device)
+        fill: Tensor | Noise
+        if self.mask_token is not None:
+            restore, fill = torch.where(mask, tokens, positions), self.mask_token.to(x.dtype)
+        elif self.config.version == 1:
+            raise ValueError("mask: expected None for an encoder without a mask token, got a mask")
+        else:
+            if keys is None:
+                keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), device=x.device)
+            restore = torch.where(mask, tokens + positions, positions)
+            fill = Noise(self.config.mask.noise_std, keys.to(x.device))
+        return restore_tokens(x.contiguous(), restore, fill=fill)
+
     def _encode_visible(
         self, inputs: Tensor, masks: Masks, rows: MaskedRows, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """2.0: the stem's features (B,T,C), and the encoder's (N,E+V,C) of the visible tokens of every copy."""
         features = self.stem(inputs, lengths)
-        around = self.positions.surround(features, rows.kept_lengths, masks.keep)
+        bias = self.positions.attention_bias(features, rows.kept_lengths, masks.keep)
         x = self.positions.visible(features, masks, rows.copies, lengths)
-        encoded: Tensor = self.blocks(self.context(x, around), around)
-        return features, encoded
+        return features, self.blocks(self.context(x, bias), bias)
 
     def _encode_masked(
         self, inputs: Tensor, masks: Masks, rows: MaskedRows, lengths: Tensor | None
@@ -240,12 +289,8 @@ class Data2Vec(nn.Module):
             features = self.stem(inputs, lengths)
             x = functional.dropout(features, self.config.stem.dropout, self.training)
             x = x.repeat_interleave(rows.copies, dim=0) if rows.copies > 1 else x
-            places = torch.arange(x.shape[1], device=x.device)
-            restore = torch.where(masks.mask, x.shape[1], places)
-            x = restore_tokens(x, restore, fill=self.mask_token.to(x.dtype))
-        around = self.positions.surround(x, rows.lengths)
-        encoded: Tensor = self.blocks(self.context(self.positions(x, rows.lengths), around), around)
-        return features, encoded
+            x = self.hide_tokens(x, masks.mask)
+        return features, self.run_encoder(x, rows.lengths)
 
     def _regress(self, encoded: Tensor, rows: Tensor, tokens: int) -> Tensor:
         """(P,C): the head at the masked positions."""
@@ -256,8 +301,7 @@ class Data2Vec(nn.Module):
         selected = gather_tokens(encoded.reshape(1, -1, encoded.shape[2]), rows[None])[0]
         if "no-head-1.0-vision" in self.config.published and self.config.stem.modality == "vision":
             return selected
-        result: Tensor = self.head(selected)
-        return result
+        return self.head(selected)
 
     def _decode(
         self, encoded: Tensor, masks: Masks, rows: MaskedRows, noise: Tensor | None, noise_keys: Tensor | None
@@ -267,8 +311,17 @@ class Data2Vec(nn.Module):
         count, tokens = masks.restore.shape
         visible = masks.keep.shape[1]
         kept = self.decoder.dropout(encoded[:, encoded.shape[1] - visible :])
-        fill = self._make_fill(kept, noise, noise_keys)
-        x = self._add_positions(restore_tokens(kept, masks.restore, fill=fill), masks.mask)
+        fill: Tensor | Noise
+        if noise is not None:
+            fill = noise.to(kept)
+        else:
+            assert noise_keys is not None
+            fill = Noise(self.config.mask.noise_std, noise_keys.to(kept.device, non_blocking=True))
+        x = restore_tokens(kept, masks.restore, fill=fill)
+        if self.config.decoder.positions_masked:
+            x = x + masks.mask[..., None] * self.positions(torch.zeros_like(x[:1]))
+        if self.config.decoder.positions_all:
+            x = self.positions(x)
         hides = "positions-see-padding" not in self.config.published
         valid = valid_positions(rows.lengths, tokens, x.device) if hides else None
         grid = self.config.stem.grid if self.config.stem.modality == "vision" else (tokens,)
@@ -277,13 +330,6 @@ class Data2Vec(nn.Module):
         selected = gather_tokens(hidden.reshape(1, count * tokens, hidden.shape[-1]), masks.rows[None])
         return self.decoder.project(selected[0])
 
-    def _add_positions(self, x: Tensor, mask: Tensor) -> Tensor:
-        """The decoder's input with fixed positions at masked tokens, or at all."""
-        config = self.config.decoder
-        if config.positions_masked:
-            x = x + mask[..., None] * self.positions(torch.zeros_like(x[:1]))
-        return self.positions(x) if config.positions_all else x
-
     def _check_noise(self, noise: Tensor, masks: Masks) -> None:
         if masks.keep is None or self.decoder is None:
             raise ValueError(f"noise: expected None, 1.0 has no decoder; got shape {tuple(noise.shape)}")
@@ -291,12 +337,6 @@ class Data2Vec(nn.Module):
         expected = (rows, tokens - masks.keep.shape[1], self.config.encoder.width)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise: expected shape {expected}, got {tuple(noise.shape)}")
-
-    def _make_fill(self, kept: Tensor, noise: Tensor | None, noise_keys: Tensor | None) -> Tensor | Noise:
-        if noise is not None:
-            return noise.to(kept)
-        assert noise_keys is not None
-        return Noise(self.config.mask.noise_std, noise_keys.to(kept.device, non_blocking=True))
 
     @torch.no_grad()
     def _make_targets(self, inputs: Tensor, features: Tensor, lengths: Tensor | None) -> Tensor:
@@ -362,7 +402,11 @@ class Data2Vec(nn.Module):
         class_prediction = class_target = None
         if config.class_weight > 0.0:
             class_prediction = encoded[:, self.config.encoder.extra_tokens - 1]
-            class_target = self._mean_targets(targets, lengths).repeat_interleave(copies, dim=0)
+            if lengths is None or "statistics-over-padding" in self.config.published:
+                mean = targets.mean(dim=1)
+            else:  # padding has targets of 0
+                mean = targets.sum(dim=1) / lengths.to(targets)[:, None]
+            class_target = mean.repeat_interleave(copies, dim=0)
             weight = self._class_weight(sample_size, batch * copies)
             losses["cls"] = masked_regression_loss(
                 class_prediction, class_target, beta=beta, scale=scale * weight
@@ -374,12 +418,6 @@ class Data2Vec(nn.Module):
             target_std=regression.target_std, features=features.detach()[:: features.shape[0] // batch],
             class_prediction=class_prediction, class_target=class_target,
         )  # fmt: skip
-
-    def _mean_targets(self, targets: Tensor, lengths: Tensor | None) -> Tensor:
-        """(B,C): mean over the tokens of each sample, without its padding, where targets are 0."""
-        if lengths is None or "statistics-over-padding" in self.config.published:
-            return targets.mean(dim=1)
-        return targets.sum(dim=1) / lengths.to(targets)[:, None]
 
     def _class_weight(self, sample_size: int, rows: int) -> float:
         """Factor on the class loss, which the division by the sample size turns into a weight of the mean over rows.
@@ -398,3 +436,38 @@ def build_model(config: Config, device: torch.device | None = None) -> Data2Vec:
     torch.manual_seed(config.run.seed)
     model = Data2Vec(config)
     return model.to(device) if device is not None else model
+
+
+def build_encoder(config: Config, names: Collection[str]) -> Data2Vec:
+    """A model without its weights; only random draws of a fork are made.
+
+    Args:
+        config: of the model. Of a fine-tuned one, parts of the pre-training may be left out, and the final norm is
+            where the head has one behind its pool.
+        names: of the tensors that will be loaded; the parts of which there is none are those.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = Data2Vec(config)
+    if isinstance(config, FineTuneConfig):
+        has = {part: any(n.startswith(f"{part}.") for n in names) for part in ("decoder", "head", "teacher")}
+        strip_pretraining(model, decoder=not (has["decoder"] or has["head"]), teacher=not has["teacher"])
+        if "mask_token" not in names:
+            model.mask_token = None
+        if config.finetune.head.kind == "pooled" and config.finetune.head.norm_eps is not None:
+            model.blocks.norm = None
+    return model
+
+
+def strip_pretraining(model: Data2Vec, *, decoder: bool = True, teacher: bool = True) -> Data2Vec:
+    """Removes, in place, what only pre-training uses, and returns the model.
+
+    Args:
+        decoder: the decoder (2.0) or the regression head (1.0).
+        teacher: the averages; `model.teacher.encode` then uses the student's weights.
+    """
+    if decoder:
+        model.decoder = model.head = None
+    if teacher:
+        for name in model.teacher.owned:
+            delattr(model.teacher, name)
+    return model

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -37,13 +40,15 @@ class ConvDecoder(nn.Module):
             _CONVOLUTIONS[dims](c, config.width, config.kernel, padding=config.kernel // 2, groups=config.groups)
             for c in inputs[:-1]
         )
-        self.proj = _projection(inputs[-1], width, config)
+        hidden = [int(inputs[-1] * config.projection_ratio)] * (config.projection_layers - 1)
+        projection = stack_linears([inputs[-1], *hidden, width])
+        self.proj = projection if hidden else projection[0]
 
     def forward(self, x: Tensor, grid: tuple[int, ...], valid: Tensor | None = None) -> Tensor:
         """Hidden rows of all tokens.
 
         Args:
-            x: (N,T,C), visible tokens and noise in their places.
+            x: (N,T,C), visible tokens, and noise at the masked positions.
             grid: extents of the token grid; their product is T.
             valid: (N,T) bool, False at padding, which every convolution then sees as 0; None: no padding.
 
@@ -67,8 +72,7 @@ class ConvDecoder(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         """Predictions (..., C) of hidden rows (..., D)."""
         if torch.compiler.is_compiling() or not isinstance(self.proj, nn.Sequential):
-            result: Tensor = self.proj(hidden)
-            return result
+            return self.proj(hidden)
         first, *rest = self.proj
         x: Tensor = first(hidden)
         for layer in rest:
@@ -77,15 +81,13 @@ class ConvDecoder(nn.Module):
         return x
 
 
-def _projection(inputs: int, outputs: int, config: Decoder) -> nn.Module:
-    """Linear layers in PyTorch's default initialisation, as published for images and speech (text: N(0, 0.02^2))."""
+def stack_linears(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers with GELU between, in PyTorch's default initialisation, as published for images and speech (text:
+    N(0, 0.02^2))."""
     layers: list[nn.Module] = []
-    for i in range(config.projection_layers - 1):
-        hidden = int(inputs * config.projection_ratio) if i == 0 else inputs
-        layers += [nn.Linear(inputs, hidden), nn.GELU()]
-        inputs = hidden
-    last = nn.Linear(inputs, outputs)
-    return nn.Sequential(*layers, last) if layers else last
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
 
 
 class RegressionHead(nn.Module):
@@ -98,14 +100,8 @@ class RegressionHead(nn.Module):
             width: channels C of the encoder and of the targets.
         """
         super().__init__()
-        layers: list[nn.Module] = []
-        inputs = width
-        for _ in range(config.layers - 1):
-            layers += [nn.Linear(inputs, 2 * width), nn.GELU()]
-            inputs = 2 * width
-        self.layers = nn.Sequential(*layers, nn.Linear(inputs, width))
+        self.layers = stack_linears([width, *[2 * width] * (config.layers - 1), width])
 
     def forward(self, x: Tensor) -> Tensor:
         """Predictions (..., C) of encoded tokens (..., C)."""
-        result: Tensor = self.layers(x)
-        return result
+        return self.layers(x)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,11 @@ from torch import Tensor, nn
 from d2v.config import Config
 from d2v.config.finetune import FineTune, FineTuneConfig, read_config
 from d2v.folder import CONFIG, MODEL, copy_into, find_model, load_tensors
-from d2v.model.data2vec import Data2Vec
+from d2v.model.data2vec import Data2Vec, build_encoder
+from d2v.model.layers import valid_positions
 from d2v.model.saving import write_folder
-from d2v.model.stems import valid_positions
 from d2v.model.task_heads import Head, make_head
 from d2v.runtime import choose_device
-from d2v_kernels import Noise, restore_tokens
 
 
 class FineTuned(nn.Module):
@@ -37,7 +35,7 @@ class FineTuned(nn.Module):
 
         Args:
             encoder: its student is what is used.
-            head: see `finetune.heads.make_head`.
+            head: see `make_head`.
             labels: names of the outputs in their order; regression has one.
 
         Raises:
@@ -47,7 +45,7 @@ class FineTuned(nn.Module):
         if len(labels) != head.settings.outputs:
             raise ValueError(f"labels: expected {head.settings.outputs}, one for each output, got {len(labels)}")
         self.encoder, self.head, self.labels = encoder, head, tuple(labels)
-        if getattr(head, "norm", None) is not None and head.settings.kind == "pooled":
+        if head.settings.kind == "pooled" and head.settings.norm_eps is not None:
             encoder.blocks.norm = None
 
     @property
@@ -74,34 +72,18 @@ class FineTuned(nn.Module):
         Raises:
             ValueError, TypeError: inputs or lengths that do not fit.
         """
-        stem: Any = self.encoder.stem
-        tokens, lengths = stem.measure(inputs, lengths)
+        tokens, lengths = self.encoder.stem.measure(inputs, lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            x = self._hide(stem(inputs, lengths), mask, channels, noise_keys)
-            around = self.encoder.positions.surround(x, lengths)
-            x = self.encoder.context(self.encoder.positions(x, lengths), around)
-            x = self.encoder.blocks(x, around)
-        result: Tensor = self.head(x, x.shape[1] - tokens, valid_positions(lengths, tokens, x.device))
-        return result
+            x = self._hide(self.encoder.stem(inputs, lengths), mask, channels, noise_keys)
+            x = self.encoder.run_encoder(x, lengths)
+        return self.head(x, x.shape[1] - tokens, valid_positions(lengths, tokens, x.device))
 
     def _hide(self, x: Tensor, mask: Tensor | None, channels: Tensor | None, keys: Tensor | None) -> Tensor:
         """Features (B,T,C) with masked tokens and channels."""
-        encoder = self.encoder
-        if encoder.mask_token is not None:
-            x = nn.functional.dropout(x, encoder.config.stem.dropout, self.training)
+        if self.encoder.mask_token is not None:
+            x = nn.functional.dropout(x, self.encoder.config.stem.dropout, self.training)
         if mask is not None:
-            if encoder.mask_token is None and encoder.config.version == 1:
-                raise ValueError("mask: expected None for an encoder without a mask token, got a mask")
-            places = torch.arange(x.shape[1], device=x.device)
-            fill: Tensor | Noise
-            if encoder.mask_token is not None:
-                restore, fill = torch.where(mask, x.shape[1], places), encoder.mask_token.to(x.dtype)
-            else:
-                if keys is None:
-                    keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), device=x.device)
-                restore = torch.where(mask, x.shape[1] + places, places)
-                fill = Noise(encoder.config.mask.noise_std, keys.to(x.device))
-            x = restore_tokens(x.contiguous(), restore, fill=fill)
+            x = self.encoder.hide_tokens(x, mask, keys)
         return x if channels is None else x.masked_fill(channels[:, None], 0.0)
 
     @property
@@ -136,24 +118,8 @@ class FineTuned(nn.Module):
 
     def count_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B,) int64 on the host: tokens of each sample, those that its padding yields not counted."""
-        stem: Any = self.encoder.stem
-        tokens, valid = stem.measure(inputs, lengths)
+        tokens, valid = self.encoder.stem.measure(inputs, lengths)
         return torch.full((len(inputs),), tokens) if valid is None else valid
-
-
-def strip_pretraining(model: Data2Vec, *, decoder: bool = True, teacher: bool = True) -> Data2Vec:
-    """Removes, in place, what only pre-training uses, and returns the model.
-
-    Args:
-        decoder: the decoder (2.0) or the regression head (1.0).
-        teacher: the averages; `model.teacher.encode` then uses the student's weights.
-    """
-    if decoder:
-        model.decoder = model.head = None
-    if teacher:
-        for name in model.teacher.owned:
-            delattr(model.teacher, name)
-    return model
 
 
 def build_finetuned(config: FineTuneConfig, names: Collection[str]) -> FineTuned:
@@ -163,11 +129,7 @@ def build_finetuned(config: FineTuneConfig, names: Collection[str]) -> FineTuned
         config: of encoder, head and labels.
         names: of the tensors that will be loaded; parts of the pre-training that are not among them are left out.
     """
+    encoder = build_encoder(config, [n.removeprefix("encoder.") for n in names if n.startswith("encoder.")])
     with torch.random.fork_rng(devices=[]):
-        encoder = Data2Vec(config)
         head = make_head(config.finetune.head, config.encoder.width)
-    has = {part: any(n.startswith(f"encoder.{part}.") for n in names) for part in ("decoder", "head", "teacher")}
-    strip_pretraining(encoder, decoder=not (has["decoder"] or has["head"]), teacher=not has["teacher"])
-    if "encoder.mask_token" not in names:
-        encoder.mask_token = None
     return FineTuned(encoder, head, config.finetune.labels)

@@ -1,14 +1,125 @@
-"""The step after every convolution: layer norm over channels, then GELU."""
+"""Steps that several parts share: norm and GELU, convolutions over time, lengths of padded rows."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from d2v_kernels import layer_norm_gelu
 
 NORM_EPS = 1e-5
+_LEAST_CHANNELS = 16
+"""Input channels below which a product over the channels of a few samples is too short to be fast."""
 
 
 def norm_gelu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """GELU of a layer norm of x (..., C) over C, with gain and bias (C,) or without, in one pass."""
     return layer_norm_gelu(x.contiguous(), weight, bias, eps=NORM_EPS)
+
+
+def valid_positions(lengths: Tensor | None, tokens: int, device: torch.device) -> Tensor | None:
+    """(B,T) bool on the device, True before the padding; None where there is no padding."""
+    if lengths is None:
+        return None
+    return torch.arange(tokens, device=device) < lengths.to(device, non_blocking=True)[:, None]
+
+
+def check_lengths(lengths: Tensor | None, batch: int, longest: int, shortest: int = 1) -> Tensor | None:
+    """Lengths as given, or None where no row is padded.
+
+    Raises:
+        ValueError: anything but int64 (B,) on the host, from `shortest` to `longest`.
+    """
+    if lengths is None:
+        return None
+    if tuple(lengths.shape) != (batch,) or lengths.dtype != torch.int64 or lengths.device.type != "cpu":
+        name = str(lengths.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"lengths: expected int64 ({batch},) on the host, got {name} {tuple(lengths.shape)} on {lengths.device}"
+        )
+    if batch and not (int(lengths.min()) >= shortest and int(lengths.max()) <= longest):
+        raise ValueError(f"lengths: expected {shortest} to {longest}, got {lengths.tolist()}")
+    return lengths
+
+
+def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """A convolution over (B,T,C) with the result in the same layout; an even kernel's surplus position is cut."""
+    if _suits_products(conv, x):
+        return _StridedConvolution.apply(x.contiguous(), conv.weight, conv.bias, conv.stride[0])
+    y = conv(x.transpose(1, 2)).transpose(1, 2)
+    surplus = conv.kernel_size[0] % 2 == 0 and conv.padding[0] != 0
+    return (y[:, :-1] if surplus else y).contiguous()
+
+
+def _suits_products(conv: nn.Conv1d, x: Tensor) -> bool:
+    """Whether matrix products of the processor are the better way: the library wants channels first and copies."""
+    stride, kernel = conv.stride[0], conv.kernel_size[0]
+    plain = conv.padding == (0,) and conv.groups == 1 and conv.dilation == (1,)
+    return (
+        x.device.type == "cpu" and plain and stride <= kernel <= 2 * stride and conv.in_channels >= _LEAST_CHANNELS
+        and x.dtype == conv.weight.dtype and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    )  # fmt: skip
+
+
+def _windows(x: Tensor, kernel: int, stride: int, count: int) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of the kernel, at most `stride` positions each, and for each (count, positions * C): what it meets in one
+    sample (T,C), a view. Rows of a view do not overlap, so that it may be written too."""
+    channels = x.shape[1]
+    for first in range(0, kernel, stride):
+        part = slice(first, min(first + stride, kernel))
+        shape = (count, (part.stop - first) * channels)
+        yield part, x.as_strided(shape, (stride * channels, 1), x.storage_offset() + first * channels)
+
+
+class _StridedConvolution(torch.autograd.Function):
+    """A convolution as products of views of the input: nothing is copied or transposed but the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+        """x (B,S,C) contiguous, weight (D,C,k), bias (D,): y (B,T,D), T = (S - k) // stride + 1."""
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.has_bias = stride, bias is not None
+        outputs, _, kernel = weight.shape
+        count = (x.shape[1] - kernel) // stride + 1
+        taps = weight.permute(2, 1, 0).contiguous()  # (k,C,D)
+        y = x.new_empty(x.shape[0], count, outputs)
+        for sample, result in zip(x, y, strict=True):
+            for part, window in _windows(sample, kernel, stride, count):
+                product = taps[part].flatten(0, 1)
+                if part.start > 0:
+                    result.addmm_(window, product)
+                elif bias is None:
+                    torch.mm(window, product, out=result)
+                else:
+                    torch.addmm(bias, window, product, out=result)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        grad, (outputs, channels, kernel), stride = gradients[0].contiguous(), weight.shape, ctx.stride
+        count = grad.shape[1]
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = torch.empty_like(x)
+            of_x[:, count * stride :] = 0.0
+            taps = weight.permute(0, 2, 1).contiguous()  # (D,k,C)
+            for rows, result in zip(grad, of_x, strict=True):
+                for part, window in _windows(result, kernel, stride, count):
+                    product = taps[:, part].flatten(1)
+                    if part.start > 0:
+                        window.addmm_(rows, product)
+                    else:
+                        torch.mm(rows, product, out=window)
+        if ctx.needs_input_grad[1]:
+            sums = weight.new_zeros(kernel, channels, outputs)
+            for rows, sample in zip(grad, x, strict=True):
+                for part, window in _windows(sample, kernel, stride, count):
+                    sums[part].view(-1, outputs).addmm_(window.mT, rows)
+            of_weight = sums.permute(2, 1, 0)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            of_bias = grad.sum((0, 1))
+        return of_x, of_weight, of_bias, None

@@ -58,7 +58,10 @@ def resolve_masks(
         ValueError: masks that do not fit; 2.0: rows that mask different counts; rows that show padding only.
     """
     if masks is None:
-        masks = _draw(config, batch, tokens, lengths, first_id)
+        # The published random masks of 2.0 text know nothing of padding.
+        hits_padding = "loss-on-padding" in config.published and config.mask.kind == "random"
+        sampler, ids = make_mask_sampler(config, tokens=tokens), list(range(first_id, first_id + batch))
+        masks = sampler.draw(ids, epoch=0, copies=config.mask.copies, lengths=None if hits_padding else lengths)
     elif isinstance(masks, Tensor):
         masks = _from_tensor(config, masks)
     rows = masks.mask.shape[0]
@@ -79,14 +82,6 @@ def resolve_masks(
     return _with_padding(config, masks, copies, lengths.repeat_interleave(copies))
 
 
-def _draw(config: Config, batch: int, tokens: int, lengths: Tensor | None, first_id: int) -> Masks:
-    # The published random masks of 2.0 text know nothing of padding.
-    hits_padding = "loss-on-padding" in config.published and config.mask.kind == "random"
-    sampler = make_mask_sampler(config, tokens=tokens)
-    ids = list(range(first_id, first_id + batch))
-    return sampler.draw(ids, epoch=0, copies=config.mask.copies, lengths=None if hits_padding else lengths)
-
-
 def _from_tensor(config: Config, mask: Tensor) -> Masks:
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise ValueError(f"masks: expected bool (N, T), got {mask.dtype} {tuple(mask.shape)}")
@@ -103,9 +98,8 @@ def _with_padding(config: Config, masks: Masks, copies: int, lengths: Tensor) ->
     valid = torch.arange(tokens, device=masks.mask.device) < lengths.to(masks.mask.device)[:, None]
     if masks.mask.device.type == "cpu":
         # 1.0 sees its masked tokens, too.
-        blind = (~(valid & ~masks.mask).any(dim=1)).nonzero()[:, 0].tolist() if config.version == 2 else []
-        if blind:
-            rows = blind[:8]
+        rows = (~(valid & ~masks.mask).any(dim=1)).nonzero()[:8, 0].tolist() if config.version == 2 else []
+        if rows:
             raise ValueError(f"masks: expected a visible token before the padding in every row, got none in {rows}")
         if "loss-on-padding" not in config.published:
             masks = masks._replace(rows=masks.rows[valid.flatten()[masks.rows]])

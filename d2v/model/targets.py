@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.model.stems import valid_positions
+from d2v.model.layers import valid_positions
 from d2v_kernels import average_layers
 
 _EPS = 1e-5

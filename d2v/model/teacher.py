@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from d2v.model.stems import valid_positions
+from d2v.model.layers import valid_positions
 from d2v_kernels import EmaPlan
 
 # Parts of a model in the order they run, and those averaged in each scope (`Ema.scope`).
@@ -45,7 +45,7 @@ class Teacher(nn.Module):
     have that dtype, written by the averaging pass itself (data2vec section 3.2).
     """
 
-    def __init__(self, student: Mapping[str, nn.Module], scope: str, working_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, student: Mapping[str, Any], scope: str, working_dtype: torch.dtype | None = None) -> None:
         """
         Args:
             student: modules by the names of `PARTS`; held by reference.
@@ -117,12 +117,11 @@ class Teacher(nn.Module):
         """
         with self._precision(features.device):
             parts = self._parts()
+            positions = parts["positions"]
             x = parts["stem"](inputs, lengths) if "stem" in self._modules else features.detach()
-            positions: Any = parts["positions"]
-            around = positions.surround(x, lengths)
-            x = parts["context"](positions(x, lengths), around)
-            blocks: Any = parts["blocks"]
-            tensors = blocks.collect(x, top_k, source, around)
+            bias = positions.attention_bias(x, lengths)
+            x = parts["context"](positions(x, lengths), bias)
+            tensors = parts["blocks"].collect(x, top_k, source, bias)
         extra = x.shape[1] - features.shape[1]
         return [t[:, extra:] for t in tensors]
 
@@ -136,7 +135,7 @@ class Teacher(nn.Module):
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.working_dtype)
 
-    def _parts(self) -> dict[str, nn.Module]:
+    def _parts(self) -> dict[str, Any]:
         if self.working_dtype is None:
             return {**self._student, **dict(self.named_children())}
         # A graph cannot look at addresses; whoever runs one has made the copies before.
@@ -184,22 +183,19 @@ def _cast_products(module: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 @torch.no_grad()
-def encode_parts(parts: Mapping[str, nn.Module], inputs: Tensor, lengths: Tensor | None, layer: int | None) -> Encoded:
+def encode_parts(parts: Mapping[str, Any], inputs: Tensor, lengths: Tensor | None, layer: int | None) -> Encoded:
     """Features of an unmasked input in evaluation mode; see `Data2Vec.encode`."""
-    context: Any = parts["context"]
-    main: Any = parts["blocks"]
+    stem, positions, context, main = (parts[name] for name in PARTS)
     blocks = [*context.blocks, *main.blocks]
     if layer is not None and not 0 <= layer <= len(blocks):
         raise ValueError(f"layer: expected 0 to {len(blocks)}, got {layer}")
-    positions: Any = parts["positions"]
     with evaluating(*parts.values()):
-        stem: Any = parts["stem"]
         tokens, lengths = stem.measure(inputs, lengths)
         x = stem(inputs, lengths)
-        around = positions.surround(x, lengths)
+        bias = positions.attention_bias(x, lengths)
         x = context.embed(positions(x, lengths))
         for i, block in enumerate(blocks[:layer]):
-            x = block(x, around, i).output
+            x = block(x, bias, i).output
         if layer is None and main.norm is not None:
             x = main.norm(x)
     extra = x.shape[1] - tokens
@@ -212,11 +208,11 @@ def encode_parts(parts: Mapping[str, nn.Module], inputs: Tensor, lengths: Tensor
 @contextlib.contextmanager
 def evaluating(*parts: nn.Module) -> Iterator[None]:
     """Modules in evaluation mode, for a while."""
-    modes = [(part, part.training) for part in parts]
+    modes = [(module, module.training) for part in parts for module in part.modules()]
     try:
-        for part, _ in modes:
-            part.train(False)
+        for module, _ in modes:
+            module.training = False
         yield
     finally:
-        for part, mode in modes:
-            part.train(mode)
+        for module, mode in modes:
+            module.training = mode

@@ -16,22 +16,22 @@ from d2v_kernels import Alibi, attend, dropout_add_layer_norm, gelu_linear
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class AttentionBias:
     """What attention knows of a row of tokens besides their content; the same for all blocks but for the scales."""
 
     lengths: Tensor | None = None
     """(N,) int64 on the device: tokens before the padding, extra tokens counted; None: no padding."""
     alibi: Alibi | None = None
-    """ALiBi slopes and places of the tokens, without scale; None: no ALiBi."""
+    """ALiBi slopes and positions of the tokens, without scale; None: no ALiBi."""
     scales: Tensor | None = None
     """(L,H) or (1,H): ALiBi's scale of each block, prenet blocks first, or of all."""
     distances: Tensor | None = None
-    """(N or 1, E+T, E+T): what ALiBi takes for |place - place| where tokens stand on a grid; None: the places."""
+    """(N or 1, E+T, E+T): distances that ALiBi uses for tokens on a grid; None: those of their positions."""
     table: Tensor | None = None
     """(H,E+T,E+T): bias of all pairs of tokens, for relative positions; None: none."""
 
-    def bias_of(self, index: int) -> Tensor | None:
-        """(N or 1, H, E+T, E+T) of one block, where attention cannot compute it from places."""
+    def matrix_of(self, index: int) -> Tensor | None:
+        """(N or 1, H, E+T, E+T) of one block, where attention cannot compute it from positions."""
         if self.table is not None:
             return self.table[None]
         alibi = self.alibi_of(index)
@@ -47,18 +47,18 @@ class Surroundings:
         return self.alibi._replace(scale=self.scales[index if len(self.scales) > 1 else 0])
 
 
-ALONE = Surroundings()
+NO_BIAS = AttentionBias()
 """Tokens without padding, ALiBi or relative positions."""
 
 
-def mix_tokens(q: Tensor, k: Tensor, v: Tensor, around: Surroundings, index: int, dropout: float) -> Tensor:
+def mix_tokens(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias, index: int, dropout: float) -> Tensor:
     """Attention of block `index`; all (N,T,H,D). Padding is never a key; as a query it sees what the others see."""
-    bias = around.bias_of(index)
-    if bias is None:
-        return attend(q, k, v, valid=around.lengths, alibi=around.alibi_of(index), dropout=dropout)
+    matrix = bias.matrix_of(index)
+    if matrix is None:
+        return attend(q, k, v, valid=bias.lengths, alibi=bias.alibi_of(index), dropout=dropout)
     # Of patches on a grid: short rows without padding.
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, matrix.to(q.dtype), dropout).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -73,18 +73,17 @@ class Attention(nn.Module):
         self.v_bias = None if config.key_bias else nn.Parameter(torch.zeros(config.width))
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, around: Surroundings = ALONE, index: int = 0) -> Tensor:
+    def forward(self, x: Tensor, bias: AttentionBias = NO_BIAS, index: int = 0) -> Tensor:
         """(N,T,C) to (N,T,C), before any dropout of the result; `index`: number of the block."""
         n, t, c = x.shape
         projected = self.qkv(x)
         if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-            projected = projected + bias.to(projected.dtype)
+            qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            projected = projected + qkv_bias.to(projected.dtype)
         # Rows of the projection: q, k, v, and inside each, head by head.
         q, k, v = projected.view(n, t, 3, self.heads, c // self.heads).unbind(2)
-        mixed = mix_tokens(q, k, v, around, index, self.dropout if self.training else 0.0)
-        result: Tensor = self.proj(mixed.reshape(n, t, c))
-        return result
+        mixed = mix_tokens(q, k, v, bias, index, self.dropout if self.training else 0.0)
+        return self.proj(mixed.reshape(n, t, c))
 
 
 class Mlp(nn.Module):
@@ -105,22 +104,13 @@ class Mlp(nn.Module):
 
     def forward_plain(self, x: Tensor) -> Tensor:
         """`forward` by PyTorch's own operators."""
-        result: Tensor = self.fc2(self.dropout(F.gelu(self.fc1(x))))
-        return result
+        return self.fc2(self.dropout(F.gelu(self.fc1(x))))
 
 
-class DropPath(nn.Module):
+def drop_samples(x: Tensor, probability: float) -> Tensor:
     """Drops a branch for whole samples with the given probability; kept ones are divided by the rest."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0.0:
-            return x
-        keep = 1.0 - self.probability
-        return x * x.new_empty((x.shape[0], 1, 1)).bernoulli_(keep).div_(keep)
+    keep = 1.0 - probability
+    return x * x.new_empty((x.shape[0], 1, 1)).bernoulli_(keep).div_(keep)
 
 
 def make_norm(config: Encoder) -> nn.LayerNorm:
@@ -148,7 +138,7 @@ def add_and_norm_plain(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dro
     return norm(total), total
 
 
-class Exposed(NamedTuple):
+class BlockOutput(NamedTuple):
     """What a block computes; both (N,T,C)."""
 
     output: Tensor
@@ -175,14 +165,14 @@ class Block(nn.Module):
         self.norm2 = make_norm(config)
         self.mlp = Mlp(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path
         scaled = config.layer_scale > 0.0
         self.scale1 = nn.Parameter(torch.full((config.width,), config.layer_scale)) if scaled else None
         self.scale2 = nn.Parameter(torch.full((config.width,), config.layer_scale)) if scaled else None
 
-    def branch(self, x: Tensor, around: Surroundings = ALONE, index: int = 0) -> tuple[Tensor, Tensor]:
+    def branch(self, x: Tensor, bias: AttentionBias = NO_BIAS, index: int = 0) -> tuple[Tensor, Tensor]:
         """The residual u and the MLP output f, the published target tensor; both (N,T,C)."""
-        attended = self.attn(self.norm1(x) if self.pre_norm else x, around, index)
+        attended = self.attn(self.norm1(x) if self.pre_norm else x, bias, index)
         if self.scale1 is not None:
             attended = self.scale1 * attended
         normed, total = self.add_and_norm(attended, x, self.norm2 if self.pre_norm else self.norm1)
@@ -195,26 +185,31 @@ class Block(nn.Module):
     def merge(self, residual: Tensor, f: Tensor) -> Tensor:
         """The block's output from what `branch` returned."""
         if self.pre_norm:
-            return residual + self.drop_path(self.dropout(f))
+            return residual + self.drop(f)
         return self.add_and_norm(f, residual, self.norm2)[0]
+
+    def drop(self, branch: Tensor) -> Tensor:
+        """A branch after dropout and drop path."""
+        branch = self.dropout(branch)
+        return drop_samples(branch, self.drop_path) if self.training and self.drop_path > 0.0 else branch
 
     def add_and_norm(self, branch: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """norm(total) and total = residual + branch after dropout and drop path; all (N,T,C)."""
-        if self.training and self.drop_path.probability > 0.0:
-            return add_and_norm_plain(self.drop_path(self.dropout(branch)), residual, norm, 0.0)
+        if self.training and self.drop_path > 0.0:
+            return add_and_norm_plain(self.drop(branch), residual, norm, 0.0)
         return add_and_norm(branch, residual, norm, self.dropout.p if self.training else 0.0)
 
-    def forward(self, x: Tensor, around: Surroundings = ALONE, index: int = 0, output: bool = True) -> Exposed:
+    def forward(self, x: Tensor, bias: AttentionBias = NO_BIAS, index: int = 0, output: bool = True) -> BlockOutput:
         """(N,T,C) to (N,T,C); `output` False: the block's output is not needed, and x comes back in its place.
 
         Sharded and compiled blocks know their parameters in this call only.
         """
-        residual, f = self.branch(x, around, index)
-        return Exposed(self.merge(residual, f) if output else x, f)
+        residual, f = self.branch(x, bias, index)
+        return BlockOutput(self.merge(residual, f) if output else x, f)
 
 
-class Context(nn.Module):
-    """What stands before the main blocks: extra tokens, a norm (post-norm models), dropout, prenet blocks."""
+class InputBlock(nn.Module):
+    """What precedes the main blocks: extra tokens, a norm (post-norm models), dropout, prenet blocks."""
 
     def __init__(self, config: Encoder, keep_residual: bool = True) -> None:
         super().__init__()
@@ -233,27 +228,24 @@ class Context(nn.Module):
             x = torch.cat([self.extra_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         if self.norm is not None:
             x = self.norm(x)
-        result: Tensor = self.dropout(x)
-        return result
+        return self.dropout(x)
 
-    def forward(self, x: Tensor, around: Surroundings = ALONE) -> Tensor:
-        """Tokens (N,T,C) to (N,E+T,C), E extra tokens first; `around` counts them."""
+    def forward(self, x: Tensor, bias: AttentionBias = NO_BIAS) -> Tensor:
+        """Tokens (N,T,C) to (N,E+T,C), E extra tokens first; `bias` counts them."""
         x = self.embed(x)
         for i, block in enumerate(self.blocks):
-            x = run_block(block, x, around, i, self.recompute)
+            x = run_block(block, x, bias, i, self.recompute)
         return x
 
 
-def run_block(block: nn.Module, x: Tensor, around: Surroundings, index: int, recompute: bool = False) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, bias: AttentionBias, index: int, recompute: bool = False) -> Tensor:
     """(N,T,C) to (N,T,C); `recompute`: keep no activations for the backward pass, run the block there once more."""
     if recompute and torch.is_grad_enabled():
-        result: Exposed = checkpoint(block, x, around, index, use_reentrant=False)
-    else:
-        result = block(x, around, index)
-    return result.output
+        return checkpoint(block, x, bias, index, use_reentrant=False).output
+    return block(x, bias, index).output
 
 
-class MainBlocks(nn.Module):
+class TransformerEncoder(nn.Module):
     """The blocks whose tensors are targets, and the final norm of pre-norm models."""
 
     def __init__(self, config: Encoder, keep_residual: bool = True) -> None:
@@ -269,32 +261,29 @@ class MainBlocks(nn.Module):
         if config.init_rescale:
             _rescale_outputs(self.blocks, config.init_std)
 
-    def forward(self, x: Tensor, around: Surroundings = ALONE) -> Tensor:
+    def forward(self, x: Tensor, bias: AttentionBias = NO_BIAS) -> Tensor:
         """(N,T,C) to (N,T,C); in training a block is skipped with probability `layer_drop`."""
-        skipped = self._choose_skipped() if self.training and self.layer_drop > 0.0 else ()
+        skipped: Collection[int] = ()
+        if self.training and self.layer_drop > 0.0:  # those of the update, or new ones where no trainer chose any
+            chosen = self.skipped
+            skipped = self.draw_skipped(torch.rand(len(self.blocks)).tolist()) if chosen is None else chosen
         for i, block in enumerate(self.blocks):
             if i not in skipped:
-                x = run_block(block, x, around, self.first + i, self.recompute)
+                x = run_block(block, x, bias, self.first + i, self.recompute)
         return x if self.norm is None else self.norm(x)
-
-    def _choose_skipped(self) -> Collection[int]:
-        """Blocks that this forward leaves out: those of the update, or drawn anew where no trainer chose any."""
-        if self.skipped is not None:
-            return self.skipped
-        return self.draw_skipped(torch.rand(len(self.blocks)).tolist())
 
     def draw_skipped(self, uniform: Sequence[float]) -> frozenset[int]:
         """Blocks whose number of [0, 1) is below `layer_drop`."""
         return frozenset(i for i, u in enumerate(uniform) if u < self.layer_drop)
 
-    def collect(self, x: Tensor, top_k: int, source: str, around: Surroundings = ALONE) -> list[Tensor]:
+    def collect(self, x: Tensor, top_k: int, source: str, bias: AttentionBias = NO_BIAS) -> list[Tensor]:
         """Target tensors of the top K blocks, lowest first; stops after the last tensor it needs.
 
         Args:
             x: (N,T,C) input of the first main block.
             top_k: number of blocks K.
             source: "ffn", the MLP output before the residual sum, or "block", the block's output.
-            around: padding and places of the tokens.
+            bias: padding, ALiBi and relative positions of the tokens.
 
         Returns:
             K tensors (N,T,C).
@@ -302,7 +291,7 @@ class MainBlocks(nn.Module):
         first, last = len(self.blocks) - top_k, len(self.blocks) - 1
         tensors: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            x, f = block(x, around, self.first + i, output=i < last or source == "block")
+            x, f = block(x, bias, self.first + i, output=i < last or source == "block")
             if i >= first:
                 tensors.append(f if source == "ffn" else x)
         return tensors

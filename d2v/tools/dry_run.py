@@ -42,7 +42,8 @@ def dry_run(config: Config, *, init: str | None = None) -> str:
         for part in (source, valid):
             if part is not None:
                 part.prepare(Path(folder), fresh=part is source)
-        batches = next(train_updates(_without_workers(config), source, 0, device))
+        run, data = replace(config.run, steps=max(config.run.steps, 1)), replace(config.data, workers=0)
+        batches = next(train_updates(replace(config, run=run, data=data), source, 0, device))
         shapes, activations = _try_forward(trainer, objective, batches[0])
         trainer.run_update(batches)
         bad = BadSamples(source, config.data.bad_fraction, None)
@@ -60,11 +61,6 @@ def dry_run(config: Config, *, init: str | None = None) -> str:
             *_describe_ranks(config, source, sum(static.values()), activations / len(batches[0])),
         ]
         return "\n".join(lines)
-
-
-def _without_workers(config: Config) -> Config:
-    steps = max(config.run.steps, 1)
-    return replace(config, data=replace(config.data, workers=0), run=replace(config.run, steps=steps))
 
 
 def _try_forward(trainer: Trainer, objective: Pretraining, batch: Batch) -> tuple[list[str], int]:

@@ -24,6 +24,13 @@ from d2v.model.stems.speech import SAMPLE_RATE
 SHOWN_TOKENS, SHOWN_TEXTS, SHOWN_LETTERS = 32, 4, 10
 """Text: tokens of a sample that are drawn, samples, and letters of a token: the first ones."""
 _BANDS, _HOP_SECONDS = 64, 0.01
+_OF_PAIRS = "cosine similarity of the features of all pairs of tokens"
+_LAYOUTS: dict[str, tuple[float, tuple[int, ...], str]] = {
+    "vision": (3.4, (1, 1), "images, one patch marked; below, cosine similarity of its feature to the others"),
+    "speech": (3.8, (2, 3), f"log-mel spectrograms over seconds; below, {_OF_PAIRS}"),
+    "text": (3.4, (1,), _OF_PAIRS),
+}
+"""Height in inches, ratios of the rows' heights, and title of what `draw_pictures` draws."""
 _SIMILARITY: dict[str, Any] = {"vmin": -1, "vmax": 1, "cmap": "RdBu_r"}
 
 
@@ -38,7 +45,7 @@ class Picture:
     seconds: float
     """Speech: length."""
     tokens: tuple[str, ...]
-    """Text: what each token says."""
+    """Text: the string of each token."""
     features: Tensor
     """(T,C) float32 on the host."""
     mask: np.ndarray | None
@@ -99,8 +106,7 @@ def _take(
 def draw_spectrogram(waveform: Tensor) -> np.ndarray:
     """Waveform (1,S) at 16 kHz -> (64, frames) log power of mel bands, low ones first, a frame every 10 ms."""
     stem = LogMelStem(replace(Stem(), mel_bins=_BANDS, mel_frames=1), width=1)
-    bands: np.ndarray = stem.make_bands(waveform)[0].T.numpy()
-    return bands
+    return stem.make_bands(waveform)[0].T.numpy()
 
 
 def centre_features(features: Tensor) -> Tensor:
@@ -124,8 +130,7 @@ def compare_patches(features: Tensor, config: Config, patch: int | None = None) 
 def compare_tokens(features: Tensor) -> np.ndarray:
     """Features (T,C) of a sequence -> (T,T) cosine similarity of all pairs, their mean taken off first."""
     unit = torch.nn.functional.normalize(centre_features(features), dim=1)
-    similarity: np.ndarray = (unit @ unit.T).numpy()
-    return similarity
+    return (unit @ unit.T).numpy()
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
@@ -133,40 +138,29 @@ def compare_tokens(features: Tensor) -> np.ndarray:
 
 def plan_height(modality: str) -> float:
     """Height in inches of what `draw_pictures` draws."""
-    return {"vision": 3.4, "speech": 3.8, "text": 3.4}[modality]
+    return _LAYOUTS[modality][0]
 
 
 def draw_pictures(part: Any, pictures: Sequence[Picture], config: Config) -> None:
-    """One sample a column: what it is above, the similarity of its features below."""
+    """One sample a column: what it is above (but for text), the similarity of its features below."""
     modality = config.stem.modality
-    if modality == "text":
-        _draw_texts(part, pictures[:SHOWN_TEXTS])
-        return
-    ratios = (1, 1) if modality == "vision" else (2, 3)
-    axes = part.subplots(2, len(pictures), squeeze=False, height_ratios=ratios)
+    _, ratios, title = _LAYOUTS[modality]
+    pictures = pictures[:SHOWN_TEXTS] if modality == "text" else pictures
+    axes = part.subplots(len(ratios), len(pictures), squeeze=False, height_ratios=ratios)
     image = None
-    for top, bottom, picture in zip(*axes, pictures, strict=True):
+    for column, picture in enumerate(pictures):
+        top, bottom = axes[0, column], axes[-1, column]
         if modality == "vision":
             place, similarity = compare_patches(picture.features, config)
             show_image(top, picture.content)
             mark_patch(top, picture.content.shape[0] / similarity.shape[0], place)
             image = show_map(bottom, similarity, place)
         else:
-            show_spectrogram(top, picture)
+            if modality == "speech":
+                show_spectrogram(top, picture)
             image = show_similarity(bottom, picture)
-    words = {
-        "vision": "images, one patch marked; below, cosine similarity of its feature to the others",
-        "speech": "log-mel spectrograms over seconds; below, cosine similarity of the features of all pairs of tokens",
-    }
-    part.suptitle(words[modality], fontsize=9)
-    part.colorbar(image, ax=list(axes.flatten()), shrink=0.5, anchor=(0.0, 0.1))
-
-
-def _draw_texts(part: Any, pictures: Sequence[Picture]) -> None:
-    axes = part.subplots(1, len(pictures), squeeze=False)[0]
-    images = [show_similarity(axis, picture) for axis, picture in zip(axes, pictures, strict=True)]
-    part.suptitle("cosine similarity of the features of all pairs of tokens", fontsize=9)
-    part.colorbar(images[0], ax=list(axes), shrink=0.5)
+    part.suptitle(title, fontsize=9)
+    part.colorbar(image, ax=list(axes.flatten()), shrink=0.5, anchor=(0.0, 0.5 if modality == "text" else 0.1))
 
 
 def show_map(axis: Any, similarity: np.ndarray, place: tuple[int, int]) -> Any:
@@ -209,17 +203,30 @@ def show_similarity(axis: Any, picture: Picture) -> Any:
         return image
     shown = min(SHOWN_TOKENS, len(picture.tokens))
     image = axis.imshow(compare_tokens(picture.features)[:shown, :shown], **_SIMILARITY)
-    # Characters that mathematical text would interpret are shown as they are.
-    words = [word[:SHOWN_LETTERS].replace("$", r"\$") for word in picture.tokens[:shown]]
+    words = [escape(word[:SHOWN_LETTERS]) for word in picture.tokens[:shown]]
     axis.set_yticks(range(shown), words, fontsize=5)
     axis.set_xticks(range(shown), words, fontsize=5, rotation=90)
     return image
 
 
+def new_figure(width: float, height: float, title: str) -> Any:
+    """An empty figure of this size in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(escape(title), fontsize=10)
+    return figure
+
+
+def escape(text: str) -> str:
+    """Text with the characters that matplotlib would take for mathematics as they are."""
+    return text.replace("$", r"\$")
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a PNG."""
     with warnings.catch_warnings():
-        # Tokens may say what matplotlib's font has no letters for; a box stands for those.
+        # Tokens may hold characters that matplotlib's font lacks; it draws a box for those.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(path, dpi=110, format="png")
 

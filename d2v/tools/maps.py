@@ -24,8 +24,10 @@ from d2v.tools.figures import (
     Picture,
     centre_features,
     compare_patches,
+    escape,
     hide_ticks,
     mark_patch,
+    new_figure,
     save_figure,
     show_image,
     show_map,
@@ -93,8 +95,11 @@ def draw_maps(
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     if source is not None:
-        pictures = _take(config, modality, source, encoder, place, count, layer)
-        _save_maps(pictures, config, folder / "maps.png", f"{checkpoint}, {weights}")
+        pictures = take_pictures(config, modality, source, encoder, place, count, masks=True, layer=layer)
+        if not pictures:
+            raise ValueError(f"input: expected {modality.noun} that can be decoded and masked, got none")
+        draw = _draw_images if config.stem.modality == "vision" else _draw_sequences
+        save_figure(draw(pictures, config, f"{checkpoint}, {weights}"), folder / "maps.png")
         written.append(f"{folder / 'maps.png'}: {len(pictures)} {modality.noun}")
     if table is not None:
         assert table.labels is not None
@@ -112,31 +117,7 @@ def draw_maps(
     return "; ".join(written)
 
 
-def _take(
-    config: Config, modality: Modality, source: Source, encoder: Any, place: torch.device, count: int, layer: int | None
-) -> list[Picture]:
-    pictures = take_pictures(config, modality, source, encoder, place, count, masks=True, layer=layer)
-    if not pictures:
-        raise ValueError(f"input: expected {modality.noun} that can be decoded and masked, got none")
-    return pictures
-
-
 # ---- maps -----------------------------------------------------------------------------------------------------------
-
-
-def _new_figure(width: float, height: float, title: str) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title.replace("$", r"\$"), fontsize=10)
-    return figure
-
-
-def _save_maps(pictures: Sequence[Picture], config: Config, path: Path, title: str) -> None:
-    draw = _draw_images if config.stem.modality == "vision" else _draw_sequences
-    save_figure(draw(pictures, config, title), path)
 
 
 def choose_patches(features: Tensor, count: int = PATCHES) -> list[int]:
@@ -165,7 +146,7 @@ def cover_patches(content: np.ndarray, mask: np.ndarray, grid: tuple[int, int]) 
 def _draw_images(pictures: Sequence[Picture], config: Config, title: str) -> Any:
     copies = min(MASKS, config.mask.copies)
     rows = 1 + copies + PATCHES
-    figure = _new_figure(1.9 * len(pictures) + 1.6, 1.75 * rows + 0.6, title)
+    figure = new_figure(1.9 * len(pictures) + 1.6, 1.75 * rows + 0.6, title)
     axes = figure.subplots(rows, len(pictures), squeeze=False)
     image = None
     for column, picture in enumerate(pictures):
@@ -188,10 +169,10 @@ def _draw_images(pictures: Sequence[Picture], config: Config, title: str) -> Any
 def _draw_sequences(pictures: Sequence[Picture], config: Config, title: str) -> Any:
     """A sample a row: what it is, its masks, and beside them the similarity of its features over time."""
     speech = config.stem.modality == "speech"
-    figure = _new_figure(10.0, 3.2 * len(pictures) + 0.6, title)
+    figure = new_figure(10.0, 3.2 * len(pictures) + 0.6, title)
     parts = figure.subfigures(len(pictures), 1, squeeze=False)[:, 0]
     for part, picture in zip(parts, pictures, strict=True):
-        part.suptitle(picture.name.replace("$", r"\$"), fontsize=8)
+        part.suptitle(escape(picture.name), fontsize=8)
         left, right = part.subfigures(1, 2, width_ratios=(3, 2))
         tops = left.subplots(2 if speech else 1, 1, squeeze=False, height_ratios=(3, 1) if speech else None)[:, 0]
         if speech:
@@ -224,7 +205,7 @@ def choose_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     if len(labels) <= count:
         return np.arange(len(labels))
     order = np.random.default_rng(seed).permutation(len(labels))
-    # The n-th sample of its class stands in round n; early rounds are taken first.
+    # The n-th sample of its class is in round n; early rounds are taken first.
     turn = np.empty(len(order), dtype=np.int64)
     for label in np.unique(labels):
         turn[labels[order] == label] = np.arange((labels == label).sum())
@@ -286,14 +267,13 @@ def _choose_colours(count: int) -> np.ndarray:
 def _save_embedding(
     points: np.ndarray, labels: np.ndarray, classes: Sequence[str], axes: tuple[str, str], path: Path, title: str
 ) -> None:
-    figure = _new_figure(8.5, 6.5, title)
+    figure = new_figure(8.5, 6.5, title)
     axis = figure.subplots()
     colours = _choose_colours(len(classes))
     for number, name in enumerate(classes):
         chosen = points[labels == number]
         if len(chosen):
-            word = name.replace("$", r"\$")
-            axis.scatter(chosen[:, 0], chosen[:, 1], s=10, color=colours[number], label=word, linewidths=0)
+            axis.scatter(chosen[:, 0], chosen[:, 1], s=10, color=colours[number], label=escape(name), linewidths=0)
     axis.set_xlabel(axes[0], fontsize=9)
     axis.set_ylabel(axes[1], fontsize=9)
     hide_ticks([axis])

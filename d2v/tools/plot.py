@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from d2v.config import Config
-from d2v.tools.figures import Picture, compare_patches, draw_pictures, plan_height, save_figure, take_pictures
+from d2v.tools.figures import (
+    Picture,
+    compare_patches,
+    draw_pictures,
+    new_figure,
+    plan_height,
+    save_figure,
+    take_pictures,
+)
 from d2v.train.logging import read_metrics
 
 __all__ = ["PANELS", "compare_patches", "draw_report"]
@@ -26,11 +34,11 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("data wait and MFU, shares", ("data_wait", "mfu")),
     ("memory, GiB", ("memory_bytes",)),
 )
-"""Title and keys of the panels. A key that stands in no panel gets one of its own."""
+"""Title and keys of the panels. A key that is in no panel gets one of its own."""
 LOGARITHMIC = frozenset({"effective rank", "gradient norm", "per second"})
 UNITS = {"memory_bytes": 2.0**-30}
 LEFT_OUT = frozenset({"step", "valid_step", "step_seconds"})
-"""Keys that say nothing that another does not."""
+"""Keys whose content another key shows."""
 COLUMNS = 5
 PROBES = (("linear_probe", "linear"), ("knn", "kNN"), ("few_label", "few labels"))
 
@@ -61,7 +69,18 @@ def draw_report(folder: Path, *, images: str | None = None, count: int = 6, outp
     pictures, config, reason = _find_pictures(folder, images, count)
     missing += [reason] if reason else []
     path = Path(output) if output is not None else folder / "report.png"
-    figure = _draw(lines, result, pictures, config, str(folder))
+    panels = choose_panels(lines)
+    rows = -(-len(panels) // COLUMNS)
+    heights = [2.3 * rows] + [2.6] * (result is not None)
+    if pictures and config is not None:
+        heights.append(plan_height(config.stem.modality))
+    figure = new_figure(15, sum(heights) + 0.6, str(folder))
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_curves(parts[0], lines, panels, rows)
+    if result is not None:
+        _draw_bars(parts[1], result)
+    if pictures and config is not None:
+        draw_pictures(parts[-1], pictures, config)
     save_figure(figure, path)
     return f"{path}" + (f" (left out: {'; '.join(missing)})" if missing else "")
 
@@ -96,36 +115,9 @@ def _find_pictures(folder: Path, images: str | None, count: int) -> tuple[list[P
     return pictures, config, "" if pictures else f"none of the {modality.noun} could be decoded"
 
 
-def _draw(
-    lines: Sequence[dict[str, Any]],
-    result: dict[str, Any] | None,
-    pictures: Sequence[Picture],
-    config: Config | None,
-    title: str,
-) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = choose_panels(lines)
-    rows = -(-len(panels) // COLUMNS)
-    heights = [2.3 * rows] + [2.6] * (result is not None)
-    if pictures and config is not None:
-        heights.append(plan_height(config.stem.modality))
-    figure = Figure(figsize=(15, sum(heights) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    figure.suptitle(title.replace("$", r"\$"))
-    _draw_curves(parts[0], lines, panels, rows)
-    if result is not None:
-        _draw_bars(parts[1], result)
-    if pictures and config is not None:
-        draw_pictures(parts[-1], pictures, config)
-    return figure
-
-
 def choose_panels(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, tuple[str, ...]]]:
-    """Title and keys of the panels that have something to show: the known ones, then one for every other number, in
-    which the same number of the held-out data stands, too."""
+    """Title and keys of the panels that have something to show: the known ones, then one for every other number, with
+    the same number of the held-out data."""
     numbers = (int, float)
     found = dict.fromkeys(k for line in lines for k, v in line.items() if isinstance(v, numbers) or v is None)
     panels = [(title, tuple(key for key in keys if key in found)) for title, keys in PANELS]
@@ -153,7 +145,8 @@ def _draw_curves(
             for line in lines:
                 if key in line and line[key] is None:  # it was not finite
                     axis.axvline(line["step"], color="red", linewidth=0.8, linestyle=":")
-        if title in LOGARITHMIC and _is_positive(lines, keys):
+        values = [line[key] for line in lines for key in keys if line.get(key) is not None]
+        if title in LOGARITHMIC and values and all(0 < value < math.inf for value in values):
             axis.set_yscale("log")
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("update", fontsize=8)
@@ -161,11 +154,6 @@ def _draw_curves(
         axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend(fontsize=7)
-
-
-def _is_positive(lines: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> bool:
-    values = [line[key] for line in lines for key in keys if line.get(key) is not None]
-    return bool(values) and all(value > 0 and math.isfinite(value) for value in values)
 
 
 def _draw_bars(part: Any, result: dict[str, Any]) -> None:

@@ -23,8 +23,8 @@ from d2v.finetune.decoding import Decoder
 from d2v.finetune.objective import FineTuning
 from d2v.finetune.run import build_model
 from d2v.finetune.spelling import Letters, Pieces
-from d2v.model.data2vec import Data2Vec
-from d2v.model.finetuned import FineTuned, build_finetuned, strip_pretraining
+from d2v.model.data2vec import Data2Vec, strip_pretraining
+from d2v.model.finetuned import FineTuned, build_finetuned
 from d2v.model.saving import write_folder
 from d2v.model.task_heads import make_head, vote
 from d2v.saved import load_any

@@ -18,7 +18,7 @@ from d2v.config.finetune import HeadSettings
 from d2v.interop import fairseq
 from d2v.interop.convert import export_checkpoint, import_checkpoint
 from d2v.interop.torch_file import read_torch_file
-from d2v.model.finetuned import strip_pretraining
+from d2v.model.data2vec import strip_pretraining
 from d2v.model.saving import write_folder
 from d2v.model.task_heads import make_head
 from d2v.saved import load_model

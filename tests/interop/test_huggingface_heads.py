@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from d2v.config.finetune import HeadSettings
 from d2v.interop import huggingface
-from d2v.model.finetuned import FineTuned, strip_pretraining
+from d2v.model.data2vec import strip_pretraining
+from d2v.model.finetuned import FineTuned
 from d2v.model.task_heads import make_head
 
 from .test_huggingface import close, inputs_of, tiny_model

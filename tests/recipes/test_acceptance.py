@@ -13,8 +13,8 @@ from d2v import Config, Data2Vec, recipes
 from d2v.config import Decoder, Ema, Encoder
 from d2v.interop.fairseq.config import parse_convolutions
 from d2v.model.decoder import ConvDecoder
-from d2v.model.stems import LogMelStem, SinCosPositions, WaveformStem, relative_index, sincos_positions
-from d2v.model.stems.positions import AlibiScale
+from d2v.model.stems import LogMelStem, SinCosPositions, WaveformStem
+from d2v.model.stems.positions import AlibiScale, relative_index, sincos_positions
 from d2v.model.stems.speech import mel_filters
 from d2v.model.targets import make_targets
 from d2v.train.optim import learning_rate_at
@@ -227,7 +227,7 @@ def test_frames_of_published_lengths() -> None:
 def test_alibi_equals_the_published_bias(heads: int) -> None:
     tensors, _ = load_case("kernel_positions")
     scale = AlibiScale(Encoder(width=heads * 4, heads=heads, alibi="fixed"))
-    alibi = scale.surround(None, torch.arange(12)[None]).alibi_of(0)
+    alibi = scale.attention_bias(None, torch.arange(12)[None]).alibi_of(0)
     assert alibi is not None
     places = alibi.positions[0]
     bias = -alibi.slopes[:, None, None] * (places[:, None] - places).abs()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from d2v.model.stems import convolve as module
-from d2v.model.stems.convolve import convolve
+from d2v.model import layers as module
+from d2v.model.layers import convolve
 
 CASES = [  # samples, length, input channels, output channels, kernel, stride, bias
     (2, 37, 16, 8, 3, 2, True), (3, 38, 16, 8, 2, 2, False), (1, 41, 17, 4, 4, 2, True), (2, 5, 16, 4, 4, 3, False),

@@ -213,7 +213,7 @@ def run_for_gradients(block: Block, recompute: bool = False) -> list[Tensor]:
     """Output and gradients of a block on fixed input, drawn from a fixed seed."""
     x = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     torch.manual_seed(5)
-    y = run_block(block, x, encoder.ALONE, 0, recompute)
+    y = run_block(block, x, encoder.NO_BIAS, 0, recompute)
     parameters = list(block.parameters())
     return [y, *torch.autograd.grad((y * torch.linspace(-1, 1, 64)).sum() + y.square().sum(), [x, *parameters])]
 

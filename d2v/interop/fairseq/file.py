@@ -34,8 +34,8 @@ from d2v.interop.fairseq.model import assemble, parameters, teacher_parameters
 from d2v.interop.fairseq.names import family_of
 from d2v.interop.fairseq.options import PUBLISHED
 from d2v.interop.torch_file import read_torch_file, to_plain
-from d2v.model.data2vec import Data2Vec
-from d2v.model.finetuned import FineTuned, strip_pretraining
+from d2v.model.data2vec import Data2Vec, strip_pretraining
+from d2v.model.finetuned import FineTuned
 from d2v.model.saving import Origin
 from d2v.model.task_heads import Head, make_head
 

@@ -17,8 +17,8 @@ from d2v.interop import fairseq
 from d2v.interop.fairseq.names import family_of
 from d2v.interop.huggingface.config import FAMILIES, read_config, write_config
 from d2v.interop.huggingface.heads import choose_model, describe_head, find_model, name_tensors, read_head, read_labels
-from d2v.model.data2vec import Data2Vec
-from d2v.model.finetuned import FineTuned, strip_pretraining
+from d2v.model.data2vec import Data2Vec, strip_pretraining
+from d2v.model.finetuned import FineTuned
 from d2v.model.task_heads import make_head
 
 PREFIXES = {"d2v1_audio": "data2vec_audio.", "d2v1_text": "data2vec_text.", "d2v1_vision": "data2vec_vision."}

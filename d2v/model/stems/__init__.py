@@ -1,18 +1,26 @@
-"""What differs between kinds of input: the stem, the positions, and the geometry of the masks."""
+"""What differs between kinds of input: how samples become tokens, and the positions of those."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
 
 from d2v.config import Config
-from d2v.model.stems.positions import Positions, SequencePositions, valid_positions
-from d2v.model.stems.speech import ConvPositions, LogMelStem, WaveformStem
+from d2v.model.stems.positions import (
+    ConvPositions,
+    Positions,
+    RelativePositions,
+    SequencePositions,
+    SinCosPositions,
+)
+from d2v.model.stems.speech import LogMelStem, WaveformStem
 from d2v.model.stems.text import PADDING, TextStem
-from d2v.model.stems.vision import PatchStem, RelativePositions, SinCosPositions, relative_index, sincos_positions
+from d2v.model.stems.vision import PatchStem
+
+__all__ = ["PADDING", "LogMelStem", "SinCosPositions", "TextStem", "WaveformStem", "make_positions", "make_stem"]
 
 
-def make_stem(config: Config) -> nn.Module:
-    """The stem of a configuration.
+def make_stem(config: Config) -> Any:
+    """The stem of a configuration, a module.
 
     `measure(inputs, lengths)` checks both and returns T and the token lengths; `forward(inputs, token_lengths)` returns
     features (B,T,C).
@@ -23,12 +31,6 @@ def make_stem(config: Config) -> nn.Module:
     if stem.modality == "text":
         return TextStem(stem, width, zero_padding=config.version == 1)
     return LogMelStem(stem, width) if stem.kind == "log-mel" else WaveformStem(stem, width)
-
-
-def prepare_inputs(stem: nn.Module, inputs: Tensor, lengths: Tensor | None) -> Tensor:
-    """Inputs that `measure` took, after what a stem does to them without weights, so that student and teacher share it;
-    stems take both."""
-    return stem.prepare(inputs, lengths) if isinstance(stem, LogMelStem) else inputs
 
 
 def make_positions(config: Config) -> Positions:
@@ -44,23 +46,3 @@ def make_positions(config: Config) -> Positions:
     if stem.modality == "vision":
         return SinCosPositions(encoder, stem.grid, stem.position_scale)
     return SequencePositions(encoder, stem.position_scale)
-
-
-__all__ = [
-    "PADDING",
-    "ConvPositions",
-    "LogMelStem",
-    "PatchStem",
-    "Positions",
-    "RelativePositions",
-    "SequencePositions",
-    "SinCosPositions",
-    "TextStem",
-    "WaveformStem",
-    "make_positions",
-    "make_stem",
-    "prepare_inputs",
-    "relative_index",
-    "sincos_positions",
-    "valid_positions",
-]

@@ -1,4 +1,8 @@
-"""What all positions have in common: features with positions, features of visible tokens, attention biases."""
+"""Positions of tokens: what is added to the features, and what attention gets as a bias.
+
+None (text has learned ones in its stem), fixed sin-cos in one or two dimensions, convolutions (speech), a learned
+relative bias (1.0 images); all may have ALiBi.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v.config import Encoder
-from d2v.model.transformer import Surroundings
+from d2v.config import Encoder, Stem
+from d2v.model.layers import NORM_EPS, convolve, norm_gelu, valid_positions
+from d2v.model.transformer import AttentionBias
 from d2v_kernels import Alibi, Masks, alibi_slopes, gather_tokens
+
+
+def grid_coordinates(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(T,) int64 each: row and column of every patch, row by row."""
+    rows, columns = grid
+    return torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
 
 
 def grid_distances(grid: tuple[int, int], kind: str) -> Tensor:
     """(T,T) float32: distances of all pairs of patches, row by row; "manhattan" or "euclidean"."""
-    row = torch.arange(grid[0]).repeat_interleave(grid[1]).float()
-    column = torch.arange(grid[1]).repeat(grid[0]).float()
-    down, across = (row[:, None] - row).abs(), (column[:, None] - column).abs()
+    down, across = ((c[:, None] - c).abs().float() for c in grid_coordinates(grid))
     return down + across if kind == "manhattan" else torch.hypot(down, across)
 
 
@@ -54,19 +63,16 @@ class AlibiScale(nn.Module):
         slopes = F.pad(alibi_slopes(count, scale.device), (0, config.heads - count))
         self.register_buffer("slopes", slopes, persistent=False)
 
-    def surround(self, lengths: Tensor | None, places: Tensor, extra: int = 0) -> Surroundings:
-        """`Surroundings` of tokens at `places` (N,V), behind `extra` tokens that have no place."""
+    def attention_bias(self, lengths: Tensor | None, positions: Tensor, extra: int = 0) -> AttentionBias:
+        """`AttentionBias` of tokens at `positions` (N,V), behind `extra` tokens that have none."""
         heads = self.slopes.shape[0]
-        scales = self.scale.float().flatten(1)
+        scales, distances = self.scale.float().flatten(1), None
         if scales.shape[1] > 1:
             scales = F.pad(scales, (0, heads - scales.shape[1]))
-        alibi = Alibi(self.slopes.float(), places)
-        if self.distances is None:
-            return Surroundings(lengths=lengths, alibi=alibi, scales=scales)
-        index = places.long()
-        distances = self.distances[index[:, :, None], index[:, None, :]]
-        distances = F.pad(distances, (extra, 0, extra, 0))
-        return Surroundings(lengths=lengths, alibi=alibi, scales=scales, distances=distances)
+        if self.distances is not None:
+            index = positions.long()
+            distances = F.pad(self.distances[index[:, :, None], index[:, None, :]], (extra, 0, extra, 0))
+        return AttentionBias(lengths, Alibi(self.slopes.float(), positions), scales, distances)
 
 
 class Positions(nn.Module):
@@ -97,21 +103,23 @@ class Positions(nn.Module):
         assert masks.keep is not None
         return gather_tokens(self(x, lengths), masks.keep, clones=copies)
 
-    def surround(self, x: Tensor, lengths: Tensor | None = None, places: Tensor | None = None) -> Surroundings:
+    def attention_bias(
+        self, x: Tensor, lengths: Tensor | None = None, positions: Tensor | None = None
+    ) -> AttentionBias:
         """What attention needs to know of rows of features.
 
         Args:
-            x: (N,T,C) features of full rows, read for their shape and device only; or of samples, with `places`.
+            x: (N,T,C) features of full rows, read for their shape and device only; or of samples, with `positions`.
             lengths: (N,) tokens before the padding, on the host or the device; None: no padding.
-            places: (N,V) positions of the visible tokens; None: all T.
+            positions: (N,V) positions of the visible tokens; None: all T.
         """
         if lengths is not None:
             lengths = (lengths + self.extra).to(x.device, non_blocking=True)
         if self.alibi is None:
-            return Surroundings(lengths=lengths)
-        if places is None:
-            places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        return self.alibi.surround(lengths, places, self.extra)
+            return AttentionBias(lengths)
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        return self.alibi.attention_bias(lengths, positions, self.extra)
 
 
 class SequencePositions(Positions):
@@ -133,26 +141,141 @@ class SequencePositions(Positions):
         return x + self.scale * torch.cat([angles.sin(), angles.cos()], dim=1).to(x.dtype)
 
 
-def valid_positions(lengths: Tensor | None, tokens: int, device: torch.device) -> Tensor | None:
-    """(B,T) bool on the device, True before the padding; None where there is no padding."""
-    if lengths is None:
-        return None
-    return torch.arange(tokens, device=device) < lengths.to(device, non_blocking=True)[:, None]
+def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D positions (T, C) float64, T = rows * columns of the grid, row-major.
 
-
-def check_lengths(lengths: Tensor | None, batch: int, longest: int, shortest: int = 1) -> Tensor | None:
-    """Lengths as given, or None where no row is padded.
+    Quarters [sin(c w), cos(c w), sin(r w), cos(r w)] with w_i = 10000^(-i / (C/4)): the first half encodes the column,
+    as in the published code.
 
     Raises:
-        ValueError: anything but int64 (B,) on the host, from `shortest` to `longest`.
+        ValueError: the width is not a multiple of 4.
     """
-    if lengths is None:
-        return None
-    if tuple(lengths.shape) != (batch,) or lengths.dtype != torch.int64 or lengths.device.type != "cpu":
-        name = str(lengths.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"lengths: expected int64 ({batch},) on the host, got {name} {tuple(lengths.shape)} on {lengths.device}"
+    if width % 4:
+        raise ValueError(f"encoder.width: expected a multiple of 4 for 2-D sin-cos positions, got {width}")
+    quarter = width // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    r, c = (x[:, None] * omega for x in grid_coordinates(grid))
+    return torch.cat([c.sin(), c.cos(), r.sin(), r.cos()], dim=1)
+
+
+class SinCosPositions(Positions):
+    """Adds fixed 2-D sin-cos positions; no parameters."""
+
+    table: Tensor
+
+    def __init__(self, config: Encoder, grid: tuple[int, int], scale: float = 1.0) -> None:
+        """
+        Args:
+            config: its width C is a multiple of 4.
+            grid: rows and columns of patches.
+            scale: factor on the table; 0 adds no positions. Published: 1.
+        """
+        super().__init__(config, grid)
+        self.enabled = scale != 0.0
+        tokens, width = grid[0] * grid[1], config.width
+        table = scale * sincos_positions(width, grid) if self.enabled else torch.zeros(tokens, width)
+        self.register_buffer("table", table.to(torch.get_default_dtype())[None])
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """x (B,T,C) plus the table."""
+        return x + self.table if self.enabled else x
+
+
+def relative_index(grid: tuple[int, int]) -> Tensor:
+    """(1+T, 1+T) int64: row of the bias table for each pair of tokens, the class token first (BEiT; data2vec 1.0).
+
+    Patches (r, c) and (r', c'): (r - r' + h - 1) * (2 w - 1) + (c - c' + w - 1); then one row each for class token to
+    patch, patch to class token, class token to itself.
+    """
+    height, width = grid
+    r, c = grid_coordinates(grid)
+    pairs = (r[:, None] - r + height - 1) * (2 * width - 1) + (c[:, None] - c + width - 1)
+    rows = (2 * height - 1) * (2 * width - 1)
+    index = torch.empty(len(r) + 1, len(r) + 1, dtype=torch.int64)
+    index[1:, 1:] = pairs
+    index[0, 1:], index[1:, 0], index[0, 0] = rows, rows + 1, rows + 2
+    return index
+
+
+class RelativePositions(Positions):
+    """A learned bias of attention for each head and offset of two patches, shared by all blocks (data2vec 1.0)."""
+
+    index: Tensor
+
+    def __init__(self, config: Encoder, grid: tuple[int, int]) -> None:
+        """
+        Args:
+            config: heads; at most one extra token.
+            grid: rows and columns of patches.
+        """
+        super().__init__(config)
+        if config.extra_tokens > 1:
+            raise ValueError(
+                f"encoder.extra_tokens: expected 0 or 1 with relative positions, got {config.extra_tokens}"
+            )
+        rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+        self.table = nn.Parameter(torch.zeros(rows, config.heads))
+        self.register_buffer("index", relative_index(grid))
+
+    def attention_bias(
+        self, x: Tensor, lengths: Tensor | None = None, positions: Tensor | None = None
+    ) -> AttentionBias:
+        """Bias of all pairs; the rows are full and have no padding."""
+        index = self.index[1 - self.extra :, 1 - self.extra :]
+        return AttentionBias(table=self.table[index].permute(2, 0, 1))
+
+
+class ConvPositions(Positions):
+    """Adds the output of a stack of grouped convolutions, each with layer norm (no affine) and GELU.
+
+    The student's convolutions see zeros at masked frames. Padding is invisible: zeros before every convolution; the
+    published code zeroes the first input only (1.0) or nothing (2.0).
+    """
+
+    def __init__(self, stem: Stem, encoder: Encoder, *, zero_input: bool = True, zero_between: bool = True) -> None:
+        """
+        Args:
+            stem: layers, width and groups of the convolutions.
+            encoder: width C.
+            zero_input: write 0 at padded frames before the convolutions.
+            zero_between: and between them.
+        """
+        super().__init__(encoder)
+        width, groups = encoder.width, stem.position_groups
+        if width % groups:
+            raise ValueError(f"stem.position_groups: expected a divisor of encoder.width {width}, got {groups}")
+        kernel = max(3, stem.position_width // stem.position_layers)
+        self.zero_input, self.zero_between = zero_input, zero_between
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if stem.position_norm else None
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups) for _ in range(stem.position_layers)
         )
-    if batch and not (int(lengths.min()) >= shortest and int(lengths.max()) <= longest):
-        raise ValueError(f"lengths: expected {shortest} to {longest}, got {lengths.tolist()}")
-    return lengths
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Features (B,T,C) plus positions."""
+        valid = valid_positions(lengths, x.shape[1], x.device)
+        if valid is not None and self.zero_input:
+            x = x * valid[..., None]
+        return x + self._convolve(x, valid)
+
+    def visible(self, x: Tensor, masks: Masks, copies: int, lengths: Tensor | None = None) -> Tensor:
+        """Features of visible frames plus positions computed with zeros at the masked ones; see `Positions.visible`."""
+        assert masks.keep is not None
+        batch, tokens, _ = x.shape
+        shown = ~masks.mask.view(batch, copies, tokens)
+        valid = valid_positions(lengths, tokens, x.device)
+        if valid is not None and self.zero_input:
+            shown = shown & valid[:, None]
+        rows = (x[:, None] * shown[..., None]).flatten(0, 1)
+        positions = self._convolve(rows, None if valid is None else valid.repeat_interleave(copies, dim=0))
+        return gather_tokens(x, masks.keep, clones=copies) + gather_tokens(positions, masks.keep)
+
+    def _convolve(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        if self.norm is not None:
+            x = self.norm(x)
+        for i, conv in enumerate(self.convs):
+            assert isinstance(conv, nn.Conv1d)
+            if valid is not None and self.zero_between and (i > 0 or self.norm is not None):
+                x = x * valid[..., None]
+            x = norm_gelu(convolve(conv, x))
+        return x

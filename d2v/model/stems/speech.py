@@ -1,4 +1,4 @@
-"""Speech: frames of a waveform as tokens, positions by convolutions."""
+"""Speech: frames of a waveform as tokens."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from d2v.config import Encoder, Stem
-from d2v.model.layers import NORM_EPS, norm_gelu
-from d2v.model.stems.convolve import convolve
-from d2v.model.stems.positions import Positions, check_lengths, valid_positions
-from d2v_kernels import Masks, gather_tokens
+from d2v.config import Stem
+from d2v.model.layers import NORM_EPS, check_lengths, convolve, norm_gelu, valid_positions
 
 SAMPLE_RATE = 16_000
 _WINDOW, _HOP, _FFT = 400, 160, 512  # 25 ms every 10 ms
 _RANGE = 1e-4
-"""Power of the quietest band that is told from silence, over the loudest of the utterance: 40 dB."""
+"""Power of the quietest band that differs from silence, over the loudest of the utterance: 40 dB."""
 _LEAST_POWER = 1e-5
 
 
@@ -36,13 +33,21 @@ class _ScaleGradient(torch.autograd.Function):
 class SpeechStem(nn.Module):
     """What speech stems share: checks, and the lengths of their tokens."""
 
+    spec: tuple[tuple[int, int, int], ...]
+    """Channels, kernel and stride of each step from samples to tokens."""
+
     def samples_needed(self) -> int:
-        """Samples of the shortest waveform that yields a token."""
-        raise NotImplementedError
+        """Samples of the shortest waveform that yields a token: 400 for the published convolutions."""
+        field = 1
+        for _, kernel, stride in reversed(self.spec):
+            field = (field - 1) * stride + kernel
+        return field
 
     def count_tokens(self, samples: int) -> int:
-        """Tokens of a waveform."""
-        raise NotImplementedError
+        """Tokens of a waveform: (n - kernel) // stride + 1 through all steps; what fills no token is dropped."""
+        for _, kernel, stride in self.spec:
+            samples = (samples - kernel) // stride + 1
+        return samples
 
     def measure(self, inputs: Tensor, lengths: Tensor | None = None) -> tuple[int, Tensor | None]:
         """Checks inputs (B,S) and lengths, int64 (B,) on the host: samples before the padding.
@@ -97,19 +102,6 @@ class WaveformStem(SpeechStem):
             assert isinstance(conv, nn.Conv1d)
             nn.init.kaiming_normal_(conv.weight)
 
-    def samples_needed(self) -> int:
-        """Receptive field of a frame: 400 samples for the published convolutions."""
-        field = 1
-        for _, kernel, stride in reversed(self.spec):
-            field = (field - 1) * stride + kernel
-        return field
-
-    def count_tokens(self, samples: int) -> int:
-        """Frames of a waveform: (n - kernel) // stride + 1 through all convolutions."""
-        for _, kernel, stride in self.spec:
-            samples = (samples - kernel) // stride + 1
-        return samples
-
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Frames (B,T,C) of waveforms (B,S) at 16 kHz that `measure` took; padded frames are computed too."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient_scale > 0.0):
@@ -120,8 +112,7 @@ class WaveformStem(SpeechStem):
                 x = norm_gelu(convolve(conv, x), norm.weight, norm.bias)
         if self.gradient_scale not in (0.0, 1.0):
             x = _ScaleGradient.apply(x, self.gradient_scale)
-        result: Tensor = self.proj(self.norm(x))
-        return result
+        return self.proj(self.norm(x))
 
 
 class LogMelStem(SpeechStem):
@@ -138,30 +129,24 @@ class LogMelStem(SpeechStem):
         """
         super().__init__()
         self.frames = config.mel_frames
+        width_in = config.mel_bins * self.frames
+        self.spec = ((config.mel_bins, _WINDOW, _HOP), (width_in, self.frames, self.frames))
         self.register_buffer("window", torch.hann_window(_WINDOW), persistent=False)
         self.register_buffer("filters", mel_filters(config.mel_bins), persistent=False)
-        self.norm = nn.LayerNorm(config.mel_bins * self.frames, eps=NORM_EPS)
-        self.proj = nn.Linear(config.mel_bins * self.frames, width)
-
-    def samples_needed(self) -> int:
-        """Samples of one token."""
-        return _WINDOW + (self.frames - 1) * _HOP
-
-    def count_tokens(self, samples: int) -> int:
-        """Whole tokens of a waveform; the rest is dropped."""
-        return ((samples - _WINDOW) // _HOP + 1) // self.frames
+        self.norm = nn.LayerNorm(width_in, eps=NORM_EPS)
+        self.proj = nn.Linear(width_in, width)
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Tokens (B,T,C) of waveforms (B,S) at 16 kHz that `measure` took, or of what `prepare` made of them; padded
         tokens are computed too."""
         bands = inputs if inputs.dim() == 3 else self.prepare(inputs, lengths)
         tokens = bands.shape[1] // self.frames
-        result: Tensor = self.proj(self.norm(bands.reshape(len(inputs), tokens, -1).to(self.proj.weight.dtype)))
-        return result
+        return self.proj(self.norm(bands.reshape(len(inputs), tokens, -1).to(self.proj.weight.dtype)))
 
     def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B,F,bins) float32: `make_bands` minus the mean of each band over the frames before the padding, where it
-        becomes 0. The mean is the colour of a voice, a room, a microphone (cepstral mean normalisation: Atal 1974)."""
+        becomes 0. The mean holds the spectrum of voice, reverberation and microphone (cepstral mean normalisation:
+        Atal 1974)."""
         if lengths is None:
             bands = self.make_bands(inputs)
             return bands - bands.mean(dim=1, keepdim=True)
@@ -175,8 +160,8 @@ class LogMelStem(SpeechStem):
         """(B,F,bins) float32: log power of each band in the F frames that fill tokens, of waveforms (B,S).
 
         At least 40 dB below the loudest band of the row's frames before its padding: what is quieter is the noise of a
-        recording, and in bands that a low sampling rate left empty the rounding, by which speakers are told apart and
-        words are not. valid: bool (B,F), True before the padding; None: there is none.
+        recording, and in bands that a low sampling rate left empty the rounding, which distinguishes
+        speakers and not words. valid: bool (B,F), True before the padding; None: there is none.
         """
         tokens = self.count_tokens(inputs.shape[1])
         frames = inputs.unfold(1, _WINDOW, _HOP)[:, : tokens * self.frames]
@@ -184,8 +169,7 @@ class LogMelStem(SpeechStem):
             spectrum = torch.fft.rfft(frames.float() * self.window.float(), _FFT)
             # Not abs().square(): that takes a square root on the way, three times as slow on a CPU.
             power = (spectrum.real.square() + spectrum.imag.square()) @ self.filters.float()
-            heard = power if valid is None else power * valid[..., None]
-            loudest = heard.amax(dim=(1, 2), keepdim=True)
+            loudest = (power if valid is None else power * valid[..., None]).amax(dim=(1, 2), keepdim=True)
             return power.maximum(loudest * _RANGE).clamp_min(_LEAST_POWER).log()
 
 
@@ -197,59 +181,3 @@ def mel_filters(bins: int) -> Tensor:
     rising = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
     return torch.minimum(rising, falling).clamp_min(0.0).float()
-
-
-class ConvPositions(Positions):
-    """Adds the output of a stack of grouped convolutions, each with layer norm (no affine) and GELU.
-
-    The student's convolutions see zeros at masked frames. Padding is invisible: zeros before every convolution; the
-    published code zeroes the first input only (1.0) or nothing (2.0).
-    """
-
-    def __init__(self, stem: Stem, encoder: Encoder, *, zero_input: bool = True, zero_between: bool = True) -> None:
-        """
-        Args:
-            stem: layers, width and groups of the convolutions.
-            encoder: width C.
-            zero_input: write 0 at padded frames before the convolutions.
-            zero_between: and between them.
-        """
-        super().__init__(encoder)
-        width, groups = encoder.width, stem.position_groups
-        if width % groups:
-            raise ValueError(f"stem.position_groups: expected a divisor of encoder.width {width}, got {groups}")
-        kernel = max(3, stem.position_width // stem.position_layers)
-        self.zero_input, self.zero_between = zero_input, zero_between
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if stem.position_norm else None
-        self.convs = nn.ModuleList(
-            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups) for _ in range(stem.position_layers)
-        )
-
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Features (B,T,C) plus positions."""
-        valid = valid_positions(lengths, x.shape[1], x.device)
-        if valid is not None and self.zero_input:
-            x = x * valid[..., None]
-        return x + self._convolve(x, valid)
-
-    def visible(self, x: Tensor, masks: Masks, copies: int, lengths: Tensor | None = None) -> Tensor:
-        """Features of visible frames plus positions computed with zeros at the masked ones; see `Positions.visible`."""
-        assert masks.keep is not None
-        batch, tokens, _ = x.shape
-        shown = ~masks.mask.view(batch, copies, tokens)
-        valid = valid_positions(lengths, tokens, x.device)
-        if valid is not None and self.zero_input:
-            shown = shown & valid[:, None]
-        rows = (x[:, None] * shown[..., None]).flatten(0, 1)
-        places = self._convolve(rows, None if valid is None else valid.repeat_interleave(copies, dim=0))
-        return gather_tokens(x, masks.keep, clones=copies) + gather_tokens(places, masks.keep)
-
-    def _convolve(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        if self.norm is not None:
-            x = self.norm(x)
-        for i, conv in enumerate(self.convs):
-            assert isinstance(conv, nn.Conv1d)
-            if valid is not None and self.zero_between and (i > 0 or self.norm is not None):
-                x = x * valid[..., None]
-            x = norm_gelu(convolve(conv, x))
-        return x

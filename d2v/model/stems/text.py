@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config import Stem
-from d2v.model.stems.positions import check_lengths, valid_positions
+from d2v.model.layers import check_lengths, valid_positions
 
 PADDING = 1
 """Id of the padding token; position ids start behind it, at 2."""
@@ -75,14 +75,14 @@ class TextStem(nn.Module):
         """Features (B,T,C) of token ids (B,T), with the lengths that `measure` gave."""
         tokens = inputs.shape[1]
         valid = valid_positions(lengths, tokens, inputs.device)
-        places = torch.arange(PADDING + 1, PADDING + 1 + tokens, device=inputs.device).expand_as(inputs)
+        positions = torch.arange(PADDING + 1, PADDING + 1 + tokens, device=inputs.device).expand_as(inputs)
         if valid is not None:
-            inputs, places = inputs.masked_fill(~valid, PADDING), places.masked_fill(~valid, PADDING)
+            inputs, positions = inputs.masked_fill(~valid, PADDING), positions.masked_fill(~valid, PADDING)
         x = self.embed_tokens(inputs)
         if self.scale != 1.0:
             x = self.scale * x
         if self.embed_positions is not None:
-            x = x + self.embed_positions(places)
+            x = x + self.embed_positions(positions)
         if self.norm is not None:
             x = self.norm(x)
         x = self.dropout(x)
