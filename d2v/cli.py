@@ -8,11 +8,12 @@ collapse) with exit code 1.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from d2v import recipes
 from d2v.config import Config, Data
@@ -90,7 +91,8 @@ def _run(name: str, arguments: list[str]) -> int:
     if command.word:
         valid, word = list(command.choices), command.word
         if arguments[:1] in (["-h"], ["--help"]):
-            print(f"usage: d2v {name} {word} [OPTIONS]\n\n{command.options.__doc__}\n\n{word}: {', '.join(valid)}")
+            text = inspect.getdoc(command.options)
+            print(f"usage: d2v {name} {word} [OPTIONS]\n\n{text}\n\n{word}: {', '.join(valid)}")
             print(f"'d2v {name} {word} --help' lists the options with the values of that {word}.")
             return 0
         if not arguments or arguments[0].startswith("-"):
@@ -201,23 +203,22 @@ def _pack(
     return pack(input, output, what, workers=workers, commands=allow_commands)
 
 
-@dataclass(frozen=True)
-class Command:
-    """One command."""
+class Command(NamedTuple):
+    """One command.
+
+    Fields: summary; options (their dataclass); function (takes their values; "module:name" is imported when the command
+    runs; text that it returns is printed); first (options that the help begins with). Where an argument stands in front
+    of the options: word (what it is called), choices, and defaults (makes of it and of the other arguments the options
+    before they are read, and a configuration of the model, which decides what the help lists).
+    """
 
     summary: str
     options: Any
-    """Dataclass of its options."""
     function: Callable[..., Any] | str
-    """Takes their values; "module:name" is imported when the command runs. Text that it returns is printed."""
     first: tuple[str, ...] = ()
-    """Options that the help begins with."""
     word: str = ""
-    """What the argument in front of the options is, where there is one."""
     choices: Collection[str] = ()
-    """Its values."""
     defaults: Callable[[str, list[str]], tuple[Any, Config]] | None = None
-    """From that argument and the others: the options' values before they are read, and a configuration of the model."""
 
 
 COMMANDS = {

@@ -11,8 +11,7 @@ import itertools
 import typing
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -31,13 +30,13 @@ MEANT = {
     "max-steps num-steps updates iterations max-updates": "run.steps",
     "num-workers": "data.workers workers",
     "output output-dir out save-dir log-dir run-dir": "run.dir output",
-    "data data-dir data-path dataset train input images": "data.path train input",
-    "val validation valid": "data.valid valid",
+    "data data-dir data-path dataset train input images": "train data.path input",
+    "val validation valid": "valid data.valid",
     "wd": "optim.weight-decay",
     "warmup": "task.warmup optim.warmup-steps",
     "fp16 bf16 fp32 amp dtype": "run.precision",
     "gpu cuda": "run.device device",
-    "init pretrained load ckpt checkpoint": "model.init checkpoint",
+    "init pretrained load ckpt checkpoint": "checkpoint model.init",
     "mask-ratio": "mask.ratio",
     "momentum ema-decay": "ema.start",
     "save-every save-steps": "run.checkpoint-every",
@@ -58,24 +57,22 @@ class UsageError(ValueError):
     """A command line that cannot be used; the text is the sentence for the user."""
 
 
-@dataclass(frozen=True)
-class Option:
-    """One option of a command."""
+class Option(NamedTuple):
+    """One option of a command.
+
+    Fields: path (names of the fields that lead to its value from the command's dataclass), name, kind (type), help,
+    default (`MISSING`: it must be given), only (words of `setting`), rare, positional, section (text of its class).
+    """
 
     path: tuple[str, ...]
-    """Fields that lead to its value from the command's dataclass."""
     name: str
     kind: Any
-    """Type."""
     help: str
     default: Any
-    """`MISSING` where it must be given."""
     only: frozenset[str]
-    """Traits of the models that it has an effect on."""
     rare: bool
     positional: bool
     section: str
-    """Text of its section."""
 
 
 def list_options(
@@ -94,9 +91,8 @@ def list_options(
             continue
         if choices := f.metadata.get("choices"):
             hint, value = tuple[Literal[tuple(sorted(choices))], ...], tuple(sorted(typing.cast(Any, value)))  # type: ignore[misc]
-        rare, positional = f.metadata.get("rare", False), f.metadata.get("positional", False)
-        about = inspect.getdoc(kind) or ""
-        yield Option(where, name, hint, texts[f.name], value, frozenset(words.split()), rare, positional, about)
+        marks = f.metadata.get("rare", False), f.metadata.get("positional", False), inspect.getdoc(kind) or ""
+        yield Option(where, name, hint, texts[f.name], value, frozenset(words.split()), *marks)
 
 
 @functools.cache
@@ -145,13 +141,11 @@ def parse_options(
     elif traits is not None:
         options = [o for o in options if o.only <= set(traits)]
     text = io.StringIO()
+    declared, about = _declare(options, first), f"{inspect.getdoc(kind)}\n\n{note}".strip()
     try:
         with redirect_stderr(text):
-            about = f"{inspect.getdoc(kind)}\n\n{note}".strip()
-            parsed = tyro.cli(
-                _declare(options, first), args=arguments, prog=prog, description=about,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )  # fmt: skip
+            omit = (tyro.conf.OmitArgPrefixes,)
+            parsed = tyro.cli(declared, args=arguments, prog=prog, description=about, config=omit)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -178,7 +172,8 @@ def _declare(options: list[Option], first: Sequence[str]) -> Any:
     parts: dict[str, list[Any]] = {"": []}
     texts: dict[str, str] = {}
     for o in sorted(options, key=rank):
-        metavar, hint = o.name.upper() if o.positional else None, "(required)" if o.default == "" else None
+        metavar = o.name.upper() if o.positional else None
+        hint = "(required)" if o.default == "" else "(unset)" if o.default is None else None
         argument = tyro.conf.arg(name=o.name, help=o.help, metavar=metavar, help_behavior_hint=hint)
         marks = [argument] + [tyro.conf.Positional] * o.positional
         marks += [tyro.conf.FlagCreatePairsOff] * (o.kind is bool and "." not in o.name)

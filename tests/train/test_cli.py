@@ -182,7 +182,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *command: str) -> str:
 
 def names_in(text: str) -> list[str]:
     """Options of a help text, in its order."""
-    return re.findall(r"^(?:│ |  )(--[\w.-]+)", text, re.MULTILINE)
+    return re.findall(r"^(?:│ |  )(--[a-z][\w.-]+)", text, re.MULTILINE)
 
 
 def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
