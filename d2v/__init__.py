@@ -1,11 +1,25 @@
 """Pre-training and fine-tuning of data2vec models."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from d2v import recipes
 from d2v.config import Config
-from d2v.model.data2vec import Data2Vec, Output
-from d2v.model.finetuned import FineTuned
-from d2v.model.teacher import Encoded
+
+if TYPE_CHECKING:
+    from d2v.model.data2vec import Data2Vec, Output
+    from d2v.model.finetuned import FineTuned
+    from d2v.model.teacher import Encoded
 
 __version__ = "0.1.0"
 
 __all__ = ["Config", "Data2Vec", "Encoded", "FineTuned", "Output", "__version__", "recipes"]
+
+_MODULES = {"Data2Vec": "data2vec", "Output": "data2vec", "FineTuned": "finetuned", "Encoded": "teacher"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the model, and torch with it, where it is first used: the help of commands needs neither."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'd2v' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"d2v.model.{_MODULES[name]}"), name)

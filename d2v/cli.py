@@ -1,58 +1,32 @@
 """The `d2v` command.
 
-Options are the fields of the configuration, their help its documentation. Input that cannot be used ends with one
-sentence on standard error and exit code 2; a run that had to stop (NaN, collapse) with exit code 1.
+A command is a row of `COMMANDS`: a dataclass of options (`d2v.config.commands`) and the function that takes its fields.
+Input that cannot be used ends with one sentence on standard error and exit code 2; a run that had to stop (NaN,
+collapse) with exit code 1.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import io
+import importlib
+import inspect
 import sys
-import typing
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
-from dataclasses import field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, NamedTuple
 
-import tyro
-
-from d2v.cli_options import EvaluateModel, Export, Features, Import, Init, Maps, Pack, Plot, Probe, Textures, Tokenizer
-from d2v.config import PUBLISHED_BEHAVIOURS, Config
-
-USAGE = """usage: d2v COMMAND [OPTIONS]
-
-commands:
-  pretrain RECIPE     pre-train a model; resumes if --run.dir holds a checkpoint
-  finetune TASK       train a head and the encoder on labels; resumes if --run.dir holds a checkpoint
-  evaluate probe      linear probe, kNN and few-label accuracy on frozen features
-  evaluate model      scores of a fine-tuned model: accuracy, F1, correlation, or word error rate
-  evaluate maps       pictures: similarity of features, masks, classes in two dimensions
-  features            features of images, speech or text to one file, with an index beside it
-  import              read a published fairseq checkpoint or a Hugging Face folder
-  export              write a checkpoint as safetensors, for Hugging Face (1.0) or for fairseq
-  plot DIR            draw a run: monitors, probes, similarity of features -> DIR/report.png
-  recipes             list the recipes
-  info                what this installation can run, and why not
-  data textures       write the quick-start images: crops of photographs from the scikit-image package
-  data pack           write images, speech or text as shards of even size
-  data tokenizer      train a tokenizer on text, or import the published one
-
-'d2v COMMAND --help' lists the options of a command; 'd2v pretrain RECIPE --help' shows the recipe's values.
-"""
-
-
-class UsageError(ValueError):
-    """A command line that cannot be used; the text is the sentence for the user."""
+from d2v import recipes
+from d2v.config import Config, Data
+from d2v.config import commands as options
+from d2v.config.fields import build_section, check_ranges, find_nearest
+from d2v.config.finetune import TASKS
+from d2v.options import UsageError, parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"d2v: {_one_sentence(error)}", file=sys.stderr)
         return 2
@@ -74,300 +48,226 @@ def _one_sentence(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {}
-
-
-def _command(name: str) -> Callable[[Callable[[list[str]], int]], Callable[[list[str]], int]]:
-    def register(function: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-        COMMANDS[name] = function
-        return function
-
-    return register
-
-
 def _dispatch(arguments: list[str]) -> int:
-    if arguments and arguments[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
-        return 0
-    if arguments and arguments[0] == "--version":
-        from d2v import __version__
-
-        print(f"d2v {__version__}")
-        return 0
     if not arguments:
         raise UsageError(f"command: expected one of {', '.join(COMMANDS)}, got nothing; see d2v --help")
     for length in (2, 1):
         name = " ".join(arguments[:length])
         if name in COMMANDS:
-            return COMMANDS[name](arguments[length:])
-    groups = sorted({c.split()[0] for c in COMMANDS})
-    if arguments[0] not in groups:
-        raise UsageError(_unknown("command", arguments[0], groups))
-    inner = [c.split()[1] for c in COMMANDS if c.startswith(f"{arguments[0]} ")]
-    if len(arguments) > 1 and arguments[1] in ("-h", "--help"):
-        print(f"usage: d2v {arguments[0]} {{{','.join(inner)}}} [OPTIONS]")
+            return _run(name, arguments[length:])
+    group = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
+    if arguments[0] in ("-h", "--help", "help") or (group and arguments[1:2] in (["-h"], ["--help"])):
+        _print_commands(group or COMMANDS)
         return 0
-    given = arguments[1] if len(arguments) > 1 else ""
-    raise UsageError(_unknown(f"{arguments[0]}", given, inner))
+    if arguments[0] == "--version":
+        from d2v import __version__
+
+        print(f"d2v {__version__}")
+        return 0
+    if group:
+        raise UsageError(_unknown(arguments[0], "".join(arguments[1:2]), [name.split()[1] for name in group]))
+    groups = sorted({name.split()[0] for name in COMMANDS})
+    last = {name.split()[-1]: name for name in COMMANDS}  # also of those who leave out the first word
+    raise UsageError(_unknown("command", arguments[0], groups, last))
 
 
-def _unknown(what: str, given: str, valid: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(given, valid, n=1, cutoff=0.0)[0]
+def _unknown(what: str, given: str, valid: Collection[str], more: dict[str, str] | None = None) -> str:
+    names = {name: name for name in valid} | (more or {})
+    nearest = names[find_nearest(given.replace("_", "-"), names)]
     return f"{what}: expected one of {', '.join(valid)}, got {given!r}; did you mean {nearest!r}?"
 
 
-# ---- options ----------------------------------------------------------------------------------------------------
+def _print_commands(names: Collection[str]) -> None:
+    rows = {f"{name} {COMMANDS[name].word}".strip(): COMMANDS[name].summary for name in names}
+    print("usage: d2v COMMAND [OPTIONS]\n\ncommands:")
+    print("\n".join(f"  {name:{max(map(len, rows))}}  {summary}" for name, summary in rows.items()))
+    print(
+        "\n'd2v COMMAND --help' lists the options of a command; 'd2v pretrain RECIPE --help' shows the recipe's values."
+    )
 
 
-def parse_options(kind: Any, arguments: list[str], prog: str, default: Any = None) -> Any:
-    """Parses options into the dataclass `kind` with tyro; raises `UsageError` with one sentence."""
-    if not {"-h", "--help"} & set(arguments):
-        _check_names(kind, arguments)
-    text = io.StringIO()
-    try:
-        with redirect_stderr(text):
-            extra = {} if default is None else {"default": default}
-            return tyro.cli(kind, args=arguments, prog=prog, **extra)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UsageError(_sentence_of_box(text.getvalue())) from None
-
-
-def option_names(kind: Any) -> list[str]:
-    """Long options of a dataclass, nested fields by dotted names, as tyro spells them."""
-    names: list[str] = []
-    hints = typing.get_type_hints(kind)
-    for f in dataclasses.fields(kind):
-        hint, name = hints[f.name], f.name.strip("_").replace("_", "-")
-        if dataclasses.is_dataclass(hint):
-            names += [f"--{name}.{inner[2:]}" for inner in option_names(hint)]
-            # tyro negates the last part (--data.no-flip); the commands' own switches have no negative.
-            flags = [n for n, h in typing.get_type_hints(hint).items() if h is bool]
-            names += [f"--{name}.no-{flag.replace('_', '-')}" for flag in flags]
-        else:
-            names.append(f"--{name}")
-    return names
-
-
-def _check_names(kind: Any, arguments: list[str]) -> None:
-    valid = option_names(kind)
-    for argument in arguments:
-        name = argument.split("=", 1)[0].replace("_", "-")
-        if name.startswith("--") and name not in valid:
-            nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]
-            raise UsageError(f"option: unknown {argument.split('=', 1)[0]!r}; did you mean {nearest!r}?")
-
-
-def _sentence_of_box(text: str) -> str:
-    """First paragraph of tyro's framed message as one line."""
-    lines = [line.strip("│ ").strip() for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-    words: list[str] = []
-    for line in lines:
-        if line.startswith("─"):
-            break
-        words.append(line)
-    return " ".join(" ".join(words).split()) or "options cannot be read; see --help"
-
-
-def _settings_class() -> Any:
-    """Options of `pretrain`: the sections of `Config`, and what belongs to the command only."""
-    hints = typing.get_type_hints(Config)
-    sections: list[Any] = []
-    for f in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(hints[f.name]):
-            sections.append((f.name, hints[f.name], field(default_factory=typing.cast(Any, hints[f.name]))))
-    text = "Behaviours of the published code reproduced on purpose (docs/parity.md)."
-    behaviours: Any = Literal[tuple(sorted(PUBLISHED_BEHAVIOURS))]
-    sections.append(("published", Annotated[tuple[behaviours, ...], tyro.conf.arg(help=text)], ()))
-    sections.append(("model", Init, Init()))
-    text = "Build everything, run one update without writing anything, print shapes and sizes."
-    sections.append(("dry_run", Annotated[bool, tyro.conf.arg(help=text), tyro.conf.FlagCreatePairsOff], False))
-    text = "Updates to record, after two others: a trace with named ranges and a table in RUN/profile; 0: none."
-    sections.append(("profile", Annotated[int, tyro.conf.arg(help=text)], 0))
-    return dataclasses.make_dataclass("Settings", sections, frozen=True, namespace={"__doc__": "Settings of a run."})
-
-
-def settings_to_config(settings: Any, base: Config) -> Config:
-    """Settings of the command line as a configuration."""
-    names = [f.name for f in dataclasses.fields(Config) if hasattr(settings, f.name) and f.name != "published"]
-    values = {name: getattr(settings, name) for name in names}
-    return dataclasses.replace(base, **values, published=frozenset(settings.published))
-
-
-# ---- commands ---------------------------------------------------------------------------------------------------
-
-
-@_command("pretrain")
-def _pretrain(arguments: list[str]) -> int:
-    from d2v import recipes
-
-    names = list(recipes.RECIPES)
-    if not arguments or arguments[0].startswith("-"):
-        if arguments and arguments[0] in ("-h", "--help"):
-            print(f"usage: d2v pretrain RECIPE [OPTIONS]\n\nRECIPE: {', '.join(names)}")
-            print("'d2v pretrain RECIPE --help' lists every option with the recipe's value.")
+def _run(name: str, arguments: list[str]) -> int:
+    command, default, traits, note = COMMANDS[name], None, None, ""
+    if command.word:
+        valid, word = list(command.choices), command.word
+        if arguments[:1] in (["-h"], ["--help"]):
+            text = inspect.getdoc(command.options)
+            print(f"usage: d2v {name} {word} [OPTIONS]\n\n{text}\n\n{word}: {', '.join(valid)}")
+            print(f"'d2v {name} {word} --help' lists the options with the values of that {word}.")
             return 0
-        raise UsageError(f"recipe: expected one of {', '.join(names)} as the first argument, got nothing")
-    base = recipes.get(arguments[0])
-    kind = _settings_class()
-    start = {f.name: getattr(base, f.name) for f in dataclasses.fields(kind) if hasattr(base, f.name)}
-    default = kind(**{**start, "published": tuple(sorted(base.published))})
-    settings = parse_options(kind, arguments[1:], f"d2v pretrain {arguments[0]}", default)
-    config = settings_to_config(settings, base)
-    if settings.profile < 0:
-        raise UsageError(f"profile: expected 0 updates or more, got {settings.profile}")
-    if settings.dry_run:
-        from d2v.tools.dry_run import dry_run
+        if not arguments or arguments[0].startswith("-"):
+            raise UsageError(f"{word.lower()}: expected one of {', '.join(valid)} as the first argument, got nothing")
+        if arguments[0] not in valid:
+            raise UsageError(_unknown(word.lower(), arguments[0], valid))
+        assert command.defaults is not None
+        default, config = command.defaults(arguments[0], arguments[1:])
+        traits = config.traits | {name, *arguments[0].split("-")}
+        note = f"Options without effect on {arguments[0]} are not listed."
+        name, arguments = f"{name} {arguments[0]}", arguments[1:]
+    values = parse_options(command.options, arguments, f"d2v {name}", default, command.first, traits, note)
+    settings = build_section(command.options, values, name)
+    check_ranges(settings)
+    function = command.function
+    if isinstance(function, str):
+        module, _, function_name = function.partition(":")
+        function = getattr(importlib.import_module(module), function_name)
+    try:
+        result = function(**vars(settings))
+    except SystemExit as stop:  # after a signal, once a checkpoint is saved
+        return stop.code if isinstance(stop.code, int) else 1
+    if isinstance(result, str):
+        print(result)
+    return 0
 
-        print(f"recipe       {config.recipe}\n{dry_run(config, init=settings.model.init)}")
-        return 0
+
+# ---- what runs a command, where it is not one call -----------------------------------------------------------------
+
+
+def _pretrain(config: Config, init: str | None, dry_run: bool, profile: int) -> str | None:
+    if dry_run:
+        from d2v.tools.dry_run import dry_run as describe
+
+        return f"recipe       {config.recipe}\n{describe(config, init=init)}"
     from d2v.train.pretraining import pretrain
 
-    try:
-        pretrain(config, init=settings.model.init, profile=settings.profile)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    return 0
+    pretrain(config, init=init, profile=profile)
+    return None
 
 
-@_command("evaluate probe")
-def _evaluate_probe(arguments: list[str]) -> int:
-    options = parse_options(Probe, arguments, "d2v evaluate probe")
-    from d2v.evaluate.probe import probe
-
-    probe(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)})
-    return 0
+def _pretrain_defaults(recipe: str, _: list[str]) -> tuple[options.Pretrain, Config]:
+    config = recipes.get(recipe)
+    return options.Pretrain(config=config), config
 
 
-@_command("evaluate model")
-def _evaluate_model(arguments: list[str]) -> int:
-    options = parse_options(EvaluateModel, arguments, "d2v evaluate model")
-    from d2v.finetune.run import evaluate_model
+def _finetune(checkpoint: str, train: str, valid: str | None, test: str | None, data: Data, **others: Any) -> None:
+    for name, value in (("checkpoint", checkpoint), ("train", train)):
+        if not value:
+            raise UsageError(f"{name}: expected a path, got nothing")
+    if data.path:
+        raise UsageError(f"data.path: expected nothing, --train names the data; got {data.path!r}")
+    from d2v.finetune.run import finetune
 
-    evaluate_model(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)})
-    return 0
-
-
-@_command("finetune")
-def _finetune(arguments: list[str]) -> int:
-    from d2v.cli_finetune import run_command
-
-    return run_command(arguments)
+    data = data if valid is None else replace(data, valid=valid)
+    finetune(checkpoint=checkpoint, train_path=train, test_path=test, data=data, **others)
 
 
-@_command("evaluate maps")
-def _evaluate_maps(arguments: list[str]) -> int:
-    options = parse_options(Maps, arguments, "d2v evaluate maps")
-    from d2v.tools.maps import draw_maps
+def _finetune_defaults(task: str, arguments: list[str]) -> tuple[options.FineTuning, Config]:
+    """Options before the command line is read: they follow the model that --checkpoint names."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    checkpoint = words[words.index("--checkpoint") + 1 :][:1] if "--checkpoint" in words else []
+    if checkpoint:
+        from d2v.finetune.run import read_defaults
 
-    print(draw_maps(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)}))
-    return 0
+        config, sections = read_defaults(task, checkpoint[0])
+    else:  # for the help
+        from d2v.finetune.defaults import MODALITIES, default_sections
 
-
-@_command("features")
-def _features(arguments: list[str]) -> int:
-    options = parse_options(Features, arguments, "d2v features")
-    from d2v.evaluate.features import extract
-
-    print(extract(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)}))
-    return 0
-
-
-@_command("import")
-def _import(arguments: list[str]) -> int:
-    options = parse_options(Import, arguments, "d2v import")
-    from d2v.interop.convert import import_checkpoint
-
-    print(import_checkpoint(options.from_, options.output))
-    return 0
+        config = recipes.get(f"{MODALITIES[task]}-base")
+        sections = default_sections(task, config)
+    optim, data, run, task_options = sections
+    return options.FineTuning(task=task, optim=optim, data=data, run=run, options=task_options), config
 
 
-@_command("export")
-def _export(arguments: list[str]) -> int:
-    options = parse_options(Export, arguments, "d2v export")
-    from d2v.interop.convert import export_checkpoint
-
-    print(export_checkpoint(options.checkpoint, options.format, options.output))
-    return 0
-
-
-@_command("plot")
-def _plot(arguments: list[str]) -> int:
-    options = parse_options(Plot, arguments, "d2v plot")
-    from d2v.tools.plot import draw_report
-
-    print(draw_report(Path(options.dir), images=options.images, count=options.count, output=options.output))
-    return 0
-
-
-@_command("recipes")
-def _recipes(arguments: list[str]) -> int:
-    _no_options("recipes", arguments)
-    from d2v import recipes
-
+def _list_recipes() -> str:
+    lines = []
     for name, function in recipes.RECIPES.items():
-        config = function()
-        title = (function.__doc__ or "").strip().split("\n\n")[0]
-        print(f"{name:14} {' '.join(title.split())}")
-        print(
+        config, title = function(), (function.__doc__ or "").strip().split("\n\n")[0]
+        lines += [
+            f"{name:14} {' '.join(title.split())}",
             f"{'':14} depth {config.encoder.prenet_depth}+{config.encoder.depth}, width {config.encoder.width}, "
-            f"{config.stem.summary}, {config.mask.copies} masks of "
-            f"{config.mask.ratio:.0%}, {config.run.steps} updates of {config.data.global_batch}"
-        )
-    return 0
+            f"{config.stem.summary}, {config.mask.copies} masks of {config.mask.ratio:.0%}, {config.run.steps} updates "
+            f"of {config.data.global_batch}",
+        ]
+    return "\n".join(lines)
 
 
-@_command("info")
-def _info(arguments: list[str]) -> int:
-    for argument in arguments:
-        if argument not in ("--probe", "--json", "-h", "--help"):
-            raise UsageError(_unknown("info", argument, ["--probe", "--json"]))
+def _info(**flags: bool) -> None:
     from d2v_kernels import info
 
-    info.main(arguments)
-    return 0
+    info.main([f"--{name}" for name, on in flags.items() if on])
 
 
-@_command("data textures")
-def _textures(arguments: list[str]) -> int:
-    options = parse_options(Textures, arguments, "d2v data textures")
+def _textures(output: Path, seed: int, size: int, **crops: int) -> str:
     from d2v.tools.textures import write_textures
 
-    counts = {"train": options.train_crops, "valid": options.valid_crops, "test": options.test_crops}
-    if options.pretrain_crops:
-        counts["pretrain"] = options.pretrain_crops
-    print(write_textures(Path(options.output), seed=options.seed, size=options.size, counts=counts))
-    return 0
+    counts = {name.removesuffix("_crops"): count for name, count in crops.items() if count}
+    return write_textures(output, seed=seed, size=size, counts=counts)
 
 
-@_command("data pack")
-def _pack(arguments: list[str]) -> int:
-    options = parse_options(Pack, arguments, "d2v data pack")
+def _pack(
+    input: str, output: Path, shard_megabytes: float, workers: int, allow_commands: bool, **settings: Any
+) -> str:  # fmt: skip
     from d2v.data.pack import PackSettings, pack
 
-    settings = PackSettings(
-        kind=options.kind, labelled=options.labelled, shard_bytes=round(options.shard_megabytes * 1e6),
-        shard_samples=options.shard_samples, seed=options.seed, in_order=options.in_order, unchecked=options.unchecked,
-    )  # fmt: skip
-    workers, commands = options.workers, options.allow_commands
-    print(pack(options.input, Path(options.output), settings, workers=workers, commands=commands))
-    return 0
+    what = PackSettings(shard_bytes=round(shard_megabytes * 1e6), **settings)
+    return pack(input, output, what, workers=workers, commands=allow_commands)
 
 
-@_command("data tokenizer")
-def _tokenizer(arguments: list[str]) -> int:
-    options = parse_options(Tokenizer, arguments, "d2v data tokenizer")
-    from d2v.data.tokenizer import write_tokenizer
+class Command(NamedTuple):
+    """One command.
 
-    output = Path(options.output)
-    print(write_tokenizer(output, options.data.path, vocabulary=options.vocabulary, gpt2=options.gpt2))
-    return 0
+    Fields: summary; options (their dataclass); function (takes their values; "module:name" is imported when the command
+    runs; text that it returns is printed); first (options that the help begins with). Where an argument stands in front
+    of the options: word (what it is called), choices, and defaults (makes of it and of the other arguments the options
+    before they are read, and a configuration of the model, which decides what the help lists).
+    """
+
+    summary: str
+    options: Any
+    function: Callable[..., Any] | str
+    first: tuple[str, ...] = ()
+    word: str = ""
+    choices: Collection[str] = ()
+    defaults: Callable[[str, list[str]], tuple[Any, Config]] | None = None
 
 
-def _no_options(command: str, arguments: list[str]) -> None:
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(f"usage: d2v {command}")
-        raise SystemExit(0)
-    if arguments:
-        raise UsageError(f"{command}: expected no options, got {arguments[0]!r}")
+COMMANDS = {
+    "pretrain": Command(
+        "pre-train a model; resumes if --run.dir holds a checkpoint", options.Pretrain, _pretrain,
+        ("data.path", "run.dir", "run.steps", "data.global-batch", "optim.learning-rate", "data.valid", "model.init"),
+        "RECIPE", recipes.RECIPES, _pretrain_defaults,
+    ),
+    "finetune": Command(
+        "train a head and the encoder on labels; resumes if --run.dir holds a checkpoint", options.FineTuning,
+        _finetune,
+        ("checkpoint", "train", "valid", "test", "run.dir", "task.epochs", "data.global-batch", "optim.learning-rate"),
+        "TASK", TASKS, _finetune_defaults,
+    ),
+    "evaluate probe": Command(
+        "linear probe, kNN and few-label accuracy on frozen features", options.Probe, "d2v.evaluate.probe:probe"
+    ),
+    "evaluate model": Command(
+        "scores of a fine-tuned model: accuracy, F1, correlation, or word error rate", options.EvaluateModel,
+        "d2v.finetune.run:evaluate_model",
+    ),
+    "evaluate maps": Command(
+        "figures: similarity of features, masks, classes in two dimensions", options.Maps, "d2v.tools.maps:draw_maps"
+    ),
+    "features": Command(
+        "features of images, speech or text to one file, with an index beside it", options.Features,
+        "d2v.evaluate.features:extract",
+    ),
+    "import": Command(
+        "read a published fairseq checkpoint or a Hugging Face folder", options.Import,
+        "d2v.interop.convert:import_checkpoint",
+    ),
+    "export": Command(
+        "write a checkpoint as safetensors, for Hugging Face (1.0) or for fairseq", options.Export,
+        "d2v.interop.convert:export_checkpoint",
+    ),
+    "plot": Command(
+        "plot a run: metrics, probes, similarity of features -> DIR/report.png", options.Plot,
+        "d2v.tools.plot:draw_report",
+    ),
+    "recipes": Command("list the recipes", options.Recipes, _list_recipes),
+    "info": Command("which operators and backends this installation can run, and why not", options.Info, _info),
+    "data textures": Command(
+        "write the quick-start images: crops of photographs from the scikit-image package", options.Textures, _textures
+    ),
+    "data pack": Command("write images, speech or text as shards of even size", options.Pack, _pack),
+    "data tokenizer": Command(
+        "train a tokenizer on text, or import the published one", options.Tokenizer,
+        "d2v.data.tokenizer:write_tokenizer", ("output", "data.path"),
+    ),
+}  # fmt: skip
+"""All commands, in the order of the help."""

@@ -1,5 +1,6 @@
 """Every setting of a run, as nested dataclasses."""
 
+from d2v.config.fields import setting
 from d2v.config.model import (
     PUBLISHED_BEHAVIOURS,
     SPEECH_CONVOLUTIONS,
@@ -11,25 +12,10 @@ from d2v.config.model import (
     Mask,
     Stem,
     Target,
-    build_section,
 )
-from d2v.config.run import Data, Ema, Optim, Run, require
+from d2v.config.run import Data, Ema, Optim, Run
 
 __all__ = [
-    "PUBLISHED_BEHAVIOURS",
-    "SPEECH_CONVOLUTIONS",
-    "Config",
-    "Data",
-    "Decoder",
-    "Ema",
-    "Encoder",
-    "Head",
-    "Loss",
-    "Mask",
-    "Optim",
-    "Run",
-    "Stem",
-    "Target",
-    "build_section",
-    "require",
-]
+    "PUBLISHED_BEHAVIOURS", "SPEECH_CONVOLUTIONS", "Config", "Data", "Decoder", "Ema", "Encoder", "Head", "Loss",
+    "Mask", "Optim", "Run", "Stem", "Target", "setting",
+]  # fmt: skip

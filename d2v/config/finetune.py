@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from d2v.config.model import Config, build_section
-from d2v.config.run import require
+from d2v.config.fields import check_ranges, require, setting
+from d2v.config.model import Config
 
 TASKS = ("speech-ctc", "speech-classify", "vision-classify", "text-classify")
 SECTION = "finetune"
@@ -80,68 +79,68 @@ class TaskOptions:
 
     weights: Literal["student", "teacher"] = "student"
     """Pre-trained weights to start from; published: the student's."""
-    pool: Literal["mean", "class"] = "mean"
+    pool: Literal["mean", "class"] = setting("mean", only="vision")
     """Images: classify the mean of the patches (published 2.0), or the class token."""
-    head_dropout: float = 0.0
+    head_dropout: float = setting(0.0, low=0, below=1)
     """Dropout before the last layer."""
-    regression: bool = False
+    regression: bool = setting(False, only="text")
     """Text: labels are numbers (STS-B)."""
-    units: Literal["letters", "bpe"] = "letters"
+    units: Literal["letters", "bpe"] = setting("letters", only="ctc")
     """CTC: what the model spells with: the characters of the training transcripts, or byte-level byte pairs of
     task.bpe."""
-    bpe: str | None = None
+    bpe: str | None = setting(None, only="ctc")
     """CTC, units bpe: folder of a tokenizer (`d2v data tokenizer`)."""
-    case: Literal["lower", "upper", "keep"] = "lower"
+    case: Literal["lower", "upper", "keep"] = setting("lower", only="ctc")
     """CTC: case of the transcripts."""
-    bad_labels: Literal["refuse", "skip"] = "refuse"
+    bad_labels: Literal["refuse", "skip"] = setting("refuse", rare=True)
     """What to do about samples without a usable label (none, empty, not a number, an unknown class or character):
     refuse the data, or leave them out and count them."""
     epochs: float = 10.0
     """Passes over the training samples, where run.steps is 0; the checkpoints then stand at the ends of epochs."""
-    warmup: float = 0.1
+    warmup: float = setting(0.1, low=0, high=1)
     """Share of the updates with a rising learning rate, where optim.warmup_steps is 0."""
-    hold: float = 0.0
+    hold: float = setting(0.0, low=0, high=1, rare=True)
     """Share of the updates at the peak, where optim.hold_steps is 0 (tri-stage)."""
-    freeze_encoder: int = 0
+    freeze_encoder: int = setting(0, low=0)
     """Updates during which only the head is trained."""
-    freeze_stem: bool = False
+    freeze_stem: bool = setting(False, only="speech")
     """Speech: never train the convolutions of the waveform."""
-    layer_decay: float = 1.0
+    layer_decay: float = setting(1.0, above=0, high=1)
     """Learning rate of a block over that of the block behind it."""
-    decay_stem: bool = False
+    decay_stem: bool = setting(False, rare=True)
     """Let stem, positions and class token have the rate before the first block's, as BEiT does; published 2.0: the full
     one."""
-    valid_share: float = 0.1
+    valid_share: float = setting(0.1, above=0, below=1)
     """Share of the training samples that is held out where no --valid is given."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = setting(0.0, low=0, below=1)
     """Share of a target that is spread over all classes."""
-    mixup: float = 0.0
+    mixup: float = setting(0.0, low=0, only="vision")
     """Images: alpha of mixup; 0: none."""
-    cutmix: float = 0.0
+    cutmix: float = setting(0.0, low=0, only="vision")
     """Images: alpha of CutMix; 0: none."""
-    mix_probability: float = 1.0
+    mix_probability: float = setting(1.0, low=0, high=1, only="vision")
     """Images: share of the batches that are mixed."""
-    switch_probability: float = 0.5
+    switch_probability: float = setting(0.5, low=0, high=1, only="vision", rare=True)
     """Images: share of the mixed batches that get CutMix, where both are on."""
-    erasing: float = 0.0
+    erasing: float = setting(0.0, low=0, high=1, only="vision")
     """Images: probability that a rectangle is replaced by noise."""
-    time_mask: float = 0.0
+    time_mask: float = setting(0.0, low=0, high=1, only="speech")
     """Speech: share of the frames at which a masked span may begin, times its length."""
-    time_span: int = 10
+    time_span: int = setting(10, low=1, only="speech")
     """Speech: frames of a masked span."""
-    channel_mask: float = 0.0
+    channel_mask: float = setting(0.0, low=0, high=1, only="speech")
     """Speech: the same for channels of the features."""
-    channel_span: int = 64
+    channel_span: int = setting(64, low=1, only="speech")
     """Speech: channels of a masked span."""
     drop_path: float | None = None
     """Stochastic depth of the last block; unset: as pre-trained."""
-    dropout: float | None = None
+    dropout: float | None = setting(None, rare=True)
     """Dropout of the encoder; unset: as pre-trained."""
-    attention_dropout: float | None = None
+    attention_dropout: float | None = setting(None, rare=True)
     """Dropout on attention weights; unset: as pre-trained."""
-    activation_dropout: float | None = None
+    activation_dropout: float | None = setting(None, rare=True)
     """Dropout inside the MLPs; unset: as pre-trained."""
-    layer_drop: float | None = None
+    layer_drop: float | None = setting(None, rare=True)
     """Probability of skipping a block in training; unset: as pre-trained."""
 
 
@@ -164,9 +163,9 @@ class FineTuneConfig(Config):
     finetune: FineTune = field(default_factory=FineTune)
 
     def __post_init__(self) -> None:
+        check_ranges(self.finetune.options, "task")
         super().__post_init__()
         require(self.run.compile_scope == "blocks", "run.compile_scope", "blocks in fine-tuning", self)
-        check_options(self.finetune.options)
 
     @staticmethod
     def of(config: Config, **changes: Any) -> FineTuneConfig:
@@ -174,42 +173,12 @@ class FineTuneConfig(Config):
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
         return FineTuneConfig(**{**values, **changes})
 
-    @staticmethod
-    def from_json(text: str) -> FineTuneConfig:
-        """Rebuilds a configuration; unknown fields raise `ValueError` with their names."""
-        config: FineTuneConfig = build_section(FineTuneConfig, json.loads(text), "config")
-        return config
-
-
-def check_options(options: TaskOptions) -> None:
-    """`ValueError` names an option that is out of its range."""
-    rules: list[tuple[tuple[str, ...], str, Callable[[float], bool]]] = [
-        (("mix_probability", "switch_probability", "erasing", "time_mask", "channel_mask"), "0 to 1", _is_share),
-        (("warmup", "hold"), "0 to 1", _is_share),
-        (("label_smoothing", "head_dropout"), "0 to below 1", lambda x: 0.0 <= x < 1.0),
-        (("mixup", "cutmix", "freeze_encoder"), "0 or more", lambda x: x >= 0.0),
-        (("time_span", "channel_span"), "1 or more", lambda x: x >= 1),
-        (("layer_decay",), "above 0, at most 1", lambda x: 0.0 < x <= 1.0),
-        (("valid_share",), "above 0, below 1", lambda x: 0.0 < x < 1.0),
-    ]
-    for names, expected, fits in rules:
-        for name in names:
-            if not fits(getattr(options, name)):
-                raise ValueError(f"task.{name}: expected {expected}, got {getattr(options, name)}")
-
-
-def _is_share(value: float) -> bool:
-    return 0.0 <= value <= 1.0
-
 
 def read_config(file: Path) -> Config | FineTuneConfig:
     """The configuration in a file, of a pre-trained or of a fine-tuned model; `ValueError` where it cannot be read."""
     try:
         text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"checkpoint: cannot read {str(file)!r}: {error}") from None
-    try:
         tuned = SECTION in json.loads(text)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint: cannot read {str(file)!r}: {error}") from None
-    return FineTuneConfig.from_json(text) if tuned else Config.from_json(text)
+    return (FineTuneConfig if tuned else Config).from_json(text)

@@ -10,26 +10,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from d2v.config.run import Data, Ema, Optim, Run, check_run, require
+from d2v.config.fields import build_section, check_ranges, find_nearest, flat_fields, replace_field, require, setting
+from d2v.config.run import Data, Ema, Optim, Run
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PUBLISHED_BEHAVIOURS = frozenset(
-    {
-        "statistics-over-padding",
-        "loss-on-padding",
-        "positions-see-padding",
-        "class-loss-per-micro-batch",
-        "no-head-1.0-vision",
-        "pre-norm-without-residual",
-        "visible-count-of-row-0",
-        "masked-tokens-only-teacher",
-        "equal-mask-counts",
-        "norms-over-batch",
-    }
-)
-
+    [
+        "statistics-over-padding", "loss-on-padding", "positions-see-padding", "class-loss-per-micro-batch",
+        "no-head-1.0-vision", "pre-norm-without-residual", "visible-count-of-row-0", "masked-tokens-only-teacher",
+        "equal-mask-counts", "norms-over-batch",
+    ]
+)  # fmt: skip
 
 SPEECH_CONVOLUTIONS = ((512, 10, 5), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 2, 2), (512, 2, 2))
 """The published waveform extractor: one frame every 320 samples, each of 400."""
@@ -42,55 +39,55 @@ class Stem:
     The first five fields concern every kind of input, the next images, then speech, then text.
     """
 
-    modality: Literal["speech", "vision", "text"] = "vision"
+    modality: Literal["speech", "vision", "text"] = setting("vision", rare=True)
     """Kind of input."""
-    kind: Literal["stock", "log-mel"] = "stock"
+    kind: Literal["stock", "log-mel"] = setting("stock", only="speech", rare=True)
     """stock: the published stem of the modality. log-mel, for speech: a log-mel spectrogram, a few of its frames a
     token; not a published stem, quicker to train on little data."""
-    positions: Literal["sincos", "conv", "relative", "none"] = "sincos"
+    positions: Literal["sincos", "conv", "relative", "none"] = setting("sincos", rare=True)
     """sincos: fixed, added (2.0 images); conv: of a stack of convolutions (speech); relative: a learned bias of
     attention (1.0 images); none (text, whose stem has learned positions)."""
-    dropout: float = 0.0
+    dropout: float = setting(0.0, rare=True)
     """Dropout on the features. Text: inside the stem; speech: on what the student sees only."""
-    norm_eps: float = 1e-5
+    norm_eps: float = setting(1e-5, only="sequence", rare=True)
     """Epsilon of the layer norm on embeddings (text) or on the convolutions' output (speech)."""
-    image_size: int = 224
+    image_size: int = setting(224, only="vision")
     """Height and width of an image in pixels."""
-    patch_size: int = 16
+    patch_size: int = setting(16, only="vision")
     """Height and width of a patch in pixels."""
-    channels: int = 3
+    channels: int = setting(3, only="vision")
     """Colour channels of an image."""
-    position_scale: float = 1.0
+    position_scale: float = setting(1.0, only="sincos")
     """Factor on the fixed sin-cos positions. Published: 1."""
-    convolutions: tuple[tuple[int, int, int], ...] = SPEECH_CONVOLUTIONS
+    convolutions: tuple[tuple[int, int, int], ...] = setting(SPEECH_CONVOLUTIONS, only="speech stock", rare=True)
     """Speech: channels, kernel and stride of each convolution of the waveform."""
-    convolution_bias: bool = False
+    convolution_bias: bool = setting(False, only="speech stock", rare=True)
     """Speech: these convolutions have a bias."""
-    gradient_scale: float = 1.0
+    gradient_scale: float = setting(1.0, low=0, only="speech stock", rare=True)
     """Speech: factor on the gradient that enters them; 0 freezes them."""
-    position_layers: int = 5
+    position_layers: int = setting(5, low=1, only="conv", rare=True)
     """Speech: convolutions of the positions."""
-    position_width: int = 95
+    position_width: int = setting(95, only="conv", rare=True)
     """Speech: reach of the positions in frames, shared by their convolutions."""
-    position_groups: int = 16
+    position_groups: int = setting(16, only="conv", rare=True)
     """Speech: groups of these convolutions."""
-    position_norm: bool = False
+    position_norm: bool = setting(False, only="conv", rare=True)
     """Speech: layer norm before them."""
-    mel_bins: int = 40
+    mel_bins: int = setting(40, only="log-mel")
     """Log-mel stem: bands of the spectrogram."""
-    mel_frames: int = 3
+    mel_frames: int = setting(3, only="log-mel")
     """Log-mel stem: spectrogram frames, 10 ms each, in a token."""
-    vocabulary: int = 50_265
+    vocabulary: int = setting(50_265, only="text")
     """Text: number of token ids; 1 is padding."""
-    max_tokens: int = 512
+    max_tokens: int = setting(512, only="text")
     """Text: longest sequence, in tokens."""
-    mask_token: int | None = None
+    mask_token: int | None = setting(None, only="text 1.0")
     """Text, 1.0: id of the mask token."""
-    learned_positions: bool = True
+    learned_positions: bool = setting(True, only="text", rare=True)
     """Text: add learned positions."""
-    embedding_norm: bool = True
+    embedding_norm: bool = setting(True, only="text", rare=True)
     """Text: layer norm on the embeddings."""
-    embedding_scale: float = 1.0
+    embedding_scale: float = setting(1.0, only="text", rare=True)
     """Text: factor on the token embeddings before the positions are added."""
 
     @property
@@ -113,54 +110,54 @@ class Stem:
 class Encoder:
     """Transformer blocks of student and teacher."""
 
-    width: int = 768
+    width: int = setting(768, low=1)
     """Channels C of a token."""
-    heads: int = 12
+    heads: int = setting(12, low=1)
     """Attention heads; divides the width."""
     prenet_depth: int = 0
     """Blocks before the main ones; never used as targets."""
     depth: int = 12
     """Main blocks."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = setting(4.0, rare=True)
     """Hidden width of the MLP over C."""
-    norm_order: Literal["post", "pre"] = "post"
+    norm_order: Literal["post", "pre"] = setting("post", rare=True)
     """Layer norm after each residual sum (published 2.0) or before each branch."""
-    norm_eps: float = 1e-5
+    norm_eps: float = setting(1e-5, rare=True)
     """Epsilon of the layer norms."""
-    norm_affine: bool = True
+    norm_affine: bool = setting(True, rare=True)
     """Layer norms have a learned gain and bias."""
-    input_norm: bool = True
+    input_norm: bool = setting(True, only="post", rare=True)
     """Post-norm models: layer norm on the tokens that enter the first block."""
-    layer_scale: float = 0.0
+    layer_scale: float = setting(0.0, rare=True)
     """Initial value of a learned factor per channel on both branches of a block; 0: no such factor."""
-    key_bias: bool = True
+    key_bias: bool = setting(True, rare=True)
     """Keys have a bias, as queries and values do."""
-    alibi: Literal["none", "fixed", "learned"] = "none"
+    alibi: Literal["none", "fixed", "learned"] = setting("none", rare=True)
     """Attention bias of -slope * distance in tokens (Press et al. 2021, symmetric), with a fixed or learned factor."""
-    alibi_scale: float = 1.0
+    alibi_scale: float = setting(1.0, rare=True)
     """Initial factor on the slopes; negative factors count as 0."""
-    alibi_heads: int | None = None
+    alibi_heads: int | None = setting(None, rare=True)
     """Heads that have the bias, the first ones; unset: all."""
-    alibi_distance: Literal["sequence", "manhattan", "euclidean"] = "sequence"
+    alibi_distance: Literal["sequence", "manhattan", "euclidean"] = setting("sequence", rare=True)
     """Distance of two tokens: in the sequence, or of two patches on their grid."""
-    alibi_per_head: bool = True
+    alibi_per_head: bool = setting(True, rare=True)
     """One factor for each head, or one for all."""
-    alibi_per_layer: bool = False
+    alibi_per_layer: bool = setting(False, rare=True)
     """One factor for each block, prenet blocks first, or one for all."""
-    extra_tokens: int = 0
+    extra_tokens: int = setting(0, low=0)
     """Learned tokens put before the others; they have no position and are never masked. The last is the class token."""
-    init_std: float | None = 0.02
+    init_std: float | None = setting(0.02, rare=True)
     """Standard deviation of the linear layers' initial weights (published: 0.02); unset: PyTorch's default."""
-    init_rescale: bool = False
+    init_rescale: bool = setting(False, rare=True)
     """Divide the initial output weights of main block i (from 1) by sqrt(2 i), and cut initial weights at two standard
     deviations (published 1.0 images)."""
     dropout: float = 0.0
     """Dropout after attention projection and MLP."""
     attention_dropout: float = 0.0
     """Dropout on attention weights."""
-    activation_dropout: float = 0.0
+    activation_dropout: float = setting(0.0, rare=True)
     """Dropout inside the MLP, after the activation."""
-    prenet_dropout: float = 0.0
+    prenet_dropout: float = setting(0.0, rare=True)
     """Dropout on the tokens that enter the first block."""
     layer_drop: float = 0.0
     """Probability that the student skips a main block."""
@@ -180,17 +177,17 @@ class Decoder:
     """Kernel size (both axes for images)."""
     groups: int = 16
     """Groups of a convolution."""
-    residual: bool = True
+    residual: bool = setting(True, rare=True)
     """Add a layer's input to its output where the channel counts agree."""
-    projection_layers: int = 1
+    projection_layers: int = setting(1, low=1, rare=True)
     """Linear layers of the last projection, with GELU between."""
-    projection_ratio: float = 2.0
+    projection_ratio: float = setting(2.0, rare=True)
     """Hidden width of the projection over C."""
     input_dropout: float = 0.0
     """Dropout on the encoder output that enters the decoder."""
-    positions_masked: bool = False
+    positions_masked: bool = setting(False, only="sincos", rare=True)
     """Add the fixed positions at the masked tokens of the decoder's input."""
-    positions_all: bool = False
+    positions_all: bool = setting(False, only="sincos", rare=True)
     """Add the fixed positions at all tokens of the decoder's input."""
 
 
@@ -198,7 +195,7 @@ class Decoder:
 class Head:
     """What data2vec 1.0 has instead of a decoder: linear layers on the encoder's output at masked tokens."""
 
-    layers: int = 1
+    layers: int = setting(1, low=1)
     """Linear layers of width 2 C, with GELU between; the last has width C."""
 
 
@@ -208,17 +205,17 @@ class Mask:
 
     kind: Literal["block", "random", "span", "rectangles", "token-span"] = "block"
     """Sampling rule; see `d2v_kernels.MaskSampler`."""
-    ratio: float = 0.8
+    ratio: float = setting(0.8, above=0, below=1)
     """Masked fraction of the tokens."""
-    adjust: float = 0.0
+    adjust: float = setting(0.0, only="block")
     """Added to the ratio when block centres are counted, before the exact count is enforced."""
     span: int = 1
     """Side of a block, or length of a span, in tokens."""
-    inverse: bool = False
+    inverse: bool = setting(False, only="block")
     """Draw the visible blocks instead of the masked ones."""
-    copies: int = 1
+    copies: int = setting(1, low=1)
     """Masked copies M of each sample; the teacher runs once for all of them."""
-    noise_std: float = 0.01
+    noise_std: float = setting(0.01, only="2.0")
     """Standard deviation of the noise that stands for masked tokens in the decoder."""
 
 
@@ -256,14 +253,14 @@ class Loss:
 class Config:
     """A complete run: model, data, optimisation."""
 
-    recipe: str = ""
+    recipe: str = setting("", option=None)
     """Name of the recipe this configuration came from."""
-    version: Literal[1, 2] = 2
+    version: Literal[1, 2] = setting(2, option=None)
     """data2vec 1.0 or 2.0."""
     stem: Stem = field(default_factory=Stem)
     encoder: Encoder = field(default_factory=Encoder)
-    decoder: Decoder = field(default_factory=Decoder)
-    head: Head = field(default_factory=Head)
+    decoder: Decoder = field(default_factory=Decoder, metadata={"only": "2.0"})
+    head: Head = field(default_factory=Head, metadata={"only": "1.0"})
     mask: Mask = field(default_factory=Mask)
     target: Target = field(default_factory=Target)
     loss: Loss = field(default_factory=Loss)
@@ -271,36 +268,14 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     data: Data = field(default_factory=Data)
     run: Run = field(default_factory=Run)
-    published: frozenset[str] = frozenset()
+    published: frozenset[str] = setting(frozenset(), choices=PUBLISHED_BEHAVIOURS, rare=True)
     """Behaviours of the published code reproduced on purpose (docs/parity.md)."""
 
     def __post_init__(self) -> None:
-        require(self.encoder.width % self.encoder.heads == 0, "encoder.width", "a multiple of encoder.heads", self)
-        require(1 <= self.target.top_k <= self.encoder.depth, "target.top_k", "1 to encoder.depth", self)
-        require(0.0 < self.mask.ratio < 1.0, "mask.ratio", "above 0 and below 1", self)
-        require(self.mask.copies >= 1, "mask.copies", "at least 1", self)
-        needed = 1 if self.loss.class_weight > 0.0 else 0
-        require(self.encoder.extra_tokens >= needed, "encoder.extra_tokens", f"at least {needed}", self)
-        require(self.head.layers >= 1, "head.layers", "1 or more", self)
-        require(self.decoder.projection_layers >= 1, "decoder.projection_layers", "1 or more", self)
-        check_model(self)
-        require(0.0 <= self.ema.start <= 1.0, "ema.start", "0 to 1", self)
-        require(0.0 <= self.ema.end <= 1.0, "ema.end", "0 to 1", self)
-        require(self.data.global_batch >= 1, "data.global_batch", "1 or more", self)
-        require(self.data.workers >= 0, "data.workers", "0 or more", self)
-        micro = self.data.micro_batch
-        require(micro is None or micro >= 1, "data.micro_batch", "1 or more", self)
-        require(self.data.shuffle_buffer >= 1, "data.shuffle_buffer", "1 or more", self)
-        require(self.data.shuffle_shards >= 1, "data.shuffle_shards", "1 or more", self)
-        require(0.0 <= self.data.bad_fraction <= 1.0, "data.bad_fraction", "0 to 1", self)
-        check_run(self)
-        require(self.optim.warmup_steps >= 0, "optim.warmup_steps", "0 or more", self)
-        require(self.optim.hold_steps >= 0, "optim.hold_steps", "0 or more", self)
-        positive = self.optim.final_rate > 0.0 or self.optim.schedule != "tri-stage"
-        require(positive and self.optim.final_rate >= 0.0, "optim.final_rate", "0 or more, tri-stage above 0", self)
-        require(self.optim.learning_rate >= 0.0, "optim.learning_rate", "0 or more", self)
-        unknown = self.published - PUBLISHED_BEHAVIOURS
-        if unknown:
+        check_ranges(self)
+        for name, expected, fits in RULES:
+            require(fits(self), name, expected.format(self), self)
+        if unknown := self.published - PUBLISHED_BEHAVIOURS:
             raise ValueError(f"published: expected names of {sorted(PUBLISHED_BEHAVIOURS)}, got {sorted(unknown)}")
 
     @property
@@ -308,78 +283,82 @@ class Config:
         """Factor on the summed error: `loss.scale`, or 1 / sqrt(C)."""
         return self.loss.scale if self.loss.scale is not None else 1.0 / math.sqrt(self.encoder.width)
 
+    @property
+    def traits(self) -> frozenset[str]:
+        """Words for the kind of model; `setting(only=...)` names those that a field needs to have an effect."""
+        words = [self.stem.modality, self.stem.kind, self.stem.positions, self.encoder.norm_order, self.mask.kind]
+        return frozenset([*words, f"{self.version}.0", "image" if self.stem.modality == "vision" else "sequence"])
+
+    def replace(self, name: str, value: Any) -> Self:
+        """The same configuration with another value of one setting, by its dotted name ("optim.learning_rate").
+
+        Raises:
+            ValueError: no such setting (the text gives the nearest), or a value that it cannot have.
+        """
+        if name not in (valid := flat_fields(type(self))):
+            raise ValueError(f"config: expected a setting, got {name!r}; did you mean {find_nearest(name, valid)!r}?")
+        changed: Self = replace_field(self, name.split("."), value)
+        return changed
+
+    def change(self, **values: Any) -> Self:
+        """The same configuration with other values; a dict replaces those fields of a section that it names."""
+        sections = {n: dataclasses.replace(getattr(self, n), **v) for n, v in values.items() if isinstance(v, dict)}
+        return dataclasses.replace(self, **{**values, **sections})
+
     def to_json(self) -> str:
         """The configuration as JSON text; `from_json` reads it back."""
         value = dataclasses.asdict(self)
         value["published"] = sorted(self.published)
         return json.dumps(value, indent=2)
 
-    @staticmethod
-    def from_json(text: str) -> Config:
+    @classmethod
+    def from_json(cls, text: str) -> Self:
         """Rebuilds a configuration; unknown or missing fields raise `ValueError` with their names."""
         value = json.loads(text)
         if not isinstance(value, dict):
             raise ValueError(f"config: expected a JSON object, got {type(value).__name__}")
-        config: Config = build_section(Config, value, "config")
+        config: Self = build_section(cls, value, "config")
         return config
 
 
-def build_section(cls: Any, value: dict[str, Any], where: str) -> Any:
-    """A dataclass of settings from JSON; `ValueError`, beginning with `where`, names unknown fields."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(value) - set(fields)):
-        raise ValueError(f"{where}: unknown fields {unknown}; expected {sorted(fields)}")
-    kwargs: dict[str, Any] = {}
-    for name, item in value.items():
-        section = fields[name].default_factory
-        if dataclasses.is_dataclass(section):
-            kwargs[name] = build_section(section, item, f"{where}.{name}")
-        elif name == "published":
-            kwargs[name] = frozenset(item)
-        else:
-            kwargs[name] = _to_tuples(item)
-    return cls(**kwargs)
-
-
-def _to_tuples(value: Any) -> Any:
-    return tuple(_to_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def check_model(config: Config) -> None:
-    """Which stem, positions, masks, speed and version belong together."""
-    stem, version = config.stem, config.version
-    sequence = stem.modality != "vision"
-    require(stem.kind == "stock" or stem.modality == "speech", "stem.kind", "stock unless speech", config)
-    require(stem.positions != "conv" or sequence, "stem.positions", "other than conv for vision", config)
-    require(stem.positions != "relative" or not sequence, "stem.positions", "relative for vision only", config)
-    require(stem.gradient_scale >= 0.0, "stem.gradient_scale", "0 or more", config)
-    require(len(stem.convolutions) >= 1, "stem.convolutions", "at least 1", config)
-    require(stem.position_layers >= 1, "stem.position_layers", "1 or more", config)
-    if version == 1 and stem.modality == "text":
-        known = stem.mask_token is not None and 0 <= stem.mask_token < stem.vocabulary
-        require(known, "stem.mask_token", f"0 to {stem.vocabulary - 1}", config)
-    if config.mask.kind == "rectangles":
-        require(not sequence, "mask.kind", "a kind for sequences", config)
-    require(0.0 <= config.data.speed <= 1.0, "data.speed", "0 to 1", config)
-    require(config.data.speed == 0.0 or stem.modality == "speech", "data.speed", "0 unless speech", config)
-    equal = config.mask.kind not in ("rectangles", "token-span")
-    require(version == 1 or equal, "mask.kind", "block, random or span for version 2", config)
-    fixed = stem.positions == "sincos"
-    require(fixed or not config.decoder.positions_masked, "decoder.positions_masked", "False without sincos", config)
-    require(fixed or not config.decoder.positions_all, "decoder.positions_all", "False without sincos", config)
-    grid = config.encoder.alibi_distance != "sequence"
-    require(not (grid and sequence), "encoder.alibi_distance", "sequence unless vision", config)
-    both = stem.positions == "relative" and config.encoder.alibi != "none"
-    require(not both, "encoder.alibi", "none with relative positions", config)
-    heads = config.encoder.alibi_heads if config.encoder.alibi != "none" else None
-    require(heads is None or 1 <= heads <= config.encoder.heads, "encoder.alibi_heads", "1 to encoder.heads", config)
-    check_graph(config)
-
-
-def check_graph(config: Config) -> None:
-    """What cannot be one graph: each choice of skipped blocks would be another, and counts read on the host end one."""
-    whole = config.run.compile_scope == "network"
-    dropped = config.encoder.layer_drop > 0.0
-    require(not (whole and dropped), "run.compile_scope", "blocks with encoder.layer_drop", config)
-    counted = "masked-tokens-only-teacher" in config.published
-    require(not (whole and counted), "run.compile_scope", "blocks with masked-tokens-only-teacher", config)
+RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
+    ("encoder.width", "a multiple of encoder.heads", lambda c: c.encoder.width % c.encoder.heads == 0),
+    ("target.top_k", "1 to encoder.depth", lambda c: 1 <= c.target.top_k <= c.encoder.depth),
+    ("encoder.extra_tokens", "at least 1", lambda c: c.loss.class_weight <= 0.0 or c.encoder.extra_tokens >= 1),
+    ("stem.kind", "stock unless speech", lambda c: c.stem.kind == "stock" or c.stem.modality == "speech"),
+    ("stem.positions", "other than conv for vision", lambda c: not {"conv", "vision"} <= c.traits),
+    ("stem.positions", "relative for vision only", lambda c: not {"relative", "sequence"} <= c.traits),
+    ("stem.convolutions", "at least 1", lambda c: len(c.stem.convolutions) >= 1),
+    ("stem.mask_token", "0 to below {0.stem.vocabulary}",
+     lambda c: not {"text", "1.0"} <= c.traits or c.stem.mask_token in range(c.stem.vocabulary)),
+    ("mask.kind", "a kind for sequences", lambda c: not {"rectangles", "sequence"} <= c.traits),
+    ("mask.kind", "block, random or span for version 2",
+     lambda c: c.version == 1 or c.mask.kind not in ("rectangles", "token-span")),
+    ("data.speed", "0 unless speech", lambda c: c.data.speed == 0.0 or c.stem.modality == "speech"),
+    ("decoder.positions_masked", "False without sincos",
+     lambda c: c.stem.positions == "sincos" or not c.decoder.positions_masked),
+    ("decoder.positions_all", "False without sincos",
+     lambda c: c.stem.positions == "sincos" or not c.decoder.positions_all),
+    ("encoder.alibi_distance", "sequence unless vision",
+     lambda c: c.encoder.alibi_distance == "sequence" or c.stem.modality == "vision"),
+    ("encoder.alibi", "none with relative positions",
+     lambda c: c.stem.positions != "relative" or c.encoder.alibi == "none"),
+    ("encoder.alibi_heads", "1 to encoder.heads",
+     lambda c: c.encoder.alibi == "none" or c.encoder.alibi_heads in (None, *range(1, c.encoder.heads + 1))),
+    # What cannot be one graph: each choice of skipped blocks would be another, and counts read on the host end one.
+    ("run.compile_scope", "blocks with encoder.layer_drop",
+     lambda c: c.run.compile_scope == "blocks" or c.encoder.layer_drop <= 0.0),
+    ("run.compile_scope", "blocks with masked-tokens-only-teacher",
+     lambda c: c.run.compile_scope == "blocks" or "masked-tokens-only-teacher" not in c.published),
+    ("run.shard_ranks", "nothing without fsdp", lambda c: c.run.shard_ranks is None or c.run.parallel == "fsdp"),
+    # The scaler of the loss would have to agree over the shards of each gradient.
+    ("run.precision", "fp32 or bf16 with fsdp", lambda c: c.run.parallel == "ddp" or c.run.precision != "fp16"),
+    ("run.compile_scope", "blocks without run.compile", lambda c: c.run.compile_scope == "blocks" or c.run.compile),
+    # Sharded blocks gather their weights one by one.
+    ("run.compile_scope", "blocks with fsdp", lambda c: c.run.compile_scope == "blocks" or c.run.parallel == "ddp"),
+    ("run.teacher_graph", "False with fsdp or run.compile",
+     lambda c: not c.run.teacher_graph or (c.run.parallel == "ddp" and not c.run.compile)),
+    ("optim.final_rate", "above 0 for tri-stage",
+     lambda c: c.optim.schedule != "tri-stage" or c.optim.final_rate > 0.0),
+)  # fmt: skip
+"""Which settings belong together: name of one, what is expected of it, and whether it is so."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from d2v.config import Config, Data, Decoder, Ema, Encoder, Head, Mask, Optim, Run, Stem, Target
 
 _SMALL_CONVOLUTIONS = ((256, 10, 5), (256, 3, 2), (256, 3, 2), (256, 3, 2), (256, 3, 2), (256, 2, 2), (256, 2, 2))
@@ -39,18 +37,16 @@ def speech_large() -> Config:
 
     Not stock: as `speech_base`. A batch is 48 crops of 20 s.
     """
-    base = speech_base()
-    return dataclasses.replace(
-        base,
+    return speech_base().change(
         recipe="speech-large",
-        encoder=dataclasses.replace(base.encoder, width=1024, heads=16, prenet_depth=8, depth=16, layer_drop=0.0),
-        decoder=dataclasses.replace(base.decoder, width=768),
-        mask=dataclasses.replace(base.mask, ratio=0.55, adjust=0.1, copies=12),
-        target=dataclasses.replace(base.target, top_k=16),
+        encoder=dict(width=1024, heads=16, prenet_depth=8, depth=16, layer_drop=0.0),
+        decoder=dict(width=768),
+        mask=dict(ratio=0.55, adjust=0.1, copies=12),
+        target=dict(top_k=16),
         ema=Ema(start=0.9997, end=1.0, anneal_steps=300_000, scope="encoder"),
-        optim=dataclasses.replace(base.optim, learning_rate=4e-4, clip=1.0, warmup_steps=10_000),
-        data=dataclasses.replace(base.data, global_batch=48, micro_batch=1),
-        run=dataclasses.replace(base.run, steps=600_000),
+        optim=dict(learning_rate=4e-4, clip=1.0, warmup_steps=10_000),
+        data=dict(global_batch=48, micro_batch=1),
+        run=dict(steps=600_000),
     )
 
 
@@ -87,18 +83,16 @@ def speech_small() -> Config:
 
     `speech_base` scaled down: width 384, 6 heads, 256 channels in the waveform stem, 4 masks, 50 000 updates.
     """
-    base = speech_base()
-    return dataclasses.replace(
-        base,
+    return speech_base().change(
         recipe="speech-small",
-        stem=dataclasses.replace(base.stem, convolutions=_SMALL_CONVOLUTIONS),
-        encoder=dataclasses.replace(base.encoder, width=384, heads=6),
-        decoder=dataclasses.replace(base.decoder, width=192),
-        mask=dataclasses.replace(base.mask, copies=4),
+        stem=dict(convolutions=_SMALL_CONVOLUTIONS),
+        encoder=dict(width=384, heads=6),
+        decoder=dict(width=192),
+        mask=dict(copies=4),
         ema=Ema(start=0.998, end=0.9999, anneal_steps=20_000, scope="encoder"),
-        optim=dataclasses.replace(base.optim, clip=1.0, warmup_steps=4_000),
-        data=dataclasses.replace(base.data, global_batch=32, micro_batch=None),
-        run=dataclasses.replace(base.run, steps=50_000, checkpoint_every=2_000),
+        optim=dict(clip=1.0, warmup_steps=4_000),
+        data=dict(global_batch=32, micro_batch=None),
+        run=dict(steps=50_000, checkpoint_every=2_000),
     )
 
 
@@ -129,9 +123,7 @@ def speech1_tiny() -> Config:
 
     Not stock: as `speech_tiny`, with 1.0's mask tokens and head.
     """
-    tiny = speech_tiny()
-    return dataclasses.replace(
-        tiny,
+    return speech_tiny().change(
         recipe="speech1-tiny",
         version=1,
         head=Head(layers=1),

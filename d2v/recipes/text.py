@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from d2v.config import Config, Data, Decoder, Ema, Encoder, Head, Loss, Mask, Optim, Run, Stem, Target
 
 
@@ -41,16 +39,14 @@ def text_large() -> Config:
 
     Not stock: as `text_base`.
     """
-    base = text_base()
-    return dataclasses.replace(
-        base,
+    return text_base().change(
         recipe="text-large",
-        encoder=dataclasses.replace(base.encoder, width=1024, heads=16, depth=24),
-        mask=dataclasses.replace(base.mask, ratio=0.5),
-        target=dataclasses.replace(base.target, top_k=24, norm="layer", out_norm="instance"),
-        optim=dataclasses.replace(base.optim, learning_rate=1e-4),
-        data=dataclasses.replace(base.data, micro_batch=2),
-        run=dataclasses.replace(base.run, steps=600_000),
+        encoder=dict(width=1024, heads=16, depth=24),
+        mask=dict(ratio=0.5),
+        target=dict(top_k=24, norm="layer", out_norm="instance"),
+        optim=dict(learning_rate=1e-4),
+        data=dict(micro_batch=2),
+        run=dict(steps=600_000),
     )
 
 
@@ -87,19 +83,17 @@ def text_small() -> Config:
 
     `text_base` scaled down: width 384, 6 heads, 8 blocks, 16 384 tokens of vocabulary, blocks of 256, 100 000 updates.
     """
-    base = text_base()
-    return dataclasses.replace(
-        base,
+    return text_base().change(
         recipe="text-small",
-        stem=dataclasses.replace(base.stem, vocabulary=16_384, max_tokens=256),
-        encoder=dataclasses.replace(base.encoder, width=384, heads=6, depth=8),
-        decoder=dataclasses.replace(base.decoder, layers=4, width=384),
-        mask=dataclasses.replace(base.mask, copies=4),
-        target=dataclasses.replace(base.target, top_k=8),
+        stem=dict(vocabulary=16_384, max_tokens=256),
+        encoder=dict(width=384, heads=6, depth=8),
+        decoder=dict(layers=4, width=384),
+        mask=dict(copies=4),
+        target=dict(top_k=8),
         ema=Ema(start=0.999, end=0.9999, anneal_steps=50_000, scope="blocks"),
-        optim=dataclasses.replace(base.optim, learning_rate=5e-4),
-        data=dataclasses.replace(base.data, global_batch=64, micro_batch=None),
-        run=dataclasses.replace(base.run, steps=100_000, checkpoint_every=2_000),
+        optim=dict(learning_rate=5e-4),
+        data=dict(global_batch=64, micro_batch=None),
+        run=dict(steps=100_000, checkpoint_every=2_000),
     )
 
 
@@ -131,12 +125,10 @@ def text1_tiny() -> Config:
 
     Not stock: as `text_tiny`, with 1.0's mask tokens and head.
     """
-    tiny = text_tiny()
-    return dataclasses.replace(
-        tiny,
+    return text_tiny().change(
         recipe="text1-tiny",
         version=1,
-        stem=dataclasses.replace(tiny.stem, mask_token=2_047),
+        stem=dict(mask_token=2_047),
         head=Head(layers=2),
         mask=Mask(kind="token-span", ratio=0.35, span=4),
     )

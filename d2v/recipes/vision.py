@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from d2v.config import Config, Data, Decoder, Ema, Encoder, Head, Loss, Mask, Optim, Run, Stem, Target
 
 
@@ -35,18 +33,16 @@ def vision_large() -> Config:
 
     Not stock: as `vision_base`; the class loss equals the published one at 8 images of 16 masks.
     """
-    base = vision_base()
-    return dataclasses.replace(
-        base,
+    return vision_base().change(
         recipe="vision-large",
-        encoder=dataclasses.replace(base.encoder, width=1024, heads=16, prenet_depth=0, depth=24),
-        decoder=dataclasses.replace(base.decoder, layers=3, width=1024, kernel=5),
-        mask=dataclasses.replace(base.mask, ratio=0.75, adjust=0.1),
-        target=dataclasses.replace(base.target, top_k=18),
-        loss=dataclasses.replace(base.loss, class_rows=8 * 16),
+        encoder=dict(width=1024, heads=16, prenet_depth=0, depth=24),
+        decoder=dict(layers=3, width=1024, kernel=5),
+        mask=dict(ratio=0.75, adjust=0.1),
+        target=dict(top_k=18),
+        loss=dict(class_rows=8 * 16),
         ema=Ema(start=0.9998, end=0.99999, anneal_steps=150_000),
-        optim=dataclasses.replace(base.optim, learning_rate=4e-4),
-        data=dataclasses.replace(base.data, global_batch=128, micro_batch=8),
+        optim=dict(learning_rate=4e-4),
+        data=dict(global_batch=128, micro_batch=8),
     )
 
 
@@ -56,16 +52,14 @@ def vision_huge14() -> Config:
 
     Not stock: as `vision_base`; the class loss equals the published one at 8 images of 16 masks.
     """
-    base = vision_large()
-    return dataclasses.replace(
-        base,
+    return vision_large().change(
         recipe="vision-huge14",
         stem=Stem(image_size=224, patch_size=14),
-        encoder=dataclasses.replace(base.encoder, width=1280, heads=16, prenet_depth=0, depth=32),
-        target=dataclasses.replace(base.target, top_k=24),
+        encoder=dict(width=1280, heads=16, prenet_depth=0, depth=32),
+        target=dict(top_k=24),
         ema=Ema(start=0.9998, end=1.0, anneal_steps=300_000),
-        data=dataclasses.replace(base.data, global_batch=256, micro_batch=8),
-        run=dataclasses.replace(base.run, steps=500_000),
+        data=dict(global_batch=256, micro_batch=8),
+        run=dict(steps=500_000),
     )
 
 
@@ -74,19 +68,17 @@ def vision_small() -> Config:
 
     `vision_base` scaled down: width 384, 6 heads, 64 tokens, 8 masks of 75 %, 100 epochs of 50 000 images.
     """
-    base = vision_base()
-    return dataclasses.replace(
-        base,
+    return vision_base().change(
         recipe="vision-small",
         stem=Stem(image_size=32, patch_size=4),
-        encoder=dataclasses.replace(base.encoder, width=384, heads=6),
-        decoder=dataclasses.replace(base.decoder, layers=4, width=384),
-        mask=dataclasses.replace(base.mask, ratio=0.75, adjust=0.1, copies=8),
-        loss=dataclasses.replace(base.loss, class_rows=256),
+        encoder=dict(width=384, heads=6),
+        decoder=dict(layers=4, width=384),
+        mask=dict(ratio=0.75, adjust=0.1, copies=8),
+        loss=dict(class_rows=256),
         ema=Ema(start=0.998, end=0.9999, anneal_steps=10_000),
-        optim=dataclasses.replace(base.optim, warmup_steps=2_000),
-        data=dataclasses.replace(base.data, global_batch=256, micro_batch=None),
-        run=dataclasses.replace(base.run, steps=19_500, checkpoint_every=2_000),
+        optim=dict(warmup_steps=2_000),
+        data=dict(global_batch=256, micro_batch=None),
+        run=dict(steps=19_500, checkpoint_every=2_000),
     )
 
 
@@ -150,17 +142,13 @@ def vision1_large() -> Config:
     Not stock: as `vision1_base`. The published second stage of 800 epochs starts from the first with an averaging of
     .9999 and half the warm-up.
     """
-    base = vision1_base()
-    return dataclasses.replace(
-        base,
+    return vision1_base().change(
         recipe="vision1-large",
-        encoder=dataclasses.replace(
-            base.encoder, width=1024, heads=16, depth=24, layer_scale=1e-5, attention_dropout=0.15, drop_path=0.2
-        ),
-        loss=dataclasses.replace(base.loss, scale=1 / 1024),
-        optim=dataclasses.replace(base.optim, learning_rate=1e-3, warmup_steps=24_960, final_rate=0.01),
-        data=dataclasses.replace(base.data, global_batch=4096, micro_batch=64),
-        run=dataclasses.replace(base.run, steps=249_600),
+        encoder=dict(width=1024, heads=16, depth=24, layer_scale=1e-5, attention_dropout=0.15, drop_path=0.2),
+        loss=dict(scale=1 / 1024),
+        optim=dict(learning_rate=1e-3, warmup_steps=24_960, final_rate=0.01),
+        data=dict(global_batch=4096, micro_batch=64),
+        run=dict(steps=249_600),
     )
 
 
@@ -170,14 +158,12 @@ def vision1_tiny() -> Config:
     Not stock: the data, optimiser and averaging of `vision_tiny`, layer scale from 1; 1.0's mask token, relative
     positions and head.
     """
-    tiny = vision_tiny()
-    return dataclasses.replace(
-        tiny,
+    return vision_tiny().change(
         recipe="vision1-tiny",
         version=1,
-        stem=dataclasses.replace(tiny.stem, positions="relative", position_scale=1.0),
-        encoder=dataclasses.replace(tiny.encoder, extra_tokens=1, key_bias=False, layer_scale=1.0),
+        stem=dict(positions="relative", position_scale=1.0),
+        encoder=dict(extra_tokens=1, key_bias=False, layer_scale=1.0),
         head=Head(layers=1),
         mask=Mask(kind="rectangles", ratio=0.6, span=2),
-        optim=dataclasses.replace(tiny.optim, learning_rate=2e-3, warmup_steps=100),
+        optim=dict(learning_rate=2e-3, warmup_steps=100),
     )

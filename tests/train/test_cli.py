@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from d2v import cli, recipes
-from d2v.cli import main, option_names
+from d2v.cli import main
 from d2v.config import Config
+from d2v.config.finetune import TASKS
+from d2v.options import list_options, option_names
 
 from .conftest import tiny_options
 
@@ -170,19 +176,96 @@ def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert "usage" in capsys.readouterr().out.lower()
 
 
-def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["pretrain", "vision-tiny", "--help"])
-    text = capsys.readouterr().out
-    names = option_names(cli._settings_class())
+DIFFERENT = list({recipes.get(name).traits: name for name in recipes.RECIPES}.values())
+"""Recipes of which no two have the same options in their help."""
+
+
+@functools.cache
+def help_of(*command: str) -> str:
+    text = io.StringIO()
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(text):
+        main([*command, "--help"])
+    return text.getvalue()
+
+
+def names_in(text: str) -> list[str]:
+    """Options of a help text, in its order."""
+    return re.findall(r"^(?:│ |  )(--[a-z][\w.-]+)", text, re.MULTILINE)
+
+
+def test_every_option_has_help() -> None:
+    names = option_names(cli.COMMANDS["pretrain"].options)
     assert {"--run.steps", "--data.global-batch", "--data.no-flip", "--model.init", "--dry-run"} <= set(names)
+    text = "".join(help_of("pretrain", recipe) for recipe in DIFFERENT)
     for name in names:
         assert name in text, name
-    rows = [line for line in text.splitlines() if line.strip("│ ").startswith("--")]
-    assert len(rows) > 60
-    for kind in (cli.Probe, cli.Plot, cli.Textures, cli.Tokenizer, cli.Features, cli.Import, cli.Export):
-        for option in option_names(kind):
-            assert option.startswith("--")
+    text = "".join(help_of("finetune", task) for task in TASKS)
+    for name in option_names(cli.COMMANDS["finetune"].options):
+        if name.startswith(("--task.", "--decode.", "--optim.", "--worst", "--valid")):
+            assert name in text, name
+    for name, command in cli.COMMANDS.items():
+        for option in list_options(command.options):
+            assert len(option.help) > 5, (name, option.name)
+
+
+def test_help_begins_with_what_everybody_sets_and_leaves_out_what_has_no_effect() -> None:
+    first = ["--data.path", "--run.dir", "--run.steps", "--data.global-batch", "--optim.learning-rate"]
+    of_fields = {o.name: o for o in list_options(cli.COMMANDS["pretrain"].options)}
+    for recipe in DIFFERENT:
+        config, text = recipes.get(recipe), help_of("pretrain", recipe)
+        names = names_in(text)
+        assert names[:5] == first
+        rare = [of_fields[name.removeprefix("--")].rare for name in names]
+        assert 20 < sum(rare) == len(rare) - rare.index(True)  # the last ones
+        sections = {name.removeprefix("--").split(".")[0] for name in names}
+        assert ("head" in sections) == (config.version == 1)
+        assert ("decoder" in sections) == (config.version == 2)
+        for word, modality in (("Speech", "speech"), ("Log-mel", "speech"), ("Text", "text"), ("Image", "vision")):
+            of_others = [
+                n for n, o in of_fields.items() if o.help.startswith(word) and config.stem.modality != modality
+            ]
+            assert not set(names) & {f"--{name}" for name in of_others}
+    assert len(names_in(help_of("pretrain", "vision-tiny"))) < len(of_fields) - 20
+    names = names_in(help_of("finetune", "text-classify"))
+    assert names[:5] == ["--checkpoint", "--train", "--valid", "--test", "--run.dir"]
+    assert not {"--task.mixup", "--task.time-mask", "--decode.beam", "--data.path", "--data.flip"} & set(names)
+    assert {"--task.time-mask", "--decode.beam"} < set(names_in(help_of("finetune", "speech-ctc")))
+
+
+def test_options_that_the_help_leaves_out_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--stem.mel-bins", "30", "--head.layers", "2", "--data.tokenizer", "x", "--data.unequal", "pad"]
+    assert not set(more) & set(names_in(help_of("pretrain", "vision-tiny")))
+    assert "data.path: expected a folder" in refused(capsys, "pretrain", "vision-tiny", "--dry-run", *more)
+
+
+def test_what_options_are_called_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain, probe = ("pretrain", "vision-tiny"), ("evaluate", "probe")
+    cases = {
+        (*pretrain, "--lr", "1"): "did you mean '--optim.learning-rate'?",
+        (*pretrain, "--optim.lr=1"): "did you mean '--optim.learning-rate'?",
+        (*pretrain, "--learning_rate=1"): "did you mean '--optim.learning-rate'?",
+        (*pretrain, "--batch-size", "1"): "did you mean '--data.global-batch'?",
+        (*pretrain, "--data.batch_size", "1"): "did you mean '--data.global-batch'?",
+        (*pretrain, "--epochs", "1"): "did you mean '--run.steps'?",
+        ("finetune", "text-classify", "--epochs", "1"): "did you mean '--task.epochs'?",
+        (*pretrain, "--seed", "1"): "did you mean '--run.seed'?",
+        (*pretrain, "--num_workers", "1"): "did you mean '--data.workers'?",
+        (*pretrain, "--workers", "1"): "did you mean '--data.workers'?",
+        (*pretrain, "--output", "x"): "did you mean '--run.dir'?",
+        (*pretrain, "--data", "x"): "did you mean '--data.path'?",
+        (*pretrain, "--dropout", "1"): "did you mean '--stem.dropout' or '--encoder.dropout'?",
+        (*pretrain, "--config", "x"): "settings come from the first argument, RECIPE or TASK, and from options such as",
+        (*probe, "--batch-size", "1"): "did you mean '--batch'?",
+        (*probe, "--ckpt", "x"): "did you mean '--checkpoint'?",
+        ("probe", "--test", "x"): "did you mean 'evaluate probe'?",
+    }
+    for arguments, text in cases.items():
+        assert text in refused(capsys, *arguments), arguments
+
+
+def test_help_needs_neither_torch_nor_the_model() -> None:
+    code = "import sys; from d2v.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
 def test_as_a_module() -> None:

@@ -8,44 +8,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]  # also for the program below
 
-from d2v import cli, recipes  # noqa: E402
+from d2v import cli, options, recipes  # noqa: E402
 
 FILE = Path(__file__).with_name("options.txt")
-FIRST = {"pretrain": ["vision-tiny"], "finetune": ["vision-classify"]}
-"""Arguments in front of the options."""
-OWN_WORDS = {"info": ["--probe", "--json"], "recipes": []}
-"""Commands that read their options themselves."""
-
-
-class Asked(Exception):
-    """Carries the options that a command would parse."""
-
-
-def kind_of(command: str) -> Any:
-    """The dataclass whose fields are the command's options."""
-
-    def catch(kind: Any, *_: Any) -> Any:
-        raise Asked(kind)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "parse_options", catch)
-        with pytest.raises(Asked) as asked:
-            cli.COMMANDS[command](FIRST.get(command, []))
-    return asked.value.args[0]
 
 
 def list_options() -> Iterator[str]:
     """`command --option` for every option, in the order of the commands and of their help."""
     for command in sorted(cli.COMMANDS):
-        names = OWN_WORDS[command] if command in OWN_WORDS else cli.option_names(kind_of(command))
-        yield from (f"{command} {name}" for name in names)
+        yield from (f"{command} {name}" for name in options.option_names(cli.COMMANDS[command].options))
 
 
 def test_options_are_frozen() -> None:
@@ -71,11 +48,11 @@ def test_a_change_would_be_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / "options.txt").write_text("".join(f"{line}\n" for line in list_options()), encoding="utf-8")
     monkeypatch.setitem(globals(), "FILE", tmp_path / "options.txt")
     test_options_are_frozen()
-    original = cli.option_names
-    monkeypatch.setattr(cli, "option_names", lambda kind: [*original(kind), "--surprise"])
+    original = options.option_names
+    monkeypatch.setattr(options, "option_names", lambda kind: [*original(kind), "--surprise"])
     with pytest.raises(AssertionError, match=r"new options: \['data .*--surprise"):
         test_options_are_frozen()
-    monkeypatch.setattr(cli, "option_names", lambda kind: original(kind)[1:])
+    monkeypatch.setattr(options, "option_names", lambda kind: original(kind)[1:])
     with pytest.raises(AssertionError, match="options are gone"):
         test_options_are_frozen()
 

@@ -1,0 +1,283 @@
+"""Options of the `d2v` commands: a dataclass for each, whose text is the command's description; the text under a field
+is its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from d2v.config.fields import setting
+from d2v.config.finetune import Decoding, TaskOptions
+from d2v.config.model import Config
+from d2v.config.run import Data, Optim, Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Pre-trains a data2vec model. Goes on from the last checkpoint where --run.dir holds one."""
+
+    config: Config = field(default_factory=Config)
+    init: str | None = setting(None, option="model.init")
+    """Run folder, checkpoint or exported folder whose student and teacher are loaded; unset: random weights."""
+    dry_run: bool = False
+    """Build everything, run one update without writing anything, print shapes and sizes."""
+    profile: int = setting(0, low=0, rare=True)
+    """Updates to record, after two others: a trace with named ranges and a table in RUN/profile; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """Trains a head, and the encoder under it, on labelled samples. Checkpoints come at the end of each epoch; the one
+    with the best score on held-out samples is chosen and evaluated once on the test set."""
+
+    task: str = setting("", option=None)
+    checkpoint: str = ""
+    """Pre-trained model: run folder, checkpoint inside it, or exported folder."""
+    train: str = ""
+    """Labelled training data. speech-ctc: audio files with a .txt beside each, a .tsv manifest with an .ltr beside it,
+    or .tar shards with .txt members; speech-classify: class folders, a .tsv of path<TAB>label, or shards with .cls
+    members; vision-classify: class folders, or shards with .cls members; text-classify: a .tsv of text<TAB>label or
+    text<TAB>text<TAB>label."""
+    valid: str | None = None
+    """Held-out data that choose the checkpoint, same formats; unset: task.valid_share of the training data."""
+    test: str | None = None
+    """Test data, same formats; unset: none."""
+    worst: int = setting(50, rare=True)
+    """Number of test samples with the largest errors to list."""
+    options: TaskOptions = field(default_factory=TaskOptions, metadata={"option": "task"})
+    decode: Decoding = field(default_factory=Decoding, metadata={"only": "ctc"})
+    optim: Optim = field(default_factory=Optim)
+    data: Data = field(default_factory=Data)
+    run: Run = field(default_factory=Run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfModel:
+    checkpoint: str
+    """Run folder, checkpoint inside it, or exported folder."""
+    batch: int = 64
+    """Samples per forward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU when there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfFeatures(_OfModel):
+    weights: Literal["student", "teacher"] = "teacher"
+    """Network whose features are taken."""
+    layer: int | None = None
+    """Blocks that run before the features are taken; unset: all, and the final norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(_OfFeatures):
+    """Accuracy of a linear classifier, of k nearest neighbours (kNN) and of a classifier trained on a few labels, on
+    frozen features, one vector a sample."""
+
+    train: str
+    """Labelled training data. Images: a folder of class folders, or .tar shards with .cls members; speech: the same, or
+    a .tsv of path<TAB>label; text: a .tsv of text<TAB>label or text<TAB>text<TAB>label."""
+    test: str
+    """Labelled test data, same formats."""
+    baselines: tuple[
+        Literal["random_init", "pixels", "sorted_pixels", "power_spectrum", "log_mel", "bag_of_words"], ...
+    ] = ()
+    """Features to compare with, probed in exactly the same way: random_init for all data; pixels, sorted_pixels,
+    power_spectrum for images; log_mel (mean and deviation over time) for speech; bag_of_words for text."""
+    pool: Literal["mean", "mean-std", "segments", "class"] = "mean"
+    """How a sample's tokens become one vector: their mean; mean and standard deviation; the means of four equal parts
+    in order; the class token, of models that have one. Raw features have their own."""
+    neighbours: int = 5
+    """Neighbours k of the kNN classifier."""
+    labels_per_class: int = 10
+    """Labelled samples per class of the few-label probe."""
+    draws: int = 5
+    """Random draws of the few-label probe; mean and spread over them are reported."""
+    seed: int = 0
+    """Seed of these draws."""
+    output: str | None = None
+    """File for the result; unset: probe.json in the run folder, where --checkpoint names one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateModel(_OfModel):
+    """Scores of a fine-tuned model with 95 % confidence intervals: accuracy, F1 and Matthews correlation; Pearson and
+    Spearman correlation; or word and character error rates. Writes the confusion matrix and the samples with the
+    largest errors."""
+
+    test: str
+    """Labelled data, as for fine-tuning."""
+    decode: Decoding = field(default_factory=Decoding)
+    """How transcripts are found."""
+    labels: str | None = None
+    """Text file with the names of the model's outputs, one a line, in place of those it has."""
+    bad_labels: Literal["refuse", "skip"] = "refuse"
+    """What to do about samples without a usable label: refuse the data, or leave them out and count them."""
+    batch: int = 32
+    """Samples per forward pass."""
+    worst: int = 50
+    """Number of samples with the largest errors to list."""
+    output: str | None = None
+    """Folder for result.json, worst.tsv and confusion.png; unset: evaluation/ in the run folder, where --checkpoint
+    names one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maps(_OfFeatures):
+    """Pictures of what a model has learned: OUTPUT/maps.png, samples with their masks and the similarity of their
+    features, and OUTPUT/embedding.png, a point for every labelled sample in the colour of its class."""
+
+    output: str
+    """Folder for the two files."""
+    input: str | None = None
+    """Images, speech or text, as for pre-training, for maps.png; unset: none."""
+    labelled: str | None = None
+    """Labelled data, as for evaluate probe, for embedding.png; unset: none."""
+    count: int = 6
+    """Samples in maps.png."""
+    samples: int = 1000
+    """Most samples in embedding.png, of every class as many."""
+    method: Literal["pca", "tsne"] = "pca"
+    """Two directions of largest variance, or t-SNE (van der Maaten and Hinton 2008)."""
+    seed: int = 0
+    """Seed of the choice of samples and of t-SNE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features(_OfFeatures):
+    """Writes features of a data set to one file; OUTPUT.index.tsv says which rows belong to which sample."""
+
+    input: str
+    """Images, speech or text, as for pre-training."""
+    output: str
+    """File to write: .npy (an array), or .safetensors (a tensor "features"); float32 rows of C numbers."""
+    pool: Literal["tokens", "mean"] = "tokens"
+    """tokens: a row for every valid token; mean: one row a sample."""
+    batch: int = 16
+    """Samples per forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Reads a published data2vec checkpoint and writes a folder that --checkpoint and --model.init take.
+
+    Nothing in the file is executed: objects of unknown classes are read as plain data.
+    """
+
+    source: str = setting(option="from")
+    """A fairseq file (1.0, 2.0, or of the separate 1.0 vision repository), or a transformers folder."""
+    output: str
+    """Folder to write; absent or empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Writes the model of a checkpoint in another format."""
+
+    checkpoint: str
+    """Run folder, checkpoint inside it, or exported folder."""
+    format: Literal["safetensors", "huggingface", "fairseq"]
+    """safetensors: config and weights with a loading example; huggingface: for transformers (data2vec 1.0: the
+    student's encoder); fairseq: a file that the published code reads."""
+    output: str
+    """Folder to write, absent or empty; for fairseq also a file that ends in .pt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Draws DIR/report.png: all that metrics.jsonl holds over the updates, probe bars, similarity of the features of
+    a few samples. Works for runs that are going on or were cut off."""
+
+    folder: Path = setting(option="dir", positional=True)  # noqa: RUF009
+    """Run folder."""
+    images: str | None = None
+    """Images, speech or text for the similarity panels; unset: the run's own data."""
+    count: int = 6
+    """Number of samples in them."""
+    output: str | None = None
+    """File to write; unset: report.png in the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """Lists the recipes: what they are for, size of the model, masks, number of updates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Prints versions and, for every operator and backend, whether it is used or why not."""
+
+    probe: bool = False
+    """Run each operator on a small input."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Textures:
+    """Writes train/, valid/ and test/ class folders of 32 x 32 grey crops from photographs that ship with scikit-image.
+
+    Train crops come from the left 60 % of each photograph, validation from the next 10 %, test from the right 30 %.
+    """
+
+    output: Path
+    """Folder to write; absent or empty."""
+    seed: int = 0
+    """Seed of crop positions, rotations and mirroring."""
+    size: int = 32
+    """Height and width of a crop in pixels."""
+    train_crops: int = 200
+    """Labelled training crops per class."""
+    valid_crops: int = 100
+    """Validation crops per class."""
+    test_crops: int = 100
+    """Test crops per class."""
+    pretrain_crops: int = 0
+    """Further crops per class from the training regions, written unlabelled to pretrain/; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Writes images or recordings as .tar shards of even size, or text as .jsonl files, in random order.
+
+    The same input and options give the same bytes. What cannot be decoded is left out and listed in pack.json; images
+    and recordings are listed in contents.jsonl. A pack that was interrupted goes on when the command is given again.
+    """
+
+    input: str
+    """Images: a folder or .tar shards; speech: the same, or a .tsv manifest; text: .txt or .jsonl files or a folder."""
+    output: Path
+    """Folder to write; absent or empty."""
+    kind: Literal["images", "speech", "text"] = "images"
+    """What the samples are."""
+    labelled: bool = False
+    """Class folders, or the labels of shards and tables, become .cls members. Transcripts of speech are always kept."""
+    shard_megabytes: float = 256.0
+    """Most megabytes (10^6 bytes) of a shard."""
+    shard_samples: int | None = None
+    """Most samples of a shard; unset: any number."""
+    seed: int = 0
+    """Seed of the order."""
+    in_order: bool = False
+    """Keep the order of the input."""
+    unchecked: bool = False
+    """Take samples without decoding them, which is quicker."""
+    workers: int = 2
+    """Threads that read and decode."""
+    allow_commands: bool = False
+    """Run shell commands that the input or a manifest names (pipe:COMMAND, COMMAND |)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """Writes a tokenizer for --data.tokenizer: byte-level BPE trained on text, or the published one imported."""
+
+    output: Path
+    """Folder to write; absent or empty."""
+    path: str | None = setting(None, option="data.path")
+    """A .txt file (documents between blank lines), a .jsonl file with `text`, or a folder of them."""
+    vocabulary: int = 50_265
+    """Tokens, with the 5 special ones and 256 for single bytes."""
+    gpt2: str | None = None
+    """Folder with encoder.json, vocab.bpe and dict.txt of the published models, in place of --data.path."""

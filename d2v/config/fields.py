@@ -1,0 +1,108 @@
+"""How a setting is declared: default, range, where it applies; and how sections of settings are checked and built."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import operator
+from collections.abc import Collection, Sequence
+from typing import Any
+
+_BOUNDS = {"low": operator.ge, "high": operator.le, "above": operator.gt, "below": operator.lt}
+
+
+def setting(
+    default: Any = dataclasses.MISSING, *, low: float | None = None, high: float | None = None,
+    above: float | None = None, below: float | None = None, only: str = "", free: bool = False, rare: bool = False,
+    option: str | None = "", choices: Collection[str] = (), positional: bool = False,
+) -> Any:  # fmt: skip
+    """A field of a dataclass of settings.
+
+    Args:
+        default: its value; a field without one is an option that must be given.
+        low, high, above, below: range of a number, `low` and `high` included. None is always in range.
+        only: words that must all be in `Config.traits`, or name the command or task, for the field to have an effect;
+            the help leaves others out.
+        free: may change when a run is resumed: the sequence of updates stays as it is.
+        rare: listed at the end of the help.
+        option: name on the command line, where it is not the field's; None: not on the command line.
+        choices: names that a set of names may hold.
+        positional: given on the command line without a name.
+    """
+    metadata = dict(
+        low=low, high=high, above=above, below=below, only=only, free=free, rare=rare, option=option, choices=choices,
+        positional=positional,
+    )  # fmt: skip
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_ranges(section: Any, name: str = "") -> None:
+    """`ValueError` names a number that is out of its field's range, in a section or in those inside it."""
+    for f in dataclasses.fields(section):
+        value, own = getattr(section, f.name), f.metadata.get("option") or f.name
+        path = f"{name}.{own}" if name else own
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, path)
+            continue
+        bounds = {key: f.metadata[key] for key in _BOUNDS if f.metadata.get(key) is not None}
+        if value is not None and not all(_BOUNDS[key](value, bound) for key, bound in bounds.items()):
+            raise ValueError(f"{path}: expected {_describe(**bounds)}, got {value}")
+
+
+def _describe(
+    low: float | None = None, high: float | None = None, above: float | None = None, below: float | None = None
+) -> str:
+    upper = "" if high is None and below is None else f"below {below}" if high is None else f"at most {high}"
+    if low is None:
+        return ", ".join([f"above {above}"] * (above is not None) + [upper] * bool(upper))
+    return f"{low} to {upper.removeprefix('at most ')}" if upper else f"{low} or more"
+
+
+def require(condition: bool, name: str, expected: str, config: Any) -> None:
+    """`ValueError` naming a setting by its dotted name, what was expected and what was given."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {operator.attrgetter(name)(config)}")
+
+
+def flat_fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
+    """Fields of a dataclass by name, those of its sections by dotted names."""
+    found: dict[str, dataclasses.Field[Any]] = {}
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(f.default_factory):
+            found |= {f"{f.name}.{name}": inner for name, inner in flat_fields(f.default_factory).items()}
+        else:
+            found[f.name] = f
+    return found
+
+
+def replace_field(owner: Any, path: Sequence[str], value: Any) -> Any:
+    """A dataclass with another value of one field, which `path` leads to through its sections."""
+    if len(path) > 1:
+        value = replace_field(getattr(owner, path[0]), path[1:], value)
+    return dataclasses.replace(owner, **{path[0]: value})
+
+
+def find_nearest(name: str, valid: Collection[str]) -> str:
+    """The valid name that is most like another."""
+    return difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]
+
+
+def build_section(cls: Any, value: dict[str, Any], where: str) -> Any:
+    """A dataclass of settings from JSON; `ValueError`, beginning with `where`, names unknown fields."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(value) - set(fields)):
+        raise ValueError(f"{where}: unknown fields {unknown}; expected {sorted(fields)}")
+    kwargs: dict[str, Any] = {}
+    for name, item in value.items():
+        section = fields[name].default_factory
+        if dataclasses.is_dataclass(section):
+            kwargs[name] = build_section(section, item, f"{where}.{name}")
+        elif fields[name].metadata.get("choices"):
+            kwargs[name] = frozenset(item)
+        else:
+            kwargs[name] = _to_tuples(item)
+    return cls(**kwargs)
+
+
+def _to_tuples(value: Any) -> Any:
+    return tuple(_to_tuples(v) for v in value) if isinstance(value, list) else value
