@@ -11,7 +11,7 @@ from scripts import structure
 
 ORDER = (
     ("files", "runtime"), ("folder",), ("config",), ("recipes", "model"), ("data",), ("train",), ("saved",),
-    ("evaluate", "finetune"), ("interop",), ("tools",), ("cli",),
+    ("evaluate", "finetune"), ("interop",), ("tools",), ("",), ("options",), ("cli",),
 )  # fmt: skip
 """Parts of `d2v` from left to right: each imports only from those before it and from itself."""
 LARGEST = {"d2v": 17_300, "d2v_kernels": 5_600, "benchmarks": 6_300}
@@ -19,7 +19,7 @@ LARGEST = {"d2v": 17_300, "d2v_kernels": 5_600, "benchmarks": 6_300}
 
 
 def rank(module: str) -> int:
-    """Place of a module of d2v in `ORDER`; the package itself and `python -m d2v` come last."""
+    """Place of a module of d2v in `ORDER`, where "" is the package itself; `python -m d2v` comes last."""
     part = (module.split(".") + [""])[1]
     return next((i for i, parts in enumerate(ORDER) if part in parts), len(ORDER))
 
