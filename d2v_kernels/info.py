@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from . import _env, _library, attention, registry
-from ._probe import PROBES
+from . import _env, _native, _samples, registry
+from .ops import attention
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -32,7 +32,7 @@ def _case(op: str, device: str, dtype: torch.dtype) -> registry.Case:
 def _probe(op: str, device: str, dtype: torch.dtype, backend: str) -> str:
     try:
         with registry.use_backend(backend):
-            PROBES[op](device, dtype)
+            _samples.run(op, device, dtype)
         if device == "cuda":
             torch.cuda.synchronize()
     except Exception as error:
@@ -102,8 +102,8 @@ def collect(probe: bool = False) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backend": registry.forced_backend(),
         "highest_isa_allowed": _env.highest_isa(),
-        "build": _library.build_record(),
-        "not_loaded": _library.load_errors(),
+        "build": _native.build_record(),
+        "not_loaded": _native.load_errors(),
         "operators": operators,
         "attention": attention_engines(),
     }

@@ -16,16 +16,52 @@ needs scratch memory; a table of the inverse needs a fill and cannot hold an ind
 Each gradient row is read once and each output row written once: s + k*M*s bytes.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._checks import NO_FILL, VECTOR_FILL, check_index_range
-from . import launch
-from .runtime import OPTIONS, column_sums, divide_up, on_device, rounded
+from .. import _checks as check
+from .runtime import (
+    OPTIONS,
+    Tile,
+    column_sums,
+    column_tile,
+    copy_tile,
+    divide_up,
+    on_device,
+    power_of_two,
+    rounded,
+    warps,
+)
 
 _NONE = tl.constexpr(2**31 - 1)
+FILL_SPLITS = 64  # parts of the positions, each with its partial sum
+
+
+@dataclass(frozen=True)
+class InverseGather:
+    """Index entries compared at once, channels per program, warps."""
+
+    entries: int
+    channels: int
+    warps: int
+
+
+def noise_tile(channels: int) -> Tile:
+    """One row a program in steps of this many channels: the widest power of two that wastes no lane, at least 256."""
+    width = power_of_two(channels, 16)
+    if width > 256:
+        width = max(256, min(1024, channels & -channels))
+    return Tile(1, width, 1)
+
+
+def inverse_gather_launch(channels: int, entries: int, element_size: int) -> InverseGather:
+    """One output row, up to 2 KB of it, a warp; the index is searched in blocks."""
+    width = min(2048 // element_size, power_of_two(channels, 16))
+    return InverseGather(min(256, power_of_two(entries, 32)), width, warps(width, 32))
 
 
 @triton.jit(do_not_specialize=["rows", "clones", "blocks", "tiles", "index_row"])
@@ -172,12 +208,12 @@ def _fill_sums_kernel(
 
 
 def gather_tokens(x: Tensor, index: Tensor, clones: int) -> Tensor:
-    check_index_range("gather_tokens", "index", index, x.shape[1])
+    check.index_range("gather_tokens", "index", index, x.shape[1])
     (rows, entries), channels = index.shape, x.shape[2]
     out = torch.empty((rows, entries, channels), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    tile = launch.copy_rows(channels)
+    tile = copy_tile(channels)
     blocks, tiles = divide_up(entries, tile.rows), divide_up(channels, tile.channels)
     with on_device(x):
         _gather_kernel[(rows * blocks * tiles,)](
@@ -198,7 +234,7 @@ def _inverse_gather(grad: Tensor, index: Tensor, clones: int, tokens: int, first
     outer = clones
     if all(t.stride(0) == inner * t.stride(1) for t in (grad, index)):
         outer, inner = 1, clones * inner  # the rows of a sample follow each other: one long row
-    config = launch.inverse_gather(channels, inner, grad.element_size())
+    config = inverse_gather_launch(channels, inner, grad.element_size())
     tiles = divide_up(channels, config.channels)
     scale = clones // outer
     with on_device(grad):
@@ -211,7 +247,7 @@ def _inverse_gather(grad: Tensor, index: Tensor, clones: int, tokens: int, first
 
 
 def gather_tokens_backward(grad: Tensor, index: Tensor, clones: int, tokens: int) -> Tensor:
-    check_index_range("gather_tokens_backward", "index", index, tokens)
+    check.index_range("gather_tokens_backward", "index", index, tokens)
     return _inverse_gather(grad, index, clones, tokens, 0)
 
 
@@ -220,13 +256,13 @@ def restore_tokens(
 ) -> Tensor:
     (n, visible, channels), tokens = kept.shape, restore.shape[1]
     limit = visible + fill.shape[1] if fill is not None and fill.dim() == 3 else None
-    check_index_range("restore_tokens", "restore", restore, limit)
+    check.index_range("restore_tokens", "restore", restore, limit)
     out = torch.empty((n, tokens, channels), dtype=kept.dtype, device=kept.device)
     if out.numel() == 0:
         return out
     with on_device(kept):
         if noise_keys is not None:
-            tile = launch.noise_row(channels)
+            tile = noise_tile(channels)
             _restore_noise_kernel[(n * tokens,)](
                 kept, restore, noise_keys, out, noise_std, tokens, visible, channels, kept.stride(0), kept.stride(1),
                 *restore.stride(), noise_keys.stride(0), BLOCK=tile.channels, num_warps=tile.warps, **OPTIONS,
@@ -234,7 +270,7 @@ def restore_tokens(
             return out
         assert fill is not None
         fill_strides = (0, 0) if fill.dim() == 1 else fill.stride()[:2]
-        tile = launch.copy_rows(channels)
+        tile = copy_tile(channels)
         blocks, tiles = divide_up(tokens, tile.rows), divide_up(channels, tile.channels)
         _restore_kernel[(n * blocks * tiles,)](
             kept, restore, fill, out, tokens, visible, channels, blocks, tiles, kept.stride(0), kept.stride(1),
@@ -245,11 +281,11 @@ def restore_tokens(
 
 def restore_tokens_backward(grad: Tensor, restore: Tensor, visible: int, fill_rows: int) -> tuple[Tensor, Tensor]:
     limit = visible + fill_rows if fill_rows >= 0 else None
-    check_index_range("restore_tokens_backward", "restore", restore, limit)
+    check.index_range("restore_tokens_backward", "restore", restore, limit)
     kept = _inverse_gather(grad, restore, 1, visible, 0)
-    if fill_rows == NO_FILL:
+    if fill_rows == check.NO_FILL:
         return kept, grad.new_empty((0,))
-    if fill_rows == VECTOR_FILL:
+    if fill_rows == check.VECTOR_FILL:
         return kept, _vector_fill_gradient(grad, restore, visible)
     return kept, _inverse_gather(grad, restore, 1, fill_rows, visible)
 
@@ -259,9 +295,9 @@ def _vector_fill_gradient(grad: Tensor, restore: Tensor, visible: int) -> Tensor
     out = torch.empty((channels,), dtype=grad.dtype, device=grad.device)
     if grad.numel() == 0:
         return out.zero_()
-    tile = launch.column_sums(channels)
+    tile = column_tile(channels)
     tiles = divide_up(channels, tile.channels)
-    splits = min(launch.LOSS_SPLITS, divide_up(n * tokens, tile.rows))
+    splits = min(FILL_SPLITS, divide_up(n * tokens, tile.rows))
     sums = torch.empty((splits, channels), dtype=torch.float32, device=grad.device)
     with on_device(grad):
         _fill_sums_kernel[(splits * tiles,)](

@@ -2,7 +2,7 @@
 
 An engine answers `why_not` with a list of reasons like a backend of an operator; the first with an empty list runs.
 Besides PyTorch's and xformers' own kernels there is the operator `torch.ops.d2v.attention` (an engine by each backend)
-for what they cannot do: a bias of data2vec 2.0 speech with a learned scale, and dropout from row keys.
+for what they cannot do. Packed sequences go to xformers on GPUs, elsewhere through padding to an engine for dense ones.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import registry
-from ._checks import check_attention, require
-
-ENGINES = ("xformers", "varlen", "sdpa", "native", "triton", "flex", "reference")
+from .. import _checks as check
+from .. import registry
+from .attention_operator import check_inputs
 
 
 class Alibi(NamedTuple):
@@ -70,9 +69,9 @@ class Request:
 def pack_lengths(lengths: Sequence[int] | Tensor, device: torch.device | str) -> Packed:
     """Packed layout of sequences of these lengths (host numbers, or an integer tensor on the host)."""
     if isinstance(lengths, Tensor):
-        require(lengths.device.type == "cpu", "pack_lengths", "device of lengths", "cpu", lengths.device)
+        check.require(lengths.device.type == "cpu", "pack_lengths", "device of lengths", "cpu", lengths.device)
         lengths = lengths.tolist()
-    require(all(n >= 0 for n in lengths), "pack_lengths", "lengths", "0 or more", list(lengths))
+    check.require(all(n >= 0 for n in lengths), "pack_lengths", "lengths", "0 or more", list(lengths))
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     if torch.device(device).type == "cuda":
         starts = starts.pin_memory()
@@ -84,7 +83,7 @@ def alibi_slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
 
     Otherwise with P the largest power of two below: the P slopes of P heads, then every second one of 2P heads.
     """
-    require(heads >= 1, "alibi_slopes", "heads", "at least 1", heads)
+    check.require(heads >= 1, "alibi_slopes", "heads", "at least 1", heads)
     power = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
     slopes += [2.0 ** (-8.0 * (h + 1) / (2 * power)) for h in range(0, 2 * (heads - power), 2)]
@@ -129,10 +128,8 @@ def attend(
         engine, query.device.type, query.dtype, int(query.shape[-1]), packed is not None,
         valid is not None, alibi is not None, dropout > 0.0, dropout_keys is not None and dropout > 0.0,
     )  # fmt: skip
-    run = _RUN[name]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    result: Tensor = run(query, key, value, _Options(scale, valid, packed, alibi, dropout, dropout_keys))
-    return result
+    return _run(ENGINES[name], query, key, value, _Options(scale, valid, packed, alibi, dropout, dropout_keys))
 
 
 class _Options(NamedTuple):
@@ -151,32 +148,31 @@ def _check(
     op = "attend"
     layout = "3 dimensions (total, H, D)" if packed is not None else "4 dimensions (N, T, H, D)"
     good = query.dim() == (4 if packed is None else 3)
-    require(good, op, "query", layout, f"shape {tuple(query.shape)}")
+    check.require(good, op, "query", layout, f"shape {tuple(query.shape)}")
     rows = query.shape[0] if packed is None else len(packed.lengths)
-    require(packed is None or valid is None, op, "valid", "None with packed sequences", "a tensor")
     if packed is not None:
-        require(
-            sum(packed.lengths) == query.shape[0], op, "total of packed lengths", query.shape[0], sum(packed.lengths)
-        )
+        check.require(valid is None, op, "valid", "None with packed sequences", "a tensor")
+        total = sum(packed.lengths)
+        check.require(total == query.shape[0], op, "total of packed lengths", query.shape[0], total)
         query, key, value = (x[None] for x in (query, key, value))  # one row, for the checks below
-    mask = valid if valid is not None and valid.dim() == 2 else None
-    check_attention(op, query, key, value, None, None, None if mask is not None else valid, mask, None, 0.0)
-    require(0.0 <= dropout < 1.0, op, "dropout", "0 or more and less than 1", dropout)
+    lengths, mask = (None, valid) if valid is not None and valid.dim() == 2 else (valid, None)
+    check_inputs(op, query, key, value, lengths=lengths, valid=mask)
+    check.dropout(op, dropout, "dropout keys", query)  # without keys they are drawn
     if dropout_keys is not None:
-        require(tuple(dropout_keys.shape) == (rows,), op, "shape of dropout keys", (rows,), tuple(dropout_keys.shape))
+        check.shape(op, "dropout keys", dropout_keys, (rows,))
     if alibi is None:
         return
-    heads = query.shape[2]
-    require(tuple(alibi.slopes.shape) == (heads,), op, "shape of slopes", (heads,), tuple(alibi.slopes.shape))
+    _, tokens, heads, _ = query.shape
+    check.shape(op, "slopes", alibi.slopes, (heads,))
     if alibi.scale is not None:
         shape = tuple(alibi.scale.shape)
-        require(shape in ((heads,), (1,)), op, "shape of the bias's scale", f"({heads},) or (1,)", shape)
-    place = tuple(alibi.positions.shape)
+        check.require(shape in ((heads,), (1,)), op, "shape of the bias's scale", f"({heads},) or (1,)", shape)
     if packed is not None:
-        require(place == (query.shape[1],), op, "shape of positions", (query.shape[1],), place)
+        check.shape(op, "positions", alibi.positions, (tokens,))
     else:
-        fits = len(place) == 2 and place[0] == rows and place[1] <= query.shape[1]
-        require(fits, op, "shape of positions", f"({rows}, at most {query.shape[1]})", place)
+        place = tuple(alibi.positions.shape)
+        fits = len(place) == 2 and place[0] == rows and place[1] <= tokens
+        check.require(fits, op, "shape of positions", f"({rows}, at most {tokens})", place)
 
 
 # ---- choice
@@ -185,7 +181,7 @@ def _check(
 def preferred_engines(request: Request) -> tuple[str, ...]:
     """Engines in the order in which "auto" tries them."""
     if request.packed and request.device == "cuda" and not request.alibi:
-        return ("xformers", "varlen", "sdpa", "triton", "reference", "flex")
+        return ("xformers", "sdpa", "triton", "reference", "flex")
     if request.device == "cuda":
         return ("sdpa", "triton", "flex", "reference")
     # PyTorch makes the (rows, heads, T, T) weights for a bias and for dropout; without them it is about as quick, and
@@ -232,48 +228,42 @@ def why_not_engine(name: str, request: Request, *, probe: bool = True) -> list[s
     Other projects' kernels are tried once in a process, for each dtype and width; without `probe` an empty list says
     only that nothing known speaks against a trial.
     """
-    reasons = _LIMITS[name](request)
-    if reasons or not probe or name not in _PROBED:
-        return reasons
-    return _probe_failure(name, request.dtype, request.width)
+    engine = ENGINES[name]
+    reasons = engine.limits(request)
+    return reasons or (_probe_failure(name, request.dtype, request.width) if probe and engine.probed else [])
 
 
-def _foreign_limits(request: Request, dropout: bool) -> list[str]:
-    """Limits that other projects' packed kernels share."""
-    reasons = []
-    if request.device != "cuda":
-        reasons.append(f"runs on cuda, not on {request.device}")
-    if request.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"has float16 and bfloat16, not {str(request.dtype).removeprefix('torch.')}")
-    if not request.packed:
-        reasons.append("is used for packed sequences")
-    if request.alibi:
-        reasons.append("has no bias from kept positions")
-    if request.dropout and not dropout:
-        reasons.append("has no dropout")
-    if request.dropout_keys:
-        reasons.append("has no dropout from row keys")
-    return reasons
+def _reasons(*found: tuple[bool, str]) -> list[str]:
+    return [words for holds, words in found if holds]
+
+
+def _xformers_limits(request: Request) -> list[str]:
+    dtype = check.dtype_name(request.dtype)
+    return _reasons(
+        (request.device != "cuda", f"runs on cuda, not on {request.device}"),
+        (dtype not in ("float16", "bfloat16"), f"has float16 and bfloat16, not {dtype}"),
+        (not request.packed, "is used for packed sequences"),
+        (request.alibi, "has no bias from kept positions"),
+        (request.dropout_keys, "has no dropout from row keys"),
+    )
 
 
 def _sdpa_limits(request: Request) -> list[str]:
-    reasons = ["would need the bias as a (rows, heads, T, T) tensor"] if request.alibi else []
-    return reasons + (["has no dropout from row keys"] if request.dropout_keys else [])
+    return _reasons(
+        (request.alibi, "would need the bias as a (rows, heads, T, T) tensor"),
+        (request.dropout_keys, "has no dropout from row keys"),
+    )
 
 
 def _flex_limits(request: Request) -> list[str]:
-    reasons = []
-    if request.device != "cuda":
-        reasons.append(f"is used on cuda, not on {request.device}")
-    if request.packed:
-        reasons.append("is not used for packed sequences")
-    if request.dropout:
-        reasons.append("has no dropout")
-    if torch.are_deterministic_algorithms_enabled():
-        reasons.append("adds up the gradient of the bias's scale with atomics (deterministic algorithms are wanted)")
-    if request.dtype == torch.float64:
-        reasons.append("has no float64")
-    return reasons
+    atomics = "adds up the gradient of the bias's scale with atomics (deterministic algorithms are wanted)"
+    return _reasons(
+        (request.device != "cuda", f"is used on cuda, not on {request.device}"),
+        (request.packed, "is not used for packed sequences"),
+        (request.dropout, "has no dropout"),
+        (torch.are_deterministic_algorithms_enabled(), atomics),
+        (request.dtype == torch.float64, "has no float64"),
+    )
 
 
 def _operator_limits(request: Request, backend: str) -> list[str]:
@@ -286,18 +276,6 @@ def _operator_limits(request: Request, backend: str) -> list[str]:
     if not reasons and (chosen := registry.choose(case, forced).name) != backend:
         return [f"the operator takes its backend {chosen} here; use_backend chooses another"]
     return reasons
-
-
-_LIMITS: dict[str, Callable[[Request], list[str]]] = {
-    "xformers": functools.partial(_foreign_limits, dropout=True),
-    "varlen": functools.partial(_foreign_limits, dropout=False),
-    "sdpa": _sdpa_limits,
-    "native": functools.partial(_operator_limits, backend="native"),
-    "triton": functools.partial(_operator_limits, backend="triton"),
-    "flex": _flex_limits,
-    "reference": functools.partial(_operator_limits, backend="reference"),
-}
-_PROBED = ("xformers", "varlen", "flex")
 
 
 # ---- engines
@@ -318,22 +296,7 @@ def _attend_by_xformers(query: Tensor, key: Tensor, value: Tensor, options: _Opt
     return result
 
 
-def _attend_by_varlen(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
-    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    assert options.packed is not None
-    starts, longest = options.packed.starts, options.packed.longest
-    # Keywords only: a positional flag changed its place between versions of torch, and `scale` is not in all of them.
-    factor = options.scale * math.sqrt(query.shape[-1])
-    result: Tensor = varlen_attn(
-        query=query * factor if factor != 1.0 else query, key=key, value=value, cu_seq_q=starts, cu_seq_k=starts,
-        max_q=longest, max_k=longest,
-    )  # fmt: skip
-    return result
-
-
 def _attend_by_sdpa(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
-    if options.packed is not None:
-        return _padded(_attend_by_sdpa, query, key, value, options)
     mask = empty = None
     if options.valid is not None:
         valid = _valid_mask(options.valid, query.shape[1])
@@ -347,8 +310,6 @@ def _attend_by_sdpa(query: Tensor, key: Tensor, value: Tensor, options: _Options
 
 
 def _attend_by_operator(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
-    if options.packed is not None:
-        return _padded(_attend_by_operator, query, key, value, options)
     slopes = positions = None
     if options.alibi is not None:
         slopes, positions = _effective_slopes(options.alibi, query.dtype), options.alibi.positions
@@ -396,19 +357,8 @@ def _flex_function(device: str) -> Callable[..., Any]:
     return torch.compile(function) if device == "cuda" else function
 
 
-_RUN: dict[str, Callable[[Tensor, Tensor, Tensor, _Options], Tensor]] = {
-    "xformers": _attend_by_xformers,
-    "varlen": _attend_by_varlen,
-    "sdpa": _attend_by_sdpa,
-    "native": _attend_by_operator,
-    "triton": _attend_by_operator,
-    "flex": _attend_by_flex,
-    "reference": _attend_by_operator,
-}
-
-
 def _effective_slopes(alibi: Alibi, dtype: torch.dtype) -> Tensor:
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    compute = check.compute_dtype(dtype)
     slopes = alibi.slopes.to(compute)
     if alibi.scale is None:
         return slopes
@@ -421,13 +371,11 @@ def _valid_mask(valid: Tensor, tokens: int) -> Tensor:
     return torch.arange(tokens, device=valid.device) < valid[:, None]
 
 
-def _padded(
-    run: Callable[[Tensor, Tensor, Tensor, _Options], Tensor], query: Tensor, key: Tensor, value: Tensor,
-    options: _Options,
-) -> Tensor:  # fmt: skip
+def _run(engine: Engine, query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
     """Packed sequences through an engine for dense ones: rows of the longest length, and back; no host read."""
     packed = options.packed
-    assert packed is not None
+    if packed is None or engine.packed:
+        return engine.run(query, key, value, options)
     if query.shape[0] == 0:
         return query.clone()
     starts, lengths = packed.starts[:-1].long(), packed.starts.diff()
@@ -443,10 +391,32 @@ def _padded(
     if alibi is not None:
         alibi = alibi._replace(positions=pad(alibi.positions))
     dense = options._replace(packed=None, valid=lengths, alibi=alibi)
-    out = run(pad(query), pad(key), pad(value), dense)
+    out = engine.run(pad(query), pad(key), pad(value), dense)
     token = torch.arange(query.shape[0], device=query.device)
     row = torch.searchsorted(packed.starts[1:].long(), token, right=True)
     return out[row, token - starts[row]]
+
+
+class Engine(NamedTuple):
+    """One way to attend."""
+
+    run: Callable[[Tensor, Tensor, Tensor, _Options], Tensor]
+    limits: Callable[[Request], list[str]]
+    """Reasons why it cannot run a request."""
+    packed: bool = False
+    """Takes packed sequences as they are."""
+    probed: bool = False
+    """Tried once in a process before it is used."""
+
+
+ENGINES = {
+    "xformers": Engine(_attend_by_xformers, _xformers_limits, packed=True, probed=True),
+    "sdpa": Engine(_attend_by_sdpa, _sdpa_limits),
+    "native": Engine(_attend_by_operator, functools.partial(_operator_limits, backend="native")),
+    "triton": Engine(_attend_by_operator, functools.partial(_operator_limits, backend="triton")),
+    "flex": Engine(_attend_by_flex, _flex_limits, probed=True),
+    "reference": Engine(_attend_by_operator, functools.partial(_operator_limits, backend="reference")),
+}
 
 
 # ---- live probes
@@ -476,8 +446,8 @@ def _run_probe(engine: str, dtype: torch.dtype, width: int, device: torch.device
         alibi = Alibi(slopes, torch.arange(48, device=device)[None], torch.ones(2, device=device, requires_grad=True))
         options = options._replace(packed=None, alibi=alibi)
     results = []
-    for run in (_RUN[engine], _attend_by_sdpa if engine != "flex" else _attend_by_operator):
-        y = run(x[0], x[1], x[2], options)
+    for name in (engine, "sdpa" if engine != "flex" else "reference"):
+        y = _run(ENGINES[name], x[0], x[1], x[2], options)
         results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), x)])
     for got, wanted in zip(*results, strict=True):
         error = float((got.float() - wanted.float()).abs().max() / wanted.float().abs().max())

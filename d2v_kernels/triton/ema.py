@@ -8,6 +8,7 @@ cast to a pointer and full blocks carry no mask; what is not aligned takes the s
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,9 +16,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._checks import check_update_ema, require
-from . import launch
+from .. import _checks as check
 from .runtime import OPTIONS, TYPES, divide_up, on_device, rounded, upload
+
+
+@dataclass(frozen=True)
+class EmaLaunch:
+    """Elements per program (one table entry), per step of its loop, and warps."""
+
+    chunk: int
+    block: int
+    warps: int
+
+
+def chunk_launch() -> EmaLaunch:
+    """16 elements a thread and step: four 16-byte loads of a float32 average, four of its source, before any store."""
+    return EmaLaunch(chunk=8192, block=2048, warps=4)
+
+
+def elementwise_launch() -> EmaLaunch:
+    """For tensors whose layouts differ."""
+    return EmaLaunch(chunk=1024, block=1024, warps=4)
 
 
 @triton.jit
@@ -123,7 +142,7 @@ class TritonPlan:
         self._strided: list[tuple[tuple[Tensor, Tensor, Tensor | None], list[tuple[int, ...]]]] = []
         self._has_copies = bool(copies)
         self._anchor = averages[0]
-        config = launch.ema()
+        config = chunk_launch()
         rows: dict[Types, list[np.ndarray]] = {}
         for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
             copy = copies[i] if copies else None
@@ -141,7 +160,7 @@ class TritonPlan:
                 row[:, column] = t.data_ptr() + first * t.element_size()
             row[:, 3] = np.minimum(count - first, config.chunk)
             rows.setdefault((average.dtype, source.dtype, None if copy is None else copy.dtype), []).append(row)
-        # (types, first row, number of rows) of each launch.
+        # (types, first row, number of rows) of each
         self._groups: list[tuple[Types, int, int]] = []
         first_row = 0
         for types, parts in rows.items():
@@ -162,13 +181,10 @@ class TritonPlan:
 
     def step(self, weight: float, weight_tensor: Tensor | None) -> None:
         """One update; `weight_tensor`, a 0-D float64 tensor on the device, replaces `weight`."""
-        if weight_tensor is not None:
-            check_update_ema([], [], [], weight_tensor)
-            require(weight_tensor.device == self._device, "update_ema_", "device of weight", self._device,
-                    weight_tensor.device)  # fmt: skip
-        elif weight == 0.0 and not self._has_copies:
+        check.weight("update_ema_", weight_tensor, self._device)
+        if weight_tensor is None and weight == 0.0 and not self._has_copies:
             return
-        config = launch.ema()
+        config = chunk_launch()
         with on_device(self._anchor):
             if self._groups and self._device.type == "cuda":
                 stream = torch.cuda.current_stream(self._device)
@@ -188,7 +204,7 @@ class TritonPlan:
 
 def _step_strided(tensors, layout, weight: float, weight_tensor: Tensor | None) -> None:
     average, source, copy = tensors
-    config, count = launch.elementwise(), average.numel()
+    config, count = elementwise_launch(), average.numel()
     sizes, *strides = (tuple(column) for column in zip(*layout, strict=True))
     if copy is None:
         copy, strides = average, [*strides, strides[0]]

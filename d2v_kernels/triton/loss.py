@@ -15,9 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._checks import check_index_range
-from . import launch
-from .runtime import OPTIONS, divide_up, merged_lanes, on_device, rounded
+from .. import _checks as check
+from .runtime import OPTIONS, Tile, copy_tile, divide_up, merge_tile, merged_lanes, on_device, power_of_two, rounded
+
+LOSS_SPLITS = 64  # parts of the rows, each with its partial sums
+
+
+def loss_tile(channels: int) -> Tile:
+    """Rows x channels of both operands at once: six float32 values per element stay in registers."""
+    width = min(64, power_of_two(channels, 16))
+    return Tile(1024 // width, width, 4)
+
+
+def rows_per_split(rows: int, tile: Tile) -> int:
+    """Rows of each of at most LOSS_SPLITS parts, a whole number of blocks; passed at run time."""
+    blocks = -(-rows // tile.rows)
+    return -(-blocks // LOSS_SPLITS) * tile.rows
 
 
 @triton.jit
@@ -168,7 +181,7 @@ class _Selection:
             ("prediction_rows", prediction_rows, prediction), ("target_rows", target_rows, target),
         ):  # fmt: skip
             if rows is not None:
-                check_index_range(op, name, rows, x.shape[0])
+                check.index_range(op, name, rows, x.shape[0])
         self.count = prediction.shape[0] if prediction_rows is None else prediction_rows.shape[0]
         self.channels = prediction.shape[1]
         numbers = [x if r is None else r for r, x in ((prediction_rows, prediction), (target_rows, target))]
@@ -189,12 +202,12 @@ def masked_regression_loss(
     if count == 0 or channels == 0:
         missing = [torch.full((), math.nan, dtype=torch.float32, device=device) for _ in range(2)]
         return torch.zeros((), dtype=torch.float32, device=device), missing[0], missing[1]
-    tile = launch.loss(channels)
-    tiles, per_split = divide_up(channels, tile.channels), launch.loss_rows_per_split(count, tile)
+    tile = loss_tile(channels)
+    tiles, per_split = divide_up(channels, tile.channels), rows_per_split(count, tile)
     splits = divide_up(count, per_split)
     errors = torch.empty((splits * tiles,), dtype=torch.float32, device=device)
     moments = torch.empty((splits, 4, channels), dtype=torch.float32, device=device)
-    merge = launch.merge(channels)
+    merge = merge_tile(channels)
     merge_tiles = divide_up(channels, merge.channels)
     deviations = torch.empty((2, merge_tiles), dtype=torch.float32, device=device)
     loss, prediction_std, target_std = (torch.empty((), dtype=torch.float32, device=device) for _ in range(3))
@@ -204,7 +217,7 @@ def masked_regression_loss(
             BLOCK_P=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
         _merge_loss_kernel[(merge_tiles,)](
-            moments, deviations, splits, count, per_split, channels, SPLITS=launch.LOSS_SPLITS,
+            moments, deviations, splits, count, per_split, channels, SPLITS=LOSS_SPLITS,
             BLOCK_C=merge.channels, num_warps=merge.warps, **OPTIONS,
         )  # fmt: skip
         _finish_loss_kernel[(1,)](
@@ -223,7 +236,7 @@ def masked_regression_loss_backward(
     out = make(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     if this.count == 0 or this.channels == 0:
         return out
-    tile = launch.copy_rows(this.channels)
+    tile = copy_tile(this.channels)
     tiles, blocks = divide_up(this.channels, tile.channels), divide_up(this.count, tile.rows)
     with on_device(prediction):
         _loss_backward_kernel[(blocks * tiles,)](

@@ -14,8 +14,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .runtime import OPTIONS, column_sums, divide_up, on_device, rounded, standardised
+from .runtime import OPTIONS, Tile, column_sums, divide_up, on_device, power_of_two, rounded, standardised, warps
+
+GELU_SPLITS = 512  # parts of the rows, each with its partial sums for weight and bias
+GELU_ELEMENTS, GELU_WARPS = 1024, 4  # of GELU alone: 8 elements a thread, 16 bytes of bfloat16
+
+
+def row_tile(channels: int) -> Tile:
+    """Whole rows, 32 elements a thread of one warp where the channels allow it."""
+    width = power_of_two(channels, 16)
+    rows = max(1, min(16, 1024 // width))
+    return Tile(rows, width, warps(rows * width, 32))
+
+
+def backward_tile(channels: int) -> Tile:
+    """Whole rows, 16 elements a thread: with the sums for weight and bias that is 128 registers, 16 warps on an SM."""
+    width = power_of_two(channels, 16)
+    rows = max(1, min(16, 2048 // width))
+    return Tile(rows, width, warps(rows * width, 16))
+
+
+def rows_per_split(rows: int, tile: Tile) -> int:
+    """Rows of each of at most GELU_SPLITS parts, at least four blocks; passed at run time."""
+    blocks = -(-rows // tile.rows)
+    return max(4, -(-blocks // GELU_SPLITS)) * tile.rows
 
 
 @triton.jit
@@ -110,8 +132,8 @@ def gelu(x: Tensor) -> Tensor:
     out = torch.empty_like(x)
     if x.numel() > 0:
         with on_device(x):
-            _gelu_kernel[(divide_up(x.numel(), launch.GELU_ELEMENTS),)](
-                x, out, x.numel(), BLOCK=launch.GELU_ELEMENTS, num_warps=launch.GELU_WARPS, **OPTIONS
+            _gelu_kernel[(divide_up(x.numel(), GELU_ELEMENTS),)](
+                x, out, x.numel(), BLOCK=GELU_ELEMENTS, num_warps=GELU_WARPS, **OPTIONS
             )
     return out
 
@@ -130,8 +152,8 @@ def _backward_into(out: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     if x.numel() > 0:
         with on_device(x):
-            _gelu_backward_kernel[(divide_up(x.numel(), launch.GELU_ELEMENTS),)](
-                grad, x, out, y, x.numel(), BLOCK=launch.GELU_ELEMENTS, num_warps=launch.GELU_WARPS, **OPTIONS
+            _gelu_backward_kernel[(divide_up(x.numel(), GELU_ELEMENTS),)](
+                grad, x, out, y, x.numel(), BLOCK=GELU_ELEMENTS, num_warps=GELU_WARPS, **OPTIONS
             )
     return y
 
@@ -141,7 +163,7 @@ def layer_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    tile = launch.gelu_rows(channels)
+    tile = row_tile(channels)
     with on_device(x):
         _forward_kernel[(divide_up(rows, tile.rows),)](
             x, x if weight is None else weight, x if bias is None else bias, out, rows, channels, x.stride(0), eps,
@@ -160,8 +182,8 @@ def layer_norm_gelu_backward(
               for t in (weight, bias)]  # fmt: skip
     if out.numel() == 0:
         return out, affine[0].zero_(), affine[1].zero_()
-    tile = launch.gelu_backward_rows(channels)
-    per_split = launch.gelu_rows_per_split(rows, tile)
+    tile = backward_tile(channels)
+    per_split = rows_per_split(rows, tile)
     splits = divide_up(rows, per_split)
     sums = [out if t is None else torch.empty((splits, channels), dtype=torch.float32, device=x.device)
             for t in (weight, bias)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Loads the native libraries of `d2v_kernels/lib` and keeps the reason when one does not load.
+"""C++ on CPUs and CUDA C++ on NVIDIA GPUs: loads `d2v_kernels/lib` and keeps the reason when a part does not load.
 
 `libd2v_cpu` brings the operators `torch.ops.d2v_native.*`, `libd2v_cuda` their CUDA kernels, and the module `_native`
 the objects that live longer than a call. Each is optional: without them the reference backend runs.
@@ -18,12 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks as check
+from .registry import OPERATORS, Backend, Case
 
 LIB = Path(__file__).resolve().parent / "lib"
 CPU_LIBRARY, CUDA_LIBRARY, MODULE = "libd2v_cpu", "libd2v_cuda", "_native"
 TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # of csrc/core/dtype.h
 NO_COPY = -1
+_NORMS = ("none", "layer", "instance", "batch")
 SPLIT = 4  # an average in two halves: kSplit of csrc/core/ema.h
 
 
@@ -150,12 +152,7 @@ class NativePlan:
 
     def step(self, weight: float, weight_tensor: Tensor | None) -> None:
         """One update; `weight_tensor`, a 0-D float64 tensor on the device, replaces `weight`."""
-        if weight_tensor is not None:
-            _checks.check_update_ema([], [], [], weight_tensor)
-            _checks.require(
-                weight_tensor.device == self._device, "update_ema_", "device of weight", self._device,
-                weight_tensor.device,
-            )  # fmt: skip
+        check.weight("update_ema_", weight_tensor, self._device)
         if self._on_host:
             self._plan.step(weight if weight_tensor is None else float(weight_tensor))
         elif self._table is not None:
@@ -183,7 +180,7 @@ def make_ema_plan(
     entries = []
     for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
         copy = copies[i] if copies else None
-        flat = _checks.lies_flat(average, source) if copy is None else _checks.lies_flat(average, source, copy)
+        flat = check.lies_flat(average, source) if copy is None else check.lies_flat(average, source, copy)
         if not flat or (average.dtype == torch.float64) != (source.dtype == torch.float64):
             return None
         if average.numel() == 0:
@@ -204,3 +201,43 @@ def _split_entries(high: Sequence[Tensor], low: Sequence[Tensor], sources: Seque
         for h, lower, s in zip(high, low, sources, strict=True)
         if h.numel() > 0
     ]
+
+
+def _body(op: str) -> Callable[..., Any]:
+    run: Any = getattr(getattr(torch.ops.d2v_native, op, None), "default", None)
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return run(*arguments)
+        except RuntimeError as error:
+            # What native code finds is a value out of range. Its text, after the place in the C++ source, begins with
+            # the operator's name.
+            _, name, text = str(error).split("\n", 1)[0].partition(f"{op}: ")
+            if name:
+                raise ValueError(name + text) from None
+            raise
+
+    return call
+
+
+def _limits(case: Case) -> list[str]:
+    library = {"cpu": CPU_LIBRARY, "cuda": CUDA_LIBRARY}.get(case.device)
+    if library is None:
+        return [f"native runs on cpu and cuda, not on {case.device}"]
+    if library not in _libraries:
+        return [f"{library} is not loaded ({_errors.get(library, 'unknown reason')})"]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"d2v_native::{case.op}", case.device.upper()):
+        return [f"native has no {case.op} on {case.device}"]
+    unknown = [check.dtype_name(d) for d in case.dtypes if d not in TYPE_NUMBERS]
+    reasons = [f"native has no {', '.join(unknown)}"] if unknown else []
+    if case.op == "update_split_ema_" and torch.float64 in case.dtypes:
+        reasons.append("native's averages in two halves have no float64 sources")
+    if case.op == "average_layers":
+        reasons += [f"native normalises by {', '.join(_NORMS)}, not by {n}" for n in case.traits if n not in _NORMS]
+    return reasons
+
+
+def backend() -> Backend:
+    """The backend, for the operators defined so far; loads what there is."""
+    load()
+    return Backend("native", {op: _body(op) for op in OPERATORS}, _limits, make_ema_plan)

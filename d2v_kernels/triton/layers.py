@@ -20,8 +20,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .runtime import OPTIONS, divide_up, merged_lanes, on_device, pick, rounded, standardised, upload
+from .runtime import (
+    OPTIONS,
+    Tile,
+    divide_up,
+    merge_tile,
+    merged_lanes,
+    on_device,
+    pick,
+    power_of_two,
+    rounded,
+    standardised,
+    upload,
+    warps,
+)
+
+ONE_READ_TOKENS = 512  # longest sample that the one-read form of the instance norm takes
+INSTANCE_CHANNELS = 64  # 64 bfloat16 channels are one 128-byte line
+
+
+def row_tile(channels: int) -> Tile:
+    """1024 elements a warp, one row or some short ones; up to 1024 channels the reduction needs no barrier."""
+    width = power_of_two(channels, 16)
+    rows = max(1, min(16, 1024 // width))
+    return Tile(rows, width, warps(rows * width, 32))
+
+
+def one_read_tile(tokens: int, channels: int, element_size: int) -> Tile | None:
+    """A sample's time x 64 bytes of channels in registers, 64 bytes a thread; None when the sample is too long.
+
+    128 registers fill an SM with two programs of 8 warps (256 tokens) or one of 16 (512): 32 KB in flight.
+    """
+    if tokens > ONE_READ_TOKENS:
+        return None
+    rows, width = power_of_two(tokens, 16), min(64 // element_size, power_of_two(channels, 16))
+    return Tile(rows, width, warps(rows * width, 64 // element_size), registers=128)
+
+
+def statistics_tile(channels: int) -> Tile:
+    """Mean and squared deviations over time: three float32 values per element of the block.
+
+    Left to itself the compiler takes 64 registers for float32 input, and spills for it.
+    """
+    width = min(INSTANCE_CHANNELS, power_of_two(channels, 16))
+    return Tile(2048 // width, width, 4, registers=80)
+
+
+def combine_tile(channels: int, whole_rows: bool) -> Tile:
+    """Normalise and average; with `whole_rows` the block spans all channels, for a layer norm of the result."""
+    if whole_rows:
+        width = power_of_two(channels, 16)
+        rows = max(1, 8192 // width)
+        return Tile(rows, width, warps(rows * width, 32))
+    width = min(128, power_of_two(channels, 16))
+    return Tile(2048 // width, width, 4)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -192,7 +244,7 @@ class _Round:
 
     def rows(self, norm: str, out_norm: str, out: Tensor) -> Tensor:
         """norm and out_norm are none or layer."""
-        tile, rows = launch.layer_rows(self.channels), self.samples * self.tokens
+        tile, rows = row_tile(self.channels), self.samples * self.tokens
         _row_kernel[(divide_up(rows, tile.rows),)](
             *self.inputs, self.lengths, out, rows, self.tokens, self.channels, self.eps, HAS_LENGTHS=self.has_lengths,
             NORM=norm == "layer", OUT_NORM=out_norm == "layer", BLOCK_R=tile.rows, BLOCK_C=tile.channels,
@@ -200,7 +252,7 @@ class _Round:
         )  # fmt: skip
         return out
 
-    def one_read(self, tile: launch.Tile, out_norm: str, out: Tensor) -> Tensor:
+    def one_read(self, tile: Tile, out_norm: str, out: Tensor) -> Tensor:
         """norm is instance; out_norm is none or instance."""
         tiles = divide_up(self.channels, tile.channels)
         _one_read_kernel[(self.samples * tiles,)](
@@ -217,7 +269,7 @@ class _Round:
 
     def statistics(self, norm: str) -> tuple[Tensor, Tensor, int]:
         """Means, 1 / sqrt(var + eps), and the step from one sample's to the next one's."""
-        tile, final, columns = launch.statistics(self.channels), norm == "instance", self.count * self.channels
+        tile, final, columns = statistics_tile(self.channels), norm == "instance", self.count * self.channels
         means, spreads = self._two(self.samples, columns)
         tiles = divide_up(self.channels, tile.channels)
         _statistics_kernel[(self.samples * self.count * tiles,)](
@@ -227,7 +279,7 @@ class _Round:
         )  # fmt: skip
         if final:
             return means, spreads, columns
-        tile = launch.merge(columns)
+        tile = merge_tile(columns)
         batch_means, batch_spreads = self._two(columns)
         _merge_kernel[(divide_up(columns, tile.channels),)](
             means, spreads, self.lengths, batch_means, batch_spreads, self.samples, self.tokens, columns, self.eps,
@@ -238,7 +290,7 @@ class _Round:
     def combine(self, norm: str, out_norm: str, out: Tensor) -> Tensor:
         """norm is instance or batch; out_norm is none or layer."""
         means, spreads, stride = self.statistics(norm)
-        tile = launch.combine(self.channels, out_norm == "layer")
+        tile = combine_tile(self.channels, out_norm == "layer")
         tiles, time_blocks = divide_up(self.channels, tile.channels), divide_up(self.tokens, tile.rows)
         _combine_kernel[(self.samples * time_blocks * tiles,)](
             *self.inputs, self.lengths, means, spreads, out, self.tokens, self.channels, time_blocks, tiles, stride,
@@ -260,7 +312,7 @@ def average_layers(
         lengths = upload("average_layers", lengths, first.device)
     with on_device(first):
         this = _Round(layers, lengths, eps)
-        tile = launch.instance_one_read(tokens, channels, first.element_size()) if norm == "instance" else None
+        tile = one_read_tile(tokens, channels, first.element_size()) if norm == "instance" else None
         if norm in ("none", "layer") and out_norm in ("none", "layer"):
             return this.rows(norm, out_norm, out)
         if tile is not None and out_norm in ("none", "instance"):
@@ -276,7 +328,7 @@ def average_layers(
         else:
             this.combine(norm, "none", average)
         then = _Round([average], lengths, eps)
-        tile = launch.instance_one_read(tokens, channels, average.element_size()) if out_norm == "instance" else None
+        tile = one_read_tile(tokens, channels, average.element_size()) if out_norm == "instance" else None
         if out_norm == "layer":
             return then.rows("layer", "none", out)
         return then.one_read(tile, "none", out) if tile is not None else then.combine(out_norm, "none", out)
