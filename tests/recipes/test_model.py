@@ -13,11 +13,10 @@ from support.tensors import BACKENDS
 from torch import Tensor
 from torch.func import functional_call
 
-import d2v_kernels._schema as schema
 from d2v import Config, Data2Vec, Output, encoder, recipes
 from d2v.data2vec import make_mask_sampler
 from d2v.encoder import Block, add_and_norm_plain, run_block
-from d2v_kernels import MaskSampler, use_backend
+from d2v_kernels import MaskSampler, registry, use_backend
 
 
 def tiny(**sections: dict[str, Any]) -> Config:
@@ -89,7 +88,7 @@ STEP_OPERATORS = (
 @pytest.mark.parametrize("broken", STEP_OPERATORS)
 def test_step_fails_without_operator(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each memory-bound step runs through its operator: none has a way around it."""
-    choose = schema.implementation
+    choose = registry.implementation
 
     def refuse(op: str, *args: Any) -> Any:
         if op == broken:
@@ -97,7 +96,7 @@ def test_step_fails_without_operator(broken: str, monkeypatch: pytest.MonkeyPatc
         return choose(op, *args)
 
     model = build(with_class_token())
-    monkeypatch.setattr(schema, "implementation", refuse)
+    monkeypatch.setattr(registry, "implementation", refuse)
     with pytest.raises(RuntimeError, match=f"broken {broken}"):
         run_step(model)
 

@@ -11,14 +11,14 @@ from support.tensors import FLOATS
 from torch import Tensor
 
 from d2v_kernels import EmaPlan, update_ema_, use_backend
-from d2v_kernels.backends.triton import launch
-from d2v_kernels.backends.triton.ema import TritonPlan, joint_layout
+from d2v_kernels.triton import ema
+from d2v_kernels.triton.ema import TritonPlan, joint_layout
 
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    monkeypatch.setattr(launch, "ema", lambda: launch.EmaLaunch(chunk=128, block=32, warps=1))
-    monkeypatch.setattr(launch, "elementwise", lambda: launch.EmaLaunch(chunk=64, block=64, warps=1))
+    monkeypatch.setattr(ema, "chunk_launch", lambda: ema.EmaLaunch(chunk=128, block=32, warps=1))
+    monkeypatch.setattr(ema, "elementwise_launch", lambda: ema.EmaLaunch(chunk=64, block=64, warps=1))
     with use_backend("triton"):
         yield
 
