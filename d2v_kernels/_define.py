@@ -8,7 +8,7 @@ code registers the same argument lists under `d2v_native` (a test compares them)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ TRITON_FAMILIES: dict[str, str] = {}
 """For operators that Triton has kernels for: the file in `triton/`."""
 REFERENCE = registry.Backend("reference", {}, lambda case: [])
 """Plain PyTorch bodies: the definition of every operator, right in float64, on any device."""
+_shapes: dict[str, Callable[..., Call]] = {}
 _library = torch.library.Library("d2v", "DEF")
 
+R = TypeVar("R")
 Output = Tensor | tuple[tuple[int, ...] | torch.Size, torch.dtype]
 
 
@@ -56,14 +58,14 @@ def refuse(op: str, why: str) -> Gradient:
 def define(
     schema: str,
     shape: Callable[..., Call],
-    reference: Callable[..., Any],
+    reference: Callable[..., R],
     gradient: Gradient | None = None,
     *,
     triton: str = "",
     values: Callable[..., None] | None = None,
     prepare: Callable[..., tuple[Any, ...]] | None = None,
-) -> None:
-    """Defines one operator; called when the file of its family is imported.
+) -> Callable[..., R]:
+    """Defines one operator and returns it; called when the file of its family is imported.
 
     Args:
         schema: name, arguments and results.
@@ -76,6 +78,7 @@ def define(
     """
     op = schema.split("(", 1)[0]
     registry.OPERATORS[op] = schema
+    _shapes[op] = shape
     REFERENCE.implementations[op] = reference
     if triton:
         TRITON_FAMILIES[op] = triton
@@ -104,6 +107,14 @@ def define(
         gradient = refuse(op.removesuffix("_backward"), "double backward is not supported")
     if gradient is not None:
         torch.library.register_autograd(f"d2v::{op}", gradient.backward, setup_context=gradient.setup, lib=_library)
+    operator: Callable[..., R] = getattr(torch.ops.d2v, op)
+    return operator
+
+
+def case(op: str, device: str, arguments: tuple[Any, ...]) -> registry.Case:
+    """What the registry is asked when the operator is called with these arguments on a device."""
+    call = _shapes[op](op, *arguments)
+    return registry.Case(op, device, call.dtypes, call.traits)
 
 
 def _empty(first: Tensor | None, output: Output) -> Tensor:

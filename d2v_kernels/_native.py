@@ -175,32 +175,27 @@ def make_ema_plan(
     library = {"cpu": CPU_LIBRARY, "cuda": CUDA_LIBRARY}.get(device.type, "")
     if library not in _libraries:
         return None
-    if low:
-        return NativePlan(_module, _split_entries(averages, low, sources), [*averages, *low, *sources], device)
-    entries = []
-    for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
-        copy = copies[i] if copies else None
-        flat = check.lies_flat(average, source) if copy is None else check.lies_flat(average, source, copy)
-        if not flat or (average.dtype == torch.float64) != (source.dtype == torch.float64):
+    entries = plan_entries(averages, sources, copies, low)
+    tensors = [*averages, *low, *sources, *copies]
+    return None if entries is None else NativePlan(_module, entries, tensors, device)
+
+
+def plan_entries(
+    averages: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor], low: Sequence[Tensor]
+) -> list[tuple[int, ...]] | None:
+    """Addresses, counts and types for the module's EmaPlan; None for tensors of different layouts."""
+    entries: list[tuple[int, ...]] = []
+    third: Sequence[Tensor | None] = low or copies or [None] * len(averages)
+    for average, source, copy in zip(averages, sources, third, strict=True):
+        if not check.lies_flat(*(t for t in (average, source, copy) if t is not None)):
             return None
-        if average.numel() == 0:
-            continue
-        entries.append(
-            (
-                average.data_ptr(), source.data_ptr(), 0 if copy is None else copy.data_ptr(), average.numel(),
-                TYPE_NUMBERS[average.dtype], TYPE_NUMBERS[source.dtype],
-                NO_COPY if copy is None else TYPE_NUMBERS[copy.dtype],
-            )
-        )  # fmt: skip
-    return NativePlan(_module, entries, [*averages, *sources, *copies], device)
-
-
-def _split_entries(high: Sequence[Tensor], low: Sequence[Tensor], sources: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    return [
-        (h.data_ptr(), s.data_ptr(), lower.data_ptr(), h.numel(), SPLIT, TYPE_NUMBERS[s.dtype], SPLIT)
-        for h, lower, s in zip(high, low, sources, strict=True)
-        if h.numel() > 0
-    ]
+        if not low and (average.dtype == torch.float64) != (source.dtype == torch.float64):
+            return None
+        types = [NO_COPY if t is None else SPLIT if low else TYPE_NUMBERS[t.dtype] for t in (average, copy)]
+        addresses = (average.data_ptr(), source.data_ptr(), 0 if copy is None else copy.data_ptr())
+        if average.numel() > 0:
+            entries.append((*addresses, average.numel(), types[0], TYPE_NUMBERS[source.dtype], types[1]))
+    return entries
 
 
 def _body(op: str) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import registry
-from .attention_operator import check_inputs
+from .attention_operator import attention_operator, check_inputs
 
 
 class Alibi(NamedTuple):
@@ -291,22 +291,16 @@ def _attend_by_xformers(query: Tensor, key: Tensor, value: Tensor, options: _Opt
         bias = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=query.device)
         packed.made["xformers"] = bias
     inputs = (x[None] for x in (query, key, value))
-    out = ops.memory_efficient_attention(*inputs, attn_bias=bias, p=options.dropout, scale=options.scale)
-    result: Tensor = out[0]
-    return result
+    out: Tensor = ops.memory_efficient_attention(*inputs, attn_bias=bias, p=options.dropout, scale=options.scale)
+    return out[0]
 
 
 def _attend_by_sdpa(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
-    mask = empty = None
-    if options.valid is not None:
-        valid = _valid_mask(options.valid, query.shape[1])
-        # Kernels differ in what they do with a row without keys: give it all of them, then write the documented 0.
-        empty = ~valid.any(1)
-        mask = (valid | empty[:, None])[:, None, None, :]
+    valid, empty = _keys_and_empty_rows(options.valid, query.shape[1])
+    mask = None if valid is None else valid[:, None, None, :]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=options.dropout, scale=options.scale)
-    out = out.transpose(1, 2)
-    return out if empty is None else out.masked_fill(empty[:, None, None, None], 0.0)
+    return _with_zeros(out.transpose(1, 2), empty)
 
 
 def _attend_by_operator(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
@@ -319,11 +313,8 @@ def _attend_by_operator(query: Tensor, key: Tensor, value: Tensor, options: _Opt
     lengths = mask = None
     if options.valid is not None:
         lengths, mask = (None, options.valid) if options.valid.dim() == 2 else (options.valid, None)
-    out, _ = torch.ops.d2v.attention(
-        query, key, value, slopes, positions, lengths, mask, keys, options.dropout, options.scale
-    )
-    result: Tensor = out
-    return result
+    rest = (slopes, positions, lengths, mask, keys, options.dropout, options.scale)
+    return attention_operator(query, key, value, *rest)[0]
 
 
 def _attend_by_flex(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
@@ -332,11 +323,7 @@ def _attend_by_flex(query: Tensor, key: Tensor, value: Tensor, options: _Options
         slopes = _effective_slopes(options.alibi, query.dtype)
         extra = query.shape[1] - options.alibi.positions.shape[1]
         place = F.pad(options.alibi.positions, (extra, 0))
-    valid = empty = None
-    if options.valid is not None:
-        valid = _valid_mask(options.valid, query.shape[1])
-        empty = ~valid.any(1)
-        valid = valid | empty[:, None]
+    valid, empty = _keys_and_empty_rows(options.valid, query.shape[1])
 
     def score(s: Tensor, n: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if slopes is not None and place is not None:
@@ -346,8 +333,7 @@ def _attend_by_flex(query: Tensor, key: Tensor, value: Tensor, options: _Options
 
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = _flex_function(query.device.type)(q, k, v, score_mod=score, scale=options.scale)
-    result: Tensor = out.transpose(1, 2)
-    return result if empty is None else result.masked_fill(empty[:, None, None, None], 0.0)
+    return _with_zeros(out.transpose(1, 2), empty)
 
 
 @functools.cache
@@ -365,10 +351,20 @@ def _effective_slopes(alibi: Alibi, dtype: torch.dtype) -> Tensor:
     return slopes * alibi.scale.to(compute).clamp(min=0.0)
 
 
-def _valid_mask(valid: Tensor, tokens: int) -> Tensor:
-    if valid.dim() == 2:
-        return valid
-    return torch.arange(tokens, device=valid.device) < valid[:, None]
+def _keys_and_empty_rows(valid: Tensor | None, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+    """(N,T) keys that count, and (N,) rows without one.
+
+    Kernels differ in what they do with such a row: it gets all keys, then the documented 0 is written.
+    """
+    if valid is None:
+        return None, None
+    mask = valid if valid.dim() == 2 else torch.arange(tokens, device=valid.device) < valid[:, None]
+    empty = ~mask.any(1)
+    return mask | empty[:, None], empty
+
+
+def _with_zeros(out: Tensor, empty: Tensor | None) -> Tensor:
+    return out if empty is None else out.masked_fill(empty[:, None, None, None], 0.0)
 
 
 def _run(engine: Engine, query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:

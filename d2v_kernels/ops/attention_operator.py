@@ -190,16 +190,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    of_query, of_key, of_value, of_slopes = torch.ops.d2v.attention_backward(grad, *tensors, ctx.dropout, ctx.scale)
+    of_query, of_key, of_value, of_slopes = _attention_backward(grad, *tensors, ctx.dropout, ctx.scale)
     return of_query, of_key, of_value, None if tensors[5] is None else of_slopes, *[None] * 6
 
 
-define(
+attention_operator = define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? slopes, Tensor? positions, Tensor? lengths,"
     " Tensor? valid, Tensor? dropout_keys, float dropout, float scale) -> (Tensor, Tensor)",
     _shape, _reference, Gradient(_gradient, _setup), triton="attention",
 )  # fmt: skip
-define(
+_attention_backward = define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sum,"
     " Tensor? slopes, Tensor? positions, Tensor? lengths, Tensor? valid, Tensor? dropout_keys, float dropout,"
     " float scale) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -98,10 +98,6 @@ class EmaPlan:
         self._averages, self._sources = list(averages), list(sources)
         self._copies = list(copies or ())
         self._low = None if low is None else list(low)
-        self._tensors: list[Tensor] = []
-        self._addresses: list[int] = []
-        self._plan: Any = None
-        self._backend = self._forced = ""
         self._build()
 
     @property
@@ -130,8 +126,8 @@ class EmaPlan:
         averages, sources, copies, low = _local(self._averages, self._sources, self._copies, self._low or ())
         self._tensors = [*averages, *sources, *copies, *low]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
-        self._forced = forced_backend()
-        self._plan = None
+        self._forced, self._backend = forced_backend(), ""
+        self._plan: Any = None
         if averages:
             op, deciding = ("update_ema_", self._tensors) if self._low is None else ("update_split_ema_", sources)
             backend = choose(Case(op, averages[0].device.type, _distinct_dtypes(deciding)))
@@ -205,12 +201,9 @@ def _shape(
     return Call(first, _distinct_dtypes([*averages, *sources, *copies]))
 
 
-def _split_shape(
-    op: str, high: Sequence[Tensor], low: Sequence[Tensor], sources: Sequence[Tensor], weight: float,
-    weight_tensor: Tensor | None,
-) -> Call:  # fmt: skip
+def _split_shape(op: str, high: Sequence[Tensor], low: Sequence[Tensor], sources: Sequence[Tensor], *rest: Any) -> Call:
     """Lists of equal length; entries agree in shape, device and the order of their elements in memory."""
-    call = _shape(op, high, sources, [], weight, weight_tensor)
+    call = _shape(op, high, sources, [], *rest)
     check.require(len(low) == len(high), op, "number of low halves", len(high), len(low))
     for i, (h, other) in enumerate(zip(high, low, strict=True)):
         check.dtype(op, f"high[{i}]", h, torch.bfloat16)
@@ -252,28 +245,24 @@ def _split_bits(average: Tensor) -> tuple[Tensor, Tensor]:
 
 def _merge_bits(high: Tensor, low: Tensor) -> Tensor:
     """The float32 number of two halves."""
-    bits = (high.contiguous().view(torch.int16).int() << 16) + low.int()
-    return bits.view(torch.float32)
+    return ((high.contiguous().view(torch.int16).int() << 16) + low.int()).view(torch.float32)
 
 
-def _split_reference(
-    high: Sequence[Tensor], low: Sequence[Tensor], sources: Sequence[Tensor], weight: float,
-    weight_tensor: Tensor | None,
-) -> None:  # fmt: skip
+def _split_reference(high: Sequence[Tensor], low: Sequence[Tensor], sources: Sequence[Tensor], *rest: Any) -> None:
     for h, lower, source in zip(high, low, sources, strict=True):
         average = _merge_bits(h, lower)
-        _reference([average], [source], [], weight, weight_tensor)
+        _reference([average], [source], [], *rest)
         new_high, new_low = _split_bits(average)
         h.copy_(new_high)
         lower.copy_(new_low)
 
 
-define(
+_update_ema_ = define(
     "update_ema_(Tensor(a!)[] averages, Tensor[] sources, Tensor(b!)[] copies, float weight, Tensor? weight_tensor)"
     " -> ()",
     _shape, _reference, triton="ema",
 )  # fmt: skip
-define(
+_update_split_ema_ = define(
     "update_split_ema_(Tensor(a!)[] high, Tensor(b!)[] low, Tensor[] sources, float weight, Tensor? weight_tensor)"
     " -> ()",
     _split_shape, _split_reference,

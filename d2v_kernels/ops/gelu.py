@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _checks as check
 from .._define import Call, Gradient, define
-from .norm import affine, standardise_rows
+from .norm import affine, standardise_gradient, standardise_rows
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -27,8 +27,7 @@ def gelu(x: Tensor) -> Tensor:
     Raises:
         TypeError: x is not floating.
     """
-    result: Tensor = torch.ops.d2v.gelu(x.contiguous())
-    return result
+    return _gelu(x.contiguous())
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,7 +67,7 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(torch.ops.d2v.gelu(x).to(weight.dtype), weight, bias)
+    return F.linear(_gelu(x).to(weight.dtype), weight, bias)
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -89,9 +88,9 @@ class _GeluLinear(torch.autograd.Function):
         of_x = of_weight = None
         if need_x:
             of_x = (grad @ weight).to(x.dtype)
-            y = torch.ops.d2v.gelu_backward_(of_x, x)
+            y = _gelu_backward_(of_x, x)
         elif need_weight:
-            y = torch.ops.d2v.gelu(x)
+            y = _gelu(x)
         if need_weight:
             of_weight = grad.t() @ y.to(weight.dtype)
         return of_x, of_weight, grad.sum(0) if need_bias else None
@@ -121,8 +120,7 @@ def layer_norm_gelu(
     if x.dim() < 1:
         raise ValueError("layer_norm_gelu: x: expected shape (..., C), got a 0-D tensor")
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    result: Tensor = torch.ops.d2v.layer_norm_gelu(rows, weight, bias, eps)
-    return result.view(x.shape)
+    return _layer_norm_gelu(rows, weight, bias, eps).view(x.shape)
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -219,9 +217,8 @@ def _norm_backward_reference(
     g = grad.to(compute) * (_normal_cdf(z) + z * density)
     of_weight = x.new_empty((0,)) if weight is None else (g * normal).sum(dim=0).to(weight.dtype)
     of_bias = x.new_empty((0,)) if bias is None else g.sum(dim=0).to(bias.dtype)
-    g = affine(g, weight, None)
-    along = g.mean(dim=1, keepdim=True) + normal * (g * normal).mean(dim=1, keepdim=True)
-    return ((g - along) * scale).to(x.dtype).contiguous(), of_weight, of_bias
+    of_x = standardise_gradient(affine(g, weight, None), normal, scale)
+    return of_x.to(x.dtype).contiguous(), of_weight, of_bias
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -230,8 +227,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient(ctx: Any, grad: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    result: Tensor = torch.ops.d2v.gelu_backward(grad.contiguous(), x)[0]
-    return result
+    return _gelu_backward(grad.contiguous(), x)[0]
 
 
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -242,25 +238,25 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _norm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
     grad = check.with_unit_stride(grad)
-    of_x, of_weight, of_bias = torch.ops.d2v.layer_norm_gelu_backward(grad, x, weight, bias, ctx.eps)
+    of_x, of_weight, of_bias = _layer_norm_gelu_backward(grad, x, weight, bias, ctx.eps)
     return of_x, None if weight is None else of_weight, None if bias is None else of_bias, None
 
 
-define(
+_layer_norm_gelu = define(
     "layer_norm_gelu(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     _norm_shape, _norm_reference, Gradient(_norm_gradient, _norm_setup), triton="gelu",
 )  # fmt: skip
-define(
+_layer_norm_gelu_backward = define(
     "layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor, Tensor, Tensor)",
     _norm_backward_shape, _norm_backward_reference, triton="gelu",
 )  # fmt: skip
-define("gelu(Tensor x) -> Tensor", _shape, _reference, Gradient(_gradient, _setup), triton="gelu")
-define(
+_gelu = define("gelu(Tensor x) -> Tensor", _shape, _reference, Gradient(_gradient, _setup), triton="gelu")
+_gelu_backward = define(
     "gelu_backward(Tensor grad, Tensor x) -> (Tensor, Tensor)",
     _backward_shape, _backward_reference, triton="gelu",
 )  # fmt: skip
-define(
+_gelu_backward_ = define(
     "gelu_backward_(Tensor(a!) grad, Tensor x) -> Tensor",
     _backward_shape, _backward_in_place_reference, triton="gelu",
 )  # fmt: skip

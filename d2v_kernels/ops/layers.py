@@ -51,8 +51,7 @@ def average_layers(
         raise NotImplementedError("average_layers: expected layers without grad, got one that requires grad; detach it")
     if out_dtype is None:
         out_dtype = torch.float64 if layers and layers[0].dtype == torch.float64 else torch.float32
-    result: Tensor = torch.ops.d2v.average_layers(layers, _join(norm), _join(out_norm), lengths, eps, out_dtype)
-    return result
+    return _average_layers(layers, _join(norm), _join(out_norm), lengths, eps, out_dtype)
 
 
 def _join(norm: Norm) -> str:
@@ -139,7 +138,7 @@ def _reference(
     return average.to(out_dtype)
 
 
-define(
+_average_layers = define(
     "average_layers(Tensor[] layers, str norm, str out_norm, Tensor? lengths, float eps, ScalarType out_dtype)"
     " -> Tensor",
     _shape, _reference, refuse("average_layers", "not differentiable; detach the layers"), triton="layers",

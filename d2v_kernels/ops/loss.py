@@ -51,10 +51,8 @@ def masked_regression_loss(
     for name, t in (("prediction", prediction), ("target", target)):
         if t.dim() < 1:
             raise ValueError(f"masked_regression_loss: {name}: expected shape (..., C), got a 0-D tensor")
-    loss = torch.ops.d2v.masked_regression_loss(
-        _as_rows(prediction), _as_rows(target), prediction_rows, target_rows, beta, scale
-    )
-    return RegressionLoss(*loss)
+    rows = _as_rows(prediction), _as_rows(target), prediction_rows, target_rows
+    return RegressionLoss(*_masked_regression_loss(*rows, beta, scale))
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -89,11 +87,16 @@ def _backward_shape(op: str, grad: Tensor, prediction: Tensor, *rest: Any) -> Ca
     return _shape(op, prediction, *rest)._replace(outputs=(prediction,))
 
 
-def _select(op: str, name: str, x: Tensor, rows: Tensor | None) -> Tensor:
-    if rows is None:
-        return x
-    check.index_range(op, name, rows, x.shape[0])
-    return x[rows.long()]
+def _select(op: str, *sides: Tensor | None) -> list[Tensor]:
+    """Selected rows of prediction and target, of (prediction, target, rows, rows), in the dtype of the arithmetic."""
+    result: list[Tensor] = []
+    for name, x, rows in zip(("prediction_rows", "target_rows"), sides[:2], sides[2:], strict=True):
+        assert x is not None
+        if rows is not None:
+            check.index_range(op, name, rows, x.shape[0])
+            x = x[rows.long()]
+        result.append(x.to(check.compute_dtype(result[0].dtype if result else x.dtype)))
+    return result
 
 
 def _mean_std(x: Tensor) -> Tensor:
@@ -102,18 +105,9 @@ def _mean_std(x: Tensor) -> Tensor:
     return torch.sqrt(torch.var(x, dim=0, correction=1) + 1e-6).mean()
 
 
-def _reference(
-    prediction: Tensor,
-    target: Tensor,
-    prediction_rows: Tensor | None,
-    target_rows: Tensor | None,
-    beta: float,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    op = "masked_regression_loss"
-    compute = check.compute_dtype(prediction.dtype)
-    x = _select(op, "prediction_rows", prediction, prediction_rows).to(compute)
-    y = _select(op, "target_rows", target, target_rows).to(compute)
+def _reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *sides, beta, scale = arguments
+    x, y = _select("masked_regression_loss", *sides)
     d = x - y
     if beta == 0.0:
         error = d * d
@@ -122,21 +116,12 @@ def _reference(
     return error.sum() * scale, _mean_std(x), _mean_std(y)
 
 
-def _backward_reference(
-    grad: Tensor,
-    prediction: Tensor,
-    target: Tensor,
-    prediction_rows: Tensor | None,
-    target_rows: Tensor | None,
-    beta: float,
-    scale: float,
-) -> Tensor:
-    op = "masked_regression_loss_backward"
-    compute = check.compute_dtype(prediction.dtype)
-    x = _select(op, "prediction_rows", prediction, prediction_rows).to(compute)
-    d = x - _select(op, "target_rows", target, target_rows).to(compute)
+def _backward_reference(grad: Tensor, prediction: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    prediction_rows, target_rows, beta, scale = rest
+    x, y = _select("masked_regression_loss_backward", prediction, target, prediction_rows, target_rows)
+    d = x - y
     slope = 2.0 * d if beta == 0.0 else (d / beta).clamp(-1.0, 1.0)
-    selected = (slope * (grad.to(compute) * scale)).to(prediction.dtype)
+    selected = (slope * (grad.to(x.dtype) * scale)).to(prediction.dtype)
     if prediction_rows is None:
         return selected
     result = torch.zeros(prediction.shape, dtype=prediction.dtype, device=prediction.device)
@@ -153,16 +138,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         raise NotImplementedError("masked_regression_loss: no gradient for target: detach it")
-    result = torch.ops.d2v.masked_regression_loss_backward(grad, *ctx.saved_tensors, ctx.beta, ctx.scale)
+    result = _masked_regression_loss_backward(grad, *ctx.saved_tensors, ctx.beta, ctx.scale)
     return result, None, None, None, None, None
 
 
-define(
+_masked_regression_loss = define(
     "masked_regression_loss(Tensor prediction, Tensor target, Tensor? prediction_rows, Tensor? target_rows,"
     " float beta, float scale) -> (Tensor, Tensor, Tensor)",
     _shape, _reference, Gradient(_gradient, _setup), triton="loss",
 )  # fmt: skip
-define(
+_masked_regression_loss_backward = define(
     "masked_regression_loss_backward(Tensor grad, Tensor prediction, Tensor target, Tensor? prediction_rows,"
     " Tensor? target_rows, float beta, float scale) -> Tensor",
     _backward_shape, _backward_reference, triton="loss",

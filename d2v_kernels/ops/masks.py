@@ -44,13 +44,8 @@ class Masks(NamedTuple):
         return self._map(lambda t: t.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Masks:
-        keep, restore = self.keep, self.restore
-        return Masks(
-            change(self.mask),
-            None if keep is None else change(keep),
-            None if restore is None else change(restore),
-            change(self.rows),
-        )
+        keep, restore = (None if t is None else change(t) for t in (self.keep, self.restore))
+        return Masks(change(self.mask), keep, restore, change(self.rows))
 
 
 @dataclass(frozen=True)
@@ -226,16 +221,11 @@ def _list_native(module: _native.Module, mask: Tensor, total: int, count: int) -
     """Lists of a mask with `total` masked positions, `count` in every row, or -1 where rows differ."""
     rows, tokens = mask.shape
     numbers = torch.empty(total, dtype=torch.int64)
-    if count < 0:
-        module.mask_lists(mask.data_ptr(), rows, tokens, -1, 0, 0, numbers.data_ptr())
-        return Masks(mask, None, None, numbers)
-    visible = tokens - count
-    keep = torch.empty((rows, visible), dtype=torch.int32)
-    restore = torch.empty((rows, tokens), dtype=torch.int32)
-    module.mask_lists(
-        mask.data_ptr(), rows, tokens, visible, keep.data_ptr(), restore.data_ptr(), numbers.data_ptr()
-    )  # fmt: skip
-    return Masks(mask, keep, restore, numbers)
+    visible = tokens - count if count >= 0 else -1
+    lists = [torch.empty((rows, n), dtype=torch.int32) for n in (visible, tokens)] if count >= 0 else [None, None]
+    keep, restore = (0 if t is None else t.data_ptr() for t in lists)
+    module.mask_lists(mask.data_ptr(), rows, tokens, visible, keep, restore, numbers.data_ptr())
+    return Masks(mask, lists[0], lists[1], numbers)
 
 
 # ---- the rules

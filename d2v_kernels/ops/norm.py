@@ -44,8 +44,7 @@ def dropout_add_layer_norm(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, strides, keys, dropout or eps that do not fit.
     """
-    normed, total = torch.ops.d2v.dropout_add_layer_norm(branch, residual, weight, bias, keys, dropout, eps)
-    return normed, total
+    return _dropout_add_layer_norm(branch, residual, weight, bias, keys, dropout, eps)
 
 
 def _shape(
@@ -93,6 +92,12 @@ def standardise_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return centred * scale, scale
 
 
+def standardise_gradient(grad: Tensor, normal: Tensor, scale: Tensor) -> Tensor:
+    """Gradient of the rows from that of the standardised ones."""
+    along = grad.mean(dim=1, keepdim=True) + normal * (grad * normal).mean(dim=1, keepdim=True)
+    return (grad - along) * scale
+
+
 def _dropout_factors(keys: Tensor | None, x: Tensor, dropout: float) -> Tensor:
     """1 / (1 - dropout) where an element of x (N,T,C) is kept, else 0: a function of keys[n], t and c alone."""
     if dropout == 0.0 or keys is None:
@@ -122,9 +127,7 @@ def _backward_reference(
     normal, scale = standardise_rows(total.flatten(0, 1).to(compute), eps)
     g = grad_normed.flatten(0, 1).to(compute)
     of_weight, of_bias = (g * normal).sum(dim=0), g.sum(dim=0)
-    g = affine(g, weight, None)
-    along = g.mean(dim=1, keepdim=True) + normal * (g * normal).mean(dim=1, keepdim=True)
-    of_total = ((g - along) * scale).view(total.shape)
+    of_total = standardise_gradient(affine(g, weight, None), normal, scale).view(total.shape)
     of_total = of_total if grad_total is None else of_total + grad_total.to(compute)
     of_branch = total.new_empty((0,))
     if dropout > 0.0:
@@ -145,21 +148,21 @@ def _gradient(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple
         return (None,) * 7
     grad = torch.zeros_like(total) if grad is None else check.with_unit_stride(grad)
     grad_total = None if grad_total is None else check.with_unit_stride(grad_total)
-    of_branch, of_residual, of_weight, of_bias = torch.ops.d2v.dropout_add_layer_norm_backward(
+    of_branch, of_residual, *affine = _dropout_add_layer_norm_backward(
         grad, grad_total, total, weight, keys, ctx.dropout, ctx.eps
     )
     of_branch = of_residual if ctx.dropout == 0.0 else of_branch
-    of_weight = None if weight is None else of_weight.to(weight.dtype)
-    of_bias = None if ctx.bias_dtype is None else of_bias.to(ctx.bias_dtype)
-    return of_branch, of_residual, of_weight, of_bias, *[None] * 3
+    dtypes = (None if weight is None else weight.dtype, ctx.bias_dtype)
+    of_affine = [None if dtype is None else g.to(dtype) for g, dtype in zip(affine, dtypes, strict=True)]
+    return of_branch, of_residual, *of_affine, None, None, None
 
 
-define(
+_dropout_add_layer_norm = define(
     "dropout_add_layer_norm(Tensor branch, Tensor residual, Tensor? weight, Tensor? bias, Tensor? keys, float dropout,"
     " float eps) -> (Tensor, Tensor)",
     _shape, _reference, Gradient(_gradient, _setup),
 )  # fmt: skip
-define(
+_dropout_add_layer_norm_backward = define(
     "dropout_add_layer_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor? weight,"
     " Tensor? keys, float dropout, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_shape, _backward_reference,

@@ -43,8 +43,7 @@ def gather_tokens(x: Tensor, index: Tensor, *, clones: int = 1) -> Tensor:
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit.
     """
-    result: Tensor = torch.ops.d2v.gather_tokens(x, index, clones)
-    return result
+    return _gather_tokens(x, index, clones)
 
 
 def restore_tokens(kept: Tensor, restore: Tensor, *, fill: Tensor | Noise) -> Tensor:
@@ -65,8 +64,7 @@ def restore_tokens(kept: Tensor, restore: Tensor, *, fill: Tensor | Noise) -> Te
     vector, keys, std = (None, fill.keys, fill.std) if isinstance(fill, Noise) else (fill, None, 0.0)
     if vector is not None and not isinstance(vector, Tensor):
         raise TypeError(f"restore_tokens: fill: expected a tensor or Noise, got {type(fill).__name__}")
-    result: Tensor = torch.ops.d2v.restore_tokens(kept, restore, vector, keys, std)
-    return result
+    return _restore_tokens(kept, restore, vector, keys, std)
 
 
 # ---- gather_tokens
@@ -121,14 +119,14 @@ def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gather_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
     (index,) = ctx.saved_tensors
     grad = check.with_unit_stride(grad)
-    return torch.ops.d2v.gather_tokens_backward(grad, index, ctx.clones, ctx.tokens), None, None
+    return _gather_tokens_backward(grad, index, ctx.clones, ctx.tokens), None, None
 
 
-define(
+_gather_tokens = define(
     "gather_tokens(Tensor x, Tensor index, int clones) -> Tensor",
     _gather_shape, _gather_reference, Gradient(_gather_gradient, _gather_setup), triton="tokens",
 )  # fmt: skip
-define(
+_gather_tokens_backward = define(
     "gather_tokens_backward(Tensor grad, Tensor index, int clones, SymInt tokens) -> Tensor",
     _gather_backward_shape, _gather_backward_reference, triton="tokens",
 )  # fmt: skip
@@ -248,15 +246,15 @@ def _restore_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _restore_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
     (restore,) = ctx.saved_tensors
     grad = check.with_unit_stride(grad)
-    kept, fill = torch.ops.d2v.restore_tokens_backward(grad, restore, ctx.visible, ctx.fill_rows)
+    kept, fill = _restore_tokens_backward(grad, restore, ctx.visible, ctx.fill_rows)
     return kept, None, None if ctx.fill_rows == check.NO_FILL else fill, None, None
 
 
-define(
+_restore_tokens = define(
     "restore_tokens(Tensor kept, Tensor restore, Tensor? fill, Tensor? noise_keys, float noise_std) -> Tensor",
     _restore_shape, _restore_reference, Gradient(_restore_gradient, _restore_setup), triton="tokens",
 )  # fmt: skip
-define(
+_restore_tokens_backward = define(
     "restore_tokens_backward(Tensor grad, Tensor restore, SymInt visible, SymInt fill_rows) -> (Tensor, Tensor)",
     _restore_backward_shape, _restore_backward_reference, triton="tokens",
 )  # fmt: skip

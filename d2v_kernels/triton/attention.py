@@ -37,33 +37,22 @@ class AttentionTile:
     stages: int
 
 
-def forward_tile(width: int, element_size: int) -> AttentionTile:
-    """Forward: 64 queries are what one warp group multiplies at once on sm_90 and later."""
+def attention_tile(kernel: str, width: int, element_size: int) -> AttentionTile:
+    """Of "forward", "dq" (queries and slopes) and "dkdv" (keys and values)."""
     channels = power_of_two(width, 16)
+    narrow = channels <= 64
     if element_size == 4:
-        return _float32_tile(channels)
-    return AttentionTile(64, 64, channels, 4 if channels <= 64 else 8, 2)
-
-
-def dq_tile(width: int, element_size: int) -> AttentionTile:
-    """Backward of queries and slopes: fewer keys at once, for two more operands than the forward has."""
-    channels = power_of_two(width, 16)
-    if element_size == 4:
-        return _float32_tile(channels)
-    return AttentionTile(64, 32, channels, 4 if channels <= 64 else 8, 2)
-
-
-def dkdv_tile(width: int, element_size: int) -> AttentionTile:
-    """Backward of keys and values: two accumulators of keys x channels, 8 warps to hold them."""
-    channels = power_of_two(width, 16)
-    if element_size == 4:
-        return _float32_tile(channels)
-    return AttentionTile(64, 32, channels, 8, 2) if channels <= 64 else AttentionTile(32, 64, channels, 8, 2)
-
-
-def _float32_tile(channels: int) -> AttentionTile:
-    """Three products in tensor floats for each product: more registers for operands, so smaller blocks."""
-    return AttentionTile(32 if channels <= 64 else 16, 32, channels, 8, 1)
+        # Three products in tensor floats for each product: more registers for operands, so smaller blocks.
+        return AttentionTile(32 if narrow else 16, 32, channels, 8, 1)
+    queries, keys, warps = {
+        # 64 queries are what one warp group multiplies at once on sm_90 and later.
+        "forward": (64, 64, 4 if narrow else 8),
+        # Fewer keys at once, for two more operands than the forward has.
+        "dq": (64, 32, 4 if narrow else 8),
+        # Two accumulators of keys x channels, 8 warps to hold them.
+        "dkdv": (64, 32, 8) if narrow else (32, 64, 8),
+    }[kernel]
+    return AttentionTile(queries, keys, channels, warps, 2)
 
 
 @triton.jit
@@ -334,7 +323,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *rest) -> tuple[Tensor,
     log_sum = torch.empty((n, h, t), dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out, log_sum.fill_(float("inf"))
-    call, tile = _Call(query, rest), forward_tile(d, query.element_size())
+    call, tile = _Call(query, rest), attention_tile("forward", d, query.element_size())
     with on_device(query):
         inputs = (query, key, value)
         call.run(_attention_kernel, tile, tile.queries, (*inputs, out, log_sum), inputs)
@@ -355,12 +344,12 @@ def attention_backward(
     call = _Call(query, rest)
     delta, log_sum = torch.empty_like(log_sum), log_sum.contiguous()
     with on_device(query):
-        tile, inputs = dq_tile(d, query.element_size()), (grad, query, key, value)
+        tile, inputs = attention_tile("dq", d, query.element_size()), (grad, query, key, value)
         blocks = divide_up(t, tile.queries)
         parts = delta if slopes is None else torch.empty((n * blocks, h), dtype=torch.float32, device=query.device)
         pointers = (*inputs, out, log_sum, delta, results[0], parts)
         call.run(_attention_dq_kernel, tile, tile.queries, pointers, (*inputs, out))
-        tile = dkdv_tile(d, query.element_size())
+        tile = attention_tile("dkdv", d, query.element_size())
         call.run(_attention_dkdv_kernel, tile, tile.keys, (*inputs, log_sum, delta, *results[1:]), inputs)
         if slopes is not None:
             column_sums(parts, of_slopes)

@@ -14,30 +14,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import OPTIONS, Tile, column_sums, divide_up, on_device, power_of_two, rounded, standardised, warps
+from .runtime import (
+    OPTIONS,
+    Tile,
+    column_sums,
+    divide_up,
+    on_device,
+    rounded,
+    rows_per_split,
+    standardised,
+    whole_rows_tile,
+)
 
 GELU_SPLITS = 512  # parts of the rows, each with its partial sums for weight and bias
 GELU_ELEMENTS, GELU_WARPS = 1024, 4  # of GELU alone: 8 elements a thread, 16 bytes of bfloat16
 
 
 def row_tile(channels: int) -> Tile:
-    """Whole rows, 32 elements a thread of one warp where the channels allow it."""
-    width = power_of_two(channels, 16)
-    rows = max(1, min(16, 1024 // width))
-    return Tile(rows, width, warps(rows * width, 32))
+    """32 elements a thread of one warp where the channels allow it."""
+    return whole_rows_tile(channels, 1024, 32)
 
 
 def backward_tile(channels: int) -> Tile:
-    """Whole rows, 16 elements a thread: with the sums for weight and bias that is 128 registers, 16 warps on an SM."""
-    width = power_of_two(channels, 16)
-    rows = max(1, min(16, 2048 // width))
-    return Tile(rows, width, warps(rows * width, 16))
-
-
-def rows_per_split(rows: int, tile: Tile) -> int:
-    """Rows of each of at most GELU_SPLITS parts, at least four blocks; passed at run time."""
-    blocks = -(-rows // tile.rows)
-    return max(4, -(-blocks // GELU_SPLITS)) * tile.rows
+    """16 elements a thread: with the sums for weight and bias that is 128 registers, 16 warps on an SM."""
+    return whole_rows_tile(channels, 2048, 16)
 
 
 @triton.jit
@@ -167,8 +167,7 @@ def layer_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     with on_device(x):
         _forward_kernel[(divide_up(rows, tile.rows),)](
             x, x if weight is None else weight, x if bias is None else bias, out, rows, channels, x.stride(0), eps,
-            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, BLOCK_R=tile.rows, BLOCK_C=tile.channels,
-            num_warps=tile.warps, **OPTIONS,
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **tile.options,
         )  # fmt: skip
     return out
 
@@ -183,7 +182,7 @@ def layer_norm_gelu_backward(
     if out.numel() == 0:
         return out, affine[0].zero_(), affine[1].zero_()
     tile = backward_tile(channels)
-    per_split = rows_per_split(rows, tile)
+    per_split = rows_per_split(rows, tile, GELU_SPLITS, blocks=4)
     splits = divide_up(rows, per_split)
     sums = [out if t is None else torch.empty((splits, channels), dtype=torch.float32, device=x.device)
             for t in (weight, bias)]  # fmt: skip
@@ -191,7 +190,7 @@ def layer_norm_gelu_backward(
         _backward_kernel[(splits,)](
             grad, x, x if weight is None else weight, x if bias is None else bias, out, *sums, rows, per_split,
             channels, grad.stride(0), x.stride(0), eps, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-            BLOCK_R=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
+            **tile.options,
         )  # fmt: skip
         for t, part, result in zip((weight, bias), sums, affine, strict=True):
             if t is not None:

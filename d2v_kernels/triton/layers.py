@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .runtime import (
-    OPTIONS,
     Tile,
+    block_tile,
+    column_tile,
     divide_up,
-    merge_tile,
     merged_lanes,
     on_device,
     pick,
@@ -33,17 +33,15 @@ from .runtime import (
     standardised,
     upload,
     warps,
+    whole_rows_tile,
 )
 
 ONE_READ_TOKENS = 512  # longest sample that the one-read form of the instance norm takes
-INSTANCE_CHANNELS = 64  # 64 bfloat16 channels are one 128-byte line
 
 
 def row_tile(channels: int) -> Tile:
-    """1024 elements a warp, one row or some short ones; up to 1024 channels the reduction needs no barrier."""
-    width = power_of_two(channels, 16)
-    rows = max(1, min(16, 1024 // width))
-    return Tile(rows, width, warps(rows * width, 32))
+    """1024 elements a warp; up to 1024 channels the reduction needs no barrier."""
+    return whole_rows_tile(channels, 1024, 32)
 
 
 def one_read_tile(tokens: int, channels: int, element_size: int) -> Tile | None:
@@ -60,20 +58,15 @@ def one_read_tile(tokens: int, channels: int, element_size: int) -> Tile | None:
 def statistics_tile(channels: int) -> Tile:
     """Mean and squared deviations over time: three float32 values per element of the block.
 
-    Left to itself the compiler takes 64 registers for float32 input, and spills for it.
+    64 bfloat16 channels are one 128-byte line. Left to itself the compiler takes 64 registers for float32 input, and
+    spills for it.
     """
-    width = min(INSTANCE_CHANNELS, power_of_two(channels, 16))
-    return Tile(2048 // width, width, 4, registers=80)
+    return block_tile(channels, 64, 2048, registers=80)
 
 
 def combine_tile(channels: int, whole_rows: bool) -> Tile:
     """Normalise and average; with `whole_rows` the block spans all channels, for a layer norm of the result."""
-    if whole_rows:
-        width = power_of_two(channels, 16)
-        rows = max(1, 8192 // width)
-        return Tile(rows, width, warps(rows * width, 32))
-    width = min(128, power_of_two(channels, 16))
-    return Tile(2048 // width, width, 4)
+    return whole_rows_tile(channels, 8192, 32, most=512) if whole_rows else block_tile(channels, 128, 2048)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -105,18 +98,18 @@ def _row_kernel(
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def _one_read_kernel(
     layers, batch_strides, token_strides, lengths, out, tokens, channels, tiles, eps,
-    HAS_LENGTHS: tl.constexpr, OUT_NORM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, OUT_NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     b = (program // tiles).to(tl.int64)
     c = (program % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    t = tl.arange(0, BLOCK_T)[:, None].to(tl.int64)
+    t = tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
     length = tokens.to(tl.int64)
     if HAS_LENGTHS:
         length = tl.load(lengths + b)
     mask = (t < length) & (c < channels)
     count = tl.maximum(length, 1).to(tl.float32)
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for k in range(len(layers)):
         start = pick(layers, k) + b * pick(batch_strides, k)
         x = tl.load(start + t * pick(token_strides, k) + c, mask=mask, other=0.0).to(tl.float32)
@@ -132,29 +125,29 @@ def _one_read_kernel(
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def _statistics_kernel(
     layers, batch_strides, token_strides, lengths, means, spreads, tokens, channels, tiles, eps,
-    HAS_LENGTHS: tl.constexpr, FINAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, FINAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean and, FINAL, 1 / sqrt(var + eps), else the sum of squared deviations, of each (sample, layer, channel)."""
     program = tl.program_id(0)
     k = (program // tiles) % len(layers)
     b = (program // tiles // len(layers)).to(tl.int64)
     c = (program % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    lane = tl.arange(0, BLOCK_T)[:, None].to(tl.int64)
+    lane = tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
     length = tokens.to(tl.int64)
     if HAS_LENGTHS:
         length = tl.load(lengths + b)
     start = pick(layers, k) + b * pick(batch_strides, k)
     stride = pick(token_strides, k)
-    mean = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for i in range(tl.cdiv(length, BLOCK_T)):
-        t = i * BLOCK_T + lane
+    mean = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for i in range(tl.cdiv(length, BLOCK_R)):
+        t = i * BLOCK_R + lane
         mask = (t < length) & (c < channels)
         x = tl.load(start + t * stride + c, mask=mask, other=0.0).to(tl.float32)
         delta = x - mean
         mean += tl.where(mask, delta * (1.0 / (i + 1)), 0.0)
         m2 += tl.where(mask, delta * (x - mean), 0.0)
-    counts = ((length - lane + BLOCK_T - 1) // BLOCK_T).to(tl.float32)
+    counts = ((length - lane + BLOCK_R - 1) // BLOCK_R).to(tl.float32)
     counts = tl.maximum(counts, 0.0)
     total = tl.maximum(length, 1).to(tl.float32)
     mean, m2 = merged_lanes(mean, m2, counts, total)
@@ -168,16 +161,16 @@ def _statistics_kernel(
 @triton.jit(do_not_specialize=["samples", "tokens"])
 def _merge_kernel(
     means, m2s, lengths, batch_means, batch_spreads, samples, tokens, columns, eps,
-    HAS_LENGTHS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Statistics (samples, columns) of each sample to those of the batch, in ascending sample."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    lane = tl.arange(0, BLOCK_B)[:, None].to(tl.int64)
-    mean = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
-    counts = tl.zeros([BLOCK_B, 1], tl.float32)
-    for i in range(tl.cdiv(samples, BLOCK_B)):
-        b = i * BLOCK_B + lane
+    lane = tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
+    mean = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    counts = tl.zeros([BLOCK_R, 1], tl.float32)
+    for i in range(tl.cdiv(samples, BLOCK_R)):
+        b = i * BLOCK_R + lane
         mask = (b < samples) & (c < columns)
         more = tl.where(b < samples, tokens, 0).to(tl.float32)
         if HAS_LENGTHS:
@@ -200,19 +193,19 @@ def _merge_kernel(
 def _combine_kernel(
     layers, batch_strides, token_strides, lengths, means, spreads, out, tokens, channels, time_blocks, tiles,
     statistics_stride, eps,
-    HAS_LENGTHS: tl.constexpr, OUT_NORM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, OUT_NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last is still in L2
     tile = program % tiles
     b = (program // tiles // time_blocks).to(tl.int64)
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    t = ((program // tiles) % time_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    t = ((program // tiles) % time_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     length = tokens.to(tl.int64)
     if HAS_LENGTHS:
         length = tl.load(lengths + b)
     inside = c < channels
     mask = (t < length) & inside
-    total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for k in range(len(layers)):
         place = b * statistics_stride + k * channels + c
         mean = tl.load(means + place, mask=inside, other=0.0)
@@ -247,8 +240,7 @@ class _Round:
         tile, rows = row_tile(self.channels), self.samples * self.tokens
         _row_kernel[(divide_up(rows, tile.rows),)](
             *self.inputs, self.lengths, out, rows, self.tokens, self.channels, self.eps, HAS_LENGTHS=self.has_lengths,
-            NORM=norm == "layer", OUT_NORM=out_norm == "layer", BLOCK_R=tile.rows, BLOCK_C=tile.channels,
-            num_warps=tile.warps, **OPTIONS,
+            NORM=norm == "layer", OUT_NORM=out_norm == "layer", **tile.options,
         )  # fmt: skip
         return out
 
@@ -257,8 +249,7 @@ class _Round:
         tiles = divide_up(self.channels, tile.channels)
         _one_read_kernel[(self.samples * tiles,)](
             *self.inputs, self.lengths, out, self.tokens, self.channels, tiles, self.eps,
-            HAS_LENGTHS=self.has_lengths, OUT_NORM=out_norm == "instance", BLOCK_T=tile.rows, BLOCK_C=tile.channels,
-            num_warps=tile.warps, maxnreg=tile.registers, **OPTIONS,
+            HAS_LENGTHS=self.has_lengths, OUT_NORM=out_norm == "instance", **tile.options,
         )  # fmt: skip
         return out
 
@@ -274,16 +265,15 @@ class _Round:
         tiles = divide_up(self.channels, tile.channels)
         _statistics_kernel[(self.samples * self.count * tiles,)](
             *self.inputs, self.lengths, means, spreads, self.tokens, self.channels, tiles, self.eps,
-            HAS_LENGTHS=self.has_lengths, FINAL=final, BLOCK_T=tile.rows, BLOCK_C=tile.channels,
-            num_warps=tile.warps, maxnreg=tile.registers, **OPTIONS,
+            HAS_LENGTHS=self.has_lengths, FINAL=final, **tile.options,
         )  # fmt: skip
         if final:
             return means, spreads, columns
-        tile = merge_tile(columns)
+        tile = column_tile(columns)
         batch_means, batch_spreads = self._two(columns)
         _merge_kernel[(divide_up(columns, tile.channels),)](
             means, spreads, self.lengths, batch_means, batch_spreads, self.samples, self.tokens, columns, self.eps,
-            HAS_LENGTHS=self.has_lengths, BLOCK_B=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
+            HAS_LENGTHS=self.has_lengths, **tile.options,
         )  # fmt: skip
         return batch_means, batch_spreads, 0
 
@@ -294,8 +284,7 @@ class _Round:
         tiles, time_blocks = divide_up(self.channels, tile.channels), divide_up(self.tokens, tile.rows)
         _combine_kernel[(self.samples * time_blocks * tiles,)](
             *self.inputs, self.lengths, means, spreads, out, self.tokens, self.channels, time_blocks, tiles, stride,
-            self.eps, HAS_LENGTHS=self.has_lengths, OUT_NORM=out_norm == "layer", BLOCK_T=tile.rows,
-            BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
+            self.eps, HAS_LENGTHS=self.has_lengths, OUT_NORM=out_norm == "layer", **tile.options,
         )  # fmt: skip
         return out
 

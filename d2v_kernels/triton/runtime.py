@@ -37,6 +37,12 @@ class Tile:
         """Elements of the block that one thread holds."""
         return self.rows * self.channels // (self.warps * WARP)
 
+    @property
+    def options(self) -> dict:
+        """What a launch passes on for it."""
+        return {"BLOCK_R": self.rows, "BLOCK_C": self.channels, "num_warps": self.warps, "maxnreg": self.registers,
+                **OPTIONS}  # fmt: skip
+
 
 def power_of_two(n: int, low: int = 1) -> int:
     """Smallest power of two that is at least n and low."""
@@ -47,9 +53,17 @@ def warps(elements: int, per_thread: int, most: int = 16) -> int:
     return min(most, max(1, elements // (WARP * per_thread)))
 
 
-def merge_tile(channels: int) -> Tile:
-    """Merges the samples' statistics into the batch's."""
-    return Tile(32, min(32, power_of_two(channels, 16)), 4)
+def whole_rows_tile(channels: int, elements: int, per_thread: int, most: int = 16) -> Tile:
+    """About so many elements of whole rows, one row or some short ones."""
+    width = power_of_two(channels, 16)
+    rows = max(1, min(most, elements // width))
+    return Tile(rows, width, warps(rows * width, per_thread))
+
+
+def block_tile(channels: int, widest: int, elements: int, registers: int | None = None) -> Tile:
+    """So many elements, of at most `widest` channels, for 4 warps."""
+    width = min(widest, power_of_two(channels, 16))
+    return Tile(elements // width, width, 4, registers)
 
 
 def copy_tile(channels: int) -> Tile:
@@ -59,8 +73,13 @@ def copy_tile(channels: int) -> Tile:
 
 
 def column_tile(channels: int) -> Tile:
-    """Sums over rows of partial results or of selected rows."""
+    """Sums over rows of partial results or of selected rows; merges the samples' statistics into the batch's."""
     return Tile(32, min(32, power_of_two(channels, 16)), 4)
+
+
+def rows_per_split(rows: int, tile: Tile, splits: int, blocks: int = 1) -> int:
+    """Rows of each of at most `splits` parts, a whole number of blocks and at least so many; passed at run time."""
+    return max(blocks, divide_up(divide_up(rows, tile.rows), splits)) * tile.rows
 
 
 def on_device(x: Tensor):
@@ -150,6 +169,4 @@ def column_sums(x: Tensor, out: Tensor) -> None:
     """out (C,) = float32 x (rows, C) summed over the rows; the last step of a deterministic reduction."""
     rows, channels = x.shape
     tile = column_tile(channels)
-    _column_sums_kernel[(divide_up(channels, tile.channels),)](
-        x, out, rows, channels, BLOCK_R=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS
-    )
+    _column_sums_kernel[(divide_up(channels, tile.channels),)](x, out, rows, channels, **tile.options)

@@ -67,13 +67,13 @@ def inverse_gather_launch(channels: int, entries: int, element_size: int) -> Inv
 @triton.jit(do_not_specialize=["rows", "clones", "blocks", "tiles", "index_row"])
 def _gather_kernel(
     x, index, out, rows, channels, clones, blocks, tiles, x_batch, x_token, index_row, index_entry,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """rows: entries of one row of the index."""
     program = tl.program_id(0)
     c = (program % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     r = (program // tiles // blocks).to(tl.int64)
-    i = ((program // tiles) % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    i = ((program // tiles) % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     t = tl.load(index + r * index_row + i * index_entry, mask=i < rows, other=0).to(tl.int64)
     mask = (i < rows) & (c < channels)
     row = tl.load(x + (r // clones) * x_batch + t * x_token + c, mask=mask, other=0.0)
@@ -110,13 +110,13 @@ def _inverse_gather_kernel(
 @triton.jit(do_not_specialize=["tokens", "visible", "blocks", "tiles", "restore_row"])
 def _restore_kernel(
     kept, restore, fill, out, tokens, visible, channels, blocks, tiles, kept_row, kept_token, restore_row,
-    restore_entry, fill_row, fill_entry, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    restore_entry, fill_row, fill_entry, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A vector fill has fill_row = fill_entry = 0."""
     program = tl.program_id(0)
     c = (program % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     r = (program // tiles // blocks).to(tl.int64)
-    t = ((program // tiles) % blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    t = ((program // tiles) % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     s = tl.load(restore + r * restore_row + t * restore_entry, mask=t < tokens, other=0).to(tl.int64)
     mask = (t < tokens) & (c < channels)
     is_kept = s < visible
@@ -218,7 +218,7 @@ def gather_tokens(x: Tensor, index: Tensor, clones: int) -> Tensor:
     with on_device(x):
         _gather_kernel[(rows * blocks * tiles,)](
             x, index, out, entries, channels, clones, blocks, tiles, x.stride(0), x.stride(1), *index.stride(),
-            BLOCK_N=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
+            **tile.options,
         )  # fmt: skip
     return out
 
@@ -274,7 +274,7 @@ def restore_tokens(
         blocks, tiles = divide_up(tokens, tile.rows), divide_up(channels, tile.channels)
         _restore_kernel[(n * blocks * tiles,)](
             kept, restore, fill, out, tokens, visible, channels, blocks, tiles, kept.stride(0), kept.stride(1),
-            *restore.stride(), *fill_strides, BLOCK_T=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
+            *restore.stride(), *fill_strides, **tile.options,
         )  # fmt: skip
     return out
 
@@ -302,7 +302,7 @@ def _vector_fill_gradient(grad: Tensor, restore: Tensor, visible: int) -> Tensor
     with on_device(grad):
         _fill_sums_kernel[(splits * tiles,)](
             grad, restore, sums, n, tokens, visible, channels, splits, tiles, grad.stride(0), grad.stride(1),
-            *restore.stride(), BLOCK_R=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
+            *restore.stride(), **tile.options,
         )  # fmt: skip
         column_sums(sums, out)
     return out

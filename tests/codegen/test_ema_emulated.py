@@ -189,7 +189,7 @@ def step_halves_by_plan(library, high, low, sources, weight: float) -> None:
     module = _native.native_module()
     if module is None:
         pytest.skip(f"no pybind11 module: {_native.load_errors()}")
-    plan = module.EmaPlan(_native._split_entries(high, low, sources), 0)
+    plan = module.EmaPlan(_native.plan_entries(high, sources, [], low), 0)
     table = torch.frombuffer(bytearray(plan.device_table()), dtype=torch.uint8)
     plan.step_device(weight, address(library.d2v_launch_ema), table.data_ptr(), 0, 0, 0)
 
@@ -204,7 +204,7 @@ def test_halves_and_whole_averages_in_one_table(emulated, route) -> None:
     if module is None:
         pytest.skip(f"no pybind11 module: {_native.load_errors()}")
     whole = (averages[0].data_ptr(), sources[0].data_ptr(), 0, 700, 1, 0, _native.NO_COPY)
-    plan = module.EmaPlan([*_native._split_entries([high], [low], [sources[1]]), whole], 0)
+    plan = module.EmaPlan([*_native.plan_entries([high], [sources[1]], [], [low]), whole], 0)
     table = torch.frombuffer(bytearray(plan.device_table()), dtype=torch.uint8)
     wanted = [a.clone() for a in averages]
     step(emulated, route, wanted, sources, [], 0.25)

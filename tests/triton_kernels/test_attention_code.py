@@ -74,12 +74,12 @@ def test_other_sizes_compile_nothing_new(compiled) -> None:
 def test_launch(needs_triton, width, size) -> None:
     from d2v_kernels.triton import attention
 
-    for choose in (attention.forward_tile, attention.dq_tile, attention.dkdv_tile):
-        tile = choose(width, size)
+    for kernel in ("forward", "dq", "dkdv"):
+        tile = attention.attention_tile(kernel, width, size)
         for n in (tile.queries, tile.keys, tile.channels, tile.warps):
             assert n & (n - 1) == 0
         assert tile.queries >= 16 and tile.keys >= 16 and tile.channels >= max(16, width)  # smallest product
         assert tile.keys % 4 == 0  # one call of Philox decides on four keys
         assert tile.stages >= 1
-    assert attention.forward_tile(64, 2) == attention.AttentionTile(64, 64, 64, 4, 2)
-    assert attention.forward_tile(80, 2).channels == 128
+    assert attention.attention_tile("forward", 64, 2) == attention.AttentionTile(64, 64, 64, 4, 2)
+    assert attention.attention_tile("forward", 80, 2).channels == 128

@@ -20,7 +20,7 @@ def tiles(channels: int) -> list[Tile]:
     lengths = itertools.product((1, 16, 100, 196, 512), (2, 4))
     one_read = [t for n, size in lengths if (t := layers.one_read_tile(n, channels, size))]
     return [
-        layers.row_tile(channels), *one_read, layers.statistics_tile(channels), runtime.merge_tile(channels),
+        layers.row_tile(channels), *one_read, layers.statistics_tile(channels),
         layers.combine_tile(channels, False), layers.combine_tile(channels, True), runtime.copy_tile(channels),
         tokens.noise_tile(channels), runtime.column_tile(channels), loss.loss_tile(channels), gelu.row_tile(channels),
         gelu.backward_tile(channels),
@@ -67,8 +67,8 @@ def test_records_are_frozen() -> None:
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 1000, 1024, 1025, 70001, 3_000_000])
 def test_splits_cover_the_rows(rows) -> None:
     for tile, per_split, most in (
-        (loss.loss_tile(768), loss.rows_per_split(rows, loss.loss_tile(768)), loss.LOSS_SPLITS),
-        (gelu.backward_tile(512), gelu.rows_per_split(rows, gelu.backward_tile(512)),
+        (loss.loss_tile(768), runtime.rows_per_split(rows, loss.loss_tile(768), loss.LOSS_SPLITS), loss.LOSS_SPLITS),
+        (gelu.backward_tile(512), runtime.rows_per_split(rows, gelu.backward_tile(512), gelu.GELU_SPLITS, blocks=4),
          gelu.GELU_SPLITS),
     ):  # fmt: skip
         splits = -(-rows // per_split)
