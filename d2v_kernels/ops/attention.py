@@ -418,37 +418,27 @@ ENGINES = {
 # ---- live probes
 
 
-def _probe(engine: str, dtype: torch.dtype, width: int, device: int) -> str:
+def _probe(engine: str, dtype: torch.dtype, width: int, device: torch.device) -> str:
     """Empty when a tiny forward and backward ran and was right, else what went wrong."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode(0)  # a probe reads its result, once a process
     try:
-        return _run_probe(engine, dtype, width, torch.device("cuda", device))
+        generator = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay where they are
+        x = [torch.randn((48, 2, width), device=device, dtype=dtype, generator=generator) for _ in range(3)]
+        options, other = _Options(width**-0.5, None, pack_lengths([17, 31], device), None, 0.0, None), "sdpa"
+        if engine == "flex":
+            slopes, scale = torch.ones(2, device=device), torch.ones(2, device=device, requires_grad=True)
+            alibi, other = Alibi(slopes, torch.arange(48, device=device)[None], scale), "reference"
+            options, x = options._replace(packed=None, alibi=alibi), [t[None] for t in x]
+        x = [t.requires_grad_() for t in x]
+        results = []
+        for name in (engine, other):
+            y = _run(ENGINES[name], x[0], x[1], x[2], options)
+            results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), x)])
+        for got, wanted in zip(*results, strict=True):
+            error = float((got.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+            if not error < 0.05:
+                return f"its result differs from PyTorch's by {error:.2g} of the maximum"
     except Exception as error:  # a library that does not fit this torch fails in many ways
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-def _run_probe(engine: str, dtype: torch.dtype, width: int, device: torch.device) -> str:
-    generator = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay where they are
-    x = [torch.randn((48, 2, width), device=device, dtype=dtype, generator=generator) for _ in range(3)]
-    x = [t.requires_grad_() for t in x]
-    packed = pack_lengths([17, 31], device)
-    options = _Options(width**-0.5, None, packed, None, 0.0, None)
-    if engine == "flex":
-        slopes = torch.ones(2, device=device)
-        x = [t.detach()[None].requires_grad_() for t in x]
-        alibi = Alibi(slopes, torch.arange(48, device=device)[None], torch.ones(2, device=device, requires_grad=True))
-        options = options._replace(packed=None, alibi=alibi)
-    results = []
-    for name in (engine, "sdpa" if engine != "flex" else "reference"):
-        y = _run(ENGINES[name], x[0], x[1], x[2], options)
-        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), x)])
-    for got, wanted in zip(*results, strict=True):
-        error = float((got.float() - wanted.float()).abs().max() / wanted.float().abs().max())
-        if not error < 0.05:
-            return f"its result differs from PyTorch's by {error:.2g} of the maximum"
     return ""
 
 
@@ -460,6 +450,9 @@ def _probe_failure(engine: str, dtype: torch.dtype, width: int) -> list[str]:
     if question not in _probed:
         if torch.cuda.is_current_stream_capturing():
             return ["was not tried before this graph capture (call once outside it)"]
-        _probed[question] = _probe(*question)
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode(0)  # a probe reads its result, once a process
+        _probed[question] = _probe(engine, dtype, width, torch.device("cuda", question[-1]))
+        torch.cuda.set_sync_debug_mode(before)
     failure = _probed[question]
     return [f"a trial run failed ({failure})"] if failure else []

@@ -52,18 +52,16 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     place = x.device.type
     if torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place):
         dtype = torch.get_autocast_dtype(place)
-        weight, bias = _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+        wide = torch.float64  # what autocast leaves alone
+        weight = weight if weight.dtype == wide else weight.to(dtype)
+        bias = bias if bias is None or bias.dtype == wide else bias.to(dtype)
     else:
         check.dtype("gelu_linear", "weight", weight, x.dtype)
     _check_linear(x, weight, bias)
     rows = x.contiguous().view(x.shape[:-1].numel(), x.shape[-1])
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    result: Tensor = _GeluLinear.apply(rows, weight, bias) if differentiable else _forward(rows, weight, bias)
-    return result.view(*x.shape[:-1], weight.shape[0])
-
-
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == torch.float64 else t.to(dtype)
+    y: Tensor = _GeluLinear.apply(rows, weight, bias) if differentiable else _forward(rows, weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -253,9 +251,8 @@ _layer_norm_gelu_backward = define(
 )  # fmt: skip
 _gelu = define("gelu(Tensor x) -> Tensor", _shape, _reference, Gradient(_gradient, _setup), triton="gelu")
 _gelu_backward = define(
-    "gelu_backward(Tensor grad, Tensor x) -> (Tensor, Tensor)",
-    _backward_shape, _backward_reference, triton="gelu",
-)  # fmt: skip
+    "gelu_backward(Tensor grad, Tensor x) -> (Tensor, Tensor)", _backward_shape, _backward_reference, triton="gelu"
+)
 _gelu_backward_ = define(
     "gelu_backward_(Tensor(a!) grad, Tensor x) -> Tensor",
     _backward_shape, _backward_in_place_reference, triton="gelu",

@@ -14,17 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import (
-    OPTIONS,
-    Tile,
-    column_sums,
-    divide_up,
-    on_device,
-    rounded,
-    rows_per_split,
-    standardised,
-    whole_rows_tile,
-)
+from .runtime import OPTIONS, Tile, column_sums, divide_up, on_device, rounded, rows_per_split, standardised
 
 GELU_SPLITS = 512  # parts of the rows, each with its partial sums for weight and bias
 GELU_ELEMENTS, GELU_WARPS = 1024, 4  # of GELU alone: 8 elements a thread, 16 bytes of bfloat16
@@ -32,12 +22,12 @@ GELU_ELEMENTS, GELU_WARPS = 1024, 4  # of GELU alone: 8 elements a thread, 16 by
 
 def row_tile(channels: int) -> Tile:
     """32 elements a thread of one warp where the channels allow it."""
-    return whole_rows_tile(channels, 1024, 32)
+    return Tile.whole_rows(channels, 1024, 32)
 
 
 def backward_tile(channels: int) -> Tile:
     """16 elements a thread: with the sums for weight and bias that is 128 registers, 16 warps on an SM."""
-    return whole_rows_tile(channels, 2048, 16)
+    return Tile.whole_rows(channels, 2048, 16)
 
 
 @triton.jit

@@ -20,28 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import (
-    Tile,
-    block_tile,
-    column_tile,
-    divide_up,
-    merged_lanes,
-    on_device,
-    pick,
-    power_of_two,
-    rounded,
-    standardised,
-    upload,
-    warps,
-    whole_rows_tile,
-)
+from .runtime import Tile, divide_up, merged_lanes, on_device, pick, power_of_two, rounded, standardised, upload, warps
 
 ONE_READ_TOKENS = 512  # longest sample that the one-read form of the instance norm takes
 
 
 def row_tile(channels: int) -> Tile:
     """1024 elements a warp; up to 1024 channels the reduction needs no barrier."""
-    return whole_rows_tile(channels, 1024, 32)
+    return Tile.whole_rows(channels, 1024, 32)
 
 
 def one_read_tile(tokens: int, channels: int, element_size: int) -> Tile | None:
@@ -61,12 +47,12 @@ def statistics_tile(channels: int) -> Tile:
     64 bfloat16 channels are one 128-byte line. Left to itself the compiler takes 64 registers for float32 input, and
     spills for it.
     """
-    return block_tile(channels, 64, 2048, registers=80)
+    return Tile.block(channels, 64, 2048, registers=80)
 
 
 def combine_tile(channels: int, whole_rows: bool) -> Tile:
     """Normalise and average; with `whole_rows` the block spans all channels, for a layer norm of the result."""
-    return whole_rows_tile(channels, 8192, 32, most=512) if whole_rows else block_tile(channels, 128, 2048)
+    return Tile.whole_rows(channels, 8192, 32, most=512) if whole_rows else Tile.block(channels, 128, 2048)
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -235,6 +221,16 @@ class _Round:
         self.has_lengths = lengths is not None
         self.lengths = layers[0] if lengths is None else lengths
 
+    def run(self, norm: str, out_norm: str, out: Tensor) -> Tensor | None:
+        """None where the out_norm needs a round of its own."""
+        if norm in ("none", "layer"):
+            return self.rows(norm, out_norm, out) if out_norm in ("none", "layer") else None
+        size = self.inputs[0][0].element_size()
+        tile = one_read_tile(self.tokens, self.channels, size) if norm == "instance" else None
+        if tile is not None:
+            return self.one_read(tile, out_norm, out) if out_norm in ("none", "instance") else None
+        return self.combine(norm, out_norm, out) if out_norm in ("none", "layer") else None
+
     def rows(self, norm: str, out_norm: str, out: Tensor) -> Tensor:
         """norm and out_norm are none or layer."""
         tile, rows = row_tile(self.channels), self.samples * self.tokens
@@ -269,7 +265,7 @@ class _Round:
         )  # fmt: skip
         if final:
             return means, spreads, columns
-        tile = column_tile(columns)
+        tile = Tile.columns(columns)
         batch_means, batch_spreads = self._two(columns)
         _merge_kernel[(divide_up(columns, tile.channels),)](
             means, spreads, self.lengths, batch_means, batch_spreads, self.samples, self.tokens, columns, self.eps,
@@ -296,28 +292,13 @@ def average_layers(
     out = torch.empty(first.shape, dtype=out_dtype, device=first.device)
     if out.numel() == 0:
         return out
-    _, tokens, channels = first.shape
     if lengths is not None:
         lengths = upload("average_layers", lengths, first.device)
     with on_device(first):
         this = _Round(layers, lengths, eps)
-        tile = one_read_tile(tokens, channels, first.element_size()) if norm == "instance" else None
-        if norm in ("none", "layer") and out_norm in ("none", "layer"):
-            return this.rows(norm, out_norm, out)
-        if tile is not None and out_norm in ("none", "instance"):
-            return this.one_read(tile, out_norm, out)
-        if norm in ("instance", "batch") and tile is None and out_norm in ("none", "layer"):
-            return this.combine(norm, out_norm, out)
-        # The out_norm needs statistics of the finished average: a second round over it.
-        average = torch.empty(first.shape, dtype=torch.float32, device=first.device)
-        if norm in ("none", "layer"):
-            this.rows(norm, "none", average)
-        elif tile is not None:
-            this.one_read(tile, "none", average)
-        else:
-            this.combine(norm, "none", average)
-        then = _Round([average], lengths, eps)
-        tile = one_read_tile(tokens, channels, average.element_size()) if out_norm == "instance" else None
-        if out_norm == "layer":
-            return then.rows("layer", "none", out)
-        return then.one_read(tile, "none", out) if tile is not None else then.combine(out_norm, "none", out)
+        if this.run(norm, out_norm, out) is None:
+            # The out_norm needs statistics of the finished average: a second round over it.
+            average = torch.empty(first.shape, dtype=torch.float32, device=first.device)
+            this.run(norm, "none", average)
+            _Round([average], lengths, eps).run(out_norm, "none", out)
+    return out

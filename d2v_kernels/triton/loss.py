@@ -16,25 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks as check
-from .runtime import (
-    OPTIONS,
-    Tile,
-    block_tile,
-    column_tile,
-    copy_tile,
-    divide_up,
-    merged_lanes,
-    on_device,
-    rounded,
-    rows_per_split,
-)
+from .runtime import OPTIONS, Tile, divide_up, merged_lanes, on_device, rounded, rows_per_split
 
 LOSS_SPLITS = 64  # parts of the rows, each with its partial sums
 
 
 def loss_tile(channels: int) -> Tile:
     """Rows x channels of both operands at once: six float32 values per element stay in registers."""
-    return block_tile(channels, 64, 1024)
+    return Tile.block(channels, 64, 1024)
 
 
 @triton.jit
@@ -211,7 +200,7 @@ def masked_regression_loss(
     splits = divide_up(count, per_split)
     errors = torch.empty((splits * tiles,), dtype=torch.float32, device=device)
     moments = torch.empty((splits, 4, channels), dtype=torch.float32, device=device)
-    merge = column_tile(channels)
+    merge = Tile.columns(channels)
     column_tiles = divide_up(channels, merge.channels)
     deviations = torch.empty((2, column_tiles), dtype=torch.float32, device=device)
     loss, prediction_std, target_std = (torch.empty((), dtype=torch.float32, device=device) for _ in range(3))
@@ -240,7 +229,7 @@ def masked_regression_loss_backward(
     out = make(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     if this.count == 0 or this.channels == 0:
         return out
-    tile = copy_tile(this.channels)
+    tile = Tile.copy(this.channels)
     tiles, blocks = divide_up(this.channels, tile.channels), divide_up(this.count, tile.rows)
     with on_device(prediction):
         _loss_backward_kernel[(blocks * tiles,)](

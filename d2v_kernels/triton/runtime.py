@@ -32,6 +32,30 @@ class Tile:
     warps: int
     registers: int | None = None
 
+    @classmethod
+    def whole_rows(cls, channels: int, elements: int, per_thread: int, most: int = 16) -> "Tile":
+        """About so many elements of whole rows, one row or some short ones."""
+        width = power_of_two(channels, 16)
+        rows = max(1, min(most, elements // width))
+        return cls(rows, width, warps(rows * width, per_thread))
+
+    @classmethod
+    def block(cls, channels: int, widest: int, elements: int, registers: int | None = None) -> "Tile":
+        """So many elements, of at most `widest` channels, for 4 warps."""
+        width = min(widest, power_of_two(channels, 16))
+        return cls(elements // width, width, 4, registers)
+
+    @classmethod
+    def copy(cls, channels: int) -> "Tile":
+        """Rows copied as they are: 32 elements a thread."""
+        width = min(1024, power_of_two(channels, 16))
+        return cls(4096 // width if width >= 256 else 16, width, 4)
+
+    @classmethod
+    def columns(cls, channels: int) -> "Tile":
+        """Sums over rows of partial results or of selected rows; merges the samples' statistics into the batch's."""
+        return cls(32, min(32, power_of_two(channels, 16)), 4)
+
     @property
     def per_thread(self) -> int:
         """Elements of the block that one thread holds."""
@@ -51,30 +75,6 @@ def power_of_two(n: int, low: int = 1) -> int:
 
 def warps(elements: int, per_thread: int, most: int = 16) -> int:
     return min(most, max(1, elements // (WARP * per_thread)))
-
-
-def whole_rows_tile(channels: int, elements: int, per_thread: int, most: int = 16) -> Tile:
-    """About so many elements of whole rows, one row or some short ones."""
-    width = power_of_two(channels, 16)
-    rows = max(1, min(most, elements // width))
-    return Tile(rows, width, warps(rows * width, per_thread))
-
-
-def block_tile(channels: int, widest: int, elements: int, registers: int | None = None) -> Tile:
-    """So many elements, of at most `widest` channels, for 4 warps."""
-    width = min(widest, power_of_two(channels, 16))
-    return Tile(elements // width, width, 4, registers)
-
-
-def copy_tile(channels: int) -> Tile:
-    """Rows copied as they are: 32 elements a thread."""
-    width = min(1024, power_of_two(channels, 16))
-    return Tile(4096 // width if width >= 256 else 16, width, 4)
-
-
-def column_tile(channels: int) -> Tile:
-    """Sums over rows of partial results or of selected rows; merges the samples' statistics into the batch's."""
-    return Tile(32, min(32, power_of_two(channels, 16)), 4)
 
 
 def rows_per_split(rows: int, tile: Tile, splits: int, blocks: int = 1) -> int:
@@ -168,5 +168,5 @@ def _column_sums_kernel(x, out, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: 
 def column_sums(x: Tensor, out: Tensor) -> None:
     """out (C,) = float32 x (rows, C) summed over the rows; the last step of a deterministic reduction."""
     rows, channels = x.shape
-    tile = column_tile(channels)
+    tile = Tile.columns(channels)
     _column_sums_kernel[(divide_up(channels, tile.channels),)](x, out, rows, channels, **tile.options)

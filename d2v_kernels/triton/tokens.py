@@ -16,38 +16,16 @@ needs scratch memory; a table of the inverse needs a fill and cannot hold an ind
 Each gradient row is read once and each output row written once: s + k*M*s bytes.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import _checks as check
-from .runtime import (
-    OPTIONS,
-    Tile,
-    column_sums,
-    column_tile,
-    copy_tile,
-    divide_up,
-    on_device,
-    power_of_two,
-    rounded,
-    warps,
-)
+from .runtime import OPTIONS, Tile, column_sums, divide_up, on_device, power_of_two, rounded, warps
 
 _NONE = tl.constexpr(2**31 - 1)
 FILL_SPLITS = 64  # parts of the positions, each with its partial sum
-
-
-@dataclass(frozen=True)
-class InverseGather:
-    """Index entries compared at once, channels per program, warps."""
-
-    entries: int
-    channels: int
-    warps: int
 
 
 def noise_tile(channels: int) -> Tile:
@@ -58,10 +36,10 @@ def noise_tile(channels: int) -> Tile:
     return Tile(1, width, 1)
 
 
-def inverse_gather_launch(channels: int, entries: int, element_size: int) -> InverseGather:
-    """One output row, up to 2 KB of it, a warp; the index is searched in blocks."""
+def inverse_gather_tile(channels: int, entries: int, element_size: int) -> Tile:
+    """Index entries compared at once x channels of one output row, up to 2 KB of it, a warp."""
     width = min(2048 // element_size, power_of_two(channels, 16))
-    return InverseGather(min(256, power_of_two(entries, 32)), width, warps(width, 32))
+    return Tile(min(256, power_of_two(entries, 32)), width, warps(width, 32))
 
 
 @triton.jit(do_not_specialize=["rows", "clones", "blocks", "tiles", "index_row"])
@@ -83,18 +61,18 @@ def _gather_kernel(
 @triton.jit(do_not_specialize=["tokens", "first", "outer", "inner", "tiles", "index_row"])
 def _inverse_gather_kernel(
     grad, index, out, tokens, first, outer, inner, channels, tiles, grad_row, grad_entry, index_row, index_entry,
-    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out[b, s] = sum of grad[r, i] over the outer rows r of sample b and i < inner with index[r, i] == first + s."""
     program = tl.program_id(0)
     c = (program % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     slot = (program // tiles).to(tl.int64)
     wanted = first + slot % tokens
-    entries = tl.arange(0, BLOCK_I)
+    entries = tl.arange(0, BLOCK_R)
     total = tl.zeros([BLOCK_C], tl.float32)
     for m in range(outer):
         r = (slot // tokens) * outer + m
-        for start in range(0, inner, BLOCK_I):
+        for start in range(0, inner, BLOCK_R):
             i = start + entries
             t = tl.load(index + r * index_row + i.to(tl.int64) * index_entry, mask=i < inner, other=-1)
             left = tl.where((t == wanted) & (i < inner), i, _NONE)
@@ -213,7 +191,7 @@ def gather_tokens(x: Tensor, index: Tensor, clones: int) -> Tensor:
     out = torch.empty((rows, entries, channels), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    tile = copy_tile(channels)
+    tile = Tile.copy(channels)
     blocks, tiles = divide_up(entries, tile.rows), divide_up(channels, tile.channels)
     with on_device(x):
         _gather_kernel[(rows * blocks * tiles,)](
@@ -234,14 +212,13 @@ def _inverse_gather(grad: Tensor, index: Tensor, clones: int, tokens: int, first
     outer = clones
     if all(t.stride(0) == inner * t.stride(1) for t in (grad, index)):
         outer, inner = 1, clones * inner  # the rows of a sample follow each other: one long row
-    config = inverse_gather_launch(channels, inner, grad.element_size())
-    tiles = divide_up(channels, config.channels)
+    tile = inverse_gather_tile(channels, inner, grad.element_size())
+    tiles = divide_up(channels, tile.channels)
     scale = clones // outer
     with on_device(grad):
         _inverse_gather_kernel[(out.shape[0] * tokens * tiles,)](
             grad, index, out, tokens, first, outer, inner, channels, tiles, scale * grad.stride(0), grad.stride(1),
-            scale * index.stride(0), index.stride(1), BLOCK_I=config.entries, BLOCK_C=config.channels,
-            num_warps=config.warps, **OPTIONS,
+            scale * index.stride(0), index.stride(1), **tile.options,
         )  # fmt: skip
     return out
 
@@ -270,7 +247,7 @@ def restore_tokens(
             return out
         assert fill is not None
         fill_strides = (0, 0) if fill.dim() == 1 else fill.stride()[:2]
-        tile = copy_tile(channels)
+        tile = Tile.copy(channels)
         blocks, tiles = divide_up(tokens, tile.rows), divide_up(channels, tile.channels)
         _restore_kernel[(n * blocks * tiles,)](
             kept, restore, fill, out, tokens, visible, channels, blocks, tiles, kept.stride(0), kept.stride(1),
@@ -295,7 +272,7 @@ def _vector_fill_gradient(grad: Tensor, restore: Tensor, visible: int) -> Tensor
     out = torch.empty((channels,), dtype=grad.dtype, device=grad.device)
     if grad.numel() == 0:
         return out.zero_()
-    tile = column_tile(channels)
+    tile = Tile.columns(channels)
     tiles = divide_up(channels, tile.channels)
     splits = min(FILL_SPLITS, divide_up(n * tokens, tile.rows))
     sums = torch.empty((splits, channels), dtype=torch.float32, device=grad.device)

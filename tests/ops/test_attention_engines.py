@@ -59,10 +59,10 @@ def test_a_probe_runs_and_compares(monkeypatch) -> None:
     cpu = torch.device("cpu")
     sdpa = engines.ENGINES["sdpa"]
     monkeypatch.setitem(engines.ENGINES, "xformers", sdpa)
-    assert engines._run_probe("xformers", torch.float32, 16, cpu) == ""
+    assert engines._probe("xformers", torch.float32, 16, cpu) == ""
     wrong = sdpa._replace(run=lambda q, k, v, o: sdpa.run(q, k, 1.5 * v, o))
     monkeypatch.setitem(engines.ENGINES, "xformers", wrong)
-    assert "differs from PyTorch's" in engines._run_probe("xformers", torch.float32, 16, cpu)
+    assert "differs from PyTorch's" in engines._probe("xformers", torch.float32, 16, cpu)
     monkeypatch.undo()
     monkeypatch.setattr(engines, "_probed", {("xformers", torch.bfloat16, 64, 0): "OSError: libcudart.so.12"})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

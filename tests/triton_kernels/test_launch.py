@@ -21,8 +21,8 @@ def tiles(channels: int) -> list[Tile]:
     one_read = [t for n, size in lengths if (t := layers.one_read_tile(n, channels, size))]
     return [
         layers.row_tile(channels), *one_read, layers.statistics_tile(channels),
-        layers.combine_tile(channels, False), layers.combine_tile(channels, True), runtime.copy_tile(channels),
-        tokens.noise_tile(channels), runtime.column_tile(channels), loss.loss_tile(channels), gelu.row_tile(channels),
+        layers.combine_tile(channels, False), layers.combine_tile(channels, True), Tile.copy(channels),
+        tokens.noise_tile(channels), Tile.columns(channels), loss.loss_tile(channels), gelu.row_tile(channels),
         gelu.backward_tile(channels),
     ]  # fmt: skip
 
@@ -55,8 +55,8 @@ def test_published_settings() -> None:
     assert layers.row_tile(768) == Tile(1, 1024, 1)
     assert tokens.noise_tile(768).channels == 256  # 1024 would waste a quarter of the random numbers
     assert tokens.noise_tile(1024).channels == 1024
-    assert tokens.inverse_gather_launch(768, 16 * 39, 2) == tokens.InverseGather(256, 1024, 1)
-    assert tokens.inverse_gather_launch(768, 16 * 39, 4).channels == 512
+    assert tokens.inverse_gather_tile(768, 16 * 39, 2) == Tile(256, 1024, 1)
+    assert tokens.inverse_gather_tile(768, 16 * 39, 4).channels == 512
 
 
 def test_records_are_frozen() -> None:

@@ -24,7 +24,7 @@ def form(request, monkeypatch) -> str:
     if request.param == "two passes":
         monkeypatch.setattr(kernels, "ONE_READ_TOKENS", 0)
         monkeypatch.setattr(kernels, "statistics_tile", lambda channels: Tile(8, 16, 1))
-        monkeypatch.setattr(kernels, "column_tile", lambda channels: Tile(2, 32, 1))
+        monkeypatch.setattr(Tile, "columns", lambda channels: Tile(2, 32, 1))
         monkeypatch.setattr(
             kernels, "combine_tile", lambda c, whole_rows: Tile(8, power_of_two(c, 16) if whole_rows else 16, 1)
         )

@@ -44,7 +44,7 @@ def test_parts(dtype, target_dtype, beta, monkeypatch) -> None:
     """Three parts of several blocks, the last one short; three blocks of channels."""
     monkeypatch.setattr(loss, "LOSS_SPLITS", 4)
     monkeypatch.setattr(loss, "loss_tile", lambda channels: Tile(4, 16, 1))
-    monkeypatch.setattr(loss, "column_tile", lambda channels: Tile(4, 16, 1))
+    monkeypatch.setattr(Tile, "columns", lambda channels: Tile(4, 16, 1))
     x = in_layout(random_rows((60, 37), dtype, 0), "sliced")
     y = in_layout(random_rows((30, 37), target_dtype, 1, offset=5.0), "rows_apart")
     generator = torch.Generator().manual_seed(0)
