@@ -38,11 +38,6 @@ class Module(Protocol):
     def build_info(self) -> dict[str, Any]:
         """Compiler and flags."""
 
-    def mask_lists(
-        self, mask: int, rows: int, tokens: int, visible: int, keep: int, restore: int, numbers: int
-    ) -> None:
-        """Fills keep, restore and numbers at the given addresses."""
-
 
 _libraries: dict[str, ctypes.CDLL] = {}
 _errors: dict[str, str] = {}
@@ -126,13 +121,6 @@ def build_record() -> dict[str, Any]:
     return record
 
 
-def function_address(library: str, name: str) -> int:
-    """Address of an exported C function."""
-    address = ctypes.cast(getattr(_libraries[library], name), ctypes.c_void_p).value
-    assert address is not None
-    return address
-
-
 class NativePlan:
     """Tables of `update_ema_` for fixed tensors, which it holds; see `EmaPlan`."""
 
@@ -140,15 +128,13 @@ class NativePlan:
         self, module: Module, entries: Sequence[tuple[int, ...]], tensors: list[Tensor], device: torch.device
     ) -> None:
         self._device, self._on_host = device, device.type == "cpu"
-        names = ("d2v_update_ema", "d2v_tensors_moved", "d2v_release_tensors")
-        functions = [function_address(CPU_LIBRARY, name) for name in names]
-        self._plan = module.EmaPlan(entries, *functions, torch.ops.d2v_native.hold_tensors(tensors))
+        libraries = [library._name for library in _libraries.values()]
+        self._plan = module.EmaPlan(entries, libraries, torch.ops.d2v_native.hold_tensors(tensors))
         self.moved: Callable[[], bool] = self._plan.moved
         """True when the memory of a tensor lies elsewhere than when the plan was made."""
         if device.type == "cuda":
             table = bytearray(self._plan.device_table())
             self._table = torch.frombuffer(table, dtype=torch.uint8).to(device) if table else None
-            self._launch = function_address(CUDA_LIBRARY, "d2v_launch_ema")
 
     def step(self, weight: float, weight_tensor: Tensor | None) -> None:
         """One update; `weight_tensor`, a 0-D float64 tensor on the device, replaces `weight`."""
@@ -158,8 +144,7 @@ class NativePlan:
         elif self._table is not None:
             address = 0 if weight_tensor is None else weight_tensor.data_ptr()
             stream = torch.cuda.current_stream(self._device).cuda_stream
-            index = self._device.index
-            self._plan.step_device(weight, self._launch, self._table.data_ptr(), address, index, stream)
+            self._plan.step_device(weight, self._table.data_ptr(), address, self._device.index, stream)
 
 
 def make_ema_plan(

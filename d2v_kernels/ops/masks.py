@@ -186,11 +186,10 @@ class MaskSampler:
     ) -> Masks:
         if self._native is None:
             self._native = module.MaskSampler(*astuple(self.rule))
-        samples = ids.shape[0]
-        mask = torch.empty((samples * copies, self.tokens), dtype=torch.bool)
-        address = 0 if lengths is None else lengths.data_ptr()
-        total, count = self._native.draw(ids.data_ptr(), samples, epoch, copies, address, mask.data_ptr())
-        return _list_native(module, mask, total, count)
+        limits = None if lengths is None else lengths.numpy()
+        arrays = self._native.draw(ids.numpy(), epoch, copies, limits)
+        tensors: list[Any] = [None if a is None else torch.from_numpy(a) for a in arrays]
+        return Masks(*tensors)
 
     def __getstate__(self) -> dict[str, object]:
         # The native object does not travel to loader workers; each makes its own.
@@ -215,17 +214,6 @@ def _list_python(mask: Tensor) -> Masks:
     rank_visible = (~mask).cumsum(dim=1) - 1
     rank_masked = mask.cumsum(dim=1) - 1 + visible
     return Masks(mask, keep, torch.where(mask, rank_masked, rank_visible).to(torch.int32), numbers)
-
-
-def _list_native(module: _native.Module, mask: Tensor, total: int, count: int) -> Masks:
-    """Lists of a mask with `total` masked positions, `count` in every row, or -1 where rows differ."""
-    rows, tokens = mask.shape
-    numbers = torch.empty(total, dtype=torch.int64)
-    visible = tokens - count if count >= 0 else -1
-    lists = [torch.empty((rows, n), dtype=torch.int32) for n in (visible, tokens)] if count >= 0 else [None, None]
-    keep, restore = (0 if t is None else t.data_ptr() for t in lists)
-    module.mask_lists(mask.data_ptr(), rows, tokens, visible, keep, restore, numbers.data_ptr())
-    return Masks(mask, lists[0], lists[1], numbers)
 
 
 # ---- the rules

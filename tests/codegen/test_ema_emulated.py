@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 
 import pytest
@@ -24,12 +23,6 @@ CHUNK = 16384
 SIZES = [0, 1, 3, 7, 8, 1000, CHUNK, CHUNK + 1, 2 * CHUNK + 13]
 
 
-def address(function: object) -> int:
-    value = ctypes.cast(function, ctypes.c_void_p).value
-    assert value is not None
-    return value
-
-
 def step(library, route: str, averages, sources, copies, weight: float, weight_tensor: Tensor | None = None) -> None:
     """One update through the operator, or through the module's plan with a table in host memory."""
     if route == "list":
@@ -45,10 +38,10 @@ def step(library, route: str, averages, sources, copies, weight: float, weight_t
             continue  # as make_ema_plan does
         copy = (copies[i].data_ptr(), number[copies[i].dtype]) if copies else (0, _native.NO_COPY)
         entries.append((a.data_ptr(), s.data_ptr(), copy[0], a.numel(), number[a.dtype], number[s.dtype], copy[1]))
-    plan = module.EmaPlan(entries, 0)
+    plan = module.EmaPlan(entries, [library._name])
     table = torch.frombuffer(bytearray(plan.device_table()), dtype=torch.uint8)
     device_weight = 0 if weight_tensor is None else weight_tensor.data_ptr()
-    plan.step_device(weight, address(library.d2v_launch_ema), table.data_ptr(), device_weight, 0, 0)
+    plan.step_device(weight, table.data_ptr(), device_weight, 0, 0)
 
 
 def careful_and_truth(average: Tensor, source: Tensor, weight: float) -> tuple[Tensor, Tensor]:
@@ -189,9 +182,9 @@ def step_halves_by_plan(library, high, low, sources, weight: float) -> None:
     module = _native.native_module()
     if module is None:
         pytest.skip(f"no pybind11 module: {_native.load_errors()}")
-    plan = module.EmaPlan(_native.plan_entries(high, sources, [], low), 0)
+    plan = module.EmaPlan(_native.plan_entries(high, sources, [], low), [library._name])
     table = torch.frombuffer(bytearray(plan.device_table()), dtype=torch.uint8)
-    plan.step_device(weight, address(library.d2v_launch_ema), table.data_ptr(), 0, 0, 0)
+    plan.step_device(weight, table.data_ptr(), 0, 0, 0)
 
 
 @pytest.mark.parametrize("route", ["list", "plan"])
@@ -204,11 +197,11 @@ def test_halves_and_whole_averages_in_one_table(emulated, route) -> None:
     if module is None:
         pytest.skip(f"no pybind11 module: {_native.load_errors()}")
     whole = (averages[0].data_ptr(), sources[0].data_ptr(), 0, 700, 1, 0, _native.NO_COPY)
-    plan = module.EmaPlan([*_native.plan_entries([high], [sources[1]], [], [low]), whole], 0)
+    plan = module.EmaPlan([*_native.plan_entries([high], [sources[1]], [], [low]), whole], [emulated._name])
     table = torch.frombuffer(bytearray(plan.device_table()), dtype=torch.uint8)
     wanted = [a.clone() for a in averages]
     step(emulated, route, wanted, sources, [], 0.25)
-    plan.step_device(0.25, address(emulated.d2v_launch_ema), table.data_ptr(), 0, 0, 0)
+    plan.step_device(0.25, table.data_ptr(), 0, 0, 0)
     assert torch.equal(averages[0], wanted[0])
     assert torch.equal(merge_ema_state(high, low), wanted[1])
 

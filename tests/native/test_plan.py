@@ -44,7 +44,7 @@ def test_refuses_mixed_fp64(cpu_library: Path) -> None:
     module = _native.native_module()
     assert module is not None
     with pytest.raises(ValueError, match="float64 for both"):
-        module.EmaPlan([(0, 0, 0, 1, 3, 0, -1)], 0, 0, 0, 0)
+        module.EmaPlan([(0, 0, 0, 1, 3, 0, -1)], [])
 
 
 @pytest.mark.parametrize("which", ["average", "source", "copy"])
