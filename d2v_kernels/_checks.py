@@ -66,6 +66,12 @@ def unit_stride(op: str, name: str, t: Tensor) -> None:
         fail(op, f"last stride of {name}", 1, f"strides {t.stride()}")
 
 
+def contiguous(op: str, name: str, t: Tensor) -> None:
+    """Elements lie in the order of their indices, without gaps."""
+    if not t.is_contiguous():
+        fail(op, f"layout of {name}", "contiguous", f"strides {t.stride()}")
+
+
 def rows(op: str, name: str, t: Tensor, layout: str) -> None:
     """A floating tensor of this layout whose last stride is 1."""
     dims(op, name, t, layout)

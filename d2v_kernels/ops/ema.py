@@ -44,9 +44,10 @@ def update_ema_(
     Raises:
         ValueError, TypeError: lists, shapes, dtypes, devices, placements or a decay that do not fit.
     """
-    op, lists = _operator(averages, sources, copies, low)
+    _, lists = _operator(averages, sources, copies, low)
+    operator = _update_ema_ if low is None else _update_split_ema_
     with torch.no_grad():
-        getattr(torch.ops.d2v, op)(*lists, *_weight(decay))
+        operator(*lists, *_weight(decay))
 
 
 def split_ema_state(average: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +176,8 @@ def _local(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def _distinct_dtypes(tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
-    return tuple(sorted({t.dtype for t in tensors}, key=str))
+    found = {t.dtype for t in tensors}
+    return tuple(found) if len(found) == 1 else tuple(sorted(found, key=str))
 
 
 def _shape(
@@ -185,7 +187,8 @@ def _shape(
     """Lists of equal length whose entries agree in shape and device."""
     check.require(len(sources) == len(averages), op, "number of sources", len(averages), len(sources))
     check.require(len(copies) in (0, len(averages)), op, "number of copies", len(averages), len(copies))
-    check.weight(op, weight_tensor)
+    if weight_tensor is not None:
+        check.weight(op, weight_tensor)
     if not averages:
         return Call(None)
     first = averages[0]

@@ -135,21 +135,18 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         check.dtype(op, "bias", bias, weight.dtype)
 
 
-def _require_contiguous(op: str, name: str, t: Tensor) -> None:
-    if not t.is_contiguous():
-        check.fail(op, f"layout of {name}", "contiguous", f"strides {t.stride()}")
-
-
 def _shape(op: str, x: Tensor) -> Call:
-    check.dtype(op, "x", x, check.FLOATS)
-    _require_contiguous(op, "x", x)
+    if x.dtype not in check.FLOATS:
+        check.dtype(op, "x", x, check.FLOATS)
+    if not x.is_contiguous():
+        check.contiguous(op, "x", x)
     return Call(x, (x.dtype,), (x,))
 
 
 def _backward_shape(op: str, grad: Tensor, x: Tensor) -> Call:
     """Gradient of x, and gelu(x) again; of the operator that writes the gradient in place only the latter."""
     call = _shape(op, x)
-    _require_contiguous(op, "grad", grad)
+    check.contiguous(op, "grad", grad)
     check.dtype(op, "grad", grad, x.dtype)
     check.device(op, "grad", grad, x)
     check.shape(op, "grad", grad, x.shape)
