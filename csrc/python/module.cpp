@@ -161,8 +161,8 @@ class MaskSampler {
     const int64_t visible = shared ? tokens - counts[0] : -1;
     Numbers numbers(std::accumulate(counts.begin(), counts.end(), int64_t{0}));
     Indices keep({shared ? rows : 0, shared ? visible : 0}), restore({shared ? rows : 0, tokens});
-    auto *const keep_data = shared ? keep.mutable_data() : nullptr,
-         *const restore_data = shared ? restore.mutable_data() : nullptr;
+    auto *const keep_data = shared ? keep.mutable_data() : nullptr, *const restore_data =
+                                                                        shared ? restore.mutable_data() : nullptr;
     int64_t* const number_data = numbers.mutable_data();
     {
       py::gil_scoped_release release;

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .. import registry
 from .._define import Call, define
-from ..registry import Case, choose, forced_backend
 
 
 def update_ema_(
@@ -108,7 +108,7 @@ class EmaPlan:
 
     def step(self, decay: float | Tensor) -> None:
         """One update with this decay; see `update_ema_`."""
-        if self._forced != forced_backend():
+        if self._forced != registry.forced_backend():
             self._build()
         plan = self._plan
         if plan is None:
@@ -127,11 +127,11 @@ class EmaPlan:
         averages, sources, copies, low = _local(self._averages, self._sources, self._copies, self._low or ())
         self._tensors = [*averages, *sources, *copies, *low]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
-        self._forced, self._backend = forced_backend(), ""
+        self._forced, self._backend = registry.forced_backend(), ""
         self._plan: Any = None
         if averages:
             op, deciding = ("update_ema_", self._tensors) if self._low is None else ("update_split_ema_", sources)
-            backend = choose(Case(op, averages[0].device.type, _distinct_dtypes(deciding)))
+            backend = registry.choose(registry.Case(op, averages[0].device.type, _distinct_dtypes(deciding)))
             make, self._backend = backend.make_ema_plan, backend.name
             self._plan = make(averages, sources, copies, low) if make else None
         self._moved = self._plan.moved if self.native else self._has_moved

@@ -88,15 +88,16 @@ STEP_OPERATORS = (
 @pytest.mark.parametrize("broken", STEP_OPERATORS)
 def test_step_fails_without_operator(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each memory-bound step runs through its operator: none has a way around it."""
-    choose = registry.implementation
+    choose = registry.choose
 
-    def refuse(op: str, *args: Any) -> Any:
-        if op == broken:
-            raise RuntimeError(f"broken {op}")
-        return choose(op, *args)
+    def refuse(case: registry.Case, *args: Any) -> Any:
+        if case.op == broken:
+            raise RuntimeError(f"broken {broken}")
+        return choose(case, *args)
 
     model = build(with_class_token())
-    monkeypatch.setattr(registry, "implementation", refuse)
+    monkeypatch.setattr(registry, "_chosen", {})
+    monkeypatch.setattr(registry, "choose", refuse)
     with pytest.raises(RuntimeError, match=f"broken {broken}"):
         run_step(model)
 
