@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from d2v_kernels import _library
+from d2v_kernels import _native
 
 from .machine import ROOT, machine_basics
 
@@ -56,7 +56,7 @@ def gpu_machine(emulated: bool) -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "triton": _version("triton") or _version("pytorch-triton"),
         "xformers": _version("xformers"),
-        "build": _library.build_record(),
+        "build": _native.build_record(),
         "sources": source_hash(),
     }
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v_kernels import _library, registry
+from d2v_kernels import _native, registry
 
 from . import report
 from .cases import Case, all_cases
@@ -50,7 +50,7 @@ def check_equal(case: Case, contenders: dict[str, Any]) -> None:
 def backend_of(op: str, dtype: torch.dtype) -> str:
     """The backend that the operator takes for this case."""
     if op == "MaskSampler":
-        return "native" if not _library.load_errors().get("_native") else "reference"
+        return "native" if not _native.load_errors().get("_native") else "reference"
     name = op.removesuffix(" forward + backward").replace(" backward", "_backward")
     name = "gelu" if name == "gelu_linear" else name  # made of GELU and products of PyTorch
     dtypes = (dtype, torch.float32) if name in ("average_layers", "masked_regression_loss") else (dtype,)

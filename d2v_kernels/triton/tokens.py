@@ -21,23 +21,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._checks import NO_FILL, VECTOR_FILL, check_index_range
-from . import launch
-from .runtime import OPTIONS, column_sums, divide_up, on_device, rounded
+from .. import _checks as check
+from .runtime import OPTIONS, Tile, column_sums, divide_up, on_device, power_of_two, rounded, warps
 
 _NONE = tl.constexpr(2**31 - 1)
+FILL_SPLITS = 64  # parts of the positions, each with its partial sum
+
+
+def noise_tile(channels: int) -> Tile:
+    """One row a program in steps of this many channels: the widest power of two that wastes no lane, at least 256."""
+    width = power_of_two(channels, 16)
+    if width > 256:
+        width = max(256, min(1024, channels & -channels))
+    return Tile(1, width, 1)
+
+
+def inverse_gather_tile(channels: int, entries: int, element_size: int) -> Tile:
+    """Index entries compared at once x channels of one output row, up to 2 KB of it, a warp."""
+    width = min(2048 // element_size, power_of_two(channels, 16))
+    return Tile(min(256, power_of_two(entries, 32)), width, warps(width, 32))
 
 
 @triton.jit(do_not_specialize=["rows", "clones", "blocks", "tiles", "index_row"])
 def _gather_kernel(
     x, index, out, rows, channels, clones, blocks, tiles, x_batch, x_token, index_row, index_entry,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """rows: entries of one row of the index."""
     program = tl.program_id(0)
     c = (program % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     r = (program // tiles // blocks).to(tl.int64)
-    i = ((program // tiles) % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    i = ((program // tiles) % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     t = tl.load(index + r * index_row + i * index_entry, mask=i < rows, other=0).to(tl.int64)
     mask = (i < rows) & (c < channels)
     row = tl.load(x + (r // clones) * x_batch + t * x_token + c, mask=mask, other=0.0)
@@ -47,18 +61,18 @@ def _gather_kernel(
 @triton.jit(do_not_specialize=["tokens", "first", "outer", "inner", "tiles", "index_row"])
 def _inverse_gather_kernel(
     grad, index, out, tokens, first, outer, inner, channels, tiles, grad_row, grad_entry, index_row, index_entry,
-    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """out[b, s] = sum of grad[r, i] over the outer rows r of sample b and i < inner with index[r, i] == first + s."""
     program = tl.program_id(0)
     c = (program % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     slot = (program // tiles).to(tl.int64)
     wanted = first + slot % tokens
-    entries = tl.arange(0, BLOCK_I)
+    entries = tl.arange(0, BLOCK_R)
     total = tl.zeros([BLOCK_C], tl.float32)
     for m in range(outer):
         r = (slot // tokens) * outer + m
-        for start in range(0, inner, BLOCK_I):
+        for start in range(0, inner, BLOCK_R):
             i = start + entries
             t = tl.load(index + r * index_row + i.to(tl.int64) * index_entry, mask=i < inner, other=-1)
             left = tl.where((t == wanted) & (i < inner), i, _NONE)
@@ -74,13 +88,13 @@ def _inverse_gather_kernel(
 @triton.jit(do_not_specialize=["tokens", "visible", "blocks", "tiles", "restore_row"])
 def _restore_kernel(
     kept, restore, fill, out, tokens, visible, channels, blocks, tiles, kept_row, kept_token, restore_row,
-    restore_entry, fill_row, fill_entry, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    restore_entry, fill_row, fill_entry, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A vector fill has fill_row = fill_entry = 0."""
     program = tl.program_id(0)
     c = (program % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     r = (program // tiles // blocks).to(tl.int64)
-    t = ((program // tiles) % blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    t = ((program // tiles) % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     s = tl.load(restore + r * restore_row + t * restore_entry, mask=t < tokens, other=0).to(tl.int64)
     mask = (t < tokens) & (c < channels)
     is_kept = s < visible
@@ -172,17 +186,17 @@ def _fill_sums_kernel(
 
 
 def gather_tokens(x: Tensor, index: Tensor, clones: int) -> Tensor:
-    check_index_range("gather_tokens", "index", index, x.shape[1])
+    check.index_range("gather_tokens", "index", index, x.shape[1])
     (rows, entries), channels = index.shape, x.shape[2]
     out = torch.empty((rows, entries, channels), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    tile = launch.copy_rows(channels)
+    tile = Tile.copy(channels)
     blocks, tiles = divide_up(entries, tile.rows), divide_up(channels, tile.channels)
     with on_device(x):
         _gather_kernel[(rows * blocks * tiles,)](
             x, index, out, entries, channels, clones, blocks, tiles, x.stride(0), x.stride(1), *index.stride(),
-            BLOCK_N=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
+            **tile.options,
         )  # fmt: skip
     return out
 
@@ -198,20 +212,19 @@ def _inverse_gather(grad: Tensor, index: Tensor, clones: int, tokens: int, first
     outer = clones
     if all(t.stride(0) == inner * t.stride(1) for t in (grad, index)):
         outer, inner = 1, clones * inner  # the rows of a sample follow each other: one long row
-    config = launch.inverse_gather(channels, inner, grad.element_size())
-    tiles = divide_up(channels, config.channels)
+    tile = inverse_gather_tile(channels, inner, grad.element_size())
+    tiles = divide_up(channels, tile.channels)
     scale = clones // outer
     with on_device(grad):
         _inverse_gather_kernel[(out.shape[0] * tokens * tiles,)](
             grad, index, out, tokens, first, outer, inner, channels, tiles, scale * grad.stride(0), grad.stride(1),
-            scale * index.stride(0), index.stride(1), BLOCK_I=config.entries, BLOCK_C=config.channels,
-            num_warps=config.warps, **OPTIONS,
+            scale * index.stride(0), index.stride(1), **tile.options,
         )  # fmt: skip
     return out
 
 
 def gather_tokens_backward(grad: Tensor, index: Tensor, clones: int, tokens: int) -> Tensor:
-    check_index_range("gather_tokens_backward", "index", index, tokens)
+    check.index_range("gather_tokens_backward", "index", index, tokens)
     return _inverse_gather(grad, index, clones, tokens, 0)
 
 
@@ -220,13 +233,13 @@ def restore_tokens(
 ) -> Tensor:
     (n, visible, channels), tokens = kept.shape, restore.shape[1]
     limit = visible + fill.shape[1] if fill is not None and fill.dim() == 3 else None
-    check_index_range("restore_tokens", "restore", restore, limit)
+    check.index_range("restore_tokens", "restore", restore, limit)
     out = torch.empty((n, tokens, channels), dtype=kept.dtype, device=kept.device)
     if out.numel() == 0:
         return out
     with on_device(kept):
         if noise_keys is not None:
-            tile = launch.noise_row(channels)
+            tile = noise_tile(channels)
             _restore_noise_kernel[(n * tokens,)](
                 kept, restore, noise_keys, out, noise_std, tokens, visible, channels, kept.stride(0), kept.stride(1),
                 *restore.stride(), noise_keys.stride(0), BLOCK=tile.channels, num_warps=tile.warps, **OPTIONS,
@@ -234,22 +247,22 @@ def restore_tokens(
             return out
         assert fill is not None
         fill_strides = (0, 0) if fill.dim() == 1 else fill.stride()[:2]
-        tile = launch.copy_rows(channels)
+        tile = Tile.copy(channels)
         blocks, tiles = divide_up(tokens, tile.rows), divide_up(channels, tile.channels)
         _restore_kernel[(n * blocks * tiles,)](
             kept, restore, fill, out, tokens, visible, channels, blocks, tiles, kept.stride(0), kept.stride(1),
-            *restore.stride(), *fill_strides, BLOCK_T=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
+            *restore.stride(), *fill_strides, **tile.options,
         )  # fmt: skip
     return out
 
 
 def restore_tokens_backward(grad: Tensor, restore: Tensor, visible: int, fill_rows: int) -> tuple[Tensor, Tensor]:
     limit = visible + fill_rows if fill_rows >= 0 else None
-    check_index_range("restore_tokens_backward", "restore", restore, limit)
+    check.index_range("restore_tokens_backward", "restore", restore, limit)
     kept = _inverse_gather(grad, restore, 1, visible, 0)
-    if fill_rows == NO_FILL:
+    if fill_rows == check.NO_FILL:
         return kept, grad.new_empty((0,))
-    if fill_rows == VECTOR_FILL:
+    if fill_rows == check.VECTOR_FILL:
         return kept, _vector_fill_gradient(grad, restore, visible)
     return kept, _inverse_gather(grad, restore, 1, fill_rows, visible)
 
@@ -259,14 +272,14 @@ def _vector_fill_gradient(grad: Tensor, restore: Tensor, visible: int) -> Tensor
     out = torch.empty((channels,), dtype=grad.dtype, device=grad.device)
     if grad.numel() == 0:
         return out.zero_()
-    tile = launch.column_sums(channels)
+    tile = Tile.columns(channels)
     tiles = divide_up(channels, tile.channels)
-    splits = min(launch.LOSS_SPLITS, divide_up(n * tokens, tile.rows))
+    splits = min(FILL_SPLITS, divide_up(n * tokens, tile.rows))
     sums = torch.empty((splits, channels), dtype=torch.float32, device=grad.device)
     with on_device(grad):
         _fill_sums_kernel[(splits * tiles,)](
             grad, restore, sums, n, tokens, visible, channels, splits, tiles, grad.stride(0), grad.stride(1),
-            *restore.stride(), BLOCK_R=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
+            *restore.stride(), **tile.options,
         )  # fmt: skip
         column_sums(sums, out)
     return out

@@ -1,20 +1,85 @@
 # mypy: allow-untyped-defs
-"""What all kernels share: dtypes, the device of a launch, and small functions that run inside kernels."""
+"""What all kernels share: launch sizes, dtypes, the device of a launch, small functions that run inside kernels.
+
+A launch choice is data: a pure function of shape and dtype that returns a frozen record. No field depends on the number
+of samples or rows, so a batch of another size compiles nothing. What follows a length (time of the one-read form,
+length of an index) comes in powers of two. The numbers are reasoned from registers and bytes in flight (an SM of an
+H200 needs about 22 KB of loads in flight to keep its share of the memory bus busy) and wait for a measurement.
+"""
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-
+WARP = 32
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # A multiply and the add after it round once, on every version of Triton alike.
 OPTIONS = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's block of rows x channels, its warps, and the most registers a thread may use (None: no bound)."""
+
+    rows: int
+    channels: int
+    warps: int
+    registers: int | None = None
+
+    @classmethod
+    def whole_rows(cls, channels: int, elements: int, per_thread: int, most: int = 16) -> "Tile":
+        """About so many elements of whole rows, one row or some short ones."""
+        width = power_of_two(channels, 16)
+        rows = max(1, min(most, elements // width))
+        return cls(rows, width, warps(rows * width, per_thread))
+
+    @classmethod
+    def block(cls, channels: int, widest: int, elements: int, registers: int | None = None) -> "Tile":
+        """So many elements, of at most `widest` channels, for 4 warps."""
+        width = min(widest, power_of_two(channels, 16))
+        return cls(elements // width, width, 4, registers)
+
+    @classmethod
+    def copy(cls, channels: int) -> "Tile":
+        """Rows copied as they are: 32 elements a thread."""
+        width = min(1024, power_of_two(channels, 16))
+        return cls(4096 // width if width >= 256 else 16, width, 4)
+
+    @classmethod
+    def columns(cls, channels: int) -> "Tile":
+        """Sums over rows of partial results or of selected rows; merges the samples' statistics into the batch's."""
+        return cls(32, min(32, power_of_two(channels, 16)), 4)
+
+    @property
+    def per_thread(self) -> int:
+        """Elements of the block that one thread holds."""
+        return self.rows * self.channels // (self.warps * WARP)
+
+    @property
+    def options(self) -> dict:
+        """What a launch passes on for it."""
+        return {"BLOCK_R": self.rows, "BLOCK_C": self.channels, "num_warps": self.warps, "maxnreg": self.registers,
+                **OPTIONS}  # fmt: skip
+
+
+def power_of_two(n: int, low: int = 1) -> int:
+    """Smallest power of two that is at least n and low."""
+    return max(low, 1 << max(n - 1, 0).bit_length())
+
+
+def warps(elements: int, per_thread: int, most: int = 16) -> int:
+    return min(most, max(1, elements // (WARP * per_thread)))
+
+
+def rows_per_split(rows: int, tile: Tile, splits: int, blocks: int = 1) -> int:
+    """Rows of each of at most `splits` parts, a whole number of blocks and at least so many; passed at run time."""
+    return max(blocks, divide_up(divide_up(rows, tile.rows), splits)) * tile.rows
 
 
 def on_device(x: Tensor):
@@ -103,7 +168,5 @@ def _column_sums_kernel(x, out, rows, channels, BLOCK_R: tl.constexpr, BLOCK_C: 
 def column_sums(x: Tensor, out: Tensor) -> None:
     """out (C,) = float32 x (rows, C) summed over the rows; the last step of a deterministic reduction."""
     rows, channels = x.shape
-    tile = launch.column_sums(channels)
-    _column_sums_kernel[(divide_up(channels, tile.channels),)](
-        x, out, rows, channels, BLOCK_R=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS
-    )
+    tile = Tile.columns(channels)
+    _column_sums_kernel[(divide_up(channels, tile.channels),)](x, out, rows, channels, **tile.options)

@@ -15,9 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._checks import check_index_range
-from . import launch
-from .runtime import OPTIONS, divide_up, merged_lanes, on_device, rounded
+from .. import _checks as check
+from .runtime import OPTIONS, Tile, divide_up, merged_lanes, on_device, rounded, rows_per_split
+
+LOSS_SPLITS = 64  # parts of the rows, each with its partial sums
+
+
+def loss_tile(channels: int) -> Tile:
+    """Rows x channels of both operands at once: six float32 values per element stay in registers."""
+    return Tile.block(channels, 64, 1024)
 
 
 @triton.jit
@@ -50,23 +56,23 @@ def _partial_loss_kernel(
     prediction, target, prediction_rows, target_rows, prediction_entry, target_entry, prediction_row, target_row,
     errors, moments, count, per_split, channels, tiles, beta,
     HAS_PREDICTION_ROWS: tl.constexpr, HAS_TARGET_ROWS: tl.constexpr, SMOOTH: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """errors (splits, tiles); moments (splits, 4, C): mean and squared deviations of prediction, then of target."""
     program = tl.program_id(0)
     split = (program // tiles).to(tl.int64)
     c = (program % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    lane = tl.arange(0, BLOCK_P)[:, None].to(tl.int64)
+    lane = tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
     begin = split * per_split
     rows = tl.minimum(count - begin, per_split)
-    zero = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    zero = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     error, lost, x_mean, x_m2, y_mean, y_m2 = zero, zero, zero, zero, zero, zero
-    for i in range(tl.cdiv(rows, BLOCK_P)):
-        inside = i * BLOCK_P + lane < rows
+    for i in range(tl.cdiv(rows, BLOCK_R)):
+        inside = i * BLOCK_R + lane < rows
         mask = inside & (c < channels)
         x, y, _ = _pair(
             prediction, target, prediction_rows, target_rows, prediction_entry, target_entry, prediction_row,
-            target_row, begin + i * BLOCK_P + lane, c, inside, mask, HAS_PREDICTION_ROWS, HAS_TARGET_ROWS,
+            target_row, begin + i * BLOCK_R + lane, c, inside, mask, HAS_PREDICTION_ROWS, HAS_TARGET_ROWS,
         )  # fmt: skip
         share = 1.0 / (i + 1)
         delta = x - x_mean
@@ -81,7 +87,7 @@ def _partial_loss_kernel(
             value = tl.where(tl.abs(d) < beta, value / (2.0 * beta), tl.abs(d) - 0.5 * beta)
             value = tl.where(mask, value, 0.0)
         error, lost = _compensated(error, lost, value)
-    counts = tl.maximum(((rows - lane + BLOCK_P - 1) // BLOCK_P).to(tl.float32), 0.0)
+    counts = tl.maximum(((rows - lane + BLOCK_R - 1) // BLOCK_R).to(tl.float32), 0.0)
     total = rows.to(tl.float32)
     x_mean, x_m2 = merged_lanes(x_mean, x_m2, counts, total)
     y_mean, y_m2 = merged_lanes(y_mean, y_m2, counts, total)
@@ -139,11 +145,11 @@ def _loss_backward_kernel(
     grad, prediction, target, prediction_rows, target_rows, prediction_entry, target_entry, prediction_row, target_row,
     out, count, channels, tiles, beta, scale,
     HAS_PREDICTION_ROWS: tl.constexpr, HAS_TARGET_ROWS: tl.constexpr, SMOOTH: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     c = (program % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    p = (program // tiles).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    p = (program // tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     inside = p < count
     mask = inside & (c < channels)
     x, y, row = _pair(
@@ -168,7 +174,7 @@ class _Selection:
             ("prediction_rows", prediction_rows, prediction), ("target_rows", target_rows, target),
         ):  # fmt: skip
             if rows is not None:
-                check_index_range(op, name, rows, x.shape[0])
+                check.index_range(op, name, rows, x.shape[0])
         self.count = prediction.shape[0] if prediction_rows is None else prediction_rows.shape[0]
         self.channels = prediction.shape[1]
         numbers = [x if r is None else r for r, x in ((prediction_rows, prediction), (target_rows, target))]
@@ -189,26 +195,26 @@ def masked_regression_loss(
     if count == 0 or channels == 0:
         missing = [torch.full((), math.nan, dtype=torch.float32, device=device) for _ in range(2)]
         return torch.zeros((), dtype=torch.float32, device=device), missing[0], missing[1]
-    tile = launch.loss(channels)
-    tiles, per_split = divide_up(channels, tile.channels), launch.loss_rows_per_split(count, tile)
+    tile = loss_tile(channels)
+    tiles, per_split = divide_up(channels, tile.channels), rows_per_split(count, tile, LOSS_SPLITS)
     splits = divide_up(count, per_split)
     errors = torch.empty((splits * tiles,), dtype=torch.float32, device=device)
     moments = torch.empty((splits, 4, channels), dtype=torch.float32, device=device)
-    merge = launch.merge(channels)
-    merge_tiles = divide_up(channels, merge.channels)
-    deviations = torch.empty((2, merge_tiles), dtype=torch.float32, device=device)
+    merge = Tile.columns(channels)
+    column_tiles = divide_up(channels, merge.channels)
+    deviations = torch.empty((2, column_tiles), dtype=torch.float32, device=device)
     loss, prediction_std, target_std = (torch.empty((), dtype=torch.float32, device=device) for _ in range(3))
     with on_device(prediction):
         _partial_loss_kernel[(splits * tiles,)](
             *this.arguments, errors, moments, count, per_split, channels, tiles, beta, **this.flags, SMOOTH=beta != 0.0,
-            BLOCK_P=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
+            **tile.options,
         )  # fmt: skip
-        _merge_loss_kernel[(merge_tiles,)](
-            moments, deviations, splits, count, per_split, channels, SPLITS=launch.LOSS_SPLITS,
+        _merge_loss_kernel[(column_tiles,)](
+            moments, deviations, splits, count, per_split, channels, SPLITS=LOSS_SPLITS,
             BLOCK_C=merge.channels, num_warps=merge.warps, **OPTIONS,
         )  # fmt: skip
         _finish_loss_kernel[(1,)](
-            errors, deviations, loss, prediction_std, target_std, splits * tiles, merge_tiles, count, channels, scale,
+            errors, deviations, loss, prediction_std, target_std, splits * tiles, column_tiles, count, channels, scale,
             BLOCK=1024, num_warps=4, **OPTIONS,
         )  # fmt: skip
     return loss, prediction_std, target_std
@@ -223,11 +229,11 @@ def masked_regression_loss_backward(
     out = make(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     if this.count == 0 or this.channels == 0:
         return out
-    tile = launch.copy_rows(this.channels)
+    tile = Tile.copy(this.channels)
     tiles, blocks = divide_up(this.channels, tile.channels), divide_up(this.count, tile.rows)
     with on_device(prediction):
         _loss_backward_kernel[(blocks * tiles,)](
             grad, *this.arguments, out, this.count, this.channels, tiles, beta, scale, **this.flags, SMOOTH=beta != 0.0,
-            BLOCK_P=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
+            **tile.options,
         )  # fmt: skip
     return out

@@ -14,26 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _env
-from ...registry import Backend, Case, LazyBody
+from .. import _define, _env
+from .._checks import dtype_name
+from ..registry import Backend, Case
 
-_MODULES = {
-    "average_layers": "layers",
-    "update_ema_": "ema",
-    "gather_tokens": "tokens",
-    "gather_tokens_backward": "tokens",
-    "restore_tokens": "tokens",
-    "restore_tokens_backward": "tokens",
-    "masked_regression_loss": "loss",
-    "masked_regression_loss_backward": "loss",
-    "layer_norm_gelu": "gelu",
-    "layer_norm_gelu_backward": "gelu",
-    "gelu": "gelu",
-    "gelu_backward": "gelu",
-    "gelu_backward_": "gelu",
-    "attention": "attention",
-    "attention_backward": "attention",
-}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NORMS = ("none", "layer", "instance", "batch")
 _WIDEST_HEAD = 128
@@ -55,8 +39,8 @@ def import_error() -> str:
 
 
 def _body(op: str) -> Callable[..., Any]:
-    body: Callable[..., Any] = getattr(_module(_MODULES[op]), op)
-    return body
+    """Imports the kernels at the first call."""
+    return lambda *arguments: getattr(_module(_define.TRITON_FAMILIES[op]), op)(*arguments)
 
 
 def _limits(case: Case) -> list[str]:
@@ -65,7 +49,7 @@ def _limits(case: Case) -> list[str]:
         return [f"triton runs on cuda, not on {case.device}"]
     if case.device == "cpu" and not interpreted:
         return ["triton runs on cuda; on the cpu only in its interpreter (TRITON_INTERPRET=1 before the first use)"]
-    reasons = [f"triton has no {str(d).removeprefix('torch.')} kernels" for d in case.dtypes if d not in _DTYPES]
+    reasons = [f"triton has no {dtype_name(d)} kernels" for d in case.dtypes if d not in _DTYPES]
     reasons += _trait_limits(case)
     if not reasons and import_error():
         reasons.append(import_error())
@@ -82,9 +66,10 @@ def _trait_limits(case: Case) -> list[str]:
     return [f"triton normalises by {', '.join(_NORMS)}, not by {n}" for n in case.traits if n not in _NORMS]
 
 
-def make_ema_plan(averages: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor]) -> Any:
-    """A `TritonPlan` for tensors that `update_ema_` has accepted and this backend can take."""
+def _make_ema_plan(averages: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor], *_: Any) -> Any:
     return _module("ema").TritonPlan(averages, sources, copies)
 
 
-BACKEND = Backend("triton", {op: LazyBody(functools.partial(_body, op)) for op in _MODULES}, _limits)
+def backend() -> Backend:
+    """The backend, for the operators defined so far."""
+    return Backend("triton", {op: _body(op) for op in _define.TRITON_FAMILIES}, _limits, _make_ema_plan)

@@ -13,16 +13,46 @@ Dropout: Philox4x32-10 with the key of the row and counter (j // 4, i, head, 0) 
 i, so both backward kernels draw what the forward drew, on any block shape.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .runtime import INTERPRETED, OPTIONS, column_sums, divide_up, on_device, rounded
+from .runtime import INTERPRETED, OPTIONS, column_sums, divide_up, on_device, power_of_two, rounded
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Queries and keys of one step, channels of a head (a power of two), warps, stages of the pipelined loads."""
+
+    queries: int
+    keys: int
+    channels: int
+    warps: int
+    stages: int
+
+
+def attention_tile(kernel: str, width: int, element_size: int) -> AttentionTile:
+    """Of "forward", "dq" (queries and slopes) and "dkdv" (keys and values)."""
+    channels = power_of_two(width, 16)
+    narrow = channels <= 64
+    if element_size == 4:
+        # Three products in tensor floats for each product: more registers for operands, so smaller blocks.
+        return AttentionTile(32 if narrow else 16, 32, channels, 8, 1)
+    queries, keys, warps = {
+        # 64 queries are what one warp group multiplies at once on sm_90 and later.
+        "forward": (64, 64, 4 if narrow else 8),
+        # Fewer keys at once, for two more operands than the forward has.
+        "dq": (64, 32, 4 if narrow else 8),
+        # Two accumulators of keys x channels, 8 warps to hold them.
+        "dkdv": (64, 32, 8) if narrow else (32, 64, 8),
+    }[kernel]
+    return AttentionTile(queries, keys, channels, warps, 2)
 
 
 @triton.jit
@@ -276,7 +306,7 @@ class _Call:
         self.flags = {"ALIBI": slopes is not None, "HAS_LENGTHS": lengths is not None, "HAS_VALID": valid is not None,
                       "DROPOUT": dropout > 0.0, "WIDTH": self.width}  # fmt: skip
 
-    def run(self, kernel, tile: launch.AttentionTile, block: int, pointers: tuple, strided: tuple) -> None:
+    def run(self, kernel, tile: AttentionTile, block: int, pointers: tuple, strided: tuple) -> None:
         """One program for each row, head and block of `block` queries or keys."""
         blocks = divide_up(self.tokens, block)
         strides = [s for x in strided for s in x.stride()[:3]]
@@ -293,7 +323,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *rest) -> tuple[Tensor,
     log_sum = torch.empty((n, h, t), dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out, log_sum.fill_(float("inf"))
-    call, tile = _Call(query, rest), launch.attention(d, query.element_size())
+    call, tile = _Call(query, rest), attention_tile("forward", d, query.element_size())
     with on_device(query):
         inputs = (query, key, value)
         call.run(_attention_kernel, tile, tile.queries, (*inputs, out, log_sum), inputs)
@@ -314,12 +344,12 @@ def attention_backward(
     call = _Call(query, rest)
     delta, log_sum = torch.empty_like(log_sum), log_sum.contiguous()
     with on_device(query):
-        tile, inputs = launch.attention_dq(d, query.element_size()), (grad, query, key, value)
+        tile, inputs = attention_tile("dq", d, query.element_size()), (grad, query, key, value)
         blocks = divide_up(t, tile.queries)
         parts = delta if slopes is None else torch.empty((n * blocks, h), dtype=torch.float32, device=query.device)
         pointers = (*inputs, out, log_sum, delta, results[0], parts)
         call.run(_attention_dq_kernel, tile, tile.queries, pointers, (*inputs, out))
-        tile = launch.attention_dkdv(d, query.element_size())
+        tile = attention_tile("dkdv", d, query.element_size())
         call.run(_attention_dkdv_kernel, tile, tile.keys, (*inputs, log_sum, delta, *results[1:]), inputs)
         if slopes is not None:
             column_sums(parts, of_slopes)

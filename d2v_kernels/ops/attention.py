@@ -2,7 +2,7 @@
 
 An engine answers `why_not` with a list of reasons like a backend of an operator; the first with an empty list runs.
 Besides PyTorch's and xformers' own kernels there is the operator `torch.ops.d2v.attention` (an engine by each backend)
-for what they cannot do: a bias of data2vec 2.0 speech with a learned scale, and dropout from row keys.
+for what they cannot do. Packed sequences go to xformers on GPUs, elsewhere through padding to an engine for dense ones.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import registry
-from ._checks import check_attention, require
-
-ENGINES = ("xformers", "varlen", "sdpa", "native", "triton", "flex", "reference")
+from .. import _checks as check
+from .. import registry
+from .attention_operator import attention_operator, check_inputs
 
 
 class Alibi(NamedTuple):
@@ -70,9 +69,9 @@ class Request:
 def pack_lengths(lengths: Sequence[int] | Tensor, device: torch.device | str) -> Packed:
     """Packed layout of sequences of these lengths (host numbers, or an integer tensor on the host)."""
     if isinstance(lengths, Tensor):
-        require(lengths.device.type == "cpu", "pack_lengths", "device of lengths", "cpu", lengths.device)
+        check.require(lengths.device.type == "cpu", "pack_lengths", "device of lengths", "cpu", lengths.device)
         lengths = lengths.tolist()
-    require(all(n >= 0 for n in lengths), "pack_lengths", "lengths", "0 or more", list(lengths))
+    check.require(all(n >= 0 for n in lengths), "pack_lengths", "lengths", "0 or more", list(lengths))
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     if torch.device(device).type == "cuda":
         starts = starts.pin_memory()
@@ -84,7 +83,7 @@ def alibi_slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
 
     Otherwise with P the largest power of two below: the P slopes of P heads, then every second one of 2P heads.
     """
-    require(heads >= 1, "alibi_slopes", "heads", "at least 1", heads)
+    check.require(heads >= 1, "alibi_slopes", "heads", "at least 1", heads)
     power = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
     slopes += [2.0 ** (-8.0 * (h + 1) / (2 * power)) for h in range(0, 2 * (heads - power), 2)]
@@ -129,10 +128,8 @@ def attend(
         engine, query.device.type, query.dtype, int(query.shape[-1]), packed is not None,
         valid is not None, alibi is not None, dropout > 0.0, dropout_keys is not None and dropout > 0.0,
     )  # fmt: skip
-    run = _RUN[name]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    result: Tensor = run(query, key, value, _Options(scale, valid, packed, alibi, dropout, dropout_keys))
-    return result
+    return _run(ENGINES[name], query, key, value, _Options(scale, valid, packed, alibi, dropout, dropout_keys))
 
 
 class _Options(NamedTuple):
@@ -151,32 +148,31 @@ def _check(
     op = "attend"
     layout = "3 dimensions (total, H, D)" if packed is not None else "4 dimensions (N, T, H, D)"
     good = query.dim() == (4 if packed is None else 3)
-    require(good, op, "query", layout, f"shape {tuple(query.shape)}")
+    check.require(good, op, "query", layout, f"shape {tuple(query.shape)}")
     rows = query.shape[0] if packed is None else len(packed.lengths)
-    require(packed is None or valid is None, op, "valid", "None with packed sequences", "a tensor")
     if packed is not None:
-        require(
-            sum(packed.lengths) == query.shape[0], op, "total of packed lengths", query.shape[0], sum(packed.lengths)
-        )
+        check.require(valid is None, op, "valid", "None with packed sequences", "a tensor")
+        total = sum(packed.lengths)
+        check.require(total == query.shape[0], op, "total of packed lengths", query.shape[0], total)
         query, key, value = (x[None] for x in (query, key, value))  # one row, for the checks below
-    mask = valid if valid is not None and valid.dim() == 2 else None
-    check_attention(op, query, key, value, None, None, None if mask is not None else valid, mask, None, 0.0)
-    require(0.0 <= dropout < 1.0, op, "dropout", "0 or more and less than 1", dropout)
+    lengths, mask = (None, valid) if valid is not None and valid.dim() == 2 else (valid, None)
+    check_inputs(op, query, key, value, lengths=lengths, valid=mask)
+    check.dropout(op, dropout, "dropout keys", query)  # without keys they are drawn
     if dropout_keys is not None:
-        require(tuple(dropout_keys.shape) == (rows,), op, "shape of dropout keys", (rows,), tuple(dropout_keys.shape))
+        check.shape(op, "dropout keys", dropout_keys, (rows,))
     if alibi is None:
         return
-    heads = query.shape[2]
-    require(tuple(alibi.slopes.shape) == (heads,), op, "shape of slopes", (heads,), tuple(alibi.slopes.shape))
+    _, tokens, heads, _ = query.shape
+    check.shape(op, "slopes", alibi.slopes, (heads,))
     if alibi.scale is not None:
         shape = tuple(alibi.scale.shape)
-        require(shape in ((heads,), (1,)), op, "shape of the bias's scale", f"({heads},) or (1,)", shape)
-    place = tuple(alibi.positions.shape)
+        check.require(shape in ((heads,), (1,)), op, "shape of the bias's scale", f"({heads},) or (1,)", shape)
     if packed is not None:
-        require(place == (query.shape[1],), op, "shape of positions", (query.shape[1],), place)
+        check.shape(op, "positions", alibi.positions, (tokens,))
     else:
-        fits = len(place) == 2 and place[0] == rows and place[1] <= query.shape[1]
-        require(fits, op, "shape of positions", f"({rows}, at most {query.shape[1]})", place)
+        place = tuple(alibi.positions.shape)
+        fits = len(place) == 2 and place[0] == rows and place[1] <= tokens
+        check.require(fits, op, "shape of positions", f"({rows}, at most {tokens})", place)
 
 
 # ---- choice
@@ -185,7 +181,7 @@ def _check(
 def preferred_engines(request: Request) -> tuple[str, ...]:
     """Engines in the order in which "auto" tries them."""
     if request.packed and request.device == "cuda" and not request.alibi:
-        return ("xformers", "varlen", "sdpa", "triton", "reference", "flex")
+        return ("xformers", "sdpa", "triton", "reference", "flex")
     if request.device == "cuda":
         return ("sdpa", "triton", "flex", "reference")
     # PyTorch makes the (rows, heads, T, T) weights for a bias and for dropout; without them it is about as quick, and
@@ -232,48 +228,42 @@ def why_not_engine(name: str, request: Request, *, probe: bool = True) -> list[s
     Other projects' kernels are tried once in a process, for each dtype and width; without `probe` an empty list says
     only that nothing known speaks against a trial.
     """
-    reasons = _LIMITS[name](request)
-    if reasons or not probe or name not in _PROBED:
-        return reasons
-    return _probe_failure(name, request.dtype, request.width)
+    engine = ENGINES[name]
+    reasons = engine.limits(request)
+    return reasons or (_probe_failure(name, request.dtype, request.width) if probe and engine.probed else [])
 
 
-def _foreign_limits(request: Request, dropout: bool) -> list[str]:
-    """Limits that other projects' packed kernels share."""
-    reasons = []
-    if request.device != "cuda":
-        reasons.append(f"runs on cuda, not on {request.device}")
-    if request.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"has float16 and bfloat16, not {str(request.dtype).removeprefix('torch.')}")
-    if not request.packed:
-        reasons.append("is used for packed sequences")
-    if request.alibi:
-        reasons.append("has no bias from kept positions")
-    if request.dropout and not dropout:
-        reasons.append("has no dropout")
-    if request.dropout_keys:
-        reasons.append("has no dropout from row keys")
-    return reasons
+def _reasons(*found: tuple[bool, str]) -> list[str]:
+    return [words for holds, words in found if holds]
+
+
+def _xformers_limits(request: Request) -> list[str]:
+    dtype = check.dtype_name(request.dtype)
+    return _reasons(
+        (request.device != "cuda", f"runs on cuda, not on {request.device}"),
+        (dtype not in ("float16", "bfloat16"), f"has float16 and bfloat16, not {dtype}"),
+        (not request.packed, "is used for packed sequences"),
+        (request.alibi, "has no bias from kept positions"),
+        (request.dropout_keys, "has no dropout from row keys"),
+    )
 
 
 def _sdpa_limits(request: Request) -> list[str]:
-    reasons = ["would need the bias as a (rows, heads, T, T) tensor"] if request.alibi else []
-    return reasons + (["has no dropout from row keys"] if request.dropout_keys else [])
+    return _reasons(
+        (request.alibi, "would need the bias as a (rows, heads, T, T) tensor"),
+        (request.dropout_keys, "has no dropout from row keys"),
+    )
 
 
 def _flex_limits(request: Request) -> list[str]:
-    reasons = []
-    if request.device != "cuda":
-        reasons.append(f"is used on cuda, not on {request.device}")
-    if request.packed:
-        reasons.append("is not used for packed sequences")
-    if request.dropout:
-        reasons.append("has no dropout")
-    if torch.are_deterministic_algorithms_enabled():
-        reasons.append("adds up the gradient of the bias's scale with atomics (deterministic algorithms are wanted)")
-    if request.dtype == torch.float64:
-        reasons.append("has no float64")
-    return reasons
+    atomics = "adds up the gradient of the bias's scale with atomics (deterministic algorithms are wanted)"
+    return _reasons(
+        (request.device != "cuda", f"is used on cuda, not on {request.device}"),
+        (request.packed, "is not used for packed sequences"),
+        (request.dropout, "has no dropout"),
+        (torch.are_deterministic_algorithms_enabled(), atomics),
+        (request.dtype == torch.float64, "has no float64"),
+    )
 
 
 def _operator_limits(request: Request, backend: str) -> list[str]:
@@ -286,18 +276,6 @@ def _operator_limits(request: Request, backend: str) -> list[str]:
     if not reasons and (chosen := registry.choose(case, forced).name) != backend:
         return [f"the operator takes its backend {chosen} here; use_backend chooses another"]
     return reasons
-
-
-_LIMITS: dict[str, Callable[[Request], list[str]]] = {
-    "xformers": functools.partial(_foreign_limits, dropout=True),
-    "varlen": functools.partial(_foreign_limits, dropout=False),
-    "sdpa": _sdpa_limits,
-    "native": functools.partial(_operator_limits, backend="native"),
-    "triton": functools.partial(_operator_limits, backend="triton"),
-    "flex": _flex_limits,
-    "reference": functools.partial(_operator_limits, backend="reference"),
-}
-_PROBED = ("xformers", "varlen", "flex")
 
 
 # ---- engines
@@ -313,42 +291,19 @@ def _attend_by_xformers(query: Tensor, key: Tensor, value: Tensor, options: _Opt
         bias = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=query.device)
         packed.made["xformers"] = bias
     inputs = (x[None] for x in (query, key, value))
-    out = ops.memory_efficient_attention(*inputs, attn_bias=bias, p=options.dropout, scale=options.scale)
-    result: Tensor = out[0]
-    return result
-
-
-def _attend_by_varlen(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
-    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    assert options.packed is not None
-    starts, longest = options.packed.starts, options.packed.longest
-    # Keywords only: a positional flag changed its place between versions of torch, and `scale` is not in all of them.
-    factor = options.scale * math.sqrt(query.shape[-1])
-    result: Tensor = varlen_attn(
-        query=query * factor if factor != 1.0 else query, key=key, value=value, cu_seq_q=starts, cu_seq_k=starts,
-        max_q=longest, max_k=longest,
-    )  # fmt: skip
-    return result
+    out: Tensor = ops.memory_efficient_attention(*inputs, attn_bias=bias, p=options.dropout, scale=options.scale)
+    return out[0]
 
 
 def _attend_by_sdpa(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
-    if options.packed is not None:
-        return _padded(_attend_by_sdpa, query, key, value, options)
-    mask = empty = None
-    if options.valid is not None:
-        valid = _valid_mask(options.valid, query.shape[1])
-        # Kernels differ in what they do with a row without keys: give it all of them, then write the documented 0.
-        empty = ~valid.any(1)
-        mask = (valid | empty[:, None])[:, None, None, :]
+    valid, empty = _keys_and_empty_rows(options.valid, query.shape[1])
+    mask = None if valid is None else valid[:, None, None, :]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=options.dropout, scale=options.scale)
-    out = out.transpose(1, 2)
-    return out if empty is None else out.masked_fill(empty[:, None, None, None], 0.0)
+    return _with_zeros(out.transpose(1, 2), empty)
 
 
 def _attend_by_operator(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
-    if options.packed is not None:
-        return _padded(_attend_by_operator, query, key, value, options)
     slopes = positions = None
     if options.alibi is not None:
         slopes, positions = _effective_slopes(options.alibi, query.dtype), options.alibi.positions
@@ -358,11 +313,8 @@ def _attend_by_operator(query: Tensor, key: Tensor, value: Tensor, options: _Opt
     lengths = mask = None
     if options.valid is not None:
         lengths, mask = (None, options.valid) if options.valid.dim() == 2 else (options.valid, None)
-    out, _ = torch.ops.d2v.attention(
-        query, key, value, slopes, positions, lengths, mask, keys, options.dropout, options.scale
-    )
-    result: Tensor = out
-    return result
+    rest = (slopes, positions, lengths, mask, keys, options.dropout, options.scale)
+    return attention_operator(query, key, value, *rest)[0]
 
 
 def _attend_by_flex(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
@@ -371,11 +323,7 @@ def _attend_by_flex(query: Tensor, key: Tensor, value: Tensor, options: _Options
         slopes = _effective_slopes(options.alibi, query.dtype)
         extra = query.shape[1] - options.alibi.positions.shape[1]
         place = F.pad(options.alibi.positions, (extra, 0))
-    valid = empty = None
-    if options.valid is not None:
-        valid = _valid_mask(options.valid, query.shape[1])
-        empty = ~valid.any(1)
-        valid = valid | empty[:, None]
+    valid, empty = _keys_and_empty_rows(options.valid, query.shape[1])
 
     def score(s: Tensor, n: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if slopes is not None and place is not None:
@@ -385,8 +333,7 @@ def _attend_by_flex(query: Tensor, key: Tensor, value: Tensor, options: _Options
 
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = _flex_function(query.device.type)(q, k, v, score_mod=score, scale=options.scale)
-    result: Tensor = out.transpose(1, 2)
-    return result if empty is None else result.masked_fill(empty[:, None, None, None], 0.0)
+    return _with_zeros(out.transpose(1, 2), empty)
 
 
 @functools.cache
@@ -396,38 +343,35 @@ def _flex_function(device: str) -> Callable[..., Any]:
     return torch.compile(function) if device == "cuda" else function
 
 
-_RUN: dict[str, Callable[[Tensor, Tensor, Tensor, _Options], Tensor]] = {
-    "xformers": _attend_by_xformers,
-    "varlen": _attend_by_varlen,
-    "sdpa": _attend_by_sdpa,
-    "native": _attend_by_operator,
-    "triton": _attend_by_operator,
-    "flex": _attend_by_flex,
-    "reference": _attend_by_operator,
-}
-
-
 def _effective_slopes(alibi: Alibi, dtype: torch.dtype) -> Tensor:
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    compute = check.compute_dtype(dtype)
     slopes = alibi.slopes.to(compute)
     if alibi.scale is None:
         return slopes
     return slopes * alibi.scale.to(compute).clamp(min=0.0)
 
 
-def _valid_mask(valid: Tensor, tokens: int) -> Tensor:
-    if valid.dim() == 2:
-        return valid
-    return torch.arange(tokens, device=valid.device) < valid[:, None]
+def _keys_and_empty_rows(valid: Tensor | None, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+    """(N,T) keys that count, and (N,) rows without one.
+
+    Kernels differ in what they do with such a row: it gets all keys, then the documented 0 is written.
+    """
+    if valid is None:
+        return None, None
+    mask = valid if valid.dim() == 2 else torch.arange(tokens, device=valid.device) < valid[:, None]
+    empty = ~mask.any(1)
+    return mask | empty[:, None], empty
 
 
-def _padded(
-    run: Callable[[Tensor, Tensor, Tensor, _Options], Tensor], query: Tensor, key: Tensor, value: Tensor,
-    options: _Options,
-) -> Tensor:  # fmt: skip
+def _with_zeros(out: Tensor, empty: Tensor | None) -> Tensor:
+    return out if empty is None else out.masked_fill(empty[:, None, None, None], 0.0)
+
+
+def _run(engine: Engine, query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
     """Packed sequences through an engine for dense ones: rows of the longest length, and back; no host read."""
     packed = options.packed
-    assert packed is not None
+    if packed is None or engine.packed:
+        return engine.run(query, key, value, options)
     if query.shape[0] == 0:
         return query.clone()
     starts, lengths = packed.starts[:-1].long(), packed.starts.diff()
@@ -443,46 +387,58 @@ def _padded(
     if alibi is not None:
         alibi = alibi._replace(positions=pad(alibi.positions))
     dense = options._replace(packed=None, valid=lengths, alibi=alibi)
-    out = run(pad(query), pad(key), pad(value), dense)
+    out = engine.run(pad(query), pad(key), pad(value), dense)
     token = torch.arange(query.shape[0], device=query.device)
     row = torch.searchsorted(packed.starts[1:].long(), token, right=True)
     return out[row, token - starts[row]]
 
 
+class Engine(NamedTuple):
+    """One way to attend."""
+
+    run: Callable[[Tensor, Tensor, Tensor, _Options], Tensor]
+    limits: Callable[[Request], list[str]]
+    """Reasons why it cannot run a request."""
+    packed: bool = False
+    """Takes packed sequences as they are."""
+    probed: bool = False
+    """Tried once in a process before it is used."""
+
+
+ENGINES = {
+    "xformers": Engine(_attend_by_xformers, _xformers_limits, packed=True, probed=True),
+    "sdpa": Engine(_attend_by_sdpa, _sdpa_limits),
+    "native": Engine(_attend_by_operator, functools.partial(_operator_limits, backend="native")),
+    "triton": Engine(_attend_by_operator, functools.partial(_operator_limits, backend="triton")),
+    "flex": Engine(_attend_by_flex, _flex_limits, probed=True),
+    "reference": Engine(_attend_by_operator, functools.partial(_operator_limits, backend="reference")),
+}
+
+
 # ---- live probes
 
 
-def _probe(engine: str, dtype: torch.dtype, width: int, device: int) -> str:
+def _probe(engine: str, dtype: torch.dtype, width: int, device: torch.device) -> str:
     """Empty when a tiny forward and backward ran and was right, else what went wrong."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode(0)  # a probe reads its result, once a process
     try:
-        return _run_probe(engine, dtype, width, torch.device("cuda", device))
+        generator = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay where they are
+        x = [torch.randn((48, 2, width), device=device, dtype=dtype, generator=generator) for _ in range(3)]
+        options, other = _Options(width**-0.5, None, pack_lengths([17, 31], device), None, 0.0, None), "sdpa"
+        if engine == "flex":
+            slopes, scale = torch.ones(2, device=device), torch.ones(2, device=device, requires_grad=True)
+            alibi, other = Alibi(slopes, torch.arange(48, device=device)[None], scale), "reference"
+            options, x = options._replace(packed=None, alibi=alibi), [t[None] for t in x]
+        x = [t.requires_grad_() for t in x]
+        results = []
+        for name in (engine, other):
+            y = _run(ENGINES[name], x[0], x[1], x[2], options)
+            results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), x)])
+        for got, wanted in zip(*results, strict=True):
+            error = float((got.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+            if not error < 0.05:
+                return f"its result differs from PyTorch's by {error:.2g} of the maximum"
     except Exception as error:  # a library that does not fit this torch fails in many ways
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-def _run_probe(engine: str, dtype: torch.dtype, width: int, device: torch.device) -> str:
-    generator = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay where they are
-    x = [torch.randn((48, 2, width), device=device, dtype=dtype, generator=generator) for _ in range(3)]
-    x = [t.requires_grad_() for t in x]
-    packed = pack_lengths([17, 31], device)
-    options = _Options(width**-0.5, None, packed, None, 0.0, None)
-    if engine == "flex":
-        slopes = torch.ones(2, device=device)
-        x = [t.detach()[None].requires_grad_() for t in x]
-        alibi = Alibi(slopes, torch.arange(48, device=device)[None], torch.ones(2, device=device, requires_grad=True))
-        options = options._replace(packed=None, alibi=alibi)
-    results = []
-    for run in (_RUN[engine], _attend_by_sdpa if engine != "flex" else _attend_by_operator):
-        y = run(x[0], x[1], x[2], options)
-        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), x)])
-    for got, wanted in zip(*results, strict=True):
-        error = float((got.float() - wanted.float()).abs().max() / wanted.float().abs().max())
-        if not error < 0.05:
-            return f"its result differs from PyTorch's by {error:.2g} of the maximum"
     return ""
 
 
@@ -494,6 +450,9 @@ def _probe_failure(engine: str, dtype: torch.dtype, width: int) -> list[str]:
     if question not in _probed:
         if torch.cuda.is_current_stream_capturing():
             return ["was not tried before this graph capture (call once outside it)"]
-        _probed[question] = _probe(*question)
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode(0)  # a probe reads its result, once a process
+        _probed[question] = _probe(engine, dtype, width, torch.device("cuda", question[-1]))
+        torch.cuda.set_sync_debug_mode(before)
     failure = _probed[question]
     return [f"a trial run failed ({failure})"] if failure else []

@@ -14,8 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .runtime import OPTIONS, column_sums, divide_up, on_device, rounded, standardised
+from .runtime import OPTIONS, Tile, column_sums, divide_up, on_device, rounded, rows_per_split, standardised
+
+GELU_SPLITS = 512  # parts of the rows, each with its partial sums for weight and bias
+GELU_ELEMENTS, GELU_WARPS = 1024, 4  # of GELU alone: 8 elements a thread, 16 bytes of bfloat16
+
+
+def row_tile(channels: int) -> Tile:
+    """32 elements a thread of one warp where the channels allow it."""
+    return Tile.whole_rows(channels, 1024, 32)
+
+
+def backward_tile(channels: int) -> Tile:
+    """16 elements a thread: with the sums for weight and bias that is 128 registers, 16 warps on an SM."""
+    return Tile.whole_rows(channels, 2048, 16)
 
 
 @triton.jit
@@ -110,8 +122,8 @@ def gelu(x: Tensor) -> Tensor:
     out = torch.empty_like(x)
     if x.numel() > 0:
         with on_device(x):
-            _gelu_kernel[(divide_up(x.numel(), launch.GELU_ELEMENTS),)](
-                x, out, x.numel(), BLOCK=launch.GELU_ELEMENTS, num_warps=launch.GELU_WARPS, **OPTIONS
+            _gelu_kernel[(divide_up(x.numel(), GELU_ELEMENTS),)](
+                x, out, x.numel(), BLOCK=GELU_ELEMENTS, num_warps=GELU_WARPS, **OPTIONS
             )
     return out
 
@@ -130,8 +142,8 @@ def _backward_into(out: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     if x.numel() > 0:
         with on_device(x):
-            _gelu_backward_kernel[(divide_up(x.numel(), launch.GELU_ELEMENTS),)](
-                grad, x, out, y, x.numel(), BLOCK=launch.GELU_ELEMENTS, num_warps=launch.GELU_WARPS, **OPTIONS
+            _gelu_backward_kernel[(divide_up(x.numel(), GELU_ELEMENTS),)](
+                grad, x, out, y, x.numel(), BLOCK=GELU_ELEMENTS, num_warps=GELU_WARPS, **OPTIONS
             )
     return y
 
@@ -141,12 +153,11 @@ def layer_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    tile = launch.gelu_rows(channels)
+    tile = row_tile(channels)
     with on_device(x):
         _forward_kernel[(divide_up(rows, tile.rows),)](
             x, x if weight is None else weight, x if bias is None else bias, out, rows, channels, x.stride(0), eps,
-            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, BLOCK_R=tile.rows, BLOCK_C=tile.channels,
-            num_warps=tile.warps, **OPTIONS,
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **tile.options,
         )  # fmt: skip
     return out
 
@@ -160,8 +171,8 @@ def layer_norm_gelu_backward(
               for t in (weight, bias)]  # fmt: skip
     if out.numel() == 0:
         return out, affine[0].zero_(), affine[1].zero_()
-    tile = launch.gelu_backward_rows(channels)
-    per_split = launch.gelu_rows_per_split(rows, tile)
+    tile = backward_tile(channels)
+    per_split = rows_per_split(rows, tile, GELU_SPLITS, blocks=4)
     splits = divide_up(rows, per_split)
     sums = [out if t is None else torch.empty((splits, channels), dtype=torch.float32, device=x.device)
             for t in (weight, bias)]  # fmt: skip
@@ -169,7 +180,7 @@ def layer_norm_gelu_backward(
         _backward_kernel[(splits,)](
             grad, x, x if weight is None else weight, x if bias is None else bias, out, *sums, rows, per_split,
             channels, grad.stride(0), x.stride(0), eps, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-            BLOCK_R=tile.rows, BLOCK_C=tile.channels, num_warps=tile.warps, **OPTIONS,
+            **tile.options,
         )  # fmt: skip
         for t, part, result in zip((weight, bias), sums, affine, strict=True):
             if t is not None:

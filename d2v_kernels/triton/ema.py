@@ -8,6 +8,7 @@ cast to a pointer and full blocks carry no mask; what is not aligned takes the s
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,9 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._checks import check_update_ema, require
-from . import launch
-from .runtime import OPTIONS, TYPES, divide_up, on_device, rounded, upload
+from .. import _checks as check
+from .runtime import OPTIONS, TYPES, on_device, rounded, upload
+
+
+@dataclass(frozen=True)
+class EmaLaunch:
+    """Elements per program (one table entry), per step of its loop, and warps."""
+
+    chunk: int
+    block: int
+    warps: int
+
+
+def chunk_launch() -> EmaLaunch:
+    """16 elements a thread and step: four 16-byte loads of a float32 average, four of its source, before any store."""
+    return EmaLaunch(chunk=8192, block=2048, warps=4)
 
 
 @triton.jit
@@ -75,43 +89,6 @@ def _update_ema_kernel(
         _update_chunk(average, source, copy, count, w, HAS_COPY, BLOCK)
 
 
-@triton.jit(do_not_specialize=["count"])
-def _update_ema_strided_kernel(
-    average, source, copy, sizes, average_strides, source_strides, copy_strides, count, weight, weight_address,
-    HAS_COPY: tl.constexpr, DEVICE_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """For tensors whose elements lie in different orders; dimensions from the innermost."""
-    w = _weight(weight, weight_address, DEVICE_WEIGHT)
-    rest = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = rest < count
-    for d in tl.static_range(len(sizes)):
-        x = rest % sizes[d]
-        rest = rest // sizes[d]
-        average += x * average_strides[d]
-        source += x * source_strides[d]
-        copy += x * copy_strides[d]
-    s = tl.load(source, mask=mask, other=0.0)
-    a = _moved(tl.load(average, mask=mask, other=0.0), s, w, average.dtype.element_ty)
-    tl.store(average, a, mask=mask)
-    if HAS_COPY:
-        tl.store(copy, rounded(a.to(tl.float32), copy.dtype.element_ty), mask=mask)
-
-
-def joint_layout(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """(size, stride in each tensor) from the innermost dimension, with dimensions joined that are one in all tensors.
-
-    Tensors that lie in memory in one order without gaps come out as the single entry (count, 1, 1, ...).
-    """
-    columns = [(n, *(t.stride(d) for t in tensors)) for d, n in enumerate(tensors[0].shape) if n != 1]
-    joined: list[tuple[int, ...]] = []
-    for size, *strides in sorted(columns, key=lambda column: column[1:]):
-        if joined and all(s == joined[-1][0] * t for s, t in zip(strides, joined[-1][1:], strict=True)):
-            joined[-1] = (joined[-1][0] * size, *joined[-1][1:])
-        else:
-            joined.append((size, *strides))
-    return joined or [(1, *([1] * len(tensors)))]
-
-
 Types = tuple[torch.dtype, torch.dtype, torch.dtype | None]
 
 
@@ -120,10 +97,11 @@ class TritonPlan:
 
     def __init__(self, averages: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
         self._device = averages[0].device
-        self._strided: list[tuple[tuple[Tensor, Tensor, Tensor | None], list[tuple[int, ...]]]] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
+        self._after: list[tuple[Tensor, Tensor]] = []
         self._has_copies = bool(copies)
         self._anchor = averages[0]
-        config = launch.ema()
+        config = chunk_launch()
         rows: dict[Types, list[np.ndarray]] = {}
         for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
             copy = copies[i] if copies else None
@@ -131,10 +109,8 @@ class TritonPlan:
             count = average.numel()
             if count == 0:
                 continue
-            layout = joint_layout(tensors)
-            if len(layout) > 1 or any(stride != 1 for stride in layout[0][1:]):
-                self._strided.append(((average, source, copy), layout))
-                continue
+            if not check.lies_flat(*tensors):
+                tensors = [self._stand_in(t, column) for column, t in enumerate(tensors)]
             first = np.arange(0, count, config.chunk, dtype=np.int64)
             row = np.zeros((len(first), 4), dtype=np.int64)
             for column, t in enumerate(tensors):
@@ -155,21 +131,31 @@ class TritonPlan:
             if self._device.type == "cuda":
                 self._stream = torch.cuda.current_stream(self._device)
 
+    def _stand_in(self, t: Tensor, column: int) -> Tensor:
+        """Contiguous memory, for tensors whose elements lie in different orders: two more passes over them."""
+        if t.is_contiguous():
+            return t
+        flat = torch.empty_like(t, memory_format=torch.contiguous_format)
+        if column < 2:
+            self._before.append((flat, t))
+        if column != 1:
+            self._after.append((t, flat))
+        return flat
+
     @property
     def launches(self) -> int:
         """Kernels that one step launches."""
-        return len(self._groups) + len(self._strided)
+        return len(self._groups)
 
     def step(self, weight: float, weight_tensor: Tensor | None) -> None:
         """One update; `weight_tensor`, a 0-D float64 tensor on the device, replaces `weight`."""
-        if weight_tensor is not None:
-            check_update_ema([], [], [], weight_tensor)
-            require(weight_tensor.device == self._device, "update_ema_", "device of weight", self._device,
-                    weight_tensor.device)  # fmt: skip
-        elif weight == 0.0 and not self._has_copies:
+        check.weight("update_ema_", weight_tensor, self._device)
+        if weight_tensor is None and weight == 0.0 and not self._has_copies:
             return
-        config = launch.ema()
+        config = chunk_launch()
         with on_device(self._anchor):
+            for to, of in self._before:
+                to.copy_(of)
             if self._groups and self._device.type == "cuda":
                 stream = torch.cuda.current_stream(self._device)
                 if stream != self._stream:
@@ -182,21 +168,8 @@ class TritonPlan:
                     HAS_COPY=copy is not None, DEVICE_WEIGHT=weight_tensor is not None, BLOCK=config.block,
                     num_warps=config.warps, **OPTIONS,
                 )  # fmt: skip
-            for tensors, layout in self._strided:
-                _step_strided(tensors, layout, weight, weight_tensor)
-
-
-def _step_strided(tensors, layout, weight: float, weight_tensor: Tensor | None) -> None:
-    average, source, copy = tensors
-    config, count = launch.elementwise(), average.numel()
-    sizes, *strides = (tuple(column) for column in zip(*layout, strict=True))
-    if copy is None:
-        copy, strides = average, [*strides, strides[0]]
-    _update_ema_strided_kernel[(divide_up(count, config.block),)](
-        average, source, copy, sizes, *strides, count, weight, average if weight_tensor is None else weight_tensor,
-        HAS_COPY=tensors[2] is not None, DEVICE_WEIGHT=weight_tensor is not None, BLOCK=config.block,
-        num_warps=config.warps, **OPTIONS,
-    )  # fmt: skip
+            for to, of in self._after:
+                to.copy_(of)
 
 
 def update_ema_(

@@ -1,4 +1,4 @@
-"""Loads the native libraries of `d2v_kernels/lib` and keeps the reason when one does not load.
+"""C++ on CPUs and CUDA C++ on NVIDIA GPUs: loads `d2v_kernels/lib` and keeps the reason when a part does not load.
 
 `libd2v_cpu` brings the operators `torch.ops.d2v_native.*`, `libd2v_cuda` their CUDA kernels, and the module `_native`
 the objects that live longer than a call. Each is optional: without them the reference backend runs.
@@ -18,12 +18,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks as check
+from .registry import OPERATORS, Backend, Case
 
 LIB = Path(__file__).resolve().parent / "lib"
 CPU_LIBRARY, CUDA_LIBRARY, MODULE = "libd2v_cpu", "libd2v_cuda", "_native"
 TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # of csrc/core/dtype.h
 NO_COPY = -1
+_NORMS = ("none", "layer", "instance", "batch")
 SPLIT = 4  # an average in two halves: kSplit of csrc/core/ema.h
 
 
@@ -35,11 +37,6 @@ class Module(Protocol):
 
     def build_info(self) -> dict[str, Any]:
         """Compiler and flags."""
-
-    def mask_lists(
-        self, mask: int, rows: int, tokens: int, visible: int, keep: int, restore: int, numbers: int
-    ) -> None:
-        """Fills keep, restore and numbers at the given addresses."""
 
 
 _libraries: dict[str, ctypes.CDLL] = {}
@@ -124,13 +121,6 @@ def build_record() -> dict[str, Any]:
     return record
 
 
-def function_address(library: str, name: str) -> int:
-    """Address of an exported C function."""
-    address = ctypes.cast(getattr(_libraries[library], name), ctypes.c_void_p).value
-    assert address is not None
-    return address
-
-
 class NativePlan:
     """Tables of `update_ema_` for fixed tensors, which it holds; see `EmaPlan`."""
 
@@ -138,31 +128,23 @@ class NativePlan:
         self, module: Module, entries: Sequence[tuple[int, ...]], tensors: list[Tensor], device: torch.device
     ) -> None:
         self._device, self._on_host = device, device.type == "cpu"
-        names = ("d2v_update_ema", "d2v_tensors_moved", "d2v_release_tensors")
-        functions = [function_address(CPU_LIBRARY, name) for name in names]
-        self._plan = module.EmaPlan(entries, *functions, torch.ops.d2v_native.hold_tensors(tensors))
+        libraries = [library._name for library in _libraries.values()]
+        self._plan = module.EmaPlan(entries, libraries, torch.ops.d2v_native.hold_tensors(tensors))
         self.moved: Callable[[], bool] = self._plan.moved
         """True when the memory of a tensor lies elsewhere than when the plan was made."""
         if device.type == "cuda":
             table = bytearray(self._plan.device_table())
             self._table = torch.frombuffer(table, dtype=torch.uint8).to(device) if table else None
-            self._launch = function_address(CUDA_LIBRARY, "d2v_launch_ema")
 
     def step(self, weight: float, weight_tensor: Tensor | None) -> None:
         """One update; `weight_tensor`, a 0-D float64 tensor on the device, replaces `weight`."""
-        if weight_tensor is not None:
-            _checks.check_update_ema([], [], [], weight_tensor)
-            _checks.require(
-                weight_tensor.device == self._device, "update_ema_", "device of weight", self._device,
-                weight_tensor.device,
-            )  # fmt: skip
+        check.weight("update_ema_", weight_tensor, self._device)
         if self._on_host:
             self._plan.step(weight if weight_tensor is None else float(weight_tensor))
         elif self._table is not None:
             address = 0 if weight_tensor is None else weight_tensor.data_ptr()
             stream = torch.cuda.current_stream(self._device).cuda_stream
-            index = self._device.index
-            self._plan.step_device(weight, self._launch, self._table.data_ptr(), address, index, stream)
+            self._plan.step_device(weight, self._table.data_ptr(), address, self._device.index, stream)
 
 
 def make_ema_plan(
@@ -178,29 +160,64 @@ def make_ema_plan(
     library = {"cpu": CPU_LIBRARY, "cuda": CUDA_LIBRARY}.get(device.type, "")
     if library not in _libraries:
         return None
-    if low:
-        return NativePlan(_module, _split_entries(averages, low, sources), [*averages, *low, *sources], device)
-    entries = []
-    for i, (average, source) in enumerate(zip(averages, sources, strict=True)):
-        copy = copies[i] if copies else None
-        flat = _checks.lies_flat(average, source) if copy is None else _checks.lies_flat(average, source, copy)
-        if not flat or (average.dtype == torch.float64) != (source.dtype == torch.float64):
+    entries = plan_entries(averages, sources, copies, low)
+    tensors = [*averages, *low, *sources, *copies]
+    return None if entries is None else NativePlan(_module, entries, tensors, device)
+
+
+def plan_entries(
+    averages: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor], low: Sequence[Tensor]
+) -> list[tuple[int, ...]] | None:
+    """Addresses, counts and types for the module's EmaPlan; None for tensors of different layouts."""
+    entries: list[tuple[int, ...]] = []
+    third: Sequence[Tensor | None] = low or copies or [None] * len(averages)
+    for average, source, copy in zip(averages, sources, third, strict=True):
+        if not check.lies_flat(*(t for t in (average, source, copy) if t is not None)):
             return None
-        if average.numel() == 0:
-            continue
-        entries.append(
-            (
-                average.data_ptr(), source.data_ptr(), 0 if copy is None else copy.data_ptr(), average.numel(),
-                TYPE_NUMBERS[average.dtype], TYPE_NUMBERS[source.dtype],
-                NO_COPY if copy is None else TYPE_NUMBERS[copy.dtype],
-            )
-        )  # fmt: skip
-    return NativePlan(_module, entries, [*averages, *sources, *copies], device)
+        if not low and (average.dtype == torch.float64) != (source.dtype == torch.float64):
+            return None
+        types = [NO_COPY if t is None else SPLIT if low else TYPE_NUMBERS[t.dtype] for t in (average, copy)]
+        addresses = (average.data_ptr(), source.data_ptr(), 0 if copy is None else copy.data_ptr())
+        if average.numel() > 0:
+            entries.append((*addresses, average.numel(), types[0], TYPE_NUMBERS[source.dtype], types[1]))
+    return entries
 
 
-def _split_entries(high: Sequence[Tensor], low: Sequence[Tensor], sources: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    return [
-        (h.data_ptr(), s.data_ptr(), lower.data_ptr(), h.numel(), SPLIT, TYPE_NUMBERS[s.dtype], SPLIT)
-        for h, lower, s in zip(high, low, sources, strict=True)
-        if h.numel() > 0
-    ]
+def _body(op: str) -> Callable[..., Any]:
+    run: Any = getattr(getattr(torch.ops.d2v_native, op, None), "default", None)
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return run(*arguments)
+        except RuntimeError as error:
+            # What native code finds is a value out of range. Its text, after the place in the C++ source, begins with
+            # the operator's name.
+            _, name, text = str(error).split("\n", 1)[0].partition(f"{op}: ")
+            if name:
+                raise ValueError(name + text) from None
+            raise
+
+    return call
+
+
+def _limits(case: Case) -> list[str]:
+    library = {"cpu": CPU_LIBRARY, "cuda": CUDA_LIBRARY}.get(case.device)
+    if library is None:
+        return [f"native runs on cpu and cuda, not on {case.device}"]
+    if library not in _libraries:
+        return [f"{library} is not loaded ({_errors.get(library, 'unknown reason')})"]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"d2v_native::{case.op}", case.device.upper()):
+        return [f"native has no {case.op} on {case.device}"]
+    unknown = [check.dtype_name(d) for d in case.dtypes if d not in TYPE_NUMBERS]
+    reasons = [f"native has no {', '.join(unknown)}"] if unknown else []
+    if case.op == "update_split_ema_" and torch.float64 in case.dtypes:
+        reasons.append("native's averages in two halves have no float64 sources")
+    if case.op == "average_layers":
+        reasons += [f"native normalises by {', '.join(_NORMS)}, not by {n}" for n in case.traits if n not in _NORMS]
+    return reasons
+
+
+def backend() -> Backend:
+    """The backend, for the operators defined so far; loads what there is."""
+    load()
+    return Backend("native", {op: _body(op) for op in OPERATORS}, _limits, make_ema_plan)
