@@ -3,19 +3,17 @@
 Curves of a step's time and peak memory over batch, length, averaged layers, masks and parameters, of the loader over
 its workers, and of the trainer over processes. Every point runs in a process of its own (peak memory in one a form);
 plain and d2v take turns as in `benchmarks.step`. Points of the same sources and machine that the output has are not
-measured again, so a run that was cut off goes on. A curve ends where its next point would take too long or too much
-memory, and the reason is a record, too. JSON lines, a table and a plot.
+measured again, so a run that was cut off goes on; points of others stay until they are measured again. A curve ends
+where its next point would take too long or too much memory, and the reason is a record, too. JSON lines, a table and
+a plot.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +21,10 @@ from typing import Any, Literal
 
 import torch
 
-from . import growth_points, growth_report
-from .gpu_record import keep_records, source_hash
-from .gpu_stages import run_child
-from .kernels import KEEP_PAGES, RESULTS
-from .machine import machine_record
-from .step_cases import StepCase
+from . import growth_points
+from .harness import plots, report
+from .harness.record import RESULTS, ChildError, ask_child, machine_record, parse, read_rows, run_key, store
+from .training.cases import StepCase
 
 Row = dict[str, Any]
 COMMAND = "python -m benchmarks.growth"
@@ -48,11 +44,6 @@ class Curve:
     kind: Literal["step", "operator", "workers", "processes"] = "step"
     case: Callable[[float], StepCase] | None = None
     """Step of a point."""
-
-    def order(self, x: float) -> Row:
-        """What the process of a point is told."""
-        case = dataclasses.asdict(self.case(x)) if self.case else None
-        return {"kind": self.kind, "x": x, "case": case}
 
 
 def curves_for(device: str, dry: bool) -> list[Curve]:
@@ -93,14 +84,6 @@ def _width(width: int) -> tuple[tuple[str, int], ...]:
     return (("encoder.width", width), ("decoder.width", width))
 
 
-def run_key(machine: Row, device: str) -> str:
-    """Points with another key belong to other sources, another machine or other versions."""
-    names = ("commit", "cpu", "cores", "python", "torch", "isa", "gpu")
-    # Written results make a tree dirty; the digest says whether its sources are.
-    parts = [str(machine[name]).removesuffix("-dirty") for name in names]
-    return hashlib.sha256(" ".join([*parts, device, source_hash(("d2v",))]).encode()).hexdigest()[:16]
-
-
 def predict(points: list[tuple[float, float]], x: float) -> float | None:
     """Continues the last two points by their power law, of an exponent between 0 and 3; one point: exponent 1."""
     if not points:
@@ -119,12 +102,17 @@ class Runner:
     def __init__(self, options: argparse.Namespace, output: Path) -> None:
         self.options, self.output = options, output
         self.machine = machine_record()
-        self.key = run_key(self.machine, options.device)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = keep_records(output, self.key)
-        self.memory_limit = (
-            int(options.memory * 1e9) if options.memory else growth_points.available_bytes(options.device) * 7 // 10
-        )
+        # Written results make a tree dirty; the digest says whether its sources are.
+        parts = [str(self.machine[n]).removesuffix("-dirty") for n in ("commit", "cpu", "cores", "python", "torch")]
+        parts += [self.machine["isa"], self.machine["gpu"], options.device]
+        self.key = run_key(*parts, more=("d2v",))
+        free = growth_points.available_bytes(options.device) * 7 // 10
+        self.memory_limit = int(options.memory * 1e9) or free
+
+    @property
+    def rows(self) -> list[Row]:
+        """What these sources have measured on this machine."""
+        return [r for r in read_rows(self.output) if r.get("key") == self.key]
 
     def run(self, curve: Curve) -> None:
         """Every point of a curve, as far as it goes."""
@@ -147,110 +135,117 @@ class Runner:
         seconds = predict([(r["x"], r["forms"][form]["minimum"]) for r in done], x)
         memory = predict([(r["x"], r["forms"][form]["memory"]) for r in done], x)
         share = self.options.budget / len(FORMS)
-        reason = ""
         if seconds is not None and LEAST_STEPS * seconds > share:
             reason = f"a step would take about {seconds:.1f} s, {LEAST_STEPS} of them more than {share:g} s"
         elif memory is not None and memory > self.memory_limit:
             reason = f"it would take about {memory / 1e9:.1f} GB, more than {self.memory_limit / 1e9:.1f}"
-        if reason:
-            self._write({"kind": "stop", "curve": curve.name, "x": x, "forms": [form], "reason": reason})
-        return bool(reason)
+        else:
+            return False
+        self._stop(curve, x, [form], reason)
+        return True
 
     def _measure(self, curve: Curve, x: float, forms: list[str], rows: list[Row]) -> bool:
         """One point; False where a process failed, which is a record, too."""
-        order = {
-            **curve.order(x),
-            "curve": curve.name,
-            "forms": forms,
-            "device": self.options.device,
-            "dry": self.options.dry,
-        }
         last = [r["forms"][f]["minimum"] for r in rows[-1:] if r["kind"] == "point" for f in forms if f in r["forms"]]
         left = self.options.budget - (LEAST_STEPS - 2) * sum(last)
-        order["rounds"] = 3 if self.options.dry else max(2, min(12, int(left / max(2.0 * sum(last), 1e-3))))
-        order["seconds"] = self.options.budget / 4.0
+        case = dataclasses.asdict(curve.case(x)) if curve.case else None
+        order = {
+            "kind": curve.kind, "x": x, "case": case, "curve": curve.name, "forms": forms, "dry": self.options.dry,
+            "device": self.options.device, "seconds": self.options.budget / 4.0,
+            "rounds": 3 if self.options.dry else max(2, min(12, int(left / max(2.0 * sum(last), 1e-3)))),
+        }  # fmt: skip
         memory: dict[str, int] = {}
         if curve.kind == "step" and self.options.device == "cpu":
             for form in forms:
-                result = self._run_child({**order, "kind": "memory", "forms": [form]}, keep_pages=False)
-                if isinstance(result, str):
-                    self._write({"kind": "stop", "curve": curve.name, "x": x, "forms": [form], "reason": result})
-                else:
+                result = self._ask(curve, {**order, "kind": "memory", "forms": [form]}, keep_pages=False)
+                if result is not None:
                     memory[form] = result["bytes"]
             order["forms"] = forms = [f for f in forms if f in memory]
             if not forms:
                 return False
-        result = self._run_child(order, processes=int(x) if curve.kind == "processes" else None)
-        if isinstance(result, str):
-            self._write({"kind": "stop", "curve": curve.name, "x": x, "forms": forms, "reason": result})
+        result = self._ask(curve, order)
+        if result is None:
             return False
         for form, size in memory.items():
             result["forms"][form]["memory"] = size
         self._write({"kind": "point", "curve": curve.name, "label": curve.label, "x": x, "x_given": x, **result})
         return True
 
-    def _run_child(self, order: Row, *, keep_pages: bool = True, processes: int | None = None) -> Row | str:
-        """What a process printed last, or why there is nothing."""
-        launcher = [] if processes is None else [
-            "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]  # fmt: skip
-        order = {**order, "threads": self.options.threads, "memory_limit": self.memory_limit}
-        command = [sys.executable, *launcher, "-m", "benchmarks.growth", "--child", json.dumps(order)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.options.threads), **(KEEP_PAGES if keep_pages else {})}
-        limit = 4.0 * self.options.budget
-        status, output = run_child(command, limit, environment)
-        if status is None:
-            return f"stopped after {limit:g} s"
-        lines = [line for line in output.splitlines() if line.strip()]
-        found = [line for line in lines if line.startswith(growth_points.MARK)]
-        if status != 0 or not found:
-            errors = [line for line in lines if "Error" in line] or lines[-1:] or ["no output"]
-            return f"exit status {status}: {errors[-1].strip()[:200]}"
-        result: Row = json.loads(found[-1].removeprefix(growth_points.MARK))
+    def _ask(self, curve: Curve, order: Row, *, keep_pages: bool = True) -> Row | None:
+        """What a process answers; None where it fails, and the curve ends."""
+        try:
+            return self.ask_child(order, keep_pages=keep_pages)
+        except ChildError as error:
+            self._stop(curve, order["x"], order["forms"], str(error))
+            return None
+
+    def ask_child(self, order: Row, *, keep_pages: bool = True) -> Row:
+        """The result of a process of its own, or of as many as the point has, that talk to each other."""
+        ranks = f"--nproc-per-node={order['x']:.0f}"
+        launcher = ["-m", "torch.distributed.run", "--standalone", ranks] if order["kind"] == "processes" else []
+        threads = self.options.threads
+        order = {**order, "threads": threads, "memory_limit": self.memory_limit}
+        result: Row = ask_child("growth", order, threads=threads, keep_pages=keep_pages, launcher=launcher,
+                                limit_s=4.0 * self.options.budget)  # fmt: skip
         return result
 
+    def _stop(self, curve: Curve, x: float, forms: list[str], reason: str) -> None:
+        self._write({"kind": "stop", "curve": curve.name, "x": x, "forms": forms, "reason": reason})
+
     def _write(self, row: Row) -> None:
+        """Adds a row. The curve's rows of other sources go as far as it has come again, its other ends with its own."""
         device, threads = self.options.device, self.options.threads
         command = f"{COMMAND} --device {device} --threads {threads} --only {row['curve']}"
         row |= {"device": device, "threads": threads, "dry": self.options.dry, "key": self.key,
                 "machine": self.machine, "command": command}  # fmt: skip
-        self.rows.append(row)
-        with self.output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(growth_report.text_row(row), flush=True)
+
+        def replaces(old: Row) -> bool:
+            same = all(old.get(name, row[name]) == row[name] for name in ("curve", "device", "threads"))
+            if not same or old.get("key") == self.key:
+                return False
+            reached = row["kind"] == "point" and old.get("x_given", old.get("x", -1.0)) <= row["x_given"]
+            return reached or (row["kind"] == old["kind"] == "stop")
+
+        store(self.output, row, replaces=replaces)
+        print(report.growth_row(row), flush=True)
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where steps run")
-    parser.add_argument("--only", nargs="+", default=None, help="names of curves; unset: all")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a process")
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds of steps at a point; a curve ends above")
-    parser.add_argument("--memory", type=float, default=None, help="GB of a process; unset: 70%% of what is free")
-    parser.add_argument("--output", type=Path, default=None, help="JSON lines; unset: benchmarks/results/growth-DEVICE")
-    parser.add_argument("--dry", action="store_true", help="tiny points, to see that everything works")
-    parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parse(
+        "growth", __doc__, arguments,
+        device=(("cpu", "cuda"), "where steps run"),
+        only=([""], "names of curves; unset: all"),
+        threads=(1, "CPU threads of a process"),
+        budget=(40.0, "seconds of steps at a point; a curve ends above"),
+        memory=(0.0, "GB of a process; unset: 70%% of what is free"),
+        output=(RESULTS / "growth-DEVICE.jsonl", "JSON lines that keep the rows"),
+        dry=(False, "tiny points, to see that everything works"),
+        child=(None, ""),
+    )  # fmt: skip
+    name = options.output.name.replace("DEVICE", "dry" if options.dry else options.device)
+    options.output = options.output.with_name(name)
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures what is missing, prints one line a curve and draws them."""
-    options = parse(arguments)
+    options = parse_options(arguments)
     if options.child is not None:
         growth_points.run(json.loads(options.child))
         return
     curves = curves_for(options.device, options.dry)
     names = [c.name for c in curves]
-    for name in options.only or ():
-        if name not in names:
+    for name in options.only:
+        if name not in ("", *names):
             raise SystemExit(f"--only: expected names of curves, {', '.join(names)}; got {name!r}")
-    output = options.output or RESULTS / f"growth-{'dry' if options.dry else options.device}.jsonl"
-    runner = Runner(options, output)
+    runner = Runner(options, options.output)
     for curve in curves:
-        if options.only is None or curve.name in options.only:
+        if options.only == [""] or curve.name in options.only:
             runner.run(curve)
-    print(growth_report.table(runner.rows))
-    growth_report.draw(runner.rows, output.with_suffix(".png"))
+    rows = read_rows(options.output)
+    print(report.growth_table(rows))
+    plots.growth(rows, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
+import itertools
 import resource
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,14 +25,13 @@ from d2v.train import open_data
 from d2v.trainer import Trainer
 
 from . import loader, step
-from .cases import eager_average
-from .step_cases import Precision, StepCase
-from .step_forms import settings
-from .timing import time_interleaved
+from .harness.cases import eager_average
+from .harness.record import answer
+from .harness.timer import take_turns, time_interleaved
+from .training.cases import Precision, StepCase, change
+from .training.forms import measure_gpu_memory, settings, synchronise
 
 Row = dict[str, Any]
-MARK = "growth point: "
-"""Begins the line of the result: a library may print after it."""
 GLOBAL_BATCH = 32
 """Samples of an update, shared by the processes."""
 OPERATOR_SHAPE = (4, 500, 768)
@@ -56,7 +55,7 @@ def run(order: Row) -> None:
     with settings(order["threads"]):
         result = MEASURES[order["kind"]](order)
     if not dist.is_torchelastic_launched() or result:
-        print(MARK + json.dumps(result), flush=True)
+        answer(result)
 
 
 def _case(order: Row) -> StepCase:
@@ -72,7 +71,7 @@ def measure_step(order: Row) -> Row:
     timings = step.time_forms(forms, batches, order["rounds"], order["seconds"])
     if device.type == "cuda":
         for form in forms:
-            timings[form.name]["memory"] = step.measure_gpu_memory(form, batches[0])
+            timings[form.name]["memory"] = measure_gpu_memory(form, batches[0])
     trained = sum(p.numel() for p in forms[0].parameters)
     result = {"case": case.name, "forms": timings, "samples": case.samples, "rows": len(batches[0][1].mask),
               "parameters": trained}  # fmt: skip
@@ -93,7 +92,7 @@ def measure_operator(order: Row) -> Row:
     layers = [torch.randn(shape, generator=generator).to(device) for _ in range(int(order["x"]))]
 
     def finish(result: torch.Tensor) -> torch.Tensor:
-        step.synchronise(device)
+        synchronise(device)
         return result
 
     contenders = {
@@ -103,7 +102,7 @@ def measure_operator(order: Row) -> Row:
     torch.testing.assert_close(contenders["d2v"](), contenders["plain"](), rtol=1e-4, atol=1e-4)
     timings = time_interleaved(contenders, budget_s=3.0)
     name = f"average_layers instance B={shape[0]} T={shape[1]} C={shape[2]}"
-    return {"case": name, "forms": {n: dataclasses.asdict(t) for n, t in timings.items()}}
+    return {"case": name, "forms": timings}
 
 
 def measure_workers(order: Row) -> Row:
@@ -118,10 +117,10 @@ def measure_workers(order: Row) -> Row:
 
 def _ranks_config(path: str, run: str, order: Row) -> Config:
     base = recipes.vision_base() if order["device"] == "cuda" else recipes.vision_tiny()
-    return dataclasses.replace(
+    return change(
         base,
-        data=dataclasses.replace(base.data, path=path, workers=0, global_batch=GLOBAL_BATCH, micro_batch=None),
-        run=dataclasses.replace(base.run, dir=run, threads=order["threads"], device=order["device"], timeout=120.0),
+        data={"path": path, "workers": 0, "global_batch": GLOBAL_BATCH, "micro_batch": None},
+        run={"dir": run, "threads": order["threads"], "device": order["device"], "timeout": 120.0},
     )
 
 
@@ -161,19 +160,22 @@ def _time_updates(trainer: Trainer, batches: list[Any], world: World, rounds: in
     """Seconds of an update: least and median with the exchange of gradients, least without; in turn."""
     network: Any = trainer.network
     assert isinstance(network, DistributedDataParallel)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(rounds + 2):
-        for exchange in (True, False):
-            step.synchronise(world.device)
-            world.wait()
-            begin = time.perf_counter()
-            # Weights of the ranks drift apart without it; the work stays the same.
-            with contextlib.nullcontext() if exchange else network.no_sync():
-                trainer.run_update(batches[number % len(batches)])
-                step.synchronise(world.device)
-            if number >= 2:
-                seconds[exchange].append(time.perf_counter() - begin)
-    return min(seconds[True]), statistics.median(seconds[True]), min(seconds[False])
+    order = itertools.cycle(batches)
+
+    def update(exchange: bool) -> float:
+        synchronise(world.device)
+        world.wait()
+        begin = time.perf_counter()
+        # Weights of the ranks drift apart without it; the work stays the same.
+        with contextlib.nullcontext() if exchange else network.no_sync():
+            trainer.run_update(next(order))
+            synchronise(world.device)
+        return time.perf_counter() - begin
+
+    samplers = {"exchange": partial(update, True), "local": partial(update, False)}
+    samples = take_turns(samplers, rounds=rounds + 2, least=rounds + 2, budget_s=0.0)
+    exchange, local = (samples[name][2:] for name in ("exchange", "local"))
+    return min(exchange), statistics.median(exchange), min(local)
 
 
 MEASURES = {
