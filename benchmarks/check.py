@@ -69,9 +69,9 @@ def check_kernels(path: Path, only: str, allow: float) -> list[str]:
 
 def measure_step(case: str) -> Ratios:
     """Ratios of the tiny step of this name, measured in processes of their own."""
-    number = next(n for n, c in enumerate(CPU) if c.name == case)
-    order = {"device": "cpu", "dry": False, "forms": ["plain", "d2v"], "rounds": 15, "budget": 5.0}
-    return step_ratios(step.ask_for_row(number, order, 1))
+    found = next(c for c in CPU if c.name == case)
+    order = {"device": "cpu", "forms": ["plain", "d2v"], "rounds": 15, "budget": 5.0, "threads": 1}
+    return step_ratios(step.add_memory(step.ask_for_row(found, order), step.ask_for_memory(found, order)))
 
 
 def check_steps(path: Path, only: str, allow: float, measure: Callable[[str], Ratios] = measure_step) -> list[str]:

@@ -11,26 +11,56 @@ a plot.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
+import itertools
 import json
 import math
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from . import growth_points
+import d2v_kernels as dk
+from d2v import recipes
+from d2v.config import Config
+from d2v.dist import World, open_world
+from d2v.pretraining import Pretraining
+from d2v.train import open_data
+from d2v.trainer import Trainer
+
+from . import loader, step
 from .harness import plots, report
-from .harness.record import RESULTS, ChildError, ask_child, machine_record, parse, read_rows, run_key, store
-from .training.cases import StepCase
+from .harness.cases import Place, eager_average
+from .harness.record import (
+    RESULTS,
+    ChildError,
+    answer,
+    ask_child,
+    limit_memory,
+    machine_record,
+    parse,
+    read_rows,
+    run_key,
+    store,
+)
+from .harness.timer import take_turns, time_interleaved
+from .training.cases import StepCase, change
+from .training.forms import settings, synchronise
 
 Row = dict[str, Any]
 COMMAND = "python -m benchmarks.growth"
 FORMS = ["plain", "d2v"]
 LEAST_STEPS = 7
 """Of a form at a point: three for its memory, two that do not count, two that do."""
+GLOBAL_BATCH = 32
+"""Samples of an update, shared by the processes."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +85,11 @@ def curves_for(device: str, dry: bool) -> list[Curve]:
             Curve("processes", "processes", (1, 2), "processes"),
         ]
     on_gpu = device == "cuda"
-    vision, layers, masks = ("vision-base", "vision-base", "vision-base") if on_gpu else (
-        "vision-tiny", "vision-small", "vision-tiny")  # fmt: skip
-    speech = "speech-base" if on_gpu else "speech-small"
-    few = 8 if on_gpu else 1
-    sizes = [("vision-base", ()), ("vision-large", ())] if on_gpu else [
-        ("vision-tiny", (("mask.copies", 8),)), ("vision-small", _width(96)), ("vision-small", _width(192)),
-        ("vision-small", ()),
-    ]  # fmt: skip
+    few, vision, layers, speech = (8, "vision-base", "vision-base", "speech-base") if on_gpu else (
+        1, "vision-tiny", "vision-small", "speech-small")  # fmt: skip
+    narrow = [StepCase(layers, few, settings=(("encoder.width", w), ("decoder.width", w))) for w in (96, 192)]
+    sizes = [StepCase("vision-base", few), StepCase("vision-large", few)] if on_gpu else [
+        StepCase(vision, few, settings=(("mask.copies", 8),)), *narrow, StepCase(layers, few)]  # fmt: skip
     curves = [
         Curve("batch", "samples B", (4, 8, 16, 32, 64), case=lambda x: StepCase(vision, int(x))),
         Curve("length", "seconds of audio", (5, 7.5, 10, 15, 20, 30, 60), case=lambda x: StepCase(speech, 1, x)),
@@ -70,18 +97,12 @@ def curves_for(device: str, dry: bool) -> list[Curve]:
               case=lambda x: StepCase(layers, few, settings=(("target.top_k", int(x)),))),
         Curve("operator", "averaged layers K", (1, 2, 4, 8, 16), "operator"),
         Curve("masks", "masks per sample M", (1, 4, 8, 16),
-              case=lambda x: StepCase(masks, 16, settings=(("mask.copies", int(x)),))),
-        Curve("parameters", "trained parameters", tuple(range(len(sizes))),
-              case=lambda x: StepCase(sizes[int(x)][0], few, settings=sizes[int(x)][1])),
+              case=lambda x: StepCase(vision, 16, settings=(("mask.copies", int(x)),))),
+        Curve("parameters", "trained parameters", tuple(range(len(sizes))), case=lambda x: sizes[int(x)]),
         Curve("workers", "loader workers", (0, 1, 2, 4), "workers"),
         Curve("processes", "processes", (1, 2), "processes"),
     ]  # fmt: skip
     return [c for c in curves if not (on_gpu and c.name == "processes" and torch.cuda.device_count() < 2)]
-
-
-def _width(width: int) -> tuple[tuple[str, int], ...]:
-    """A narrower model; groups of the decoder as wide as before."""
-    return (("encoder.width", width), ("decoder.width", width))
 
 
 def predict(points: list[tuple[float, float]], x: float) -> float | None:
@@ -96,6 +117,120 @@ def predict(points: list[tuple[float, float]], x: float) -> float | None:
     return y1 * (x / x1) ** exponent if x1 > 0 else None
 
 
+# ---- the points that are no training steps
+
+
+def available_bytes(device: str) -> int:
+    """Memory that processes can still take, on the host or on the GPU."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def measure_operator(order: Row) -> Row:
+    """`average_layers` with instance norm against the published formulation."""
+    b, t, c = (2, 50, 64) if order["dry"] else (4, 500, 768)
+    place = Place(torch.device(order["device"]))
+    layers = [place.normal(i, b, t, c) for i in range(int(order["x"]))]
+
+    def finish(result: torch.Tensor) -> torch.Tensor:
+        synchronise(place.device)
+        return result
+
+    contenders = {
+        "plain": lambda: finish(eager_average(layers, "instance", "none")),
+        "d2v": lambda: finish(dk.average_layers(layers, norm="instance")),
+    }
+    torch.testing.assert_close(contenders["d2v"](), contenders["plain"](), rtol=1e-4, atol=1e-4)
+    timings = time_interleaved(contenders, budget_s=3.0)
+    return {"case": f"average_layers instance B={b} T={t} C={c}", "forms": timings}
+
+
+def measure_workers(order: Row) -> Row:
+    """Samples a second of the loader on generated JPEG images, with x workers."""
+    workers = int(order["x"])
+    with TemporaryDirectory(prefix="d2v-growth-") as folder:
+        path = loader.write_images(Path(folder) / "images")
+        config = loader.settings("vision-base", path, Path(folder) / "run", workers, global_batch=32)
+        rates = loader.measure(config, 4.0)
+    return {"case": "images in a folder", "forms": {"d2v": {"minimum": 1.0 / rates["samples_per_second"], **rates}}}
+
+
+def ranks_config(path: str, run: str, order: Row) -> Config:
+    """The trainer's configuration, whatever the number of processes."""
+    base = recipes.vision_base() if order["device"] == "cuda" else recipes.vision_tiny()
+    return change(
+        base,
+        data={"path": path, "workers": 0, "global_batch": GLOBAL_BATCH, "micro_batch": None},
+        run={"dir": run, "threads": order["threads"], "device": order["device"], "timeout": 120.0},
+    )
+
+
+def measure_processes(order: Row) -> Row:
+    """Time of an update of the trainer on the processes that torchrun started, with DistributedDataParallel.
+
+    `local` is the same without the exchange of gradients, so 1 - local / minimum is the share of an update that waits
+    for it. Ranks other than the first return nothing.
+    """
+    rounds = 3 if order["dry"] else 25
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory(prefix="d2v-growth-"))
+        world = stack.enter_context(open_world(ranks_config("", folder, order).run))
+        path = world.share(loader.write_images(Path(folder) / "images") if world.is_first else None)
+        config = ranks_config(str(path), folder, order)
+        source, _ = open_data(config)
+        source.prepare(Path(folder) / "run", fresh=True)
+        objective = Pretraining(config, source, None, world.device)
+        trainer = Trainer(objective, world)
+        updates = objective.updates(0, world)
+        batches = [next(updates) for _ in range(3)]
+        updates.close()
+        timings = time_updates(trainer, batches, world, rounds)
+        slowest = [max(values) for values in zip(*world.gather(timings), strict=True)]
+        world.wait()
+    if not world.is_first:
+        return {}
+    exchanged, median, local = slowest
+    trained = sum(p.numel() for p in trainer.parameters)
+    form = {"minimum": exchanged, "median": median, "local": local, "rounds": rounds,
+            "samples_per_second": GLOBAL_BATCH / exchanged, "exposed_share": 1.0 - local / exchanged}  # fmt: skip
+    return {"case": f"{config.recipe}, {GLOBAL_BATCH} samples an update", "parameters": trained,
+            "gradient_bytes": 4 * trained, "forms": {"d2v": form}}  # fmt: skip
+
+
+def time_updates(trainer: Trainer, batches: list[Any], world: World, rounds: int) -> tuple[float, float, float]:
+    """Seconds of an update: least and median with the exchange of gradients, least without; in turn."""
+    network: Any = trainer.network
+    assert isinstance(network, DistributedDataParallel)
+    order = itertools.cycle(batches)
+
+    def update(exchange: bool) -> float:
+        synchronise(world.device)
+        world.wait()
+        begin = time.perf_counter()
+        # Weights of the ranks drift apart without it; the work stays the same.
+        with contextlib.nullcontext() if exchange else network.no_sync():
+            trainer.run_update(next(order))
+            synchronise(world.device)
+        return time.perf_counter() - begin
+
+    samplers = {"exchange": partial(update, True), "local": partial(update, False)}
+    samples = take_turns(samplers, rounds=rounds + 2, least=rounds + 2, budget_s=0.0)
+    exchange, local = (samples[name][2:] for name in ("exchange", "local"))
+    return min(exchange), statistics.median(exchange), min(local)
+
+
+MEASURES = {
+    "operator": measure_operator,
+    "workers": measure_workers,
+    "processes": measure_processes,
+}
+
+
+# ---- a run
+
+
 class Runner:
     """Measures the points of curves that the output lacks, one after the other."""
 
@@ -106,7 +241,7 @@ class Runner:
         parts = [str(self.machine[n]).removesuffix("-dirty") for n in ("commit", "cpu", "cores", "python", "torch")]
         parts += [self.machine["isa"], self.machine["gpu"], options.device]
         self.key = run_key(*parts, more=("d2v",))
-        free = growth_points.available_bytes(options.device) * 7 // 10
+        free = available_bytes(options.device) * 7 // 10
         self.memory_limit = int(options.memory * 1e9) or free
 
     @property
@@ -148,45 +283,45 @@ class Runner:
         """One point; False where a process failed, which is a record, too."""
         last = [r["forms"][f]["minimum"] for r in rows[-1:] if r["kind"] == "point" for f in forms if f in r["forms"]]
         left = self.options.budget - (LEAST_STEPS - 2) * sum(last)
-        case = dataclasses.asdict(curve.case(x)) if curve.case else None
         order = {
-            "kind": curve.kind, "x": x, "case": case, "curve": curve.name, "forms": forms, "dry": self.options.dry,
-            "device": self.options.device, "seconds": self.options.budget / 4.0,
+            "kind": curve.kind, "x": x, "case": curve.case(x) if curve.case else None, "dry": self.options.dry,
+            "device": self.options.device, "budget": self.options.budget / 4.0, "quick": True,
             "rounds": 3 if self.options.dry else max(2, min(12, int(left / max(2.0 * sum(last), 1e-3)))),
         }  # fmt: skip
         memory: dict[str, int] = {}
         if curve.kind == "step" and self.options.device == "cpu":
             for form in forms:
-                result = self._ask(curve, {**order, "kind": "memory", "forms": [form]}, keep_pages=False)
-                if result is not None:
-                    memory[form] = result["bytes"]
-            order["forms"] = forms = [f for f in forms if f in memory]
-            if not forms:
-                return False
-        result = self._ask(curve, order)
+                result = self._try(curve, {**order, "kind": "memory", "forms": [form]})
+                memory |= {form: result["bytes"]} if result else {}
+            forms = list(memory)
+        result = self._try(curve, {**order, "forms": forms}) if forms else None
         if result is None:
             return False
-        for form, size in memory.items():
-            result["forms"][form]["memory"] = size
-        self._write({"kind": "point", "curve": curve.name, "label": curve.label, "x": x, "x_given": x, **result})
+        place = result["parameters"] if curve.name == "parameters" else x  # configurations are numbered
+        self._write({**step.add_memory(result, memory), "kind": "point", "curve": curve.name, "label": curve.label,
+                     "x": place, "x_given": x})  # fmt: skip
         return True
 
-    def _ask(self, curve: Curve, order: Row, *, keep_pages: bool = True) -> Row | None:
+    def _try(self, curve: Curve, order: Row) -> Row | None:
         """What a process answers; None where it fails, and the curve ends."""
         try:
-            return self.ask_child(order, keep_pages=keep_pages)
+            return self.ask_child(order)
         except ChildError as error:
             self._stop(curve, order["x"], order["forms"], str(error))
             return None
 
-    def ask_child(self, order: Row, *, keep_pages: bool = True) -> Row:
+    def ask_child(self, order: Row) -> Row:
         """The result of a process of its own, or of as many as the point has, that talk to each other."""
+        threads, limit = self.options.threads, 4.0 * self.options.budget
+        order = {**order, "threads": threads, "memory_limit": self.memory_limit if order["device"] == "cpu" else None}
+        if order["kind"] == "memory":
+            (size,) = step.ask_for_memory(order["case"], order, limit_s=limit).values()
+            return {"bytes": size}
+        if order["kind"] == "step":
+            return step.ask_for_row(order["case"], order, limit_s=limit)
         ranks = f"--nproc-per-node={order['x']:.0f}"
         launcher = ["-m", "torch.distributed.run", "--standalone", ranks] if order["kind"] == "processes" else []
-        threads = self.options.threads
-        order = {**order, "threads": threads, "memory_limit": self.memory_limit}
-        result: Row = ask_child("growth", order, threads=threads, keep_pages=keep_pages, launcher=launcher,
-                                limit_s=4.0 * self.options.budget)  # fmt: skip
+        result: Row = ask_child("growth", order, threads=threads, launcher=launcher, limit_s=limit)
         return result
 
     def _stop(self, curve: Curve, x: float, forms: list[str], reason: str) -> None:
@@ -232,7 +367,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures what is missing, prints one line a curve and draws them."""
     options = parse_options(arguments)
     if options.child is not None:
-        growth_points.run(json.loads(options.child))
+        order = json.loads(options.child)
+        limit_memory(order["memory_limit"])
+        with settings(order["threads"]):
+            result = MEASURES[order["kind"]](order)
+        if result:  # that of the first rank
+            answer(result)
         return
     curves = curves_for(options.device, options.dry)
     names = [c.name for c in curves]

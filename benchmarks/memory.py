@@ -8,14 +8,11 @@ was resident before its model was built. Keeps JSON lines.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 
-import torch
-
-from .harness.record import RESULTS, answer, ask_child, machine_record, parse, store
+from .harness.record import RESULTS, machine_record, parse, store
 from .harness.report import STEP_GOALS
-from .step import measure_memory
+from .step import ask_for_memory
 from .training.cases import StepCase
 
 CASES = (StepCase("vision-base", 16), StepCase("speech-base", 1, 20.0), StepCase("text-base", 2, 512))
@@ -27,19 +24,10 @@ def main(arguments: list[str] | None = None) -> None:
         "memory", __doc__, arguments,
         only=("", "measure the cases whose name contains this text"),
         output=(RESULTS / "memory-cpu.jsonl", "JSON lines that keep the rows"),
-        child=(None, ""),
     )  # fmt: skip
-    if options.child is not None:
-        order = json.loads(options.child)
-        answer(measure_memory(CASES[order["case"]], order["form"], torch.device("cpu"), steps=2))
-        return
-    machine = machine_record()
-    for number, case in ((n, c) for n, c in enumerate(CASES) if options.only in c.name):
-        orders = {form: {"case": number, "form": form} for form in ("plain", "d2v")}
-        peak = {
-            form: ask_child("memory", order, threads=os.cpu_count() or 1, keep_pages=False)
-            for form, order in orders.items()
-        }
+    machine, order = machine_record(), {"device": "cpu", "forms": ["plain", "d2v"], "threads": os.cpu_count() or 1}
+    for case in (c for c in CASES if options.only in c.name):
+        peak = ask_for_memory(case, order, steps=2)
         ratio, goal = peak["d2v"] / peak["plain"], STEP_GOALS.get(f"memory {case.modality}")
         store(options.output, {
             "kind": "memory", **dataclasses.asdict(case), "case": case.name, "bytes": peak, "ratio": ratio,

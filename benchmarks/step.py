@@ -8,6 +8,7 @@ a row takes the place of the stored one of its case, other rows stay.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import gc
 import json
@@ -23,7 +24,7 @@ from d2v.flops import count_flops, find_peak
 from d2v.profile import resident_bytes
 
 from .harness import report
-from .harness.record import RESULTS, answer, ask_child, machine_record, parse, store
+from .harness.record import RESULTS, answer, ask_child, limit_memory, machine_record, parse, store
 from .harness.timer import summarise, take_turns
 from .training.cases import CPU, DRY, GPU, Precision, StepCase, make_batch, make_config, shape_of, without_dropout
 from .training.forms import (
@@ -84,54 +85,69 @@ def time_forms(forms: list[Form], batches: list[Any], rounds: int, budget_s: flo
     return timings
 
 
-def run_case(case: StepCase, order: Row) -> Row:
-    """One row, in this process."""
-    device = torch.device(order["device"])
+def run_case(order: Row) -> Row:
+    """One row of the case in `order`, in this process. quick: without comparing the forms, and without the profiler."""
+    device, case = torch.device(order["device"]), StepCase(**order["case"])
     precision: Precision = "bf16" if device.type == "cuda" else "fp32"
     with settings(order["threads"]):
-        config = without_dropout(make_config(case, precision))
-        inputs, masks = make_batch(case, config, Data2Vec(config), 0)
-        errors = check_equal(config, inputs, masks, device)
-        gc.collect()
+        errors = None if order["quick"] else compare_forms(case, precision, device)
         forms, batches = make_forms(case, order["forms"], device, precision)
         timings = time_forms(forms, batches, order["rounds"], order["budget"])
         for form in forms:
-            timings[form.name] |= measure_operators(form, batches[0])
+            if not order["quick"]:
+                timings[form.name] |= measure_operators(form, batches[0])
             if device.type == "cuda":
                 timings[form.name]["memory"] = measure_gpu_memory(form, batches[0])
-    config, modality = forms[0].config, case.modality
+    config, modality, (inputs, masks) = forms[0].config, case.modality, batches[0]
     return {
         "kind": "step", "case": case.name, "recipe": case.recipe, "device": device.type, "threads": order["threads"],
         "precision": precision, "samples": case.samples, "modality": modality,
         "audio_seconds": case.samples * case.length if modality == "speech" else None, "tuned_for": case.tuned_for,
         "errors": errors, "flops": count_flops(config, shape_of(config, masks, case.samples, inputs.shape[1])),
         "peak": find_peak(torch.cuda.get_device_name()) if device.type == "cuda" else None, "forms": timings,
+        "rows": len(masks.mask), "parameters": sum(p.numel() for p in forms[0].parameters),
     }  # fmt: skip
 
 
-def measure_memory(case: StepCase, name: str, device: torch.device, steps: int = BATCHES) -> int:
+def compare_forms(case: StepCase, precision: Precision, device: torch.device) -> dict[str, float]:
+    """Errors of plain against d2v without dropout."""
+    config = without_dropout(make_config(case, precision))
+    errors = check_equal(config, *make_batch(case, config, Data2Vec(config), 0), device)
+    gc.collect()
+    return errors
+
+
+def measure_memory(order: Row) -> int:
     """Peak resident bytes of a few steps of one form, from before its model was built; for a process of its own."""
     before = resident_bytes()
-    forms, batches = make_forms(case, [name], device, "fp32")
-    for batch in batches[:steps]:
+    forms, batches = make_forms(StepCase(**order["case"]), order["forms"], torch.device(order["device"]), "fp32")
+    for batch in batches[: order["steps"]]:
         forms[0].step(*batch)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
-def ask_for_row(number: int, order: Row, threads: int, memory: dict[str, int] | None = None) -> Row:
-    """The row of a case, from processes of their own; memory: of its forms on a CPU, where it is known."""
-    if memory is None:
-        memory = ask_for_memory(number, order)
-    row: Row = ask_child("step", {**order, "case": number, "threads": threads}, threads=threads)
+def ask_for_row(case: StepCase, order: Row, **options: Any) -> Row:
+    """A row without memory, from a process of its own; options: of `ask_child`."""
+    order = {"quick": False, **order, "case": dataclasses.asdict(case)}
+    result: Row = ask_child("step", order, threads=order["threads"], **options)
+    return result
+
+
+def ask_for_memory(case: StepCase, order: Row, steps: int = BATCHES, **options: Any) -> dict[str, int]:
+    """Peak bytes of every form on a CPU, each from a process of its own."""
+    order = {"threads": 1, **order, "case": dataclasses.asdict(case), "steps": steps}
+    names = order["forms"] if order["device"] == "cpu" else []
+    return {
+        name: ask_child("step", {**order, "forms": [name]}, threads=order["threads"], keep_pages=False, **options)
+        for name in names
+    }
+
+
+def add_memory(row: Row, memory: dict[str, int]) -> Row:
+    """The row with the peak of each of its forms."""
     for name, peak in memory.items():
         row["forms"][name]["memory"] = peak
     return row
-
-
-def ask_for_memory(number: int, order: Row) -> dict[str, int]:
-    """Peak bytes of every form on a CPU, each from a process of its own."""
-    names = order["forms"] if order["device"] == "cpu" else []
-    return {n: ask_child("step", {**order, "case": number, "memory": n}, keep_pages=False) for n in names}
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -162,15 +178,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
     if options.child is not None:
         order = json.loads(options.child)
-        case, device = cases_for(order["device"], order["dry"])[order["case"]], torch.device(order["device"])
-        answer(measure_memory(case, order["memory"], device) if "memory" in order else run_case(case, order))
+        limit_memory(order.get("memory_limit"))
+        answer(measure_memory(order) if "steps" in order else run_case(order))
         return
-    order = {name: getattr(options, name) for name in ("device", "dry", "forms", "rounds", "budget")}
+    order = {name: getattr(options, name) for name in ("device", "forms", "rounds", "budget")}
     cases, machine, rows = cases_for(options.device, options.dry), machine_record(), []
-    for number in [n for n, case in enumerate(cases) if options.only in case.name][: options.most]:
-        memory = ask_for_memory(number, order)
+    for case in [case for case in cases if options.only in case.name][: options.most]:
+        memory = ask_for_memory(case, order)
         for threads in options.threads:
-            rows.append({**ask_for_row(number, order, threads, memory), "machine": machine})
+            row = add_memory(ask_for_row(case, {**order, "threads": threads}), memory)
+            rows.append({**row, "machine": machine})
             store(options.output, rows[-1])
             print(report.text_row(rows[-1]), flush=True)
     if not rows:

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -223,6 +224,12 @@ def ask_child(
         errors = [line for line in lines if "Error" in line] or lines[-1:] or ["no output"]
         raise ChildError(f"exit status {status}: {errors[-1].strip()[:200]}")
     return json.loads(found[-1].removeprefix(MARK))
+
+
+def limit_memory(size: int | None) -> None:
+    """An allocation too many then is an error that says so, and ends this process and no other."""
+    if size:
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
 def answer(result: Any) -> None:

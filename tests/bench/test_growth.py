@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import growth, growth_points
+from benchmarks import growth
 from benchmarks.growth import Curve, Runner
 from benchmarks.harness.record import ChildError
 from benchmarks.harness.report import fit_exponent
@@ -61,7 +61,7 @@ def test_two_processes_train_and_exchange(tmp_path: Path) -> None:
     (row,) = rows_of(output)
     assert row["kind"] == "point", row
     form = row["forms"]["d2v"]
-    assert form["samples_per_second"] == pytest.approx(growth_points.GLOBAL_BATCH / form["minimum"])
+    assert form["samples_per_second"] == pytest.approx(growth.GLOBAL_BATCH / form["minimum"])
     assert form["exposed_share"] == pytest.approx(1.0 - form["local"] / form["minimum"])
     assert row["gradient_bytes"] == 4 * row["parameters"] > 0
 
@@ -76,7 +76,7 @@ class Fake(Runner):
         super().__init__(growth.parse_options(list(arguments)), tmp_path / "growth.jsonl")
         self.fails, self.orders = fails, 0
 
-    def ask_child(self, order: Row, *, keep_pages: bool = True) -> Row:
+    def ask_child(self, order: Row) -> Row:
         self.orders += 1
         x = order["x"]
         if x >= self.fails and "plain" in order["forms"]:
@@ -126,7 +126,7 @@ def test_a_failed_process_ends_its_form_and_is_recorded(tmp_path: Path) -> None:
 def test_a_process_that_runs_out_of_memory_says_so(tmp_path: Path) -> None:
     """The limit on a child's memory turns an allocation too many into an error of that child."""
     runner = Runner(growth.parse_options(["--memory", "0.3"]), tmp_path / "growth.jsonl")
-    case = {"recipe": "vision-small", "samples": 64, "length": 0.0, "settings": []}
+    case = StepCase("vision-small", 64)
     with pytest.raises(ChildError, match="Error"):
         runner.ask_child({"kind": "memory", "x": 64, "case": case, "forms": ["plain"], "device": "cpu"})
 
