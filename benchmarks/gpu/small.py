@@ -58,6 +58,9 @@ def make_calls(device: torch.device, rows: int = 64, width: int = 256) -> dict[s
         ),
         "layer_norm_gelu": lambda: ops.layer_norm_gelu(x, y[0], y[1], 1e-5),
         "layer_norm_gelu_backward": lambda: ops.layer_norm_gelu_backward(x, x, y[0], y[1], 1e-5),
+        "gelu": lambda: ops.gelu(x),
+        "gelu_backward": lambda: ops.gelu_backward(x, x),
+        "gelu_backward_": lambda: ops.gelu_backward_(x.clone(), x),
         "dropout_add_layer_norm": lambda: ops.dropout_add_layer_norm(full, full, y[0], y[1], keys, 0.1, 1e-5),
         "dropout_add_layer_norm_backward": lambda: ops.dropout_add_layer_norm_backward(
             full, full, full, y[0], keys, 0.1, 1e-5
