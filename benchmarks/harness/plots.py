@@ -106,11 +106,10 @@ def growth(rows: list[Row], path: Path) -> None:
     """A panel for each curve and quantity, both axes logarithmic, fitted exponents in the legends."""
     panels = []
     for curve, threads, own in curves_of(rows):
-        for value in ("time", "memory", "rate"):
-            hidden = value == "time" and series(own, curve, "d2v", "rate")[0]
-            if series(own, curve, "d2v", value)[0] and not hidden:
-                shown = "row" if curve == "masks" and value == "time" else value
-                panels.append((own, curve, f"{curve}, {threads} thread(s)", shown))
+        rated = bool(series(own, curve, "d2v", "rate")[0])
+        for value in ("rate", "memory") if rated else ("row" if curve == "masks" else "time", "memory"):
+            if series(own, curve, "d2v", value)[0]:
+                panels.append((own, curve, f"{curve}, {threads} thread(s)", value))
     if not panels:
         return
     columns = min(4, len(panels))
@@ -145,8 +144,7 @@ def _growth_panel(axis: Any, rows: list[Row], curve: str, title: str, value: str
     axis.minorticks_off()
     if linear:
         axis.set_ylim(bottom=0.0)
-    else:
-        # At least a decade, so that noise does not look like growth.
+    else:  # at least a decade, so that noise does not look like growth
         low, high = axis.get_ylim()
         wider = max(1.0, math.sqrt(10.0 / (high / low)))
         axis.set_ylim(low / wider, high * wider)

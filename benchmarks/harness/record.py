@@ -97,16 +97,10 @@ def gpu_state() -> dict[str, str]:
     return dict(zip(_QUERY, (value.strip() for value in lines[0].split(",")), strict=False)) if lines else {}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def gpu_machine(emulated: bool) -> Row:
     """GPU, driver, clocks, versions, build record, commit and date; stored with every record."""
     properties: Row = {}
+    versions = {found.name: found.version for found in importlib.metadata.distributions()}
     if not emulated and torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         properties = {"name": p.name, "multiprocessors": p.multi_processor_count, "l2_cache_bytes": p.L2_cache_size,
@@ -117,8 +111,8 @@ def gpu_machine(emulated: bool) -> Row:
         "gpu_properties": properties,
         "gpu_state": {} if emulated else gpu_state(),
         "torch_cuda": torch.version.cuda,
-        "triton": _version("triton") or _version("pytorch-triton"),
-        "xformers": _version("xformers"),
+        "triton": versions.get("triton") or versions.get("pytorch-triton"),
+        "xformers": versions.get("xformers"),
         "build": info.collect()["build"],
         "sources": source_hash(),
     }

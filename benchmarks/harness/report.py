@@ -193,8 +193,11 @@ COLUMNS: dict[str, dict[str, Callable[[Row], object]]] = {
         "samples/s": _figure("samples_per_second", ".1f"),
         "plain / d2v": _figure("faster", ".2f"),
         "compiled plain / d2v all": _figure("compiled", ".2f"),
-        "time outside products removed": _figure("removed", ".0%"),
+        "time outside products": _figure("outside_plain", ".0%"),
+        "of it removed": _figure("removed", ".0%"),
         "memory / plain": _figure("memory", ".2f"),
+        "s of audio/s": _figure("audio_per_second", ".1f"),
+        "MFU": _figure("mfu", ".0%"),
         **{f"ms: {form}": _time_of(form) for form in FORMS},
         "missed goals": _missed,
     },
@@ -202,9 +205,11 @@ COLUMNS: dict[str, dict[str, Callable[[Row], object]]] = {
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown of rows of one kind."""
+    """Markdown of rows of one kind, without columns that are empty."""
     columns = COLUMNS[kind_of(rows[0])] if rows else {}
-    return markdown(list(columns), ([show(row) for show in columns.values()] for row in rows))
+    cells = {head: [show(row) for row in rows] for head, show in columns.items()}
+    cells = {head: column for head, column in cells.items() if any(cell != "" for cell in column)}
+    return markdown(list(cells), zip(*cells.values(), strict=True))
 
 
 def text_row(row: Row) -> str:
