@@ -299,13 +299,18 @@ def time_on_gpu(case: Case, names: list[str], place: Place, budget_s: float) -> 
 def host_seconds(case: Case, names: list[str], place: Place, calls: int) -> dict[str, float]:
     """Host time of a call, the device kept busy enough not to be waited for; ours alone."""
     contenders, result = case.make(place, 0), {}
+
+    def repeat(name: str) -> None:
+        for _ in range(calls):
+            contenders[name]()
+
     for name in (n for n in names if n.startswith("d2v")):
         contenders[name]()
         samples = []
         for _ in range(3):
             if place.device.type == "cuda":
                 torch.cuda.synchronize()
-            samples.append(seconds_of(lambda call=contenders[name]: [call() and None for _ in range(calls)]) / calls)
+            samples.append(seconds_of(partial(repeat, name)) / calls)
         result[name] = min(samples)
     return result
 
