@@ -234,7 +234,7 @@ def steps(run: Run, limit_s: float) -> Outcome:
     rows.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.step", "--threads", "1", "--forms", "plain", "d2v", "--rounds", "12",
                "--budget", "5", "--output", str(rows)]  # fmt: skip
-    command += ["--dry", "--rounds", "2"] if run.emulated else ["--device", "cuda", "--only", "-base", "--most", "3"]
+    command += ["--dry", "--rounds", "2"] if run.emulated else ["--device", "cuda", "--only=-base", "--most", "3"]
     status, output = run_child(command, limit_s, run.environment())
     measured = read_rows(rows)
     rows.unlink(missing_ok=True)

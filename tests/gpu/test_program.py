@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import operators, summary
+from benchmarks import operators, step, summary
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import stages
 from benchmarks.harness import plots, record, report
@@ -129,6 +129,16 @@ def test_a_child_is_stopped_at_its_limit() -> None:
     assert status is None
     assert "begun" in output
     assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_step_takes_the_command_of_its_stage(monkeypatch, tmp_path, emulated: bool) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(stages, "run_child", lambda command, *_: (asked.append(command) or 0, ""))
+    run = stages.Run(tmp_path, "gpu", "k", emulated)
+    assert stages.steps(run, 10.0) == {"status": "done", "measured": 0}
+    options = step.parse_options(asked[0][3:])
+    assert (options.dry, options.only, options.forms) == (emulated, "" if emulated else "-base", ["plain", "d2v"])
 
 
 def test_tests_are_counted_even_where_they_were_stopped() -> None:
