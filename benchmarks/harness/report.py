@@ -24,12 +24,18 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def origin(machine: Row) -> str:
     """Processor or GPU, versions, commit and day of a record."""
-    isa = f", ISA {machine['isa']}" if machine.get("isa") else ""
-    gpu = f"{machine['gpu']}, " if machine.get("gpu") else ""
-    return (
-        f"{gpu}{machine['cpu']} ({machine['cores']} cores){isa}, python {machine['python']}, torch {machine['torch']}, "
-        f"commit {machine['commit']}, {machine['date'][:10]}"
-    )
+    words = {
+        "gpu": "{}",
+        "cpu": "{}",
+        "isa": "ISA {}",
+        "python": "python {}",
+        "torch": "torch {}",
+        "commit": "commit {}",
+    }
+    parts = {name: text.format(machine[name]) for name, text in words.items() if machine.get(name)}
+    if "cpu" in parts:
+        parts["cpu"] += f" ({machine['cores']} cores)"
+    return ", ".join([*parts.values(), machine["date"][:10]])
 
 
 def origins(rows: Iterable[Row]) -> list[str]:
