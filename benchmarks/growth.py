@@ -37,7 +37,8 @@ from d2v.trainer import Trainer
 
 from . import loader, step
 from .harness import plots, report
-from .harness.cases import Place, eager_average
+from .harness.case import Place
+from .harness.cases import eager_average
 from .harness.record import (
     RESULTS,
     ChildError,

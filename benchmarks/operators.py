@@ -26,7 +26,7 @@ from d2v_kernels import info, registry
 
 from .harness import cases as make
 from .harness import plots, report
-from .harness.cases import BF16, F32, Case, Place
+from .harness.case import BF16, F32, Case, Place
 from .harness.record import (
     RESULTS,
     answer,
