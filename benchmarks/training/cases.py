@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from d2v import recipes
 from d2v.config import Config
 from d2v.model.data2vec import Data2Vec
 from d2v.model.masking import make_mask_sampler
+from d2v.train.flops import Shape
 from d2v_kernels import Masks
 
 SAMPLE_RATE = 16_000
@@ -75,19 +76,18 @@ DRY = [StepCase("vision-tiny", 2), StepCase("speech-tiny", 2, 0.4)]
 """For a run that only shows that everything works."""
 
 
+def change(config: Config, **sections: dict[str, Any]) -> Config:
+    """The configuration with other values: section -> field -> value."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    )
+
+
 def without_dropout(config: Config) -> Config:
     """Nothing random but masks and noise, in float32: for comparing results."""
-    encoder = dataclasses.replace(
-        config.encoder, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, prenet_dropout=0.0, layer_drop=0.0,
-        drop_path=0.0,
-    )  # fmt: skip
-    return dataclasses.replace(
-        config,
-        encoder=encoder,
-        decoder=dataclasses.replace(config.decoder, input_dropout=0.0),
-        stem=dataclasses.replace(config.stem, dropout=0.0),
-        run=dataclasses.replace(config.run, precision="fp32"),
-    )
+    dropouts = ("dropout", "attention_dropout", "activation_dropout", "prenet_dropout", "layer_drop", "drop_path")
+    return change(config, encoder=dict.fromkeys(dropouts, 0.0), decoder={"input_dropout": 0.0},
+                  stem={"dropout": 0.0}, run={"precision": "fp32"})  # fmt: skip
 
 
 def make_config(case: StepCase, precision: Precision) -> Config:
@@ -95,14 +95,8 @@ def make_config(case: StepCase, precision: Precision) -> Config:
     config = recipes.get(case.recipe)
     for name, value in case.settings:
         section, field = name.split(".")
-        config = dataclasses.replace(
-            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
-        )
-    return dataclasses.replace(
-        config,
-        encoder=dataclasses.replace(config.encoder, layer_drop=0.0),
-        run=dataclasses.replace(config.run, precision=precision),
-    )
+        config = change(config, **{section: {field: value}})
+    return change(config, encoder={"layer_drop": 0.0}, run={"precision": precision})
 
 
 def make_inputs(case: StepCase, config: Config, seed: int) -> Tensor:
@@ -126,3 +120,11 @@ def make_batch(case: StepCase, config: Config, model: Data2Vec, seed: int) -> tu
     sampler = make_mask_sampler(config, tokens=None if config.stem.modality == "vision" else tokens)
     ids = list(range(seed * case.samples, (seed + 1) * case.samples))
     return inputs, sampler.draw(ids, 0, copies=config.mask.copies)
+
+
+def shape_of(config: Config, masks: Masks, samples: int, length: int) -> Shape:
+    """Sizes of a batch that its work depends on; length: samples of a waveform."""
+    rows, tokens = masks.mask.shape
+    visible = tokens if masks.keep is None else masks.keep.shape[1]
+    length = length if config.stem.modality == "speech" else tokens
+    return Shape(samples, rows // samples, tokens, visible, len(masks.rows), length)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .scaling import Cluster, Estimate, count_sizes, efficiency, estimate, largest_micro, sample_of
+from ..harness.plots import figure
+from ..harness.report import markdown
+from .estimate import Cluster, Estimate, count_sizes, efficiency, estimate, largest_micro, sample_of
 
-HEAD = (
-    "| recipe | parallel | GPUs | batch | micro × forwards | GB a GPU | ms an update | exposed ms | efficiency "
-    "| a second | hours | limits |"
-)
+HEAD = ("recipe", "parallel", "GPUs", "batch", "micro × forwards", "GB a GPU", "ms an update", "exposed ms",
+        "efficiency", "a second", "hours", "limits")  # fmt: skip
 SHORT_OF = 0.8
 """Efficiency below which a row is marked."""
 LARGEST_KAPPA = 4
@@ -44,15 +44,15 @@ def assumptions(cluster: Cluster) -> str:
     )
 
 
-def table_row(found: Estimate, cluster: Cluster) -> str:
-    """One line of the Markdown table."""
+def cells(found: Estimate, cluster: Cluster) -> tuple[object, ...]:
+    """One line of the table."""
     unit, amount = sample_of(count_sizes(found.recipe).config)
     return (
-        f"| `{found.recipe}` | {found.parallel} | {found.gpus} | {found.batch} | {found.micro} × {found.forwards} "
-        f"| {found.memory / 1e9:.1f} | {found.seconds * 1e3:.1f} | {found.exposed * 1e3:.1f} "
-        f"| {efficiency(found, cluster):.0%} | {found.samples_per_second * amount:,.0f} {unit} | {found.hours:.1f} "
-        f"| {'; '.join(limits(found, cluster))} |"
-    )
+        f"`{found.recipe}`", found.parallel, found.gpus, found.batch, f"{found.micro} × {found.forwards}",
+        f"{found.memory / 1e9:.1f}", f"{found.seconds * 1e3:.1f}", f"{found.exposed * 1e3:.1f}",
+        f"{efficiency(found, cluster):.0%}", f"{found.samples_per_second * amount:,.0f} {unit}", f"{found.hours:.1f}",
+        "; ".join(limits(found, cluster)),
+    )  # fmt: skip
 
 
 def first_limit(recipe: str, cluster: Cluster, gpus: Sequence[int]) -> str:
@@ -70,45 +70,34 @@ def first_limit(recipe: str, cluster: Cluster, gpus: Sequence[int]) -> str:
 
 def table(found: Sequence[Estimate], cluster: Cluster) -> str:
     """Markdown: assumptions, a row each, and what breaks first."""
-    rows = [table_row(one, cluster) for one in found]
     gpus = sorted({one.gpus for one in found})
     ends = [f"- {first_limit(recipe, cluster, gpus)}" for recipe in dict.fromkeys(one.recipe for one in found)]
-    return "\n".join([assumptions(cluster), "", HEAD, "|" + "---|" * (HEAD.count("|") - 1), *rows, "", *ends])
+    rows = markdown(HEAD, (cells(one, cluster) for one in found))
+    return "\n".join([assumptions(cluster), "", rows, "", *ends])
 
 
 def draw(recipes: Sequence[str], gpus: Sequence[int], cluster: Cluster, path: Path) -> None:
     """Efficiency, hours and exposed communication over GPUs; hollow where the batch had to grow."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
-    for i, recipe in enumerate(recipes):
-        rows = [estimate(recipe, n, "ddp", cluster) for n in sorted(gpus)]
-        xs = [row.gpus for row in rows]
-        for axis, ys in (
-            (axes[0], [efficiency(row, cluster) for row in rows]),
-            (axes[1], [row.hours for row in rows]),
-        ):
-            axis.plot(xs, ys, "-", color=f"C{i}", label=recipe)
-            for x, y, row in zip(xs, ys, rows, strict=True):
-                axis.plot(x, y, "o", color=f"C{i}", markerfacecolor="white" if row.kappa > 1 else f"C{i}", markersize=5)
-    recipe = max(recipes, key=lambda name: count_sizes(name).trained)
-    for parallel, style in (("ddp", "-"), ("fsdp", "--"), ("hybrid", ":")):
-        ys = [1e3 * estimate(recipe, n, parallel, cluster).exposed for n in sorted(gpus)]  # type: ignore[arg-type]
-        axes[2].plot(sorted(gpus), ys, f"o{style}", color="C0", markersize=4, label=parallel)
-    axes[0].set(ylabel="efficiency, DDP", ylim=(0.0, 1.05))
-    axes[1].set(ylabel="hours for the published samples, DDP", yscale="log")
-    axes[2].set(ylabel=f"exposed communication, ms, {recipe}")
-    for axis in axes:
-        axis.set(xscale="log", xlabel="GPUs")
-        axis.set_xticks(sorted(gpus), [str(n) for n in sorted(gpus)])
-        axis.minorticks_off()
-        axis.grid(True, alpha=0.3)
-        axis.legend(fontsize=7)
     note = f"{cluster.mfu:.0%} of {cluster.peak / 1e12:.0f} TFLOP/s, {cluster.network:.0f} Gbit/s a node"
-    figure.suptitle(f"Estimates, no measurement: {note}. Hollow: batch larger than the recipe's", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=70)
-    plt.close(figure)
+    title = f"Estimates, no measurement: {note}. Hollow: batch larger than the recipe's"
+    xs = sorted(gpus)
+    with figure(path, title, (15, 4.2), 1, 3, dpi=70) as (axes,):
+        for i, recipe in enumerate(recipes):
+            rows = [estimate(recipe, n, "ddp", cluster) for n in xs]
+            for axis, ys in zip(axes, ([efficiency(r, cluster) for r in rows], [r.hours for r in rows]), strict=False):
+                axis.plot(xs, ys, "-", color=f"C{i}", label=recipe)
+                colours = ["white" if row.kappa > 1 else f"C{i}" for row in rows]
+                axis.scatter(xs, ys, s=25, c=colours, edgecolors=f"C{i}", zorder=3)
+        recipe = max(recipes, key=lambda name: count_sizes(name).trained)
+        for parallel, style in (("ddp", "-"), ("fsdp", "--"), ("hybrid", ":")):
+            ys = [1e3 * estimate(recipe, n, parallel, cluster).exposed for n in xs]  # type: ignore[arg-type]
+            axes[2].plot(xs, ys, f"o{style}", color="C0", markersize=4, label=parallel)
+        axes[0].set(ylabel="efficiency, DDP", ylim=(0.0, 1.05))
+        axes[1].set(ylabel="hours for the published samples, DDP", yscale="log")
+        axes[2].set(ylabel=f"exposed communication, ms, {recipe}")
+        for axis in axes:
+            axis.set(xscale="log", xlabel="GPUs")
+            axis.set_xticks(xs, [str(n) for n in xs])
+            axis.minorticks_off()
+            axis.grid(True, alpha=0.3)
+            axis.legend(fontsize=7)

@@ -6,11 +6,8 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +15,11 @@ from typing import Any
 
 import torch
 
-from . import gpu_emulator
-from .machine import ROOT
+from ..harness import plots
+from ..harness import report as reports
+from ..harness.record import CUDA_BIN, ROOT, read_rows, run_child, store
+from . import emulator
 
-CUDA_BIN = "/usr/local/cuda/bin"
 TESTS = ROOT / "tests" / "gpu"
 Outcome = dict[str, Any]
 
@@ -50,30 +48,13 @@ class Run:
         """Arguments for children that need to know."""
         if not self.emulated:
             return []
-        return ["--emulated", str(gpu_emulator.LIBRARY) if gpu_emulator.is_current() else "-"]
+        return ["--emulated", str(emulator.LIBRARY) if emulator.is_current() else "-"]
 
     def environment(self, **more: str) -> dict[str, str]:
         """The caller's, with this Python's and CUDA's tools on PATH; without a GPU one thread and the interpreter."""
         path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent), CUDA_BIN])
         own = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if self.emulated else {}
         return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **own, **more}
-
-
-def run_child(command: Sequence[str], limit_s: float, environment: dict[str, str]) -> tuple[int | None, str]:
-    """Exit status (None: stopped at the limit, with all its children) and output."""
-    # Popen looks for a program on the caller's own PATH, not on the one it hands on.
-    program = shutil.which(command[0], path=environment.get("PATH")) or command[0]
-    child = subprocess.Popen(
-        [program, *command[1:]], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = child.communicate(timeout=max(limit_s, 1.0))
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        output, _ = child.communicate()
-        return None, output
-    return child.returncode, output
 
 
 def outcome(status: int | None, **details: Any) -> Outcome:
@@ -87,58 +68,42 @@ def outcome(status: int | None, **details: Any) -> Outcome:
 
 def build(run: Run, limit_s: float) -> Outcome:
     """The native libraries in place, for this GPU alone; or the CUDA sources for the CPU."""
-    if run.emulated:
-        return _build_emulator(run, limit_s)
-    major, minor = torch.cuda.get_device_capability(0)
-    begin, output = time.monotonic(), ""
-    for command in _build_commands(f"{major}{minor}-real"):
+    begin, output, status = time.monotonic(), "", 0
+    for command in emulator.build_commands() if run.emulated else _build_commands():
         status, text = run_child(command, limit_s - (time.monotonic() - begin), run.environment())
         output += text
         if status != 0:
             break
     run.log("build").write_text(output)
+    if run.emulated:
+        if status != 0:
+            reason = (output.strip().splitlines() or ["no output"])[-1][:300]
+            run.missing[f"the CUDA sources compiled for the CPU ({reason})"] = "the emulated native operators"
+        return outcome(status, library=emulator.LIBRARY.name)
     record = ROOT / "d2v_kernels" / "lib" / "build.json"
     details: Outcome = {"build": json.loads(record.read_text()) if record.exists() else {}}
-    for reason in details["build"].get("missing", []):
-        run.missing[reason] = "the native operators"
+    reasons = list(details["build"].get("missing", []))
     left = limit_s - (time.monotonic() - begin)
     code, text = run_child([sys.executable, "-m", "d2v_kernels.info", "--json"], min(60.0, left), run.environment())
     if code == 0:
         details["info"], _ = json.JSONDecoder().raw_decode(text[text.index("{\n") :])
-        for name, reason in details["info"]["not_loaded"].items():
-            run.missing[f"{name}: {reason}"] = "the native operators"
+        reasons += [f"{name}: {reason}" for name, reason in details["info"]["not_loaded"].items()]
     else:
         run.log("build").write_text(output + "\n" + text)
-        status = status or 1
-    return outcome(status, **details)
+    run.missing |= dict.fromkeys(reasons, "the native operators")
+    return outcome(status or code, **details)
 
 
-def _build_commands(architectures: str) -> list[list[str]]:
+def _build_commands() -> list[list[str]]:
     """CMake itself, as setup.py calls it: a GPU machine's setuptools may be too old for this project's metadata."""
-    torch_folder, lib = Path(torch.__file__).parent, ROOT / "d2v_kernels" / "lib"
+    major, minor = torch.cuda.get_device_capability(0)
+    folder, lib = ROOT / "build" / "gpu", ROOT / "d2v_kernels" / "lib"
     ninja = shutil.which("ninja") or shutil.which("ninja", path=Path(sys.executable).parent)
-    folder = str(ROOT / "build" / "gpu")
-    options = [f"-DD2V_TORCH={torch_folder}", f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release",
-               f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]  # fmt: skip
+    options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release",
+               f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}-real"]  # fmt: skip
     if ninja:
         options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    return [
-        ["cmake", "-S", str(ROOT), "-B", folder, *options],
-        ["cmake", "--build", folder, "--parallel"],
-        ["cmake", "--install", folder, "--prefix", str(lib)],
-    ]
-
-
-def _build_emulator(run: Run, limit_s: float) -> Outcome:
-    try:
-        output = gpu_emulator.build(limit_s, run.environment())
-    except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
-        run.log("build").write_text(str(error))
-        reason = str(error).strip().splitlines()[-1][:300] if str(error).strip() else type(error).__name__
-        run.missing[f"the CUDA sources compiled for the CPU ({reason})"] = "the emulated native operators"
-        return {"status": "failed", "reason": reason}
-    run.log("build").write_text(output)
-    return outcome(0, library=gpu_emulator.LIBRARY.name)
+    return [*emulator.cmake(folder, *options), ["cmake", "--install", str(folder), "--prefix", str(lib)]]
 
 
 # ---- tests
@@ -200,7 +165,7 @@ def _count_tests(output: str, finished: bool) -> dict[str, int]:
 
 def sanitizer(run: Run, limit_s: float) -> Outcome:
     """compute-sanitizer's memcheck and racecheck over one small call of every operator."""
-    small = [sys.executable, "-m", "benchmarks.gpu_small", *run.emulation]
+    small = [sys.executable, "-m", "benchmarks.gpu.small", *run.emulation]
     if run.emulated:
         status, output = run_child(small, limit_s, run.environment())
         run.log("sanitizer").write_text(output)
@@ -250,9 +215,9 @@ def _sanitizer_outcome(status: int | None, output: str) -> Outcome:
 
 
 def benchmarks(run: Run, limit_s: float) -> Outcome:
-    """Every case of gpu_cases; rows are in the records file before the next case begins."""
-    command = [sys.executable, "-m", "benchmarks.gpu_bench", "--output", str(run.records), "--key", run.key,
-               "--budget", f"{max(limit_s - 25.0, 5.0):.0f}", "--only", run.only, *run.emulation]  # fmt: skip
+    """Every case of a GPU; rows are in the records file before the next case begins."""
+    command = [sys.executable, "-m", "benchmarks.operators", "--device", "cuda", "--output", str(run.records), "--key",
+               run.key, "--budget", f"{max(limit_s - 25.0, 5.0):.0f}", "--only", run.only, *run.emulation]  # fmt: skip
     status, output = run_child(command, limit_s, run.environment())
     tail = output.strip().splitlines()[-3:]
     if status == 3:
@@ -269,11 +234,22 @@ def steps(run: Run, limit_s: float) -> Outcome:
     rows.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.step", "--threads", "1", "--forms", "plain", "d2v", "--rounds", "12",
                "--budget", "5", "--output", str(rows)]  # fmt: skip
-    command += ["--dry", "--rounds", "2"] if run.emulated else ["--device", "cuda", "--only", "-base", "--most", "3"]
+    command += ["--dry", "--rounds", "2"] if run.emulated else ["--device", "cuda", "--only=-base", "--most", "3"]
     status, output = run_child(command, limit_s, run.environment())
-    lines = rows.read_text().splitlines() if rows.is_file() else []
+    measured = read_rows(rows)
     rows.unlink(missing_ok=True)
-    with run.records.open("a") as file:
-        for line in lines:
-            file.write(json.dumps({**json.loads(line), "emulated": run.emulated, "key": run.key}) + "\n")
-    return outcome(status, measured=len(lines), **({} if status == 0 else {"output": output.strip().splitlines()[-3:]}))
+    store(run.records, *({**row, "emulated": run.emulated, "key": run.key} for row in measured))
+    more = {} if status == 0 else {"output": output.strip().splitlines()[-3:]}
+    return outcome(status, measured=len(measured), **more)
+
+
+# ---- report
+
+
+def report(run: Run, limit_s: float) -> Outcome:
+    """The document, and the plot where there is something measured to plot."""
+    rows = read_rows(run.records)
+    (run.folder / f"{run.stem}.md").write_text(reports.document(rows))
+    if reports.measurements(rows) and "matplotlib" not in run.missing:
+        plots.roofline(rows, run.folder / f"{run.stem}.png")
+    return {"status": "done", "rows": len(reports.measurements(rows, run.emulated))}

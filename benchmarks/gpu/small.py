@@ -1,11 +1,10 @@
-"""One small call of every operator: `python -m benchmarks.gpu_small` runs them all, for a memory checker to watch.
+"""One small call of every operator: `python -m benchmarks.gpu.small` runs them all, for a memory checker to watch.
 
 Tests of how operators behave on a device, rather than what they compute, take the calls from here.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from d2v_kernels import registry, use_backend
 
-from . import gpu_emulator
+from ..harness.record import parse
+from . import emulator
 
 ops = torch.ops.d2v
 F32, BF16 = torch.float32, torch.bfloat16
@@ -58,6 +58,9 @@ def make_calls(device: torch.device, rows: int = 64, width: int = 256) -> dict[s
         ),
         "layer_norm_gelu": lambda: ops.layer_norm_gelu(x, y[0], y[1], 1e-5),
         "layer_norm_gelu_backward": lambda: ops.layer_norm_gelu_backward(x, x, y[0], y[1], 1e-5),
+        "gelu": lambda: ops.gelu(x),
+        "gelu_backward": lambda: ops.gelu_backward(x, x),
+        "gelu_backward_": lambda: ops.gelu_backward_(x.clone(), x),
         "dropout_add_layer_norm": lambda: ops.dropout_add_layer_norm(full, full, y[0], y[1], keys, 0.1, 1e-5),
         "dropout_add_layer_norm_backward": lambda: ops.dropout_add_layer_norm_backward(
             full, full, full, y[0], keys, 0.1, 1e-5
@@ -86,15 +89,14 @@ def why_not(op: str, backend: str, device: str) -> list[str]:
 
 def main() -> None:
     """Runs every operator on every backend that can, at sizes with and without remainders; prints a line for each."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_small", description=__doc__)
-    parser.add_argument(
-        "--emulated", metavar="LIBRARY", help="on the CPU; LIBRARY: the CUDA sources built for it, or -"
-    )
-    parser.add_argument("--backends", nargs="+", default=["native", "triton"])
-    options = parser.parse_args()
+    options = parse(
+        "gpu.small", __doc__, None,
+        emulated=(None, "on the CPU; LIBRARY: the CUDA sources built for it, or -"),
+        backends=(["native", "triton"], "backends to run"),
+    )  # fmt: skip
     device, sizes = torch.device("cuda"), ((37, 100), (64, 256))
     if options.emulated is not None:
-        gpu_emulator.install(None if options.emulated == "-" else Path(options.emulated))
+        emulator.install(None if options.emulated == "-" else Path(options.emulated))
         device, sizes = torch.device("cpu"), ((9, 20), (16, 32))
     for backend in options.backends:
         for op in registry.OPERATORS:

@@ -1,5 +1,5 @@
 // The floor of a memory-bound operator: a plain loop that reads every input once and writes every output once.
-// Compiled by benchmarks/floor.py with -O3 -march=native -fopenmp; measured in the same run as the operators.
+// Compiled by benchmarks/harness/timer.py with -O3 -march=native -fopenmp; measured in the same run as the operators.
 #include <stdint.h>
 #if defined(__AVX2__)
 #include <immintrin.h>

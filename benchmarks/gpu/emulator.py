@@ -5,15 +5,13 @@ interpreter that of its compiler. For `--dry` runs and their tests; nothing that
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import torch
 
 from d2v_kernels import registry
 
-from .machine import ROOT
+from ..harness.record import ROOT
 
 BUILD = ROOT / "build" / "emulator"
 LIBRARY = BUILD / "libd2v_emu.so"
@@ -23,25 +21,16 @@ _MISSING = "the CUDA sources are not built for the CPU"
 _loaded: list[ctypes.CDLL] = []
 
 
+def cmake(folder: Path, *options: str) -> list[list[str]]:
+    """Configures and builds in a folder."""
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), f"-DD2V_TORCH={Path(torch.__file__).parent}", *options]
+    return [configure, ["cmake", "--build", str(folder), "--parallel"]]
+
+
 def build_commands() -> list[list[str]]:
     """What builds the emulated library; needs CMake, Ninja, a C++ compiler and the headers of a CUDA toolkit."""
-    torch_folder = Path(torch.__file__).parent
-    options = [f"-DD2V_TORCH={torch_folder}", "-DD2V_BUILD_EMULATOR=ON", "-DD2V_BUILD_PYBIND=OFF"]
-    configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", *options]
-    return [configure, ["cmake", "--build", str(BUILD), "--target", "d2v_emu"]]
-
-
-def build(timeout_s: float, environment: dict[str, str]) -> str:
-    """Output of the commands; `RuntimeError` with it when one fails."""
-    output = ""
-    for command in build_commands():
-        # Popen looks for a program on the caller's own PATH, not on the one it hands on.
-        command[0] = shutil.which(command[0], path=environment.get("PATH")) or command[0]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, env=environment)
-        output += done.stdout + done.stderr
-        if done.returncode != 0:
-            raise RuntimeError(output)
-    return output
+    configure, build = cmake(BUILD, "-G", "Ninja", "-DD2V_BUILD_EMULATOR=ON", "-DD2V_BUILD_PYBIND=OFF")
+    return [configure, [*build, "--target", "d2v_emu"]]
 
 
 def is_current() -> bool:

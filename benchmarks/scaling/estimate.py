@@ -1,21 +1,19 @@
-"""What 8 to 512 GPUs should give, by arithmetic: `python -m benchmarks.scaling [--gpus 8 512] [--recipe speech-base]`.
+"""What 8 to 512 GPUs should give, by arithmetic.
 
 Every figure is an estimate from the assumptions of `Cluster`; nothing here was measured on a GPU. Work comes from
-`d2v.train.flops`, parameters and kept activations from the recipe's own model, whose forward runs on
-tensors without memory. docs/scaling.md explains the formulas and says what breaks first.
+`d2v.train.loop.loop.flops`, parameters and kept activations from the recipe's own model, whose forward runs on tensors without memory.
+docs/scaling.md explains the formulas and says what breaks first.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,14 +24,12 @@ from d2v.config import Config
 from d2v.model.data2vec import Data2Vec
 from d2v.model.masking import make_mask_sampler
 from d2v.model.transformer import Block
-from d2v.train.flops import Shape, count_flops, find_peak
+from d2v.train.flops import count_flops, find_peak
 from d2v_kernels import Masks
 
-from .step_cases import StepCase, make_config, make_inputs
+from ..training.cases import StepCase, make_config, make_inputs, shape_of
 
 Parallel = Literal["ddp", "fsdp", "hybrid"]
-RECIPES = ("vision-base", "vision-large", "speech-base", "speech-large", "text-base", "text-large")
-GPUS = (8, 16, 32, 64, 128, 256, 512)
 LENGTHS = {"vision": 0.0, "speech": 20.0, "text": 512.0}
 """Of a sample: seconds of audio (the published longest crop), tokens."""
 BUCKET = 25 << 20
@@ -45,7 +41,7 @@ class Cluster:
     """Assumptions; none of them was measured here."""
 
     peak: float = find_peak("H100") or 0.0
-    """FLOP/s of a GPU, dense bfloat16, as quoted in d2v.train.flops."""
+    """FLOP/s of a GPU, dense bfloat16, as quoted in d2v.train.loop.loop.flops."""
     mfu: float = 0.4
     """Share of the peak that a large enough micro-batch reaches."""
     memory: float = 80e9
@@ -109,10 +105,7 @@ def count_sizes(recipe: str) -> Sizes:
     config = recipes.get(recipe)
     case = StepCase(recipe, 2, LENGTHS[config.stem.modality])
     (one, masks), (two, _), model = (*(_kept_bytes(case, samples) for samples in (1, 2)), _meta_model(config))
-    rows, tokens = masks.mask.shape
-    visible = tokens if masks.keep is None else masks.keep.shape[1]
-    length = make_inputs(dataclasses.replace(case, samples=1), config, 0).shape[-1]
-    shape = Shape(1, rows, tokens, visible, len(masks.rows), length)
+    shape = shape_of(config, masks, 1, make_inputs(dataclasses.replace(case, samples=1), config, 0).shape[-1])
     total = count_flops(config, shape)
     # Student, positions and decoder are what grows with the copies; the stem's backward is counted with the forward.
     student = total - count_flops(config, shape._replace(copies=0, masked=0))
@@ -365,48 +358,9 @@ def efficiency(found: Estimate, cluster: Cluster) -> float:
     return found.samples_per_second / found.gpus / alone.samples_per_second
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Options of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0])
-    parser.add_argument("--gpus", type=int, nargs="+", default=list(GPUS), help="numbers of GPUs")
-    parser.add_argument("--recipe", nargs="+", default=list(RECIPES), help="recipes")
-    parser.add_argument("--parallel", nargs="+", choices=("ddp", "fsdp", "hybrid"), default=["ddp"])
-    parser.add_argument("--network", type=float, default=Cluster.network, help="Gbit/s and direction of a node")
-    parser.add_argument("--mfu", type=float, default=Cluster.mfu, help="share of the peak, 0 to 1")
-    parser.add_argument("--bandwidth", type=float, default=Cluster.bandwidth, help="share of the links' rates")
-    parser.add_argument("--plot", type=Path, default=None, help="draw the recipes into this file")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Prints the table, and what breaks first."""
-    from . import scaling_report
-
-    options = parse(arguments)
-    for name in ("network", "mfu", "bandwidth"):
-        if getattr(options, name) <= 0.0:
-            raise SystemExit(f"--{name}: expected more than 0, got {getattr(options, name):g}")
-    if any(gpus < 1 for gpus in options.gpus):
-        raise SystemExit(f"--gpus: expected numbers of 1 or more, got {options.gpus}")
-    cluster = Cluster(network=options.network, mfu=options.mfu, bandwidth=options.bandwidth)
-    found = [estimate(r, n, p, cluster) for r in options.recipe for p in options.parallel for n in options.gpus]
-    print(scaling_report.table(found, cluster))
-    if options.plot is not None:
-        scaling_report.draw(options.recipe, options.gpus, cluster, options.plot)
-
-
 def sample_of(config: Config) -> tuple[str, float]:
     """What is counted a second, and how many of it a sample has."""
     kinds: dict[str, tuple[str, float]] = {
         "vision": ("images", 1.0), "speech": ("s of audio", LENGTHS["speech"]), "text": ("tokens", LENGTHS["text"]),
     }  # fmt: skip
     return kinds[config.stem.modality]
-
-
-def describe(cluster: Cluster) -> dict[str, Any]:
-    """The assumptions, for tables and records."""
-    return dataclasses.asdict(cluster)
-
-
-if __name__ == "__main__":
-    main()

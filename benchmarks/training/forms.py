@@ -1,10 +1,13 @@
-"""The four forms of a training step: each does forward, backward, clipping, AdamW and the moving average."""
+"""The four forms of a training step: each does forward, backward, clipping, AdamW and the moving average; and what a
+step spends its time and memory on."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +47,7 @@ class Form:
             self._use_everything()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = build_optimiser(decay_groups(self.model, config.optim), config.optim)
-        self.marks: list[float | torch.cuda.Event] = []
+        self.marks: list[Any] = []
 
     def _use_everything(self) -> None:
         """On a CPU the network as one graph; on a GPU the student's blocks, and the teacher as a CUDA graph."""
@@ -96,13 +99,11 @@ class Form:
 
     def phases(self) -> dict[str, float]:
         """Seconds of each phase of the last step, which has ended."""
-        seconds = {}
-        for name, begin, end in zip(PHASES, self.marks, self.marks[1:], strict=False):
-            if isinstance(begin, float) and isinstance(end, float):
-                seconds[name] = end - begin
-            elif isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-                seconds[name] = begin.elapsed_time(end) / 1e3
-        return seconds
+        on_gpu = self.device.type == "cuda"
+        spans = (
+            begin.elapsed_time(end) / 1e3 if on_gpu else end - begin for begin, end in itertools.pairwise(self.marks)
+        )
+        return dict(zip(PHASES, spans, strict=False))
 
 
 @contextlib.contextmanager
@@ -145,3 +146,54 @@ def check_equal(config: Config, inputs: Tensor, masks: Masks, device: torch.devi
     assert relative < 1e-4, f"losses {losses}"
     assert worst < 1e-3, f"gradients differ by {worst}"
     return {"loss": relative, "gradient": worst}
+
+
+# ---- what a step spends its time and memory on
+
+PRODUCTS = (
+    "mm", "linear", "convolution", "conv1d", "conv2d", "attention", "gemm", "xmma", "cutlass", "wgrad", "dgrad",
+    "fprop", "flash", "fmha", "nvjet",
+)  # fmt: skip
+"""Parts of the names of operators and kernels that are matrix products, convolutions or attention."""
+
+
+def measure_operators(form: Form, batch: Any, steps: int = 2) -> dict[str, float]:
+    """Seconds a step inside products and outside them, and how many operators (CPU) or kernels (GPU) it launches.
+
+    From torch.profiler, whose own cost is inside; shares matter, not sums.
+    """
+    on_gpu = form.device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        for _ in range(steps):
+            form.step(*batch)
+        synchronise(form.device)
+    spent = {"products": 0.0, "outside": 0.0, "launches": 0.0}
+    for event in profiler.key_averages():
+        seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        if event.key.startswith("ProfilerStep") or not seconds:
+            continue
+        spent["launches"] += event.count
+        spent["products" if any(part in event.key.lower() for part in PRODUCTS) else "outside"] += seconds
+    return {name: value / steps for name, value in spent.items()}
+
+
+def measure_gpu_memory(form: Form, batch: Any) -> int:
+    """Peak bytes of a step on a GPU: what lives through it of this form, and the most that comes on top."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    form.step(*batch)
+    torch.cuda.synchronize()
+    teacher = form.model.teacher
+    parts = teacher.working_parts().values() if teacher.working_dtype else ()
+    working = [p for part in parts for p in part.parameters()]
+    moments = [v for state in form.optimiser.state.values() for v in state.values() if torch.is_tensor(v)]
+    kept = sum(t.numel() * t.element_size() for t in (*form.model.parameters(), *working, *moments))
+    return torch.cuda.max_memory_allocated() - before + kept
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -16,10 +16,8 @@ for the CPU. It writes gpu-dry.* with the same records, marked "emulated": nothi
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
-import json
 import shutil
 import sys
 import time
@@ -56,81 +54,77 @@ def find_missing() -> dict[str, str]:
     return missing
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result files")
-    parser.add_argument("--dry", action="store_true", help="without a GPU: emulated, tiny shapes, no measurement")
-    parser.add_argument("--stages", nargs="+", choices=list(BUDGETS), default=list(BUDGETS), help="stages to run")
-    parser.add_argument("--only", default="", help="tests and benchmark cases with this text in their name")
-    parser.add_argument("--total", type=float, default=TOTAL, help="seconds for everything")
-    parser.add_argument("--fresh", action="store_true", help="run again what an earlier run has finished")
-    return parser.parse_args(arguments)
+def run_stage(work: Callable[..., dict[str, Any]], run: Any, limit: float, needed: bool) -> dict[str, Any]:
+    """The record of a stage."""
+    if limit < 3.0 and not needed:
+        return {"status": "not reached", "reason": "the time for the whole run is used up"}
+    try:
+        return work(run, limit)
+    except Exception as error:  # a stage that breaks must not take the others' results with it
+        return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
 
 
-def run_stages(run: Any, stages: list[str], total_s: float, done: set[str]) -> dict[str, dict[str, Any]]:
-    """Runs the stages in order; a record for each goes to the file as soon as it is known."""
-    from . import gpu_report, gpu_stages
-    from .gpu_record import gpu_machine, gpu_state
+def run_stages(run: Any, names: list[str], total_s: float, done: set[str]) -> list[str]:
+    """Runs the stages in order; a record for each goes to the file as soon as it is known. Returns how they ended."""
+    from ..harness.record import gpu_machine, gpu_state, store
+    from . import stages
 
-    begin, records = time.monotonic(), {}
-    for number, name in enumerate(stages):
+    begin, ends = time.monotonic(), []
+    for number, name in enumerate(names):
         if name in done and name != "report":
             print(f"{name:<11} done by an earlier run", flush=True)
             continue
-        work: Callable[..., dict[str, Any]] = getattr(gpu_report if name == "report" else gpu_stages, name)
-        left = total_s - (time.monotonic() - begin)
-        reserve = BUDGETS["report"] if "report" in stages[number + 1 :] else 0.0
-        limit, start = min(BUDGETS[name], left - reserve), time.monotonic()
-        if limit < 3.0 and name != "report":
-            record: dict[str, Any] = {"status": "not reached", "reason": "the time for the whole run is used up"}
-        else:
-            try:
-                record = work(run, limit)
-            except Exception as error:  # a stage that breaks must not take the others' results with it
-                record = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
-        record = {
-            "kind": "stage",
-            "stage": name,
-            **record,
-            "seconds": time.monotonic() - start,
-            "budget_s": BUDGETS[name],
-            "missing": dict(run.missing),
-            "gpu_state_after": {} if run.emulated else gpu_state(),
-            "emulated": run.emulated,
-            "key": run.key,
-            "machine": gpu_machine(run.emulated),
-        }
-        records[name] = record
-        with run.records.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        reason = f": {record['reason']}" if "reason" in record else ""
-        print(f"{name:<11} {record['status']} in {record['seconds']:.0f} s{reason}", flush=True)
-    return records
+        left, start = total_s - (time.monotonic() - begin), time.monotonic()
+        reserve = BUDGETS["report"] if "report" in names[number + 1 :] else 0.0
+        record = run_stage(getattr(stages, name), run, min(BUDGETS[name], left - reserve), name == "report")
+        seconds, reason = time.monotonic() - start, f": {record['reason']}" if "reason" in record else ""
+        store(run.records, {
+            "kind": "stage", "stage": name, **record, "seconds": seconds, "budget_s": BUDGETS[name],
+            "missing": dict(run.missing), "gpu_state_after": {} if run.emulated else gpu_state(),
+            "emulated": run.emulated, "key": run.key, "machine": gpu_machine(run.emulated),
+        })  # fmt: skip
+        ends.append(record["status"])
+        print(f"{name:<11} {record['status']} in {seconds:.0f} s{reason}", flush=True)
+    return ends
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Exit status 1 where a stage failed, 2 where nothing can run."""
-    options = _parse(arguments)
     missing = find_missing()
     import torch
 
-    from . import gpu_record
-    from .gpu_stages import Run
+    from ..harness.record import RESULTS, keep_rows, parse, read_rows, run_key, write_rows
+    from .stages import Run
 
+    options = parse(
+        "gpu", __doc__, arguments,
+        output=(RESULTS, "folder of the result files"),
+        dry=(False, "without a GPU: emulated, tiny shapes, no measurement"),
+        stages=(list(BUDGETS), "stages to run"),
+        only=("", "tests and benchmark cases with this text in their name"),
+        total=(TOTAL, "seconds for everything"),
+        fresh=(False, "run again what an earlier run has finished"),
+    )  # fmt: skip
+    unknown = [name for name in options.stages if name not in BUDGETS]
+    if unknown:
+        raise SystemExit(f"--stages: expected some of {', '.join(BUDGETS)}; got {unknown[0]!r}")
     if not options.dry and not torch.cuda.is_available():
         raise SystemExit(f"benchmarks.gpu: torch {torch.__version__} sees no NVIDIA GPU (`make gpu-dry` needs none)")
     options.output.mkdir(parents=True, exist_ok=True)
-    key, stem = gpu_record.run_key(options.dry), "gpu-dry" if options.dry else "gpu"
+    gpu = "emulated" if options.dry else torch.cuda.get_device_name(0)
+    key, stem = run_key(gpu, torch.__version__), "gpu-dry" if options.dry else "gpu"
     run = Run(options.output.resolve(), stem, key, options.dry, options.only, missing)
     for name, use in missing.items():
         print(f"missing: {name}; left out: {use}", flush=True)
-    kept = gpu_record.keep_records(run.records, "" if options.fresh else key)
-    done = {r["stage"] for r in kept if r["kind"] == "stage" and r["status"] == "done"}
-    records = run_stages(run, [s for s in BUDGETS if s in options.stages], options.total, done)
+    if not options.only and options.stages == list(BUDGETS):
+        keep_rows(run.records, "" if options.fresh else key)
+    elif options.fresh:  # a part of a run lets the other rows stay, but none counts as done
+        write_rows(run.records, [{**row, "key": "earlier"} for row in read_rows(run.records)])
+    done = {r["stage"] for r in read_rows(run.records)
+            if r["kind"] == "stage" and r["status"] == "done" and r["key"] == key}  # fmt: skip
+    ends = run_stages(run, [s for s in BUDGETS if s in options.stages], options.total, done)
     print(f"results: {options.output}/{stem}.*")
-    raise SystemExit(any(r["status"] == "failed" for r in records.values()))
+    raise SystemExit("failed" in ends)
 
 
 if __name__ == "__main__":
