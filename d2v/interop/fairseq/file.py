@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from d2v.config import Config
 from d2v.config.finetune import HeadSettings
 from d2v.data.sources import read_text_file
 from d2v.folder import describe_mismatch
-from d2v.interop.fairseq.config import translate
-from d2v.interop.fairseq.describe import describe
+from d2v.interop.fairseq.config import describe, translate
 from d2v.interop.fairseq.heads import (
     INNER,
     PREFIXES,
@@ -31,8 +30,9 @@ from d2v.interop.fairseq.heads import (
     read_settings,
 )
 from d2v.interop.fairseq.model import assemble, parameters, teacher_parameters
-from d2v.interop.fairseq.names import family_of
+from d2v.interop.fairseq.names import BEIT, family_of
 from d2v.interop.fairseq.options import PUBLISHED
+from d2v.interop.renaming import rename, reverse
 from d2v.interop.torch_file import read_torch_file, to_plain
 from d2v.model.data2vec import Data2Vec
 from d2v.model.finetuned import FineTuned, strip_pretraining
@@ -55,15 +55,6 @@ _OLD_NAMES = (
     (r"^encoder\.lm_head\.", "encoder.regression_head."),
 )
 """Of 1.0 text."""
-_BEIT_NAMES = (
-    (r"^cls_token$", "cls_emb"), (r"^mask_token$", "mask_emb"), (r"^patch_embed\.proj\.", "patch_embed.conv."),
-    (r"^lm_head\.", "final_proj."), (r"\.mlp\.fc1\.", ".mlp.0."), (r"\.mlp\.fc2\.", ".mlp.2."),
-    (r"^(blocks|rel_pos_bias|norm)\.", r"encoder.\1."),
-)  # fmt: skip
-_TO_BEIT = (
-    (r"^cls_emb$", "cls_token"), (r"^mask_emb$", "mask_token"), (r"^patch_embed\.conv\.", "patch_embed.proj."),
-    (r"^final_proj\.", "lm_head."), (r"\.mlp\.0\.", ".mlp.fc1."), (r"\.mlp\.2\.", ".mlp.fc2."), (r"^encoder\.", ""),
-)  # fmt: skip
 _NOT_READ = re.compile(r".*(encoder_mask|target_proj\..*|shared_decoder.*|num_updates)$")
 """Left over from training code, without effect on what a model computes."""
 _PRE_TRAINING = re.compile(r"(modality_encoders\.\w+\.decoder|encoder\.regression_head|final_proj|mask_emb)\b")
@@ -183,7 +174,7 @@ def save(model: Data2Vec | FineTuned, path: str | Path) -> Path:
     named = {prefix + name: t for name, t in parameters(encoder).items()}
     if isinstance(model, FineTuned) and layout is not None:
         if layout.model == "beit":
-            named = {_rename(name, _TO_BEIT): t for name, t in named.items()}
+            named = {rename(name, reverse(BEIT)): t for name, t in named.items()}
         named |= {layout.published(name): t for name, t in model.head.state_dict().items()}
     tensors: dict[str, Any] = {
         name: t.detach().cpu().to(dtypes.get(name, t.dtype)).contiguous().clone() for name, t in named.items()
@@ -245,9 +236,9 @@ def _sort_tensors(state: Mapping[str, Any], where: str) -> Found:
     beit = _BEIT in given
     original = {name: name for name in given}
     if beit:
-        original = {_rename(name, _BEIT_NAMES): name for name in given}
+        original = {rename(name, BEIT): name for name in given}
     elif any(name.startswith(("encoder.sentence_encoder", "decoder.sentence_encoder")) for name in given):
-        original = {_rename(name, _OLD_NAMES): name for name in given}
+        original = {_rename_old(name): name for name in given}
     found = [(f, p) for p in PREFIXES for f, mark in _MARKS.items() if any(n.startswith(p + mark) for n in original)]
     if not found:
         raise ValueError(f"checkpoint {where!r}: expected names of a data2vec model, got {sorted(given)[:4]}")
@@ -270,8 +261,8 @@ def _is_head(name: str) -> bool:
     return name.startswith(("head.", "fc_norm.", "classification_heads.", "encoder.classification_heads.", "proj."))
 
 
-def _rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
+def _rename_old(name: str) -> str:
+    for pattern, replacement in _OLD_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
