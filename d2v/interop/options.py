@@ -41,13 +41,13 @@ def read_options(options: Iterable[Option], get: Callable[[str, Any], Any], own:
         own[option.field] = option.read(get(option.name, default), own)
 
 
-def write_options(options: Iterable[Option], config: Config) -> dict[str, Any]:
-    """The options that say what our configuration says."""
+def write_options(options: Iterable[Option], config: Any) -> dict[str, Any]:
+    """The options that say what our settings (a `Config`, or one section of it) say."""
     return {option.name: option.write(setting_of(config, option.field), config) for option in options}
 
 
-def setting_of(config: Config, field: str) -> Any:
-    """The value of a setting by its dotted name."""
+def setting_of(config: Any, field: str) -> Any:
+    """The value of a setting by its dotted name in a configuration or a section."""
     return functools.reduce(getattr, field.split("."), config)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 import d2v
 from d2v import recipes
 from d2v.interop import fairseq, huggingface
+from d2v.interop.huggingface.config import FAMILIES
+from d2v.interop.huggingface.model import PREFIXES
 
 CASES = {
     "hf_audio": "input_values",
@@ -82,8 +84,8 @@ def hidden(model: d2v.Data2Vec, inputs: Tensor, layer: int | None = None) -> Ten
 def test_golden_hidden_states(tmp_path: Path, case: str, prefix: str) -> None:
     tensors, about = load_case(case)
     state = {n.removeprefix("state/"): t for n, t in tensors.items() if n.startswith("state/")}
-    family = huggingface.FAMILIES[about["config"]["model_type"]]
-    folder = write_folder(tmp_path / "m", about["config"], state, huggingface.PREFIXES[family] if prefix else "")
+    family = FAMILIES[about["config"]["model_type"]]
+    folder = write_folder(tmp_path / "m", about["config"], state, PREFIXES[family] if prefix else "")
     model = huggingface.load(folder).eval()
     inputs = tensors["input/" + CASES[case]]
     lengths = tensors["input/attention_mask"].sum(1) if "input/attention_mask" in tensors else None

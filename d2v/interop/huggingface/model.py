@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from d2v.interop.fairseq.names import family_of
 from d2v.interop.huggingface.config import FAMILIES, read_config, write_config
 from d2v.interop.huggingface.heads import choose_model, describe_head, find_model, name_tensors, read_head, read_labels
 from d2v.interop.renaming import Pairs, renamed, reverse
+from d2v.interop.torch_file import check_weights, check_whole, read_torch_file, strip_wrappers
 from d2v.model.data2vec import Data2Vec
 from d2v.model.finetuned import FineTuned, strip_pretraining
 from d2v.model.task_heads import make_head
 
 PREFIXES = {"d2v1_audio": "data2vec_audio.", "d2v1_text": "data2vec_text.", "d2v1_vision": "data2vec_vision."}
 """What checkpoints of task models put before the encoder's names."""
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TEXT = "encoder.sentence_encoder."
 _QKV = {"query": 0, "key": 1, "value": 2}
 
@@ -87,26 +90,26 @@ _NOT_LOADED = {
 
 
 def load(folder: str | Path) -> Data2Vec | FineTuned:
-    """The encoder of a transformers folder (`config.json`, `model.safetensors`), or, of a task model, a `FineTuned`.
+    """The encoder of a transformers folder (`config.json` and weights), or, of a task model, a `FineTuned`.
+
+    Weights: `model.safetensors`, its shards with `model.safetensors.index.json`, or `pytorch_model.bin`, of which
+    nothing is executed.
 
     Heads of a folder whose `architectures` name no task model are left out, with a warning that names them; the
     pre-training head, which the format does not have, starts at random. Padding is treated as transformers does
     ("positions-see-padding"). Labels are those of `id2label`, or of the `vocab.json` of a CTC tokenizer.
 
     Raises:
-        ValueError: files or tensors missing, unexpected or misshapen. NotImplementedError: an option or a task model
-            that is not built.
+        ValueError: files or tensors missing, damaged, unexpected, misshapen or not finite. NotImplementedError: an
+            option or a task model that is not built.
     """
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"checkpoint: expected {name} in {str(folder)!r}, found none (pickled weights are not read)"
-            )
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"checkpoint: expected config.json in {str(folder)!r}, found none")
     given = _read_json(folder / "config.json")
     family, config = read_config(given)
     task = find_model(given)
-    tensors = _read_tensors(folder / "model.safetensors", PREFIXES[family])
+    tensors = _read_tensors(folder, PREFIXES[family])
     with torch.random.fork_rng(devices=[]):
         model = Data2Vec(config)
     if task is None:
@@ -121,6 +124,8 @@ def load(folder: str | Path) -> Data2Vec | FineTuned:
     fine_tuned = FineTuned(model, head, read_labels(folder, given, settings))
     _fill(model, family, tensors, str(folder))
     copy_into(head.state_dict(), own, f"checkpoint {str(folder)!r}: head")
+    for name, tensor in own.items():
+        check_weights(tensor, f"checkpoint {str(folder)!r}: head: {name}")
     return fine_tuned
 
 
@@ -201,7 +206,8 @@ def _fill(model: Data2Vec, family: str, given: dict[str, Tensor], where: str) ->
         view = _view(own, found, name)
         if view.numel() != value.numel():
             raise ValueError(f"checkpoint {where!r}: {name}: expected {tuple(view.shape)}, got {tuple(value.shape)}")
-        view.copy_(value.view(view.shape))
+        check_weights(value, f"checkpoint {where!r}: {name}")
+        view.copy_(value.reshape(view.shape))
         missing.discard(found)
     if missing or unknown:
         raise ValueError(
@@ -228,23 +234,59 @@ def _name_tensors(model: Data2Vec, family: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _load_json(path: Path) -> Any:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ValueError(f"checkpoint: expected JSON in {str(path)!r}: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    value = _load_json(path)
     if not isinstance(value, dict) or value.get("model_type") not in FAMILIES:
         kind = value.get("model_type") if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"checkpoint: expected a model_type of {', '.join(FAMILIES)}, got {kind!r} in {str(path)!r}")
     return value
 
 
-def _read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """All tensors of a folder, from one file or from the shards that an index names; safetensors come first."""
+    for name in WEIGHTS:
+        if (folder / f"{name}.index.json").is_file() and not (folder / name).is_file():
+            shards = sorted(set(_read_index(folder / f"{name}.index.json").values()))
+            tensors = {n: t for shard in shards for n, t in _read_file(folder / shard).items()}
+            break
+        if (folder / name).is_file():
+            tensors = _read_file(folder / name)
+            break
+    else:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise ValueError(
+            f"checkpoint: expected {' or '.join(WEIGHTS)}, or shards with an index, in {str(folder)!r}, found {found}"
+        )
+    return {name.removeprefix(prefix): tensor for name, tensor in strip_wrappers(tensors).items()}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Name -> file of every tensor; files lie in the index's own folder."""
+    value = _load_json(path)
+    shards = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
+        raise ValueError(f"checkpoint: expected a weight_map of names of files in {str(path)!r}, got another structure")
+    return shards
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if path.suffix != ".safetensors":
+        value = read_torch_file(path)
+        if not isinstance(value, Mapping) or not all(isinstance(t, Tensor) for t in value.values()):
+            raise ValueError(f"checkpoint: expected a dict of tensors in {str(path)!r}, got other contents")
+        return dict(value)
+    check_whole(path)
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"checkpoint: expected safetensors in {str(path)!r}: {error}") from None
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
