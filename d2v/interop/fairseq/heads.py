@@ -155,7 +155,7 @@ def read_settings(layout: Layout, options: Mapping[str, Any], tensors: Mapping[s
             section.close()
         else:
             own["task"] = "regression" if own["outputs"] == 1 else "classification"
-            if layout.inner in options:
+            if "pretrained_model_args" in options:  # in 1.0 the options of encoder and head are one section
                 section.close()
     return HeadSettings(**own)
 
