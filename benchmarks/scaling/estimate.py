@@ -1,8 +1,8 @@
 """What 8 to 512 GPUs should give, by arithmetic.
 
 Every figure is an estimate from the assumptions of `Cluster`; nothing here was measured on a GPU. Work comes from
-`d2v.train.loop.loop.flops`, parameters and kept activations from the recipe's own model, whose forward runs on tensors without memory.
-docs/scaling.md explains the formulas and says what breaks first.
+`d2v.train.flops`, parameters and kept activations from the recipe's own model, whose forward runs on tensors without
+memory. docs/scaling.md explains the formulas and says what breaks first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Cluster:
     """Assumptions; none of them was measured here."""
 
     peak: float = find_peak("H100") or 0.0
-    """FLOP/s of a GPU, dense bfloat16, as quoted in d2v.train.loop.loop.flops."""
+    """FLOP/s of a GPU, dense bfloat16, as quoted in d2v.train.flops."""
     mfu: float = 0.4
     """Share of the peak that a large enough micro-batch reaches."""
     memory: float = 80e9
