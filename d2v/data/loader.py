@@ -129,7 +129,7 @@ def train_updates(
 def load_updates(
     config: Config, dataset: TrainSamples, collate: Any, sampler: UpdateSampler, device: torch.device
 ) -> Generator[list[Batch], None, None]:
-    """Lists of micro-batches that `collate` makes of the sampler's slots, one list per update."""
+    """Lists of micro-batches that `collate` makes of the sampler's samples, one list per update."""
     workers, patience = config.data.workers, config.run.timeout
     if config.data.shuffle == "shards":
         dataset.source.read_ahead()

@@ -9,7 +9,7 @@ import numpy as np
 
 from d2v.config import Config
 from d2v.data import make_modality
-from d2v.data.dataset import STREAM_ORDER, Group, Slot, random_stream
+from d2v.data.dataset import STREAM_ORDER, Group, SampleRef, random_stream
 from d2v.data.sources import Source
 from d2v.model.stems.speech import SAMPLE_RATE
 
@@ -185,7 +185,7 @@ def split_update(groups: list[tuple[int, int]], micro: int, ranks: int) -> list[
 
 
 class UpdateSampler:
-    """Slots of one rank's micro-batches, of the updates `first` to `last - 1` (0-based).
+    """SampleRefs of one rank's micro-batches, of the updates `first` to `last - 1` (0-based).
 
     The stream is the same for any number of ranks: of global batch G, update u takes the positions u*G to (u+1)*G-1.
     """
@@ -225,7 +225,7 @@ class UpdateSampler:
             raise ValueError(f"data.batch_seconds: expected speech, got {seconds} for samples without a length")
         longest = int(self.lengths.max())
         if self._modality is not None:
-            longest = self._modality.stretch_limit(longest)
+            longest = self._modality.longest_perturbed(longest)
         if seconds < longest / SAMPLE_RATE:
             raise ValueError(
                 f"data.batch_seconds: expected at least {longest / SAMPLE_RATE:g}, the longest utterance "
@@ -238,9 +238,9 @@ class UpdateSampler:
             )
         return int(seconds * SAMPLE_RATE)
 
-    def __iter__(self) -> Iterator[list[Slot]]:
+    def __iter__(self) -> Iterator[list[SampleRef]]:
         for update in range(self.first, self.last):
-            yield from self.slots(update)
+            yield from self.refs(update)
 
     def count(self, update: int) -> int:
         """Micro-batches of an update, the same on all ranks."""
@@ -248,20 +248,20 @@ class UpdateSampler:
             return len(self._layout[self.rank])
         return len(self._split(self._lengths_of(self._places(update)))[1][self.rank])
 
-    def slots(self, update: int) -> list[list[Slot]]:
+    def refs(self, update: int) -> list[list[SampleRef]]:
         """This rank's micro-batches of an update."""
         if not self.grouped:
             batches = self._layout[self.rank]
-            return [[Slot(*place) for place in self._places(update, start, stop)] for start, stop in batches]
+            return [[SampleRef(*place) for place in self._places(update, start, stop)] for start, stop in batches]
         places = self._places(update)
         lengths = self._lengths_of(places)
         groups, layout = self._split(lengths)
-        stream: list[Slot] = []
+        stream: list[SampleRef] = []
         for start, stop in groups:
             known = None if lengths is None else tuple(lengths[start:stop])
             crop = min(known) if known is not None and self.data.unequal == "crop" else None
             group = Group(tuple(places[start:stop]), known, crop)
-            stream += [Slot(*place, group, number) for number, place in enumerate(group.places)]
+            stream += [SampleRef(*place, group, number) for number, place in enumerate(group.places)]
         return [stream[start:stop] for start, stop in layout[self.rank]]
 
     def _places(self, update: int, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
@@ -280,7 +280,7 @@ class UpdateSampler:
         if epoch not in self._stretched:
             while len(self._stretched) >= 2:
                 del self._stretched[min(self._stretched)]
-            self._stretched[epoch] = self._modality.stretch_lengths(self.lengths, epoch)
+            self._stretched[epoch] = self._modality.perturbed_lengths(self.lengths, epoch)
         return self._stretched[epoch]
 
     def _split(self, lengths: list[int] | None) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]:

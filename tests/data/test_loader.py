@@ -13,8 +13,9 @@ import torch
 from d2v import recipes
 from d2v.config import Config
 from d2v.data.dataset import Batch, Note
+from d2v.data.index import open_source
 from d2v.data.loader import BadSamples, train_updates, validation_batches
-from d2v.data.sources import Rejected, Source, open_source
+from d2v.data.sources import Rejected, Source
 from d2v_kernels import Masks
 
 CPU = torch.device("cpu")
