@@ -117,7 +117,7 @@ class Batch:
         small = [i for i, v in enumerate(leaves) if isinstance(v, Tensor) and v.nbytes <= JOINED_BYTES]
         small.sort(key=lambda i: -leaves[i].itemsize)  # each then begins at a multiple of its item size
         tensors = [leaves[i] for i in small]
-        joined = torch.cat([t.reshape(-1).view(torch.uint8) for t in tensors])
+        joined = torch.cat([torch.empty(0, dtype=torch.uint8), *(t.reshape(-1).view(torch.uint8) for t in tensors)])
         for i, tensor in zip(small, tensors, strict=True):
             leaves[i] = (tensor.dtype, tuple(tensor.shape))
         return _rebuild_batch, (type(self), list(values), leaves, small, joined)
@@ -303,7 +303,7 @@ class Collate:
 
     def __call__(self, samples: list[Sample]) -> Batch:
         inputs, lengths = self.modality.stack(samples, training=False)
-        _, valid = self.modality.measure(inputs, lengths)
+        valid = self.modality.measure(inputs, lengths)[1]
         return Batch(inputs, lengths, valid, None, None, tuple(n for s in samples for n in s.notes))
 
 

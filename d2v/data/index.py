@@ -217,7 +217,7 @@ def _measure(measure: Measure, open_file: Callable[[], Any]) -> int | str:
 def _open_folder(root: Path, wanted: Wanted) -> FileSource:
     """Files of a kind at any depth under `root`; with labels, the first folder level names the class."""
     kind, option, files = wanted.kind, wanted.option, sorted(walk_files(root))
-    found = [name for name in files if Path(name).suffix.lower() in kind.suffixes]
+    found = [name for name in files if os.path.splitext(name)[1].lower() in kind.suffixes]  # noqa: PTH122
     if not found:
         shards = sum(name.endswith(".tar") for name in files)
         hint = f"; for its {shards} .tar shards pass {str(root / '*.tar')!r}" if shards else ""

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from d2v.data.index import IMAGES, Kind, ShardSource, open_source
+from d2v.data.index import IMAGES, ShardSource, open_source
 from d2v.data.sources import Reporter, ShardLost, Source, check_output, describe_error
 from d2v.data.speech import SPEECH, decode_audio
 from d2v.data.tokenizer import DocumentReader, find_texts
@@ -37,6 +37,7 @@ AHEAD = 8
 """Samples that each thread may be ahead of the shard that is written."""
 HELD_BYTES = 64 << 20
 """Text that is held in memory before it is appended to its files."""
+KINDS = {"images": IMAGES, "speech": SPEECH}
 _SIGNATURES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg"}
 
 
@@ -102,11 +103,11 @@ def pack(path: str, output: Path, settings: PackSettings, *, workers: int = 2, c
     with _alone(partial):
         if settings.kind == "text":
             return _pack_text(path, partial, output, settings)
-        kind = SPEECH if settings.kind == "speech" else IMAGES
+        kind = KINDS[settings.kind]
         source = open_source(path, kind, labelled=settings.labelled, option="input", commands=commands)
-        with contextlib.closing(_Writer(partial, source, kind, settings)) as writer:
+        with contextlib.closing(_Writer(partial, source, settings)) as writer:
             writer.write_all(workers)
-            return _finish(partial, output, writer.record(), kind.noun, "that")
+            return _finish(partial, output, writer.record, kind.noun, "that")
 
 
 def _finish(partial: Path, output: Path, record: dict[str, Any], expected: str, found: str) -> str:
@@ -145,30 +146,29 @@ def _alone(partial: Path) -> Iterator[None]:
 
 
 class _Writer:
-    """A pack on its way."""
+    """A pack on its way. `record` is what it says about itself, and all that is needed to go on with it."""
 
-    def __init__(self, partial: Path, source: Source, kind: Kind, settings: PackSettings) -> None:
-        self.partial, self.source, self.kind, self.settings = partial, source, kind, settings
+    def __init__(self, partial: Path, source: Source, settings: PackSettings) -> None:
+        self.partial, self.source, self.settings = partial, source, settings
         order = np.arange(len(source))
         self.order = order if settings.in_order else np.random.default_rng(settings.seed).permutation(order)
-        self.identity = {"format": FORMAT, **asdict(settings), "samples": len(source), "names": source.digest()}
-        self.position, self.contents_bytes = 0, 0
-        self.shards: list[dict[str, Any]] = []
-        self.bad = [{"path": name, "reason": reason} for name, reason in source.rejected]
-        self._take_up()
+        identity = {"format": FORMAT, **asdict(settings), "samples": len(source), "names": source.digest()}
+        self.record: dict[str, Any] = {"settings": identity, "position": 0, "contents_bytes": 0, "shards": []}
+        self.record["bad"] = [{"path": name, "reason": reason} for name, reason in source.rejected]
         self._archive: tarfile.TarFile | None = None
         self._rows: list[str] = []
+        self._size = 0
+        self._take_up()
 
     def _take_up(self) -> None:
         """Goes on with what an interrupted pack with the same settings has left, else begins."""
         try:
-            record = json.loads((self.partial / RECORD).read_text(encoding="utf-8"))
+            record: Any = json.loads((self.partial / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            record = {}
-        if isinstance(record, dict) and record.get("settings") == self.identity:
-            self.position, self.shards, self.bad = record["position"], record["shards"], record["bad"]
-            self.contents_bytes = record["contents_bytes"]
-            os.truncate(self.partial / CONTENTS, self.contents_bytes)
+            record = None
+        if isinstance(record, dict) and record.get("settings") == self.record["settings"]:
+            self.record = record
+            os.truncate(self.partial / CONTENTS, record["contents_bytes"])
             return
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
@@ -176,38 +176,31 @@ class _Writer:
 
     def write_all(self, workers: int) -> None:
         """Writes what is not there yet."""
-        report = Reporter("packing", len(self.order), self.settings.kind)
-        samples, size = 0, 0
-        done = self.position
-        with contextlib.closing(
-            read_ahead(self.source, self.order[self.position :], self.kind, self.settings, workers)
-        ) as found:
+        report, done = Reporter("packing", len(self.order), self.settings.kind), self.record["position"]
+        with contextlib.closing(read_ahead(self.source, self.order[done:], self.settings, workers)) as found:
             for packed in found:
-                most = self.settings.shard_samples
-                full = samples and (size + packed.size > self.settings.shard_bytes or samples == most)
-                if packed.reason is None and full:
-                    self._close_shard(done)
-                    samples = size = 0
+                if packed.reason is None:
+                    self._add(packed, done)
+                else:
+                    self.record["bad"].append({"path": self.source.describe(packed.sample), "reason": packed.reason})
                 done += 1
                 report.show(done)
-                if packed.reason is not None:
-                    self.bad.append({"path": self.source.describe(packed.sample), "reason": packed.reason})
-                    continue
-                self._add(packed)
-                samples, size = samples + 1, size + packed.size
-        if samples:
+        if self._rows:
             self._close_shard(done)
         report.finish()
 
     @property
     def _name(self) -> str:
-        return f"shard-{len(self.shards):06d}.tar"
+        return f"shard-{len(self.record['shards']):06d}.tar"
 
-    def _add(self, packed: Packed) -> None:
+    def _add(self, packed: Packed, position: int) -> None:
+        full = self._size + packed.size > self.settings.shard_bytes or len(self._rows) == self.settings.shard_samples
+        if self._rows and full:
+            self._close_shard(position)
         if self._archive is None:
             # A format without times and owners of its own; names are short.
             self._archive = tarfile.open(self.partial / f"{PARTIAL}{self._name}", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        key = f"{sum(s['samples'] for s in self.shards) + len(self._rows):09d}"
+        key = f"{sum(s['samples'] for s in self.record['shards']) + len(self._rows):09d}"
         for extension, data in packed.members:
             info = tarfile.TarInfo(f"{key}{extension}")
             info.size, info.mode = len(data), 0o644
@@ -216,6 +209,7 @@ class _Writer:
         if self.source.labels is not None and self.source.classes is not None:
             row["label"] = self.source.classes[self.source.labels[packed.sample]]
         self._rows.append(json.dumps(row) + "\n")
+        self._size += packed.size
 
     def _close_shard(self, position: int) -> None:
         """Makes a shard whole; everything before `position` of the order is in this one or those before."""
@@ -228,18 +222,12 @@ class _Writer:
         text = "".join(self._rows).encode()
         with (self.partial / CONTENTS).open("ab") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        self.shards.append({"name": final.name, "samples": len(self._rows), "bytes": final.stat().st_size})
-        self.position, self.contents_bytes, self._rows = position, self.contents_bytes + len(text), []
-        write_atomically(self.partial / RECORD, json.dumps(self.record(), indent=1))
-
-    def record(self) -> dict[str, Any]:
-        """What a pack says about itself, and all that is needed to go on with it."""
-        return {
-            "settings": self.identity, "position": self.position, "contents_bytes": self.contents_bytes,
-            "shards": self.shards, "bad": self.bad,
-        }  # fmt: skip
+        flush(self.partial / CONTENTS)
+        record = self.record
+        record["shards"].append({"name": final.name, "samples": len(self._rows), "bytes": final.stat().st_size})
+        record["position"], record["contents_bytes"] = position, record["contents_bytes"] + len(text)
+        self._rows, self._size = [], 0
+        write_atomically(self.partial / RECORD, json.dumps(record, indent=1))
 
     def close(self) -> None:
         """Removes a shard that is not whole; whole ones stay for the next start."""
@@ -249,7 +237,7 @@ class _Writer:
 
 
 def read_ahead(
-    source: Source, order: np.ndarray, kind: Kind, settings: PackSettings, workers: int
+    source: Source, order: np.ndarray, settings: PackSettings, workers: int
 ) -> Generator[Packed, None, None]:
     """The samples in order, read and decoded by some threads ahead of the one that takes them."""
     waiting: deque[Future[Packed]] = deque()
@@ -258,7 +246,7 @@ def read_ahead(
     with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
         try:
             for index in order.tolist():
-                waiting.append(pool.submit(read_packed, source, index, kind, settings, one))
+                waiting.append(pool.submit(read_packed, source, index, settings, one))
                 if len(waiting) >= AHEAD * max(workers, 1):
                     yield waiting.popleft().result()
             while waiting:
@@ -268,15 +256,19 @@ def read_ahead(
 
 
 def read_packed(
-    source: Source, index: int, kind: Kind, settings: PackSettings, one: contextlib.AbstractContextManager[Any]
+    source: Source, index: int, settings: PackSettings, one: contextlib.AbstractContextManager[Any]
 ) -> Packed:
     """One sample with its class and its transcript; `one` is held while the source is read."""
+    speech = settings.kind == "speech"
     try:
         with one:
-            data, text = source.read(index), read_text(source, index) if settings.kind == "speech" else None
+            data, text = source.read(index), read_text(source, index) if speech else None
         if not settings.unchecked:
-            decode_audio(data) if settings.kind == "speech" else decode_image(data)
-        members = [(extension_of(source, index, data, kind), data)]
+            decode_audio(data) if speech else decode_image(data)
+        suffix, known = Path(source.describe(index)).suffix.lower(), KINDS[settings.kind].suffixes
+        if suffix not in known and data[:4] not in _SIGNATURES:
+            raise ValueError(f"expected one of {', '.join(sorted(known))}, got a name that ends in {suffix!r}")
+        members = [(suffix if suffix in known else _SIGNATURES[data[:4]], data)]
     except ShardLost:
         raise
     except (ValueError, OSError) as error:
@@ -294,16 +286,6 @@ def read_text(source: Source, index: int) -> str | None:
         return source.read_transcript(index)
     except (ValueError, OSError):
         return None
-
-
-def extension_of(source: Source, index: int, data: bytes, kind: Kind) -> str:
-    """The extension of a sample by its name, or by its first bytes where the name has none."""
-    suffix = Path(source.describe(index)).suffix.lower()
-    if suffix in kind.suffixes:
-        return suffix
-    if data[:4] in _SIGNATURES:
-        return _SIGNATURES[data[:4]]
-    raise ValueError(f"expected one of {', '.join(sorted(kind.suffixes))}, got a name that ends in {suffix!r}")
 
 
 # ---- text -------------------------------------------------------------------------------------------------------

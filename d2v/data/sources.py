@@ -29,6 +29,11 @@ class Rejected(NamedTuple):
     reason: str
 
 
+def for_example(rejected: Sequence[Rejected]) -> str:
+    """The first of what was rejected, for the end of a message."""
+    return f", for example {rejected[0].name}: {rejected[0].reason}" if rejected else ""
+
+
 class ShardLost(OSError):
     """A shard cannot be read any more: all of its samples are gone, which no replacement makes good."""
 
@@ -205,7 +210,7 @@ def expand_braces(pattern: str, option: str = "data.path", limit: int = 1_000_00
 def walk_files(root: Path) -> Iterator[str]:
     """Paths of the files under `root`, relative to it; links are followed, each folder once, hidden names skipped."""
     seen: set[tuple[int, int]] = set()
-    stack = [str(root)]
+    stack, start = [str(root)], len(os.path.join(root, ""))  # noqa: PTH118
     while stack:
         folder = stack.pop()
         status = os.stat(folder)  # noqa: PTH116
@@ -217,7 +222,7 @@ def walk_files(root: Path) -> Iterator[str]:
         stack.extend(e.path for e in reversed(entries) if e.is_dir())
         # A dangling link stays in: it is reported when it is read. Pipes and devices are not files.
         files = (e for e in entries if e.is_file() or (e.is_symlink() and not e.is_dir()))
-        yield from (os.path.relpath(e.path, root) for e in files)
+        yield from (e.path[start:] for e in files)
 
 
 def read_text_file(path: Path) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.data.dataset import STREAM_CROP, STREAM_SPEED, Batch, Modality, Sample, random_stream
 from d2v.data.index import FileSource, Kind, is_command
-from d2v.data.sources import Source, Subset
+from d2v.data.sources import Source, Subset, for_example
 from d2v.model.stems import LogMelStem
 from d2v.model.stems.speech import SAMPLE_RATE
 
@@ -257,7 +257,7 @@ class Speech(Modality):
             source.left_out[reason] = int(short.sum())
         if not len(rows):
             left = "".join(f", {n} {reason} (--data.min-seconds)" for reason, n in source.left_out.items())
-            first = f", for example {source.rejected[0].name}: {source.rejected[0].reason}" if source.rejected else ""
+            first = for_example(source.rejected)
             raise ValueError(f"{option}: expected {self.noun}, got {int(damaged.sum())} unreadable{left}{first}")
         source.lengths = np.minimum(lengths, self.longest if self.speed is None else self.speed.recorded)
         return Subset(source, rows)

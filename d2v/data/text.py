@@ -26,7 +26,7 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.data.cache import CACHE
 from d2v.data.dataset import Batch, Modality, Sample
-from d2v.data.sources import Rejected, Reporter, Source, find_files, number_classes
+from d2v.data.sources import Rejected, Reporter, Source, find_files, for_example, number_classes
 from d2v.data.tokenizer import (
     END,
     FILE,
@@ -37,7 +37,7 @@ from d2v.data.tokenizer import (
     find_texts,
     save_tokenizer,
     train_tokenizer,
-)  # fmt: skip
+)
 from d2v.files import PARTIAL, write_atomically
 from d2v.folder import clean_folder, latest_checkpoint
 
@@ -71,7 +71,9 @@ def open_tokens(files: list[Path], tokenizer: BytePairs, folder: Path) -> Tokens
     A cache belongs to the files' paths, sizes and times of change, and to the tokenizer. Two processes that make the
     same one do not disturb each other.
     """
-    place = folder / _name(files, tokenizer)
+    status = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) if f.exists() else str(f) for f in files]
+    identity = json.dumps([FORMAT, tokenizer.digest, status]).encode()
+    place = folder / f"tokens-{hashlib.sha256(identity).hexdigest()[:16]}"
     found = _read(place)
     if found is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,11 +82,6 @@ def open_tokens(files: list[Path], tokenizer: BytePairs, folder: Path) -> Tokens
     if found is None:
         raise ValueError(f"data.cache: cannot read {str(place)!r} back after it was written")
     return found
-
-
-def _name(files: list[Path], tokenizer: BytePairs) -> str:
-    status = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) if f.exists() else str(f) for f in files]
-    return "tokens-" + hashlib.sha256(json.dumps([FORMAT, tokenizer.digest, status]).encode()).hexdigest()[:16]
 
 
 def _read(place: Path) -> Tokens | None:
@@ -127,26 +124,21 @@ def _build(files: list[Path], tokenizer: BytePairs, place: Path) -> None:
                 os.fsync(file.fileno())
         report.finish()
         if not total:
-            first = f", for example {reader.rejected[0].name}: {reader.rejected[0].reason}" if reader.rejected else ""
+            first = for_example(reader.rejected)
             raise ValueError(f"data.path: expected text in {len(files)} files, found none{first}")
         index = {
             "format": FORMAT, "dtype": dtype.name, "tokens": total, "documents": documents,
             "sha256": hashlib.sha256(hashes[0].digest() + hashes[1].digest()).hexdigest(), "rejected": reader.rejected,
         }  # fmt: skip
         write_atomically(partial / INDEX, json.dumps(index))
-        _move(partial, place)
+        try:
+            partial.rename(place)
+        except OSError:
+            if _read(place) is None:  # damaged; the cache of a process that was quicker stays
+                shutil.rmtree(place, ignore_errors=True)
+                partial.rename(place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _move(partial: Path, place: Path) -> None:
-    """Takes the place of a damaged cache; where another process was quicker its cache stays."""
-    try:
-        partial.rename(place)
-    except OSError:
-        if _read(place) is None:
-            shutil.rmtree(place, ignore_errors=True)
-            partial.rename(place)
 
 
 def group_documents(reader: DocumentReader) -> Iterator[list[str]]:
@@ -166,8 +158,13 @@ def group_documents(reader: DocumentReader) -> Iterator[list[str]]:
 class TextSource(Source):
     """Texts as token ids."""
 
-    documents: int
+    documents = 0
     """Documents that were found, rejected ones not counted."""
+
+    def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
+        self.files, self.modality, self.option = files, modality, option
+        self.rejected, self.left_out = [], {}
+        self.where = str(files[0]) if len(files) == 1 else f"{len(files)} files"
 
     def block(self, index: int) -> np.ndarray:
         """int64 (tokens,) of a sample, `<s>` first."""
@@ -185,8 +182,7 @@ class BlockSource(TextSource):
     """
 
     def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
-        self.files, self.modality, self.option = files, modality, option
-        self.rejected, self.left_out, self.documents = [], {}, 0
+        super().__init__(files, modality, option)
         self._starts = self._sizes = np.zeros(0, dtype=np.int64)
         self._digest = ""
 
@@ -217,8 +213,7 @@ class BlockSource(TextSource):
 
     def describe(self, index: int) -> str:
         start = int(self._starts[index])
-        where = str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files"
-        return f"tokens {start} to {start + int(self._sizes[index])} of {where}"
+        return f"tokens {start} to {start + int(self._sizes[index])} of {self.where}"
 
     def block(self, index: int) -> np.ndarray:
         start, size = int(self._starts[index]), int(self._sizes[index])
@@ -250,8 +245,7 @@ class WholeTexts(TextSource):
     """Documents as `<s> ... </s>`, cut to the longest sequence of the model; their ids are held in memory."""
 
     def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
-        self.files, self.modality = files, modality
-        self.left_out = {}
+        super().__init__(files, modality, option)
         reader = DocumentReader(files)
         self._ids = [
             np.array([START, *ids[: modality.config.stem.max_tokens - 2], END], dtype=np.int32)
@@ -260,15 +254,13 @@ class WholeTexts(TextSource):
         ]
         self.rejected, self.documents = reader.rejected, len(self._ids)
         if not self._ids:
-            first = f", for example {self.rejected[0].name}: {self.rejected[0].reason}" if self.rejected else ""
-            raise ValueError(f"{option}: expected text in {len(files)} files, found none{first}")
+            raise ValueError(f"{option}: expected text in {len(files)} files, found none{for_example(self.rejected)}")
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def describe(self, index: int) -> str:
-        where = str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files"
-        return f"document {index + 1} of {where}"
+        return f"document {index + 1} of {self.where}"
 
     def block(self, index: int) -> np.ndarray:
         return self._ids[index].astype(np.int64)
@@ -282,8 +274,7 @@ class LabelledTexts(TextSource):
     `<s> a </s> </s> b </s>` and cut to the longest sequence of the model. `texts` keeps the columns."""
 
     def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
-        self.files, self.modality = files, modality
-        self.rejected, self.left_out = [], {}
+        super().__init__(files, modality, option)
         self.incomplete: list[Rejected] = []
         self.texts: list[tuple[str, ...]] = []
         self.values: list[str] = []
@@ -291,8 +282,7 @@ class LabelledTexts(TextSource):
         for file in files:
             self._read(file, option)
         if not self.texts:
-            first = f", for example {self.rejected[0].name}: {self.rejected[0].reason}" if self.rejected else ""
-            raise ValueError(f"{option}: expected lines text<TAB>label, found none{first}")
+            raise ValueError(f"{option}: expected lines text<TAB>label, found none{for_example(self.rejected)}")
         self.documents = len(self.texts)
         self.labels, self.classes = number_classes(self.values)
 
@@ -365,12 +355,9 @@ class Texts(Modality):
     def tokenizer(self) -> BytePairs:
         """The tokenizer of data.tokenizer, or the one that the run has made."""
         if self._tokenizer is None:
-            self._tokenizer = self._read_tokenizer(self._tokenizer_folder())
+            given = self.config.data.tokenizer
+            self._tokenizer = self._read_tokenizer(Path(given or Path(self.config.run.dir) / TOKENIZER))
         return self._tokenizer
-
-    def _tokenizer_folder(self) -> Path:
-        given = self.config.data.tokenizer
-        return Path(given) if given is not None else Path(self.config.run.dir) / TOKENIZER
 
     def _read_tokenizer(self, folder: Path) -> BytePairs:
         """A tokenizer that fits the model."""
@@ -418,18 +405,11 @@ class Texts(Modality):
 
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
         """`.txt` and `.jsonl` files, or a folder of them; labelled: `.tsv` files."""
-        if labelled:
-            return self._open_table(path, option)
-        files = find_texts(path, option)
-        if self.config.data.tokenizer is not None:
-            _ = self.tokenizer  # says at once what does not fit
-        return BlockSource(files, self, option)
-
-    def open_whole(self, path: str, *, option: str) -> Source:
-        """Every document a sample."""
-        return WholeTexts(find_texts(path, option), self, option)
-
-    def _open_table(self, path: str, option: str) -> LabelledTexts:
+        if not labelled:
+            files = find_texts(path, option)
+            if self.config.data.tokenizer is not None:
+                _ = self.tokenizer  # says at once what does not fit
+            return BlockSource(files, self, option)
         places = "a .tsv file of text<TAB>label"
         if not path or path.startswith("pipe:"):
             raise ValueError(f"{option}: expected {places}, got {path!r}")
@@ -438,6 +418,10 @@ class Texts(Modality):
         if odd is not None:
             raise ValueError(f"{option}: expected {places}, got {str(odd)!r}")
         return LabelledTexts(files, self, option)
+
+    def open_whole(self, path: str, *, option: str) -> Source:
+        """Every document a sample."""
+        return WholeTexts(find_texts(path, option), self, option)
 
     def load(self, source: Source, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
         """int64 (tokens,)."""

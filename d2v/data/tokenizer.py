@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from d2v.data.sources import Rejected, Reporter, check_output, find_files, walk_files
+from d2v.data.sources import Rejected, Reporter, check_output, find_files, for_example, walk_files
 from d2v.files import write_atomically
 
 FILE = "tokenizer.json"
@@ -240,34 +240,26 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> tuple[str, int]:
         vocab_size=vocabulary - 1, special_tokens=list(SPECIALS), show_progress=False, min_frequency=MIN_FREQUENCY,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
-    found = 0
+    report = Reporter("reading text for the tokenizer", TRAINING_BYTES / 1e6, "MB")
+    taken = 0
 
-    def count(some: Iterator[str]) -> Iterator[str]:
-        nonlocal found
-        for text in some:
-            found += len(text)
+    def take() -> Iterator[str]:
+        nonlocal taken
+        for text in texts:
+            taken += len(text)
+            report.show(taken / 1e6)
             yield text
+            if taken >= TRAINING_BYTES:
+                return
 
-    tokenizer.train_from_iterator(count(_take_some(texts)), trainer)
-    if not found:
+    tokenizer.train_from_iterator(take(), trainer)
+    if not taken:
         raise ValueError("data.path: expected text, found none")
     missing = vocabulary - 1 - tokenizer.get_vocab_size()
     tokenizer.add_special_tokens([AddedToken(f"<unused{i}>", special=True) for i in range(missing)])
     tokenizer.add_special_tokens([AddedToken(MASK, special=True)])
     text: str = tokenizer.to_str()
     return text, missing
-
-
-def _take_some(texts: Iterable[str]) -> Iterator[str]:
-    """The first TRAINING_BYTES of text."""
-    report = Reporter("reading text for the tokenizer", TRAINING_BYTES / 1e6, "MB")
-    taken = 0
-    for text in texts:
-        taken += len(text)
-        report.show(taken / 1e6)
-        yield text
-        if taken >= TRAINING_BYTES:
-            return
 
 
 def import_gpt2(folder: Path) -> str:
@@ -344,8 +336,7 @@ def write_tokenizer(output: Path, path: str | None, *, vocabulary: int, gpt2: st
         text, unused = train_tokenizer(reader, vocabulary)
         note = f", {unused} of them never occur" if unused else ""
         if reader.rejected:
-            first = reader.rejected[0]
-            note += f"; left out {len(reader.rejected)}, for example {first.name}: {first.reason}"
+            note += f"; left out {len(reader.rejected)}{for_example(reader.rejected)}"
     save_tokenizer(text, output)
     return f"{output}: {BytePairs(output, 'output').vocabulary} tokens{note}"
 

@@ -193,6 +193,9 @@ def test_a_batch_survives_its_way_from_a_worker() -> None:
         assert again.token_lengths is None
         assert again.noise_keys is None
         assert again.notes == batch.notes
+        alone = pickle.loads(pickle.dumps(Batch(inputs, None, None, None, None, ())))
+        assert torch.equal(alone.inputs, inputs)
+        assert alone.masks is None
         assert isinstance(again.masks, Masks)
         for one, other in zip(again.masks, masks, strict=True):
             assert (one is None) == (other is None)
