@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -278,7 +280,7 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
 
 
 class EvaluationSamples(torch.utils.data.Dataset[Sample]):
-    """Map from a sample id to the sample; one that cannot be decoded is blank and has a "bad" note."""
+    """Map from a sample id to the sample; one that cannot be decoded is a placeholder and has a "bad" note."""
 
     def __init__(self, source: Source, modality: Modality) -> None:
         self.source, self.modality = source, modality
@@ -360,14 +362,12 @@ class MaskingCollate:
         masks: list[Masks] = []
         keys: list[Tensor] = []
         start = 0
-        while start < len(places):  # a batch may straddle the end of an epoch
-            epoch = places[start][1]
-            stop = next((i for i in range(start, len(places)) if places[i][1] != epoch), len(places))
-            ids = [sample_id for sample_id, _ in places[start:stop]]
-            part = None if lengths is None else lengths[start:stop]
-            masks.append(sampler.draw(ids, epoch, copies=copies, lengths=part))
+        for epoch, part in groupby(places, key=itemgetter(1)):  # a batch may straddle the end of an epoch
+            ids = [sample_id for sample_id, _ in part]
+            own = None if lengths is None else lengths[start : start + len(ids)]
+            masks.append(sampler.draw(ids, epoch, copies=copies, lengths=own))
             keys.append(sampler.noise_keys(ids, epoch, copies=copies))
-            start = stop
+            start += len(ids)
         joined, noise = masks[0], torch.cat(keys)
         if len(masks) > 1:
             mask = torch.cat([m.mask for m in masks])
