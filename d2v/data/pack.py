@@ -24,7 +24,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from d2v.data.index import IMAGES, ShardSource, open_source
+from d2v.data.index import IMAGES, open_source
+from d2v.data.shards import ShardSource
 from d2v.data.sources import Reporter, ShardLost, Source, check_output, describe_error
 from d2v.data.speech import SPEECH, decode_audio
 from d2v.data.tokenizer import DocumentReader, find_texts
@@ -271,7 +272,7 @@ def read_packed(
         members = [(suffix if suffix in known else _SIGNATURES[data[:4]], data)]
     except ShardLost:
         raise
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever is wrong with one sample stays with it
         return Packed(index, (), describe_error(error))
     if source.labels is not None and source.classes is not None:
         members.append((".cls", source.classes[source.labels[index]].encode("utf-8", "surrogateescape")))
