@@ -231,7 +231,7 @@ class Subset(Source):
 
 def open_regular(path: str | Path) -> BinaryIO:
     """A file for reading; `ValueError` for a pipe, socket or device, on which a reader might wait for ever."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError("not a regular file")
