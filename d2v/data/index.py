@@ -6,7 +6,6 @@ run continues at the very sample where it stopped. Nothing is ever extracted or 
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 import re
@@ -187,7 +186,7 @@ def _open_folder(root: Path, wanted: Wanted) -> FileSource:
     left_out = count_endings(+left, "files")
     if not found:
         shards = left[".tar"]
-        hint = f"; for its {shards} .tar shards pass {glob.escape(str(root)) + '/*.tar'!r}" if shards else ""
+        hint = f"; for its {shards} .tar shards pass {str(root / '*.tar')!r}" if shards else ""
         place = f"under {str(root)!r}"
         raise ValueError(
             f"{option}: expected {kind.noun} {place}, found none in {len(files)} files{list_left_out(left_out)}; "

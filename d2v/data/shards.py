@@ -19,6 +19,7 @@ import numpy as np
 
 from d2v.data.cache import Found, NameTable, scan_files, stamp_of
 from d2v.data.sources import (
+    NoTranscript,
     Rejected,
     Reporter,
     ShardLost,
@@ -98,7 +99,7 @@ class ShardSource(Source):
     def read_transcript(self, index: int) -> str:
         offset, size = self._places[index, 2:].tolist()
         if offset < 0:
-            raise ValueError(f"{self.describe(index)}: expected a .txt member beside it, found none")
+            raise NoTranscript(f"{self.describe(index)}: expected a .txt member beside it, found none")
         check_size(size, "transcript")
         try:
             return decode_text(self._read_at(index, offset, size)).strip()
@@ -255,7 +256,7 @@ def _members(
             rejected.append([f"{shard}:{member.name}", "cut off: the shard ends inside this member"])
         else:
             yield member
-    if os.pread(descriptor, tarfile.BLOCKSIZE, archive.offset).strip(b"\0"):
+    if archive.offset < total and os.pread(descriptor, tarfile.BLOCKSIZE, archive.offset).strip(b"\0"):
         rejected.append([str(shard), f"damaged from byte {archive.offset}: {reason}"])
 
 

@@ -40,6 +40,10 @@ def for_example(rejected: Sequence[Rejected]) -> str:
     return f", for example {rejected[0].name}: {rejected[0].reason}" if rejected else ""
 
 
+class NoTranscript(ValueError):
+    """A sample has no text: none is there, where one that cannot be read is damage."""
+
+
 class ShardLost(OSError):
     """A shard cannot be read any more: all of its samples are gone, which no replacement makes good."""
 
@@ -167,7 +171,7 @@ class Source:
 
     def read_transcript(self, index: int) -> str:
         """The text that goes with a sample; `ValueError` or `OSError` where there is none."""
-        raise ValueError(f"{self.describe(index)}: expected a transcript, this kind of source has none")
+        raise NoTranscript(f"{self.describe(index)}: expected a transcript, this kind of source has none")
 
     @property
     def indexed(self) -> int:

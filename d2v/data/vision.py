@@ -121,8 +121,8 @@ def scale_values(values: np.ndarray, scale: Range) -> tuple[np.ndarray, str]:
     elif scale == "dtype" and real:
         raise ValueError("floating-point images have no fixed range: --data.image-range LO HI, minmax or percentile")
     elif not real and (scale == "dtype" or (scale == "auto" and low >= 0.0)):
-        signed = low < 0.0
-        depth = next(d for d in DEPTHS if max(high, -low - 1) < 2 ** (d - signed) and (scale == "auto" or d in (16, 32)))
+        signed, depths = low < 0.0, DEPTHS if scale == "auto" else (16, 32)
+        depth = next(d for d in depths if max(high, -low - 1) < 2 ** (d - signed))
         low, high, how = -float(signed * 2 ** (depth - 1)), float(2 ** (depth - signed) - 1), f"{depth}-bit"
     elif scale == "auto" and low >= 0.0 and high <= 1.0:
         low, high, how = 0.0, 1.0, "0 to 1"
