@@ -89,6 +89,10 @@ class Data:
     """Turn each image by a random multiple of 90 degrees."""
     grey: bool = setting(False, only="vision")
     """Convert to grey, repeated to the stem's channels."""
+    image_range: tuple[str, ...] = setting(("auto",), only="vision", rare=True)
+    """Images of more than 8 bits a value: which values become 0 to 255. dtype: all that the type has; minmax,
+    percentile (0.5 to 99.5): of each image; LO HI: these two; auto: 0 to the largest of the 8, 10, 12 (and so on)
+    bits that the image uses, floating point 0 to 1, else minmax."""
     standardise: Literal["imagenet", "sample"] = setting("imagenet", only="vision")
     """Fixed ImageNet mean and deviation per channel, or zero mean and unit variance per image."""
     bad_fraction: float = setting(0.05, low=0, high=1, free=True, rare=True)
