@@ -149,7 +149,9 @@ class LabelledCollate:
         masks, keys = [], []
         for i, sample in enumerate(samples):
             own = None if valid is None else valid[i : i + 1]
-            masks.append(sampler.draw([sample.sample_id], sample.epoch, lengths=own).mask)
+            mask = sampler.draw([sample.sample_id], sample.epoch, lengths=own).mask
+            count = length if own is None else int(own)
+            masks.append(mask & (mask.sum(dim=1, keepdim=True) < count))  # a row that would show nothing shows all
             keys.append(sampler.noise_keys([sample.sample_id], sample.epoch))
         return torch.cat(masks), torch.cat(keys)
 
