@@ -32,9 +32,9 @@ soak: setup  ## endurance: kills, broken disks, lost ranks, cut links; goes on w
 	$(RUN) scripts/soak.py
 
 bench: setup  ## kernels, host, instructions, errors, training steps, growth; ends with one table and plots, about an hour
-	$(RUN) -m benchmarks.kernels
+	$(RUN) -m benchmarks.operators
 	$(PYTEST) benchmarks/host.py --benchmark-columns=min,median,stddev --benchmark-sort=name -q
-	$(RUN) -m benchmarks.instructions
+	$(RUN) -m benchmarks.host
 	$(RUN) -m benchmarks.errors
 	$(RUN) -m benchmarks.step
 	$(RUN) -m benchmarks.growth
@@ -42,7 +42,7 @@ bench: setup  ## kernels, host, instructions, errors, training steps, growth; en
 
 bench-check: setup  ## compare ratios of kernels and steps, and instruction counts, with the stored ones
 	$(RUN) -m benchmarks.check
-	$(RUN) -m benchmarks.instructions
+	$(RUN) -m benchmarks.host
 
 gpu:  ## with an NVIDIA GPU: build in place, GPU tests, sanitizer, benchmarks, report; under 9 minutes, installs nothing
 	$(GPU_RUN) --output $(GPU_OUT)

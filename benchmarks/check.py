@@ -7,15 +7,15 @@ plain form's time or peak memory over this library's does.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import report, step, step_report
-from .cases import all_cases
-from .kernels import RESULTS, run_in_process
-from .step_cases import CPU
+from . import operators, step
+from .harness.record import RESULTS, parse, read_rows
+from .harness.report import figures
+from .training.cases import CPU
 
 Row = dict[str, Any]
 Ratios = dict[str, float]
@@ -30,7 +30,7 @@ def ratios_of(row: Row) -> Ratios:
 
 def step_ratios(row: Row) -> Ratios:
     """Plain over d2v of a step, time and memory: more is better."""
-    found = step_report.figures(row)
+    found = figures(row)
     ratios = {"plain time": found["faster"]} if "faster" in found else {}
     return {**ratios, **({"plain memory": 1.0 / found["memory"]} if "memory" in found else {})}
 
@@ -57,29 +57,21 @@ def attempt(title: str, measure: Callable[[], Ratios], old: Ratios, names: Itera
 
 def check_kernels(path: Path, only: str, allow: float) -> list[str]:
     """Problems of the kernels whose operator or name contains `only`."""
-    stored = {(r["op"], r["case"], r["dtype"]): r for r in report.read_rows(path) if r["threads"] == 1}
+    stored = {(r["op"], r["case"], r["dtype"]): r for r in read_rows(path) if r["threads"] == 1}
     failed = []
-    for number, case in enumerate(all_cases()):
-        before = stored.get((case.op, case.name, str(case.dtype).removeprefix("torch.")))
-        title = f"{case.op} {case.name} {case.dtype}"
-        if before is None or only not in title:
-            continue
-
-        def measure(number: int = number) -> Ratios:
-            return ratios_of(run_in_process(number, 1))
-
-        failed += attempt(title, measure, ratios_of(before), before["goals"], allow)
+    for number, case in enumerate(operators.cpu_cases()):
+        before, title = stored.get(case.key), f"{case.op} {case.name} {case.dtype}"
+        if before is not None and only in title:
+            measure = partial(lambda n: ratios_of(operators.ask_for_row(n, 1)), number)
+            failed += attempt(title, measure, ratios_of(before), before["goals"], allow)
     return failed
 
 
 def measure_step(case: str) -> Ratios:
     """Ratios of the tiny step of this name, measured in processes of their own."""
-    number = next(n for n, c in enumerate(CPU) if c.name == case)
-    child = ["--forms", "plain", "d2v", "--rounds", "15", "--budget", "5", "--child", str(number)]
-    row = step.run_child(child, 1)
-    for name in ("plain", "d2v"):
-        row["forms"][name]["memory"] = step.run_child([*child, "--memory", name], 1, keep_pages=False)
-    return step_ratios(row)
+    found = next(c for c in CPU if c.name == case)
+    order = {"device": "cpu", "forms": ["plain", "d2v"], "rounds": 15, "budget": 5.0, "threads": 1}
+    return step_ratios(step.add_memory(step.ask_for_row(found, order), step.ask_for_memory(found, order)))
 
 
 def check_steps(path: Path, only: str, allow: float, measure: Callable[[str], Ratios] = measure_step) -> list[str]:
@@ -89,7 +81,7 @@ def check_steps(path: Path, only: str, allow: float, measure: Callable[[str], Ra
         return []
     known = {c.name for c in CPU}
     failed, found = [], 0
-    for row in report.read_rows(path):
+    for row in read_rows(path):
         name, old = row["case"], step_ratios(row)
         if row["threads"] != 1 or not row["recipe"].endswith("-tiny") or only not in f"step {name}":
             continue
@@ -97,11 +89,7 @@ def check_steps(path: Path, only: str, allow: float, measure: Callable[[str], Ra
             print(f"gone   step {name}  is stored and no longer a case", flush=True)
             continue
         found += 1
-
-        def measure_case(name: str = name) -> Ratios:
-            return measure(name)
-
-        failed += attempt(f"step {name}", measure_case, old, old, allow)
+        failed += attempt(f"step {name}", partial(measure, name), old, old, allow)
     if not found and not only:
         print(f"steps: not checked, {path} has no tiny recipe with one thread", flush=True)
     return failed
@@ -109,12 +97,13 @@ def check_steps(path: Path, only: str, allow: float, measure: Callable[[str], Ra
 
 def main(arguments: list[str] | None = None) -> None:
     """Exit code 1 when a row is worse in every attempt."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
-    parser.add_argument("--stored", type=Path, default=RESULTS / "cpu.jsonl", help="kernels to compare with")
-    parser.add_argument("--steps", type=Path, default=RESULTS / "step-cpu.jsonl", help="steps to compare with")
-    parser.add_argument("--only", default="", help="check what has this text in its name; steps begin with 'step '")
-    parser.add_argument("--allow", type=float, default=0.65, help="share of a stored ratio that still passes")
-    options = parser.parse_args(arguments)
+    options = parse(
+        "check", __doc__, arguments,
+        stored=(RESULTS / "cpu.jsonl", "kernels to compare with"),
+        steps=(RESULTS / "step-cpu.jsonl", "steps to compare with"),
+        only=("", "check what has this text in its name; steps begin with 'step '"),
+        allow=(0.65, "share of a stored ratio that still passes"),
+    )  # fmt: skip
     failed = check_kernels(options.stored, options.only, options.allow)
     failed += check_steps(options.steps, options.only, options.allow)
     if failed:

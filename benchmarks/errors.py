@@ -11,8 +11,8 @@ a thousand times its deviation, and one constant channel, each reported on its o
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 
 import d2v_kernels as dk
+
+from .harness.record import parse
+from .harness.report import markdown
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTLIER, CONSTANT = 0, 1
@@ -79,6 +82,15 @@ def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x.to(x.dtype if dtype is None else dtype, copy=True)
 
 
+def differentiate(function: Callable[..., Tensor], leaves: Iterable[Tensor], grad: Tensor, names: Iterable[str],
+                  to: torch.dtype | None) -> Result:  # fmt: skip
+    """The result and the gradients of the leaves, which are cast first."""
+    leaves = [cast(t, to).detach().requires_grad_() for t in leaves]
+    y = function(*leaves)
+    gradients = torch.autograd.grad(y, leaves, cast(grad, to))
+    return {"result": y.detach(), **{f"gradient of {n}": g for n, g in zip(names, gradients, strict=True)}}
+
+
 def layer_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Callable[..., Result]]]:
     """average_layers with each norm; channels apart."""
     layers = [x.to(dtype) for x in make_layers(8, (2, 499, 96), generator)]
@@ -122,13 +134,14 @@ def token_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tupl
     grad_restored = torch.randn(16, 50, 64, generator=generator).to(dtype)
 
     def gather(to: torch.dtype | None) -> Result:
-        a = cast(x, to).detach().requires_grad_()
-        return {"gradient": torch.autograd.grad(dk.gather_tokens(a, index, clones=8), a, cast(grad, to))[0]}
+        found = differentiate(lambda a: dk.gather_tokens(a, index, clones=8), [x], grad, "x", to)
+        return {"gradient": found["gradient of x"]}
 
     def refill(to: torch.dtype | None) -> Result:
-        a, b = (cast(t, to).detach().requires_grad_() for t in (kept, token))
-        y = dk.restore_tokens(a, restore, fill=b)
-        return {"gradient of the mask token": torch.autograd.grad(y, b, cast(grad_restored, to))[0]}
+        found = differentiate(
+            lambda a, b: dk.restore_tokens(a, restore, fill=b), (kept, token), grad_restored, "xt", to
+        )
+        return {"gradient of the mask token": found["gradient of t"]}
 
     def noise(to: torch.dtype | None) -> Result:
         return {"noise": dk.restore_tokens(cast(kept, to), restore, fill=dk.Noise(1.0, torch.arange(16)))}
@@ -162,20 +175,13 @@ def gelu_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple
     weight, bias = (torch.randn(96, generator=generator) for _ in range(2))
     grad = torch.randn(2000, 96, generator=generator).to(dtype)
 
-    def run(to: torch.dtype | None) -> Result:
-        leaves = [cast(t, to).detach().requires_grad_() for t in (x, weight, bias)]
-        y = dk.layer_norm_gelu(*leaves)
-        gradients = torch.autograd.grad(y, leaves, cast(grad, to))
-        return {"result": y.detach(), **{f"gradient of {n}": g for n, g in zip("xwb", gradients, strict=True)}}
-
-    yield "layer_norm_gelu", run
+    yield "layer_norm_gelu", partial(differentiate, dk.layer_norm_gelu, (x, weight, bias), grad, "xwb")
     line = torch.linspace(-7.0, 7.0, 20001, dtype=torch.float64).to(dtype)
 
     def alone(to: torch.dtype | None) -> Result:
-        z = cast(line, to).detach().requires_grad_()
-        y = dk.gelu(z)
-        (gradient,) = torch.autograd.grad(y, z, torch.ones_like(y))
-        return {"result": y.detach(), "below -3": y.detach()[line < -3.0], "gradient": gradient}
+        found = differentiate(dk.gelu, [line], torch.ones_like(line), "x", to)
+        y = found["result"]
+        return {"result": y, "below -3": y[line < -3.0], "gradient": found["gradient of x"]}
 
     yield "gelu", alone
 
@@ -186,15 +192,11 @@ def attention_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[
     slopes, places = 0.2 * torch.rand(4, generator=generator), torch.arange(199).expand(2, 199)
     keys = torch.tensor([3, 4])
 
-    def run(to: torch.dtype | None) -> Result:
-        leaves = [cast(t, to).detach().requires_grad_() for t in (qkv, slopes)]
-        out, _ = torch.ops.d2v.attention(*leaves[0].unbind(2), leaves[1], places, None, None, keys, 0.1, 0.125)
-        gradients = torch.autograd.grad(out, leaves, cast(grad[:, :, 0], to))
-        found = dict(zip(("query", "key", "value"), gradients[0].unbind(2), strict=True))
-        return {"result": out.detach(), **{f"gradient of {name}": g for name, g in found.items()},
-                "gradient of the slopes": gradients[1]}  # fmt: skip
+    def attend(*leaves: Tensor) -> Tensor:
+        return torch.ops.d2v.attention(*leaves, places, None, None, keys, 0.1, 0.125)[0]
 
-    yield "attention", run
+    leaves, names = (*qkv.unbind(2), slopes), ("query", "key", "value", "the slopes")
+    yield "attention", partial(differentiate, attend, leaves, grad[:, :, 0], names)
 
 
 def norm_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Callable[..., Result]]]:
@@ -203,13 +205,10 @@ def norm_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple
     weight, bias = (torch.randn(96, generator=generator) for _ in range(2))
     grad = torch.randn(4, 500, 96, generator=generator).to(dtype)
 
-    def run(to: torch.dtype | None) -> Result:
-        leaves = [cast(t, to).detach().requires_grad_() for t in (total, weight, bias)]
-        y, _ = dk.dropout_add_layer_norm(torch.zeros_like(leaves[0]), *leaves)
-        gradients = torch.autograd.grad(y, leaves, cast(grad, to))
-        return {"result": y.detach(), **{f"gradient of {n}": g for n, g in zip("xwb", gradients, strict=True)}}
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return dk.dropout_add_layer_norm(torch.zeros_like(x), x, weight, bias)[0]
 
-    yield "dropout_add_layer_norm", run
+    yield "dropout_add_layer_norm", partial(differentiate, norm, (total, weight, bias), grad, "xwb")
 
 
 FAMILIES = (layer_cases, ema_cases, token_cases, loss_cases, gelu_cases, norm_cases, attention_cases)
@@ -233,23 +232,21 @@ def format_table(rows: list[Row]) -> str:
     cells: dict[tuple[str, str], dict[torch.dtype, str]] = {}
     for row in rows:
         cells.setdefault((row.op, row.what), {})[row.inputs] = f"{row.ours:.2f} / {row.careful:.2f}"
-    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    lines = ["| operator | result | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(DTYPES)]
-    for (op, what), values in cells.items():
-        lines.append(f"| `{op}` | {what} | " + " | ".join(values.get(d, "") for d in DTYPES) + " |")
-    return "\n".join(lines)
+    lines = ((f"`{op}`", what, *(values.get(d, "") for d in DTYPES)) for (op, what), values in cells.items())
+    return markdown(("operator", "result", *(str(d).removeprefix("torch.") for d in DTYPES)), lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description="Errors of every operator against float64.")
-    parser.add_argument("--backend", choices=["native", "reference", "triton"], default="native")
-    parser.add_argument("--markdown", type=Path, default=None, help="write the table there too")
-    options = parser.parse_args()
+    options = parse(
+        "errors", __doc__, arguments,
+        backend=(("native", "reference", "triton"), "whose errors"),
+        markdown=(None, "write the table there too"),
+    )  # fmt: skip
     text = format_table(collect_rows(options.backend))
     print(text)
     if options.markdown is not None:
-        options.markdown.write_text(text + "\n")
+        Path(options.markdown).write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,61 +1,105 @@
 """Host overhead with pytest-benchmark: `python -m pytest benchmarks/host.py --benchmark-columns=min,median`.
 
-Inputs are tiny, so that a call costs its dispatch. Instruction counts, which do not drift: `benchmarks.instructions`.
+Inputs are tiny, so that a call costs its dispatch. As a program, `python -m benchmarks.host [--update]`, it counts the
+instructions of host paths under callgrind, the same number on every run of one build, and compares them with
+benchmarks/results/instructions.json (5 % allowed).
 """
 
 from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 import d2v_kernels as dk
+from benchmarks.harness.record import RESULTS, ROOT, parse
+
+PATHS = ("images", "speech 1.0", "speech 2.0")
+REPEATS = 20
+ALLOWED = 1.05
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def test_average_layers(benchmark) -> None:
-    layers = [torch.ones(1, 2, 8)] * 8
-    benchmark(lambda: dk.average_layers(layers))
-
-
-def test_gather_tokens(benchmark) -> None:
-    x, index = torch.ones(1, 4, 8), torch.zeros(1, 2, dtype=torch.int32)
-    benchmark(lambda: dk.gather_tokens(x, index))
-
-
-def test_gather_tokens_with_gradient(benchmark) -> None:
-    x, index = torch.ones(1, 4, 8, requires_grad=True), torch.zeros(1, 2, dtype=torch.int32)
-    grad = torch.ones(1, 2, 8)
-    benchmark(lambda: torch.autograd.grad(dk.gather_tokens(x, index), x, grad))
-
-
-def test_restore_tokens(benchmark) -> None:
-    kept, restore = torch.ones(1, 2, 8), torch.tensor([[0, 2, 1]], dtype=torch.int32)
-    noise = dk.Noise(0.01, torch.tensor([1]))
-    benchmark(lambda: dk.restore_tokens(kept, restore, fill=noise))
-
-
-def test_masked_regression_loss(benchmark) -> None:
-    x, y = torch.ones(4, 8), torch.zeros(4, 8)
-    benchmark(lambda: dk.masked_regression_loss(x, y))
-
-
-@pytest.mark.parametrize("tensors", [1, 400])
-@pytest.mark.parametrize("route", ["list", "plan"])
-def test_update_ema(benchmark, tensors: int, route: str) -> None:
+def ema(tensors: int, by_plan: bool) -> Callable[[], Any]:
     averages, sources = [torch.zeros(8) for _ in range(tensors)], [torch.ones(8) for _ in range(tensors)]
     plan = dk.EmaPlan(averages, sources)
-    if route == "plan":
-        benchmark(lambda: plan.step(0.9))
-    else:
-        benchmark(lambda: dk.update_ema_(averages, sources, 0.9))
+    return lambda: plan.step(0.9) if by_plan else dk.update_ema_(averages, sources, 0.9)
 
 
-@pytest.mark.parametrize(("rows", "copies"), [(16, 16), (1, 1)])
-def test_mask_sampler(benchmark, rows: int, copies: int) -> None:
+def masks(rows: int, copies: int) -> Callable[[], Any]:
     sampler = dk.MaskSampler("block", grid=(14, 14), ratio=0.8, adjust=0.07, span=3, inverse=True)
     ids = torch.arange(rows)
-    benchmark(lambda: sampler.draw(ids, 0, copies=copies))
+    return lambda: sampler.draw(ids, 0, copies=copies)
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """Tiny calls of public functions, by name."""
+    layers, index, grad = [torch.ones(1, 2, 8)] * 8, torch.zeros(1, 2, dtype=torch.int32), torch.ones(1, 2, 8)
+    x, leaf = torch.ones(1, 4, 8), torch.ones(1, 4, 8, requires_grad=True)
+    restore, noise = torch.tensor([[0, 2, 1]], dtype=torch.int32), dk.Noise(0.01, torch.tensor([1]))
+    rows, wanted = torch.ones(4, 8), torch.zeros(4, 8)
+    return {
+        "average_layers": lambda: dk.average_layers(layers),
+        "gather_tokens": lambda: dk.gather_tokens(x, index),
+        "gather_tokens_with_gradient": lambda: torch.autograd.grad(dk.gather_tokens(leaf, index), leaf, grad),
+        "restore_tokens": lambda: dk.restore_tokens(grad, restore, fill=noise),
+        "masked_regression_loss": lambda: dk.masked_regression_loss(rows, wanted),
+        **{f"update_ema-{way}-{n}": ema(n, way == "plan") for way in ("list", "plan") for n in (1, 400)},
+        **{f"mask_sampler-{n}-{n}": masks(n, n) for n in (16, 1)},
+    }
+
+
+@pytest.mark.parametrize("name", list(calls()))
+def test_host(benchmark, name: str) -> None:
+    torch.set_num_threads(1)
+    benchmark(calls()[name])
+
+
+# ---- instructions
+
+
+def build() -> str:
+    """Compiles the driver for baseline x86-64, as valgrind does not know AVX-512."""
+    target = ROOT / "build" / "host_paths"
+    target.parent.mkdir(exist_ok=True)
+    sources = [str(ROOT / "benchmarks/harness/host_paths.cpp"), str(ROOT / "csrc/core/masks.cpp")]
+    flags = ["-std=c++17", "-O3", "-ffp-contract=off", f"-I{ROOT / 'csrc/core'}"]
+    subprocess.run(["g++", *flags, *sources, "-o", str(target)], check=True)
+    return str(target)
+
+
+def count(binary: str, name: str, repeats: int) -> int:
+    """Instructions of the whole program."""
+    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", binary, name, str(repeats)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"Collected : (\d+)", run.stderr)
+    if found is None:
+        raise SystemExit(f"callgrind printed no count:\n{run.stderr}")
+    return int(found[1])
+
+
+def main() -> None:
+    """Exit code 1 when a path needs more than 5 % more instructions than stored."""
+    options = parse("host", __doc__, None, update=(False, "store the counts of this build"))
+    if shutil.which("valgrind") is None or shutil.which("g++") is None:
+        print("instruction counts: skipped, valgrind or g++ is not installed")
+        return
+    file, binary = RESULTS / "instructions.json", build()
+    # Per batch of each path, start-up subtracted.
+    counts = {name: (count(binary, name, REPEATS) - count(binary, name, 0)) // REPEATS for name in PATHS}
+    stored = json.loads(file.read_text()) if file.exists() and not options.update else counts
+    for name, value in counts.items():
+        print(f"{name:<12} {value:>12,} instructions per batch, stored {stored[name]:,}")
+    if options.update:
+        file.write_text(json.dumps(counts, indent=1) + "\n")
+    if any(value > ALLOWED * stored[name] for name, value in counts.items()):
+        raise SystemExit("a host path needs over 5 % more instructions than stored; --update if that is meant")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,9 +8,7 @@ they are slowed by whatever else the machine does: the load average is part of t
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -21,14 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.machine import machine_basics
 from d2v import recipes
 from d2v.config import Config
 from d2v.data import make_modality
 from d2v.data.loader import train_updates
 from d2v.data.pack import PackSettings, pack
 
-RESULT = Path(__file__).parent / "results" / "loader.jsonl"
+from .harness.record import RESULTS, machine_basics, parse, read_rows, write_rows
+from .training.cases import change
+
 IMAGES, RECORDINGS, DOCUMENTS = 400, 64, 4000
 VOCABULARY = 1000
 """Tokens of the generated text's tokenizer: training a large one takes longer than the measurement."""
@@ -80,13 +79,9 @@ def make_shards(path: str, kind: Any) -> str:
 def settings(recipe: str, path: str, run: Path, workers: int, **data: Any) -> Config:
     """A base recipe on generated data, for as many updates as anyone asks for."""
     base = recipes.get(recipe)
-    options = dataclasses.replace(base.data, path=path, workers=workers, min_seconds=0.5, **data)
-    stem = base.stem
-    if stem.modality == "text":
-        stem = dataclasses.replace(stem, vocabulary=VOCABULARY)
-    return dataclasses.replace(
-        base, stem=stem, data=options, run=dataclasses.replace(base.run, dir=str(run), steps=1_000_000)
-    )  # fmt: skip
+    stem = {"vocabulary": VOCABULARY} if base.stem.modality == "text" else {}
+    data |= {"path": path, "workers": workers, "min_seconds": 0.5}
+    return change(base, stem=stem, data=data, run={"dir": str(run), "steps": 1_000_000})
 
 
 def measure(config: Config, seconds: float) -> dict[str, float]:
@@ -111,19 +106,24 @@ def measure(config: Config, seconds: float) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measures, prints a table and appends a record."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--only", nargs="+", choices=["images", "speech", "text"], default=["images", "speech", "text"])
-    options = parser.parse_args()
-    torch.set_num_threads(1)
     writers: dict[str, tuple[str, Callable[[Path], str]]] = {
         "images": ("vision-base", write_images),
         "speech": ("speech-base", write_recordings),
         "text": ("text-base", write_documents),
     }
+    options = parse(
+        "loader", __doc__, arguments,
+        workers=([0, 1, 2], "worker processes"),
+        seconds=(5.0, "seconds of a row"),
+        only=(list(writers), "kinds of data"),
+        output=(RESULTS / "loader.jsonl", "JSON lines to append to"),
+    )  # fmt: skip
+    unknown = [kind for kind in options.only if kind not in writers]
+    if unknown:
+        raise SystemExit(f"--only: expected some of {', '.join(writers)}; got {unknown[0]!r}")
+    torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     print(f"{'data':24}{'workers':>8}{'samples/s':>12}{'MB/s':>10}{'main ms/sample':>16}")
     with TemporaryDirectory(prefix="d2v-loader-") as folder:
@@ -135,18 +135,14 @@ def main() -> None:
                 shards = make_shards(path, kind)
                 places[f"{kind}, shards"] = (shards, {})
                 places[f"{kind}, shards in turn"] = (shards, {"shuffle": "shards", "shuffle_buffer": 100})
-            for name, (place, data) in places.items():
-                for workers in options.workers:
-                    config = settings(recipe, place, Path(folder) / f"run-{kind}", workers, global_batch=32, **data)
-                    row = {"data": name, "recipe": recipe, "workers": workers, **measure(config, options.seconds)}
-                    rows.append(row)
-                    print(
-                        f"{name:24}{workers:8}{row['samples_per_second']:12.1f}{row['megabytes_per_second']:10.1f}"
-                        f"{row['main_ms_per_sample']:16.3f}", flush=True,
-                    )  # fmt: skip
-    RESULT.parent.mkdir(exist_ok=True)
-    with RESULT.open("a") as file:
-        file.write(json.dumps({"machine": machine_basics(), "load": os.getloadavg(), "rows": rows}) + "\n")
+            for (name, (place, data)), workers in itertools.product(places.items(), options.workers):
+                config = settings(recipe, place, Path(folder) / f"run-{kind}", workers, global_batch=32, **data)
+                row = {"data": name, "recipe": recipe, "workers": workers, **measure(config, options.seconds)}
+                rows.append(row)
+                rates = [row[n] for n in ("samples_per_second", "megabytes_per_second", "main_ms_per_sample")]
+                print(f"{name:24}{workers:8}{rates[0]:12.1f}{rates[1]:10.1f}{rates[2]:16.3f}", flush=True)
+    record = {"machine": machine_basics(), "load": os.getloadavg(), "rows": rows}
+    write_rows(options.output, [*read_rows(options.output), record])
 
 
 if __name__ == "__main__":

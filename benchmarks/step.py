@@ -1,35 +1,41 @@
 """Whole training steps: `python -m benchmarks.step [--device cpu] [--threads 1 2] [--only TEXT] [--forms ...]`.
 
 Each case runs in a process of its own: loss and gradients of the plain form and of this library are compared first,
-then the forms take turns, step by step. Peak memory is measured in further processes, one a form. Writes JSON lines.
+then the forms take turns, step by step. Peak memory is measured in further processes, one a form. Keeps JSON lines:
+a row takes the place of the stored one of its case, other rows stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import gc
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from d2v.model.data2vec import Data2Vec
+from d2v import Data2Vec
 from d2v.runtime import resident_bytes
-from d2v.train.flops import Shape, count_flops, find_peak
+from d2v.train.flops import count_flops, find_peak
 
-from . import step_report
-from .kernels import KEEP_PAGES, RESULTS
-from .machine import ROOT, machine_record
-from .step_cases import CPU, DRY, GPU, Precision, StepCase, make_batch, make_config, without_dropout
-from .step_forms import FORMS, Form, check_equal, settings
-from .step_profile import measure_operators
+from .harness import report
+from .harness.record import RESULTS, answer, ask_child, limit_memory, machine_record, parse, store
+from .harness.timer import summarise, take_turns
+from .training.cases import CPU, DRY, GPU, Precision, StepCase, make_batch, make_config, shape_of, without_dropout
+from .training.forms import (
+    FORMS,
+    Form,
+    check_equal,
+    measure_gpu_memory,
+    measure_operators,
+    settings,
+    synchronise,
+)
 
 BATCHES = 3
 Row = dict[str, Any]
@@ -52,159 +58,141 @@ def make_forms(
     return [Form(name, config, model.state_dict(), device) for name in names], batches
 
 
-def synchronise(device: torch.device) -> None:
-    """Waits for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def time_forms(forms: list[Form], batches: list[Any], rounds: int, budget_s: float) -> dict[str, Row]:
     """Seconds of every form, in turn, after two steps that do not count."""
-    device = forms[0].device
-    compiling = {}
-    for form in forms:
-        begin = time.perf_counter()
-        for batch in batches[:2]:
-            form.step(*batch)
+    device, steps = forms[0].device, dict.fromkeys((f.name for f in forms), 0)
+
+    def sample(form: Form) -> tuple[float, float, dict[str, float]]:
+        batch = batches[steps[form.name] % len(batches)]
+        steps[form.name] += 1
         synchronise(device)
-        compiling[form.name] = time.perf_counter() - begin
-    seconds: dict[str, list[float]] = {f.name: [] for f in forms}
-    host: dict[str, list[float]] = {f.name: [] for f in forms}
-    phases: dict[str, list[dict[str, float]]] = {f.name: [] for f in forms}
-    start = time.perf_counter()
-    for done in range(rounds):
-        if done >= 5 and time.perf_counter() - start > budget_s:
-            break
-        for form in forms:
-            synchronise(device)
-            begin = time.perf_counter()
-            form.step(*batches[done % len(batches)])
-            host[form.name].append(time.perf_counter() - begin)
-            synchronise(device)
-            seconds[form.name].append(time.perf_counter() - begin)
-            phases[form.name].append(form.phases())
-    return {
-        name: {
-            "minimum": min(values),
-            "median": statistics.median(values),
-            "worst": max(values),
-            "rounds": len(values),
-            "host": statistics.median(host[name]),
-            "first_steps": compiling[name],
-            "phases": {k: statistics.median(p[k] for p in phases[name]) for k in phases[name][0]},
-        }
-        for name, values in seconds.items()
-    }
+        begin = time.perf_counter()
+        form.step(*batch)
+        host = time.perf_counter() - begin
+        synchronise(device)
+        return time.perf_counter() - begin, host, form.phases()
+
+    first = {form.name: sample(form)[0] + sample(form)[0] for form in forms}
+    steps = dict.fromkeys(steps, 0)
+    samplers = {form.name: functools.partial(sample, form) for form in forms}
+    timings = {}
+    for name, samples in take_turns(samplers, rounds=rounds, least=5, budget_s=budget_s).items():
+        seconds, host, phases = zip(*samples, strict=True)
+        medians = {phase: statistics.median(p[phase] for p in phases) for phase in phases[0]}
+        timings[name] = summarise(
+            seconds, worst=max(seconds), host=statistics.median(host), first_steps=first[name], phases=medians
+        )
+    return timings
 
 
-def run_case(case: StepCase, options: argparse.Namespace, threads: int) -> Row:
-    """One row, in this process."""
-    device = torch.device(options.device)
+def run_case(order: Row) -> Row:
+    """One row of the case in `order`, in this process. quick: without comparing the forms, and without the profiler."""
+    device, case = torch.device(order["device"]), StepCase(**order["case"])
     precision: Precision = "bf16" if device.type == "cuda" else "fp32"
-    with settings(threads):
-        config = without_dropout(make_config(case, precision))
-        inputs, masks = make_batch(case, config, Data2Vec(config), 0)
-        errors = check_equal(config, inputs, masks, device)
-        gc.collect()
-        forms, batches = make_forms(case, options.forms, device, precision)
-        timings = time_forms(forms, batches, options.rounds, options.budget)
+    with settings(order["threads"]):
+        errors = None if order["quick"] else compare_forms(case, precision, device)
+        forms, batches = make_forms(case, order["forms"], device, precision)
+        timings = time_forms(forms, batches, order["rounds"], order["budget"])
         for form in forms:
-            timings[form.name] |= measure_operators(form, batches[0])
+            if not order["quick"]:
+                timings[form.name] |= measure_operators(form, batches[0])
             if device.type == "cuda":
                 timings[form.name]["memory"] = measure_gpu_memory(form, batches[0])
-    config = forms[0].config
-    rows, tokens = masks.mask.shape
-    visible = tokens if masks.keep is None else masks.keep.shape[1]
-    length = inputs.shape[1] if config.stem.modality == "speech" else tokens
-    shape = Shape(case.samples, rows // case.samples, tokens, visible, len(masks.rows), length)
+    config, modality, (inputs, masks) = forms[0].config, case.modality, batches[0]
     return {
-        "kind": "step", "case": case.name, "recipe": case.recipe, "device": device.type, "threads": threads,
-        "precision": precision, "samples": case.samples, "modality": config.stem.modality,
-        "audio_seconds": case.samples * case.length if config.stem.modality == "speech" else None,
-        "tuned_for": case.tuned_for, "errors": errors, "flops": count_flops(config, shape),
+        "kind": "step", "case": case.name, "recipe": case.recipe, "device": device.type, "threads": order["threads"],
+        "precision": precision, "samples": case.samples, "modality": modality,
+        "audio_seconds": case.samples * case.length if modality == "speech" else None, "tuned_for": case.tuned_for,
+        "errors": errors, "flops": count_flops(config, shape_of(config, masks, case.samples, inputs.shape[1])),
         "peak": find_peak(torch.cuda.get_device_name()) if device.type == "cuda" else None, "forms": timings,
+        "rows": len(masks.mask), "parameters": sum(p.numel() for p in forms[0].parameters),
     }  # fmt: skip
 
 
-def measure_memory(case: StepCase, name: str, device: torch.device, steps: int = BATCHES) -> int:
+def compare_forms(case: StepCase, precision: Precision, device: torch.device) -> dict[str, float]:
+    """Errors of plain against d2v without dropout."""
+    config = without_dropout(make_config(case, precision))
+    errors = check_equal(config, *make_batch(case, config, Data2Vec(config), 0), device)
+    gc.collect()
+    return errors
+
+
+def measure_memory(order: Row) -> int:
     """Peak resident bytes of a few steps of one form, from before its model was built; for a process of its own."""
     before = resident_bytes()
-    forms, batches = make_forms(case, [name], device, "fp32")
-    for batch in batches[:steps]:
+    forms, batches = make_forms(StepCase(**order["case"]), order["forms"], torch.device(order["device"]), "fp32")
+    for batch in batches[: order["steps"]]:
         forms[0].step(*batch)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
-def measure_gpu_memory(form: Form, batch: Any) -> int:
-    """Peak bytes of a step on a GPU: what lives through it of this form, and the most that comes on top."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    form.step(*batch)
-    torch.cuda.synchronize()
-    teacher = form.model.teacher
-    working = [
-        p for part in (teacher.working_parts().values() if teacher.working_dtype else ()) for p in part.parameters()
-    ]
-    moments = [v for state in form.optimiser.state.values() for v in state.values() if torch.is_tensor(v)]
-    kept = sum(t.numel() * t.element_size() for t in (*form.model.parameters(), *working, *moments))
-    return torch.cuda.max_memory_allocated() - before + kept
+def ask_for_row(case: StepCase, order: Row, **options: Any) -> Row:
+    """A row without memory, from a process of its own; options: of `ask_child`."""
+    order = {"quick": False, **order, "case": dataclasses.asdict(case)}
+    result: Row = ask_child("step", order, threads=order["threads"], **options)
+    return result
 
 
-def run_child(arguments: list[str], threads: int, keep_pages: bool = True) -> Any:
-    """The last line of a child's output as JSON."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **(KEEP_PAGES if keep_pages else {})}
-    command = [sys.executable, "-m", "benchmarks.step", *arguments, "--threads", str(threads)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def ask_for_memory(case: StepCase, order: Row, steps: int = BATCHES, **options: Any) -> dict[str, int]:
+    """Peak bytes of every form on a CPU, each from a process of its own."""
+    order = {"threads": 1, **order, "case": dataclasses.asdict(case), "steps": steps}
+    names = order["forms"] if order["device"] == "cpu" else []
+    return {
+        name: ask_child("step", {**order, "forms": [name]}, threads=order["threads"], keep_pages=False, **options)
+        for name in names
+    }
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def add_memory(row: Row, memory: dict[str, int]) -> Row:
+    """The row with the peak of each of its forms."""
+    for name, peak in memory.items():
+        row["forms"][name]["memory"] = peak
+    return row
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the step runs")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads, one run each")
-    parser.add_argument("--only", default="", help="measure the cases whose name contains this text")
-    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS), help="forms to measure")
-    parser.add_argument("--rounds", type=int, default=30, help="most steps of each form; at least 5 are run")
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds of a case after which no round begins")
-    parser.add_argument("--output", type=Path, default=None, help="JSON lines; unset: benchmarks/results/step-DEVICE")
-    parser.add_argument("--most", type=int, default=None, help="measure no more cases than this; unset: all")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes, to see that everything works")
-    parser.add_argument("--child", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--memory", choices=list(FORMS), default=None, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parse(
+        "step", __doc__, arguments,
+        device=(("cpu", "cuda"), "where the step runs"),
+        threads=([1, 2], "CPU threads, one run each"),
+        only=("", "measure the cases whose name contains this text"),
+        forms=(list(FORMS), "forms to measure"),
+        rounds=(30, "most steps of each form; at least 5 are run"),
+        budget=(40.0, "seconds of a case after which no round begins"),
+        output=(RESULTS / "step-DEVICE.jsonl", "JSON lines that keep the rows"),
+        most=(10**9, "measure no more cases than this"),
+        dry=(False, "tiny shapes, to see that everything works"),
+        child=(None, ""),
+    )  # fmt: skip
+    unknown = [name for name in options.forms if name not in FORMS]
+    if unknown:
+        raise SystemExit(f"--forms: expected some of {', '.join(FORMS)}; got {unknown[0]!r}")
+    name = options.output.name.replace("DEVICE", "dry" if options.dry else options.device)
+    options.output = options.output.with_name(name)
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures every case and prints one table."""
-    options = parse(arguments)
-    cases = cases_for(options.device, options.dry)
+    options = parse_options(arguments)
     if options.child is not None:
-        case = cases[options.child]
-        if options.memory is not None:
-            print(json.dumps(measure_memory(case, options.memory, torch.device(options.device))))
-        else:
-            print(json.dumps(run_case(case, options, options.threads[0])))
+        order = json.loads(options.child)
+        limit_memory(order.get("memory_limit"))
+        answer(measure_memory(order) if "steps" in order else run_case(order))
         return
-    output = options.output or RESULTS / f"step-{'dry' if options.dry else options.device}.jsonl"
-    machine, rows = machine_record(), []
-    common = ["--device", options.device, "--forms", *options.forms, "--rounds", str(options.rounds)]
-    common += ["--budget", str(options.budget), *(["--dry"] if options.dry else [])]
-    wanted = [n for n, case in enumerate(cases) if options.only in case.name][: options.most]
-    for number in wanted:
-        child = [*common, "--child", str(number)]
-        names = options.forms if options.device == "cpu" else []
-        memory = {name: run_child([*child, "--memory", name], 1, keep_pages=False) for name in names}
+    order = {name: getattr(options, name) for name in ("device", "forms", "rounds", "budget")}
+    cases, machine, rows = cases_for(options.device, options.dry), machine_record(), []
+    for case in [case for case in cases if options.only in case.name][: options.most]:
+        memory = ask_for_memory(case, order)
         for threads in options.threads:
-            row = {**run_child(child, threads), "machine": machine}
-            for name, peak in memory.items():
-                row["forms"][name]["memory"] = peak
-            rows.append(row)
-            print(step_report.text_row(row), flush=True)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    print(step_report.summary(rows))
+            row = add_memory(ask_for_row(case, {**order, "threads": threads}), memory)
+            rows.append({**row, "machine": machine})
+            store(options.output, rows[-1])
+            print(report.text_row(rows[-1]), flush=True)
+    if not rows:
+        raise SystemExit(f"--only: expected part of a case's name, got {options.only!r}")
+    print(report.summary(rows))
 
 
 if __name__ == "__main__":

@@ -1,118 +1,75 @@
-"""The closing table of `make bench`: `python -m benchmarks.summary [--results DIR]`.
+"""The closing table of `make bench`, and stored rows again: `python -m benchmarks.summary [--files FILE.jsonl...]`.
 
-Reads the stored JSON lines only and measures nothing: kernels (`benchmarks.kernels`), training steps
-(`benchmarks.step`) and growth (`benchmarks.growth`), on the CPU and, where there are records, on a GPU. Draws the plots
-of steps and growth. Every section says on what, from which commit and by which command it was measured; a file that is
-missing is named with the command that makes it.
+Reads JSON lines only and measures nothing. Without `--files`: what `--results` has of operators
+(`benchmarks.operators`), training steps (`benchmarks.step`) and growth (`benchmarks.growth`), on the CPU and, where
+there are records, on a GPU, with plots; every section says on what, from which commit and by which command it was
+measured, and a file that is missing is named with the command that makes it. With them: every row, a table for each
+kind. Emulated records are counted and left out: they are no measurements.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import growth_report, report, step_report
-from .gpu_record import read_records
-from .kernels import RESULTS
-from .tables import markdown, origins
+from .harness import plots, report
+from .harness.record import RESULTS, parse, read_rows
 
 Row = dict[str, Any]
-RIVALS = ("eager", "compile")
+SECTIONS: dict[str, tuple[str, str, Callable[[list[Row]], str], Callable[[list[Row], Path], None]]] = {
+    "cpu": ("Operators", "operators", report.operators_table, plots.roofline),
+    "step-cpu": ("Training steps", "step", report.table, plots.steps),
+    "growth-cpu": ("Growth", "growth", report.growth_table, plots.growth),
+    "step-cuda": ("Training steps", "step --device cuda", report.table, plots.steps),
+    "growth-cuda": ("Growth", "growth --device cuda", report.growth_table, plots.growth),
+}
+"""File without its suffix -> title, command, how rows are shown and drawn, in the order they are shown."""
 
 
-def kernel_table(rows: list[Row]) -> str:
-    """One line an operator: rows at their goals, median ratios to eager, compiled and all other rivals."""
-    lines = []
-    for op in dict.fromkeys(r["op"] for r in rows):
-        own = [r for r in rows if r["op"] == op]
-        with_goals = [r for r in own if r["goals"]]
-        reached = sum(not report.missed_goals(r) for r in with_goals)
-        others = sorted({name for r in own for name in r["ratios"]} - set(RIVALS))
-        medians = {n: _median(r["ratios"].get(n) for r in own) for n in (*RIVALS, *others)}
-        lines.append(
-            (f"`{op}`", f"{reached} of {len(with_goals)}", *(medians[n] for n in RIVALS),
-             ", ".join(f"{n} {medians[n]}" for n in others))
-        )  # fmt: skip
-    return markdown(("operator", "rows at their goals", "eager / ours", "compile / ours", "others / ours"), lines)
+def section(folder: Path, name: str) -> str:
+    """One file with its origin and plot; empty: nothing to say."""
+    title, module, show, draw = SECTIONS[name]
+    path, plot = folder / f"{name}.jsonl", folder / f"{name}.png"
+    title += " on a GPU" if name.endswith("cuda") else " on the CPU"
+    rows = [r for r in read_rows(path) if not r.get("emulated") and not r.get("dry")]
+    if not rows:
+        return "" if name.endswith("cuda") else f"{title}: no {path}; `python -m benchmarks.{module}` makes it"
+    draw(rows, plot)
+    head = [f"{title}, by `python -m benchmarks.{module}`", *(f"  {where}" for where in report.origins(rows))]
+    return "\n".join([*head, "", show(rows), "", f"plot: {plot}"])
 
 
-def _median(values: Any) -> str:
-    found = [v for v in values if v is not None]
-    return f"{statistics.median(found):.2f}x" if found else ""
-
-
-def step_table(rows: list[Row]) -> str:
-    """One line a case and thread count."""
-    lines = []
-    for row in rows:
-        found = step_report.figures(row)
-        cells = [f"{found[n]:.2f}x" if n in found else "" for n in ("faster", "compiled")]
-        removed = f"{found['removed']:.0%}" if "removed" in found else ""
-        memory = f"{found['memory']:.2f}" if "memory" in found else ""
-        lines.append(
-            (row["case"], row["threads"], f"{found['samples_per_second']:.1f}", *cells, removed, memory,
-             "; ".join(step_report.missed_goals(row)))
-        )  # fmt: skip
-    head = ("step", "threads", "samples/s", "plain / d2v", "compiled plain / d2v all", "time outside products removed",
-            "memory / plain", "missed goals")  # fmt: skip
-    return markdown(head, lines)
-
-
-def growth_table(rows: list[Row]) -> str:
-    """One line a curve."""
-    return "\n".join(f"- {line}" for line in growth_report.table(rows).splitlines())
-
-
-class Section:
-    """One file of records, how it is shown, and how it is made."""
-
-    def __init__(
-        self, file: str, title: str, command: str, show: Callable[[list[Row]], str],
-        draw: Callable[[list[Row], Path], None] | None = None, needed: bool = True,
-    ) -> None:  # fmt: skip
-        self.file, self.title, self.command, self.show, self.draw = file, title, command, show, draw
-        self.needed = needed
-        """Named where it is missing."""
-
-    def text(self, folder: Path) -> str | None:
-        """The section with its origin and plot; None: nothing to say."""
-        path = folder / self.file
-        rows = [r for r in read_records(path) if not r.get("emulated") and not r.get("dry")]
-        if not rows:
-            return f"{self.title}: no {path}; `{self.command}` makes it" if self.needed else None
-        lines = [f"{self.title}, by `{self.command}`", *[f"  {where}" for where in origins(rows)], "", self.show(rows)]
-        if self.draw is not None:
-            plot = path.with_suffix(".png")
-            self.draw(rows, plot)
-            lines += ["", f"plot: {plot}"]
-        return "\n".join(lines)
-
-
-def sections() -> list[Section]:
-    """In the order they are shown."""
-    found = [Section("cpu.jsonl", "Kernels on the CPU", "python -m benchmarks.kernels", kernel_table,
-                     report.roofline_plot)]  # fmt: skip
-    for device, words in (("cpu", "on the CPU"), ("cuda", "on a GPU")):
-        more, needed = "" if device == "cpu" else f" --device {device}", device == "cpu"
-        found += [
-            Section(f"step-{device}.jsonl", f"Training steps {words}", f"python -m benchmarks.step{more}", step_table,
-                    step_report.draw, needed),
-            Section(f"growth-{device}.jsonl", f"Growth {words}", f"python -m benchmarks.growth{more}", growth_table,
-                    growth_report.draw, needed),
-        ]  # fmt: skip
-    return found
+def show_rows(rows: list[Row], as_markdown: bool) -> None:
+    """Every measured row, kind by kind."""
+    measured = [row for row in rows if not row.get("emulated")]
+    for kind in report.COLUMNS:
+        own = [row for row in measured if report.kind_of(row) == kind]
+        if own:
+            lines = [*map(report.text_row, own), report.summary(own)]
+            print(report.table(own) if as_markdown else "\n".join(lines))
+    if len(measured) < len(rows):
+        left_out = len(rows) - len(measured)
+        print(f"left out: {left_out} emulated records, which are no measurements", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the sections that there are, and names the others."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.summary", description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON lines; plots go there, too")
-    options = parser.parse_args(arguments)
-    texts = [section.text(options.results) for section in sections()]
-    print("\n\n".join(text for text in texts if text is not None))
+    """Prints the sections that there are, and names the others; or the rows of the files that are named."""
+    options = parse(
+        "summary", __doc__, arguments,
+        results=(RESULTS, "folder of the JSON lines; plots go there, too"),
+        files=([""], "JSON lines of benchmark runs, instead of the sections"),
+        markdown=(False, "with --files: Markdown tables"),
+        plot=(None, "with --files: draw the operators' roofline plot into this file"),
+    )  # fmt: skip
+    if options.files == [""]:
+        print("\n\n".join(filter(None, (section(options.results, name) for name in SECTIONS))))
+        return
+    rows = [row for path in options.files for row in read_rows(Path(path))]
+    show_rows(rows, options.markdown)
+    if options.plot:
+        plots.roofline(rows, Path(options.plot))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,9 @@ def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: 
 def describe_mismatch(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> str | None:
     """One sentence on how two maps of tensors differ in names or shapes, or None."""
     if missing := [n for n in target if n not in source]:
+        if all(n.startswith(("decoder.", "head.")) for n in missing) and any(n.startswith("blocks.") for n in source):
+            return "expected a model with what predicts in pre-training (decoder or head), got one without: it gives " \
+                   "features and can be fine-tuned"  # fmt: skip
         return f"expected a tensor {missing[0]!r}, found none ({len(missing)} missing)"
     if surplus := [n for n in source if n not in target]:
         return f"unexpected tensor {surplus[0]!r} ({len(surplus)} in all)"

@@ -11,7 +11,7 @@ from d2v.config import Config
 from d2v.config.finetune import FineTuneConfig, read_config
 from d2v.folder import CONFIG, MODEL, copy_into, find_model, load_tensors
 from d2v.model.data2vec import Data2Vec, build_model
-from d2v.model.finetuned import FineTuned, build_finetuned
+from d2v.model.finetuned import FineTuned, build_finetuned, strip_pretraining
 from d2v.runtime import choose_device
 
 
@@ -37,6 +37,8 @@ def load_any(
     tensors = load_tensors(folder, MODEL)
     model: Data2Vec | FineTuned
     model = build_finetuned(config, tensors) if isinstance(config, FineTuneConfig) else build_model(config)
+    if isinstance(model, Data2Vec) and not any(name.startswith(("decoder.", "head.")) for name in tensors):
+        strip_pretraining(model, teacher=False)  # imported from a file without them
     copy_into(model.state_dict(), tensors, f"checkpoint {str(folder)!r}")
     # No sample is too short to be evaluated, as far as the stem can take it.
     tokenizer = find_tokenizer(folder, config) if takes_data else config.data.tokenizer

@@ -1,24 +1,20 @@
 """Fused operators for data2vec pre-training: native (C++/CUDA), Triton, and plain PyTorch as their definition."""
 
-from . import _library, _schema
-from .attention import Alibi, Packed, alibi_slopes, attend, pack_lengths
-from .backends import native as _native
-from .backends import reference as _reference
-from .backends import triton as _triton
-from .ema import EmaPlan, merge_ema_state, split_ema_state, update_ema_
-from .gelu import gelu, gelu_linear, layer_norm_gelu
-from .layers import average_layers
-from .loss import RegressionLoss, masked_regression_loss
-from .masks import Masks, MaskSampler, masks_from_bool
-from .norm import dropout_add_layer_norm
+from . import _define, _native
+from . import triton as _triton
+from .ops.attention import Alibi, Packed, alibi_slopes, attend, pack_lengths
+from .ops.ema import EmaPlan, merge_ema_state, split_ema_state, update_ema_
+from .ops.gelu import gelu, gelu_linear, layer_norm_gelu
+from .ops.layers import average_layers
+from .ops.loss import RegressionLoss, masked_regression_loss
+from .ops.masks import Masks, MaskSampler, masks_from_bool
+from .ops.norm import dropout_add_layer_norm
+from .ops.tokens import Noise, gather_tokens, restore_tokens
 from .registry import register_backend, use_backend
-from .tokens import Noise, gather_tokens, restore_tokens
 
-_library.load()
-_schema.register_operators()
-register_backend(_native.BACKEND)
-register_backend(_triton.BACKEND)
-register_backend(_reference.BACKEND)
+register_backend(_native.backend())
+register_backend(_triton.backend())
+register_backend(_define.REFERENCE)
 
 __all__ = [
     "Alibi",

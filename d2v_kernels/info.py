@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from . import _env, _library, attention, registry
-from ._probe import PROBES
+from . import _define, _env, _native, _samples, registry
+from .ops import attention
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -19,20 +19,10 @@ def _devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def _case(op: str, device: str, dtype: torch.dtype) -> registry.Case:
-    if op == "average_layers":
-        out = torch.float64 if dtype == torch.float64 else torch.float32
-        return registry.Case(op, device, (dtype, out), ("instance", "none"))
-    if op.startswith("masked_regression_loss"):
-        return registry.Case(op, device, (dtype, dtype))
-    traits = ("64",) if op.startswith("attention") else ()
-    return registry.Case(op, device, (dtype,), traits)
-
-
 def _probe(op: str, device: str, dtype: torch.dtype, backend: str) -> str:
     try:
         with registry.use_backend(backend):
-            PROBES[op](device, dtype)
+            _samples.run(op, device, dtype)
         if device == "cuda":
             torch.cuda.synchronize()
     except Exception as error:
@@ -83,7 +73,7 @@ def collect(probe: bool = False) -> dict[str, Any]:
     for op in registry.OPERATORS:
         for device in _devices():
             for dtype in _DTYPES:
-                case = _case(op, device, dtype)
+                case = _define.case(op, device, _samples.sample(op, device, dtype))
                 chosen = registry.choose(case).name
                 row: dict[str, Any] = {"op": op, "device": device, "dtype": str(dtype).removeprefix("torch.")}
                 for backend in registry.backends():
@@ -102,8 +92,8 @@ def collect(probe: bool = False) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backend": registry.forced_backend(),
         "highest_isa_allowed": _env.highest_isa(),
-        "build": _library.build_record(),
-        "not_loaded": _library.load_errors(),
+        "build": _native.build_record(),
+        "not_loaded": _native.load_errors(),
         "operators": operators,
         "attention": attention_engines(),
     }

@@ -15,26 +15,8 @@ import torch
 
 from . import _env
 
-OPERATORS = (
-    "average_layers",
-    "update_ema_",
-    "update_split_ema_",
-    "gather_tokens",
-    "gather_tokens_backward",
-    "restore_tokens",
-    "restore_tokens_backward",
-    "masked_regression_loss",
-    "masked_regression_loss_backward",
-    "layer_norm_gelu",
-    "layer_norm_gelu_backward",
-    "gelu",
-    "gelu_backward",
-    "gelu_backward_",
-    "attention",
-    "attention_backward",
-    "dropout_add_layer_norm",
-    "dropout_add_layer_norm_backward",
-)
+OPERATORS: dict[str, str] = {}
+"""Schema of every operator by name, in the order of definition."""
 # Backends from the preferred one, by device type; and for an operator whose measurements say otherwise, by both.
 PREFERENCES = {"cpu": ("native", "reference", "triton"), "cuda": ("native", "triton", "reference")}
 EXCEPTIONS: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -57,25 +39,14 @@ class Backend:
     name: str
     implementations: dict[str, Callable[..., Any]] = field(repr=False)
     limits: Callable[[Case], list[str]] = field(repr=False)
+    make_ema_plan: Callable[..., Any] | None = field(default=None, repr=False)
+    """Tables for `EmaPlan` from averages, sources, copies and low halves that the operator has accepted, or None."""
 
     def why_not(self, case: Case) -> list[str]:
         """Reasons why this backend cannot run the case; empty when it can."""
         if case.op not in self.implementations:
             return [f"{self.name} has no {case.op}"]
         return self.limits(case)
-
-
-class LazyBody:
-    """A body found by its first call: libraries load after their backend is described."""
-
-    def __init__(self, find: Callable[[], Callable[..., Any]]) -> None:
-        self._find = find
-        self._body: Callable[..., Any] | None = None
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self._body is None:
-            self._body = self._find()
-        return self._body(*arguments)
 
 
 _backends: dict[str, Backend] = {}
@@ -151,9 +122,11 @@ def choose(case: Case, forced: str | None = None) -> Backend:
     raise NotImplementedError(f"{case.op}: {outcome} run ({case.device}; {dtypes}): " + "; ".join(reasons))
 
 
-def implementation(op: str, device: str, dtypes: tuple[torch.dtype, ...], *traits: str) -> Callable[..., Any]:
+def implementation(
+    op: str, device: str, dtypes: tuple[torch.dtype, ...], traits: tuple[str, ...] = ()
+) -> Callable[..., Any]:
     """The body to call for this case; remembered, so that a repeated call costs one dictionary look-up."""
-    key = (op, device, dtypes, traits, forced_backend())
+    key = (op, device, dtypes, traits, _forced)  # "auto" is the environment's choice, which a process makes once
     body = _chosen.get(key)
     if body is None:
         body = choose(Case(op, device, dtypes, traits)).implementations[op]

@@ -40,15 +40,32 @@ def test_import_rules(path: Path) -> None:
     else:
         deep = {n for n in uses(names, "d2v_kernels") if n.count(".") > 1}
         assert not deep, f"only top-level names of d2v_kernels: {deep}"
-    if where.startswith("d2v_kernels/backends/"):
-        own = where.removeprefix("d2v_kernels/backends/").split("/")[0].removesuffix(".py")
-        others = {n for n in uses(names, "d2v_kernels.backends") if n.split(".")[2] != own}
-        assert not others, f"backends do not import each other: {others}"
-    if where != "d2v_kernels/attention.py":
+    if where.startswith("d2v_kernels/triton/"):
+        shared = ("d2v_kernels._", "d2v_kernels.registry", "d2v_kernels.triton.runtime")
+        others = {n for n in uses(names, "d2v_kernels") if not n.startswith(shared)}
+        assert not others, f"kernels use neither definitions nor kernels of other families: {others}"
+    elif where.startswith("d2v_kernels/ops/"):
+        assert not uses(names, "d2v_kernels.triton"), "the registry hands out backends"
+    if where != "d2v_kernels/ops/attention.py":
         assert not uses(names, "xformers")
-    if "triton" not in where:
+    if not where.startswith("d2v_kernels/triton/"):
         assert not uses(names, "triton")
     assert not uses(names, "pickle")
+
+
+def test_no_import_circle_in_kernels() -> None:
+    """Imports inside functions count too."""
+    paths = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES}
+    modules = {name.removesuffix(".__init__"): path for path, name in paths.items() if name.startswith("d2v_kernels")}
+
+    def needs(name: str) -> set[str]:
+        found = {m for n in imports(modules[name]) for m in (n, n.rsplit(".", 1)[0]) if m in modules}
+        return found - {name, "d2v_kernels"}
+
+    left = {name: needs(name) for name in modules if name != "d2v_kernels"}
+    while free := {name for name, wanted in left.items() if not wanted & left.keys()}:
+        left = {name: wanted for name, wanted in left.items() if name not in free}
+    assert not left
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

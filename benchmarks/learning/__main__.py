@@ -19,27 +19,33 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..machine import ROOT, machine_basics
+from ..harness.record import RESULTS, ROOT, machine_basics, parse
 from .methods import METHODS, RATES, linear, result_file, run_job
-from .table import draw, markdown, summarise
+from .table import draw, summarise, table
 from .tasks import TASKS
 
 Job = tuple[str, str, int, float, str]
 """Task, method, seed, rate, stage."""
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path(), help="folder with spoken-digits, cifar10-train, sst2, ...")
-    parser.add_argument("--only", nargs="+", choices=list(TASKS), default=list(TASKS), help="data sets")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="what to train")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the final measurements")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="folder for runs and results")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the tables")
-    parser.add_argument("--job", nargs=5, default=None, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parse(
+        "learning", __doc__, arguments,
+        data=(Path(), "folder with spoken-digits, cifar10-train, sst2, ..."),
+        only=(list(TASKS), "data sets"),
+        methods=(list(METHODS), "what to train"),
+        seeds=([0, 1, 2], "seeds of the final measurements"),
+        jobs=(2, "processes at a time"),
+        output=(Path("runs/learning"), "folder for runs and results"),
+        results=(RESULTS, "folder for the tables"),
+        job=([""], ""),
+    )  # fmt: skip
+    for name, known in (("only", TASKS), ("methods", METHODS)):
+        unknown = [value for value in getattr(options, name) if value not in known]
+        if unknown:
+            raise SystemExit(f"--{name}: expected some of {', '.join(known)}; got {unknown[0]!r}")
+    return options
 
 
 def run_child(job: Job, options: argparse.Namespace) -> dict[str, Any]:
@@ -79,10 +85,21 @@ def choose_and_measure(
     return list(pool.map(lambda job: run_child(job, options), final))
 
 
+def store_table(task: str, results: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """The table of a data set in its file, with a plot. Rows take the places of those of the same name, others stay."""
+    file = folder / f"learning-{task}.json"
+    before = json.loads(file.read_text())["rows"] if file.is_file() else []
+    rows = {row["name"]: row for row in (*before, *summarise(results))}
+    record = {"task": task, "title": TASKS[task].title, "machine": machine_basics(), "rows": list(rows.values())}
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, file.with_suffix(".png"))
+    return record
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Chooses settings, measures, writes tables and plots."""
-    options = parse(arguments)
-    if options.job is not None:
+    options = parse_options(arguments)
+    if options.job != [""]:
         task, method, seed, rate, stage = options.job
         run_job(TASKS[task], method, int(seed), float(rate), stage, options.output, options.data)
         return
@@ -91,14 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
         # Fine-tuning begins with what data2vec 2.0 has learned.
         results = choose_and_measure({t: [m for m in w if m != "finetuned"] for t, w in wanted.items()}, options, pool)
         results += choose_and_measure({t: [m for m in w if m == "finetuned"] for t, w in wanted.items()}, options, pool)
-    machine = machine_basics()
     for task in options.only:
-        rows = summarise([r for r in results if r["task"] == task])
-        record = {"task": task, "title": TASKS[task].title, "machine": machine, "rows": rows}
-        file = options.results / f"learning-{task}.json"
-        file.write_text(json.dumps(record, indent=1) + "\n")
-        draw(record, file.with_suffix(".png"))
-        print(f"\n{TASKS[task].title}\n{markdown(record)}")
+        record = store_table(task, [r for r in results if r["task"] == task], options.results)
+        print(f"\n{record['title']}\n{table(record)}")
 
 
 if __name__ == "__main__":

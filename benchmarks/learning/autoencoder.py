@@ -8,7 +8,6 @@ the decoder's last layer has the target's width, and there is no teacher.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ from d2v.data.dataset import Batch
 from d2v.model.data2vec import Data2Vec, Output
 from d2v.train.objective import Step
 from d2v.train.pretraining import Pretraining
+
+from ..training.cases import change
 
 
 class MaskedAutoencoder(Data2Vec):
@@ -82,9 +83,7 @@ class Autoencoding(Pretraining):
     """The objective: `Pretraining` without a moving average."""
 
     def __init__(self, config: Config, *args: Any) -> None:
-        config = dataclasses.replace(
-            config, loss=dataclasses.replace(config.loss, class_weight=0.0, scale=1.0 / target_width(config))
-        )
+        config = change(config, loss={"class_weight": 0.0, "scale": 1.0 / target_width(config)})
         super().__init__(config, *args)
         torch.manual_seed(config.run.seed)
         self.model = MaskedAutoencoder(config).to(next(self.model.parameters()).device)

@@ -19,11 +19,12 @@ from d2v.model.data2vec import Data2Vec, build_model
 from d2v.model.masking import make_mask_sampler
 from d2v.model.saving import write_folder
 from d2v.train.distributed import World
-from d2v.train.flops import Shape, count_flops
+from d2v.train.flops import count_flops
 from d2v.train.pretraining import Pretraining, open_data
 from d2v.train.run_dir import RunFolder
 from d2v.train.trainer import train
 
+from ..training.cases import change, shape_of
 from .autoencoder import Autoencoding, MaskedAutoencoder, to_data2vec
 from .tasks import Splits, Task
 
@@ -55,9 +56,7 @@ def flops_of_update(config: Config, version: int, teacher: bool = True) -> float
         tokens = length if stem.modality == "text" else model.stem.count_tokens(length)  # type: ignore[operator]
     sampler = make_mask_sampler(config, tokens=None if stem.modality == "vision" else tokens)
     masks = sampler.draw([0], 0, copies=config.mask.copies)
-    visible = tokens if version == 1 or masks.keep is None else masks.keep.shape[1]
-    masked = len(masks.rows) * batch
-    shape = Shape(batch, config.mask.copies, tokens, visible, masked, length or stem.image_size)
+    shape = shape_of(config, masks, 1, length)._replace(samples=batch, masked=len(masks.rows) * batch)
     whole = count_flops(config, shape)
     if teacher:
         return whole
@@ -79,17 +78,12 @@ def updates_for(task: Task, method: str) -> int:
 def scaled(config: Config, steps: int, seed: int, rate: float, splits: Splits, folder: Path) -> Config:
     """The recipe for a number of updates; warm-up keeps its share."""
     warmup = max(1, round(config.optim.warmup_steps * steps / max(config.run.steps, 1)))
-    return dataclasses.replace(
-        config,
-        optim=dataclasses.replace(
-            config.optim, learning_rate=config.optim.learning_rate * rate, warmup_steps=min(warmup, steps // 4)
-        ),
-        data=dataclasses.replace(config.data, path=splits.pretrain, workers=0),
-        run=dataclasses.replace(
-            config.run, dir=str(folder / "run"), steps=steps, seed=seed, threads=1, device="auto", log_every=100,
-            checkpoint_every=steps, collapse_content_spread=0.0,
-        ),
-    )  # fmt: skip
+    optim = {"learning_rate": config.optim.learning_rate * rate, "warmup_steps": min(warmup, steps // 4)}
+    run = {
+        "dir": str(folder / "run"), "steps": steps, "seed": seed, "threads": 1, "device": "auto", "log_every": 100,
+        "checkpoint_every": steps, "collapse_content_spread": 0.0,
+    }  # fmt: skip
+    return change(config, optim=optim, data={"path": splits.pretrain, "workers": 0}, run=run)
 
 
 def pretrain_job(task: Task, method: str, seed: int, rate: float, splits: Splits, folder: Path) -> dict[str, Any]:
@@ -134,10 +128,9 @@ def probe_job(task: Task, seed: int, method: str, splits: Splits, test: str, fol
 
 def write_untrained(task: Task, seed: int, splits: Splits, folder: Path) -> Path:
     """The network of data2vec 2.0 with its initial weights, as a model folder."""
-    config = task.config(2)
-    if task.finetune == "text-classify":  # its tokenizer is that of the pre-training
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=splits.pretrain))
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
+    # The tokenizer of text is that of the pre-training.
+    data = {"path": splits.pretrain} if task.finetune == "text-classify" else {}
+    config = change(task.config(2), data=data, run={"seed": seed})
     untrained = folder / "untrained"
     if not untrained.is_dir():
         write_folder(build_model(config), untrained, config)

@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from ..harness.plots import figure
+from ..harness.report import markdown
 from .methods import METHODS
 
 PROBES = {"linear_probe": "linear", "knn": "kNN", "few_label": "10 labels a class"}
@@ -47,47 +49,32 @@ def show(values: list[float]) -> str:
     return f"{statistics.mean(finite):.1f}{spread}"
 
 
-def markdown(record: dict[str, Any]) -> str:
+def table(record: dict[str, Any]) -> str:
     """The table of one data set."""
-    lines = [
-        f"| test accuracy, % | {' | '.join(PROBES.values())} | CPU seconds | learning rate × |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in record["rows"]:
-        cells = [show(row["scores"][key]) for key in PROBES]
         cost = f"{statistics.mean(row['cpu_seconds']):.0f}" if "cpu_seconds" in row else ""
-        lines.append(f"| {row['title']} | {' | '.join(cells)} | {cost} | {row.get('rate', '')} |")
-    return "\n".join(lines)
+        lines.append((row["title"], *(show(row["scores"][key]) for key in PROBES), cost, row.get("rate", "")))
+    return markdown(("test accuracy, %", *PROBES.values(), "CPU seconds", "learning rate ×"), lines)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Accuracy against compute, a panel for each probe; raw features as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(PROBES), figsize=(14, 4.2), sharey=True)
-    for axis, (key, title) in zip(axes, PROBES.items(), strict=True):
-        for i, row in enumerate(record["rows"]):
-            values = [100 * v for v in row["scores"][key] if v == v]
-            if not values:
-                continue
-            mean = statistics.mean(values)
-            if "cpu_seconds" not in row:
-                axis.axhline(mean, color=f"C{i}", linestyle=":", label=row["title"])
-                continue
-            seconds = statistics.mean(row["cpu_seconds"])
-            low, high = mean - min(values), max(values) - mean
-            axis.errorbar(seconds, mean, [[low], [high]], fmt="o", color=f"C{i}", capsize=4, label=row["title"])
-        axis.set(title=title, xlabel="CPU seconds of training")
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("test accuracy, %")
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     machine = record["machine"]
-    figure.suptitle(
-        f"{record['title']}; {machine['cpu']}, torch {machine['torch']}, {machine['date'][:10]}", fontsize=9
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    title = f"{record['title']}; {machine['cpu']}, torch {machine['torch']}, {machine['date'][:10]}"
+    with figure(path, title, (14, 4.2), 1, len(PROBES), sharey=True) as (axes,):
+        for axis, (key, words) in zip(axes, PROBES.items(), strict=True):
+            for i, row in enumerate(record["rows"]):
+                values = [100 * v for v in row["scores"][key] if v == v]
+                if not values:
+                    continue
+                mean = statistics.mean(values)
+                if "cpu_seconds" not in row:
+                    axis.axhline(mean, color=f"C{i}", linestyle=":", label=row["title"])
+                    continue
+                seconds, spread = statistics.mean(row["cpu_seconds"]), [[mean - min(values)], [max(values) - mean]]
+                axis.errorbar(seconds, mean, spread, fmt="o", color=f"C{i}", capsize=4, label=row["title"])
+            axis.set(title=words, xlabel="CPU seconds of training")
+            axis.grid(alpha=0.25)
+        axes[0].set_ylabel("test accuracy, %")
+        axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -18,6 +18,8 @@ from d2v.config import Config
 from d2v.data.speech import SAMPLE_RATE, decode_audio
 from d2v.tools.textures import write_textures
 
+from ..training.cases import change
+
 FEW = 10
 """Labels a class of the few-label measure."""
 
@@ -68,9 +70,7 @@ class Task:
 
     def config(self, version: int) -> Config:
         """The configuration of a version."""
-        config = recipes.get(self.recipe if version == 2 else self.first_recipe)
-        parts = {n: dataclasses.replace(getattr(config, n), **values) for n, values in self.changes.items()}
-        return dataclasses.replace(config, **parts)
+        return change(recipes.get(self.recipe if version == 2 else self.first_recipe), **self.changes)
 
 
 def link(source: Path, target: Path) -> None:

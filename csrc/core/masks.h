@@ -1,4 +1,4 @@
-// Which tokens are masked. The rules and their random stream are those of d2v_kernels/_mask_rules.py, bit for bit.
+// Which tokens are masked. The rules and their random stream are those of d2v_kernels/ops/masks.py, bit for bit.
 #pragma once
 #include <stdint.h>
 

@@ -1,5 +1,7 @@
-// Objects that live longer than a call: EMA tables and mask samplers. Tensors come as addresses and sizes, so that this
-// module needs neither torch's headers nor its libraries.
+// Objects that live longer than a call: EMA tables and mask samplers. Tensors come as addresses and sizes, or as numpy
+// arrays of their memory, so that this module needs neither torch's headers nor its libraries.
+#include <dlfcn.h>
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -24,18 +27,31 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A C function of one of these files, which are loaded already; null where none has it.
+template <class Function>
+Function find_function(const std::vector<std::string>& libraries, const char* name) {
+  for (const std::string& path : libraries) {
+    void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
+    void* const found = library ? dlsym(library, name) : nullptr;
+    if (library) dlclose(library);
+    if (found) return reinterpret_cast<Function>(found);
+  }
+  return nullptr;
+}
+
 // update_ema_ of fixed tensors with the tables built once.
 class EmaPlan {
  public:
   // Each entry: (average, source, copy or 0, elements, average type, source type, copy type or -1).
   using Entry = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int, int, int>;
 
-  // Addresses of functions of libd2v_cpu, which has the kernels, torch's threads and torch's tensors; held: what its
+  // Libraries: libd2v_cpu and libd2v_cuda, which have the kernels, torch's threads and torch's tensors; held: what the
   // operator hold_tensors returned, or 0. The plan releases it.
-  EmaPlan(const std::vector<Entry>& entries, uintptr_t update, uintptr_t moved, uintptr_t release, uintptr_t held)
-      : update_(reinterpret_cast<EmaUpdate>(update)),
-        moved_(reinterpret_cast<TensorsMoved>(moved)),
-        held_(pointer<void>(held), reinterpret_cast<ReleaseTensors>(release)) {
+  EmaPlan(const std::vector<Entry>& entries, const std::vector<std::string>& libraries, uintptr_t held)
+      : update_(find_function<EmaUpdate>(libraries, "d2v_update_ema")),
+        launch_(find_function<EmaLaunch>(libraries, "d2v_launch_ema")),
+        moved_(find_function<TensorsMoved>(libraries, "d2v_tensors_moved")),
+        held_(pointer<void>(held), find_function<ReleaseTensors>(libraries, "d2v_release_tensors")) {
     for (const auto& [average, source, copy, count, average_type, source_type, copy_type] : entries) {
       tensors_.push_back({pointer<void>(average), pointer<void>(source), pointer<void>(copy), count,
                           static_cast<DType>(average_type), static_cast<DType>(source_type),
@@ -46,7 +62,10 @@ class EmaPlan {
     index_ema_chunks(tensors_.data(), size(), first_chunk_.data());
   }
 
-  void step(double weight) const { update_(tensors_.data(), size(), first_chunk_.data(), weight); }
+  void step(double weight) const {
+    if (!update_) throw std::runtime_error("EmaPlan: no library has d2v_update_ema");
+    update_(tensors_.data(), size(), first_chunk_.data(), weight);
+  }
   bool moved() const { return held_ && moved_(held_.get()) != 0; }
 
   // CUDA: the chunk table, to be copied to the device by the caller, who keeps that memory.
@@ -60,13 +79,12 @@ class EmaPlan {
     return py::bytes(bytes);
   }
 
-  // launch: address of d2v_launch_ema; table: device address of what device_table() returned; weight_address: device
-  // address of a double that replaces the weight, or 0.
-  void step_device(double weight, uintptr_t launch, uintptr_t table, uintptr_t weight_address, int32_t device,
-                   uintptr_t stream) const {
-    const int error = reinterpret_cast<EmaLaunch>(launch)(
-        pointer<EmaChunk>(table), groups_.data(), static_cast<int64_t>(groups_.size()), weight,
-        pointer<double>(weight_address), device, pointer<void>(stream));
+  // table: device address of what device_table() returned; weight_address: device address of a double that replaces
+  // the weight, or 0.
+  void step_device(double weight, uintptr_t table, uintptr_t weight_address, int32_t device, uintptr_t stream) const {
+    if (!launch_) throw std::runtime_error("EmaPlan: no library has d2v_launch_ema");
+    const int error = launch_(pointer<EmaChunk>(table), groups_.data(), static_cast<int64_t>(groups_.size()), weight,
+                              pointer<double>(weight_address), device, pointer<void>(stream));
     if (error != 0) throw std::runtime_error("update_ema_: launch failed with CUDA error " + std::to_string(error));
   }
 
@@ -90,6 +108,7 @@ class EmaPlan {
   std::vector<int64_t> first_chunk_;
   std::vector<EmaGroup> groups_;
   EmaUpdate update_;
+  EmaLaunch launch_;
   TensorsMoved moved_;
   std::unique_ptr<void, ReleaseTensors> held_;
 };
@@ -121,18 +140,36 @@ class MaskSampler {
     }
   }
 
-  // Fills the mask; returns the masked positions in total and the count that all rows share, or -1.
-  std::pair<int64_t, int64_t> draw(uintptr_t sample_ids, int64_t samples, const py::int_& epoch, int64_t copies,
-                                   uintptr_t lengths, uintptr_t mask) const {
+  using Numbers = py::array_t<int64_t, py::array::c_style>;
+
+  // (mask, keep, restore, rows) of `Masks`; keep and restore are None where rows mask different counts.
+  py::tuple draw(const Numbers& sample_ids, const py::int_& epoch, int64_t copies,
+                 const std::optional<Numbers>& lengths) const {
+    using Indices = py::array_t<int32_t>;
     const uint64_t epoch_bits = low_bits(epoch);
-    py::gil_scoped_release release;
-    std::vector<int64_t> counts(static_cast<size_t>(samples * copies));
-    draw_masks(rule_, pointer<int64_t>(sample_ids), samples, epoch_bits, copies, pointer<int64_t>(lengths),
-               pointer<uint8_t>(mask), counts.data());
-    const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+    const int64_t samples = sample_ids.size(), rows = samples * copies, tokens = rule_.tokens();
+    std::vector<int64_t> counts(static_cast<size_t>(rows));
+    py::array_t<bool> mask({rows, tokens});
+    auto* const bits = reinterpret_cast<uint8_t*>(mask.mutable_data());
+    const int64_t *const ids = sample_ids.data(), *const limits = lengths ? lengths->data() : nullptr;
+    {
+      py::gil_scoped_release release;
+      draw_masks(rule_, ids, samples, epoch_bits, copies, limits, bits, counts.data());
+    }
     const bool shared =
         !counts.empty() && std::all_of(counts.begin(), counts.end(), [&](int64_t n) { return n == counts[0]; });
-    return {total, shared ? counts[0] : -1};
+    const int64_t visible = shared ? tokens - counts[0] : -1;
+    Numbers numbers(std::accumulate(counts.begin(), counts.end(), int64_t{0}));
+    Indices keep({shared ? rows : 0, shared ? visible : 0}), restore({shared ? rows : 0, tokens});
+    auto *const keep_data = shared ? keep.mutable_data() : nullptr, *const restore_data =
+                                                                        shared ? restore.mutable_data() : nullptr;
+    int64_t* const number_data = numbers.mutable_data();
+    {
+      py::gil_scoped_release release;
+      list_masks(bits, rows, tokens, visible, keep_data, restore_data, number_data);
+    }
+    if (!shared) return py::make_tuple(mask, py::none(), py::none(), numbers);
+    return py::make_tuple(mask, keep, restore, numbers);
   }
 
  private:
@@ -151,25 +188,14 @@ py::dict build_info() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "EMA tables, mask samplers and the build record of the native code.";
   m.def("build_info", &build_info, "Compiler and flags of the kernels.");
-  m.def(
-      "mask_lists",
-      [](uintptr_t mask, int64_t rows, int64_t tokens, int64_t visible, uintptr_t keep, uintptr_t restore,
-         uintptr_t numbers) {
-        list_masks(pointer<uint8_t>(mask), rows, tokens, visible, pointer<int32_t>(keep), pointer<int32_t>(restore),
-                   pointer<int64_t>(numbers));
-      },
-      py::call_guard<py::gil_scoped_release>(),
-      "Lists of a mask: addresses of mask (rows, tokens) uint8, keep (rows, visible) int32, restore (rows, tokens) "
-      "int32, "
-      "numbers int64; visible -1 and addresses 0 where rows mask different counts.");
   py::class_<EmaPlan>(m, "EmaPlan")
-      .def(py::init<const std::vector<EmaPlan::Entry>&, uintptr_t, uintptr_t, uintptr_t, uintptr_t>(),
-           py::arg("entries"), py::arg("update"), py::arg("moved") = 0, py::arg("release") = 0, py::arg("held") = 0)
+      .def(py::init<const std::vector<EmaPlan::Entry>&, const std::vector<std::string>&, uintptr_t>(),
+           py::arg("entries"), py::arg("libraries"), py::arg("held") = 0)
       .def("moved", &EmaPlan::moved)
       .def("step", &EmaPlan::step, py::arg("weight"), py::call_guard<py::gil_scoped_release>())
       .def("device_table", &EmaPlan::device_table)
-      .def("step_device", &EmaPlan::step_device, py::arg("weight"), py::arg("launch"), py::arg("table"),
-           py::arg("weight_address"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+      .def("step_device", &EmaPlan::step_device, py::arg("weight"), py::arg("table"), py::arg("weight_address"),
+           py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   py::class_<MaskSampler>(m, "MaskSampler")
       .def(py::init<const std::string&, int64_t, int64_t, double, int64_t, double, bool, bool, const py::int_&>())
       .def("draw", &MaskSampler::draw);

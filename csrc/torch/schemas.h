@@ -1,4 +1,4 @@
-// Schemas of torch.ops.d2v_native: those of d2v_kernels/_schema.py, SymInt written int (a test compares them).
+// Schemas of torch.ops.d2v_native: those of d2v_kernels/ops/*.py, SymInt written int (a test compares them).
 #pragma once
 
 namespace d2v {

@@ -3,15 +3,18 @@
 Everything random about a sample - crop, speed, mirror, turn, masks, decoder noise - is a function of (seed, epoch,
 sample id), so a run does not depend on the number of loader workers and can be resumed exactly.
 
-A sample that cannot be decoded is replaced, within its slot, by another one chosen by the same rule; shapes and order
-stay as they were. The slot keeps its own crop, masks and noise; a speed goes with the sample.
+A sample that cannot be decoded is replaced at its position by another one chosen by the same rule; shapes and order
+stay as they were. The position keeps its own crop, masks and noise; a speed goes with the sample.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +23,15 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.data.index_cache import CACHE, IndexCache
-from d2v.data.sources import ShardLost, Source
+from d2v.data.cache import CACHE, IndexCache
+from d2v.data.index import Kind, Measure, open_source
+from d2v.data.sources import ShardLost, Source, describe_error
 from d2v.model.masking import make_mask_sampler
+from d2v.model.stems import make_stem
 from d2v_kernels import Masks, MaskSampler, masks_from_bool
 
 ATTEMPTS = 64
-"""Replacements tried for one slot before the data counts as unusable."""
+"""Replacements tried for one position before the data counts as unusable."""
 
 STREAM_CROP, STREAM_REPLACE, STREAM_ORDER, STREAM_CUT, STREAM_LAYERS, STREAM_SPEED = 0, 1, 2, 3, 4, 5
 _U64 = 0xFFFFFFFFFFFFFFFF
@@ -50,7 +55,7 @@ class Group(NamedTuple):
     """The length that all are cropped to; None: they are not."""
 
 
-class Slot(NamedTuple):
+class SampleRef(NamedTuple):
     """One position of the stream: which sample, and what it is made equal to."""
 
     sample_id: int
@@ -83,6 +88,10 @@ class Sample(NamedTuple):
     """Its number in the group."""
 
 
+JOINED_BYTES = 1 << 19
+"""Largest tensor of a batch that is sent from a loader worker together with others."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of B samples; all tensors on the host."""
@@ -105,10 +114,15 @@ class Batch:
     def __reduce__(self) -> tuple[Any, ...]:
         """On its way from a loader worker the small tensors of a batch are one piece of shared memory: each piece costs
         the main process time. Large ones are not copied once more."""
-        tensors: list[Tensor] = []
-        packed = [(f.name, _take_tensors(getattr(self, f.name), tensors)) for f in fields(self)]
-        buffer, views = join_tensors(tensors)
-        return _rebuild_batch, (type(self), buffer, views, packed)
+        values = {**vars(self), "masks": None}
+        leaves: list[Any] = [*values.values(), *(self.masks or ())]
+        small = [i for i, v in enumerate(leaves) if isinstance(v, Tensor) and v.nbytes <= JOINED_BYTES]
+        small.sort(key=lambda i: -leaves[i].itemsize)  # each then begins at a multiple of its item size
+        tensors = [leaves[i] for i in small]
+        joined = torch.cat([torch.empty(0, dtype=torch.uint8), *(t.reshape(-1).view(torch.uint8) for t in tensors)])
+        for i, tensor in zip(small, tensors, strict=True):
+            leaves[i] = (tensor.dtype, tuple(tensor.shape))
+        return _rebuild_batch, (type(self), list(values), leaves, small, joined)
 
     def pin_memory(self) -> Batch:
         """Copies for asynchronous transfer; called by the loader. Lengths are read on the host and stay as they are."""
@@ -117,52 +131,14 @@ class Batch:
         return replace(self, inputs=self.inputs.pin_memory(), masks=masks, noise_keys=keys)
 
 
-class _Place(int):
-    """Number of a tensor of a batch."""
-
-
-def _take_tensors(value: Any, tensors: list[Tensor]) -> Any:
-    """A field of a batch with the numbers of its tensors in place of them."""
-    if isinstance(value, Tensor) and value.nbytes <= JOINED_BYTES:
-        tensors.append(value)
-        return _Place(len(tensors) - 1)
-    return [_take_tensors(v, tensors) for v in value] if isinstance(value, Masks) else value
-
-
-def _rebuild_batch(kind: type[Batch], buffer: Tensor, views: list[View], packed: list[tuple[str, Any]]) -> Batch:
-    tensors = split_tensors(buffer, views)
-
-    def restore(value: Any) -> Any:
-        if isinstance(value, list):
-            return Masks(*map(restore, value))
-        return tensors[value] if isinstance(value, _Place) else value
-
-    return kind(**{name: restore(value) for name, value in packed})
-
-
-View = tuple[torch.dtype, tuple[int, ...]]
-JOINED_BYTES = 1 << 19
-"""Largest tensor that is sent together with others."""
-_ALIGNMENT = 64
-
-
-def join_tensors(tensors: list[Tensor]) -> tuple[Tensor, list[View]]:
-    """Tensors on the host -> (one uint8 tensor with the values of all of them, their dtypes and shapes)."""
-    sizes = [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors]
-    buffer = torch.empty(sum(sizes), dtype=torch.uint8)
-    for part, tensor in zip(buffer.split(sizes), tensors, strict=True):
-        part[: tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
-    return buffer, [(t.dtype, tuple(t.shape)) for t in tensors]
-
-
-def split_tensors(buffer: Tensor, views: list[View]) -> list[Tensor]:
-    """The tensors that `join_tensors` had, as views of the buffer."""
-    tensors, start = [], 0
-    for dtype, shape in views:
-        size = math.prod(shape) * dtype.itemsize
-        tensors.append(buffer[start : start + size].view(dtype).view(shape))
-        start += -(-size // _ALIGNMENT) * _ALIGNMENT
-    return tensors
+def _rebuild_batch(kind: type[Batch], names: list[str], leaves: list[Any], small: list[int], joined: Tensor) -> Batch:
+    start = 0
+    for i in small:
+        dtype, shape = leaves[i]
+        stop = start + math.prod(shape) * dtype.itemsize
+        leaves[i], start = joined[start:stop].view(dtype).view(shape), stop
+    values, masks = dict(zip(names, leaves, strict=False)), leaves[len(names) :]
+    return kind(**{**values, "masks": Masks(*masks) if masks else None})
 
 
 class Modality:
@@ -180,16 +156,24 @@ class Modality:
         """Raises `ValueError` for settings that this kind of data cannot have."""
         self.config = config
 
+    @cached_property
+    def stem(self) -> Any:
+        """That of the model, without weights: its arithmetic of lengths and its checks are used."""
+        with torch.device("meta"):
+            return make_stem(self.config)
+
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
         """The samples at `path`; reads only. `ValueError`, beginning with `option`, where there are none."""
         raise NotImplementedError
 
-    def index_cache(self) -> IndexCache:
-        """Where indices of the data are kept."""
-        if self.config.data.cache is not None:
-            return IndexCache(Path(self.config.data.cache), shared=True)
-        run = self.config.run.dir
-        return IndexCache(Path(run) / CACHE if run else None, shared=False)
+    def open_encoded(self, path: str, kind: Kind, labelled: bool, option: str, measure: Measure | None) -> Source:
+        """Files at `path`, with what their index learns kept in data.cache, else in the folder of the run."""
+        data, run = self.config.data, self.config.run.dir
+        folder = Path(data.cache) if data.cache is not None else Path(run) / CACHE if run else None
+        cache = IndexCache(folder, shared=data.cache is not None)
+        return open_source(
+            path, kind, labelled=labelled, option=option, commands=data.allow_commands, cache=cache, measure=measure
+        )
 
     def open_whole(self, path: str, *, option: str) -> Source:
         """What is at `path` as it is evaluated without labels: whole samples, nothing to prepare."""
@@ -199,27 +183,27 @@ class Modality:
         """A decoded sample and what was converted; `ValueError` or `OSError` where it cannot be used."""
         raise NotImplementedError
 
-    def stretch(self, value: Any, epoch: int, sample_id: int) -> Any:
+    def speed_perturb(self, value: Any, epoch: int, sample_id: int) -> Any:
         """A decoded sample with the length that it has in an epoch of the training."""
         return value
 
-    def stretch_lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
-        """(n,) int64: lengths that `stretch` gives all n samples, whose lengths by the index are these."""
+    def perturbed_lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
+        """(n,) int64: lengths that `speed_perturb` gives all n samples, whose lengths by the index are these."""
         return lengths
 
-    def stretch_limit(self, length: int) -> int:
-        """Greatest length that `stretch` gives samples of at most this length by the index."""
+    def longest_perturbed(self, length: int) -> int:
+        """Greatest length that `speed_perturb` gives samples of at most this length by the index."""
         return length
 
-    def augment(self, value: Any, rng: np.random.Generator) -> np.ndarray:
-        """A decoded and stretched sample as training sees it."""
-        raise NotImplementedError
+    def train_transform(self, value: Any, rng: np.random.Generator) -> np.ndarray:
+        """A decoded sample, after `speed_perturb`, as training sees it; by default as it is."""
+        return np.asarray(value)
 
-    def settle(self, value: Any) -> np.ndarray:
-        """A decoded sample as evaluation sees it: nothing random."""
-        raise NotImplementedError
+    def eval_transform(self, value: Any) -> np.ndarray:
+        """A decoded sample as evaluation sees it, nothing random; by default as it is."""
+        return np.asarray(value)
 
-    def blank(self) -> np.ndarray:
+    def placeholder(self) -> np.ndarray:
         """What stands for a sample that cannot be decoded, so that shapes stay as they are."""
         raise NotImplementedError
 
@@ -229,30 +213,24 @@ class Modality:
 
     def measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int | None, Tensor | None]:
         """Tokens T of a row (images: None, their stem knows), and the token lengths of the rows or None: all T."""
-        raise NotImplementedError
+        measured: tuple[int, Tensor | None] = self.stem.measure(inputs, lengths)
+        return measured
 
     def count_tokens(self, length: int) -> int:
         """Tokens of a sample whose length by the index is `length`; where there are lengths."""
-        raise NotImplementedError
+        return int(self.stem.count_tokens(length))
 
     def prepare(self, inputs: Tensor) -> Tensor:
-        """Inputs of the model, on the device of the stacked inputs."""
-        raise NotImplementedError
+        """Inputs of the model, on the device of the stacked inputs; by default as they are."""
+        return inputs
 
     def raw_features(self, name: str, batch: Batch) -> Tensor:
         """Baseline features (B,F) float32 of a batch without any network."""
         raise NotImplementedError
 
 
-def describe_error(error: Exception) -> str:
-    """One sentence for a list of bad samples."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 class TrainSamples(torch.utils.data.Dataset[Sample]):
-    """Map from a slot, or (sample id, epoch), to an augmented sample.
+    """Map from a `SampleRef`, or (sample id, epoch), to an augmented sample.
 
     A sample that is shorter than its group's crop, against what the index says, counts as bad.
     """
@@ -264,7 +242,7 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, index: Any) -> Sample:
-        sample_id, epoch, group, place = Slot(*index)
+        sample_id, epoch, group, place = SampleRef(*index)
         length = group.crop if group is not None else None
         notes: list[Note] = []
         picks: np.random.Generator | None = None  # made for the rare sample that needs it
@@ -272,7 +250,7 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
         for _ in range(ATTEMPTS):
             try:
                 value, converted = self.modality.load(self.source, candidate)
-                value = self.modality.stretch(value, epoch, candidate)
+                value = self.modality.speed_perturb(value, epoch, candidate)
                 if length is not None and len(value) < length:
                     raise ValueError(f"shorter than the index says: {len(value)}, needed {length}")
             except ShardLost as error:
@@ -285,24 +263,24 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
                 continue
             notes.extend(Note(candidate, epoch, "converted", text) for text in converted)
             rng = random_stream(self.seed, epoch, sample_id, STREAM_CROP)
-            return Sample(sample_id, epoch, self.modality.augment(value, rng), tuple(notes), group, place)
+            return Sample(sample_id, epoch, self.modality.train_transform(value, rng), tuple(notes), group, place)
         else:
             notes.append(Note(sample_id, epoch, "fatal", f"{ATTEMPTS} samples in a row cannot be decoded"))
-        blank = self.modality.blank()
+        value = self.modality.placeholder()
         if length is not None:
-            blank = np.resize(blank, length)
-        return Sample(sample_id, epoch, blank, tuple(notes), group, place)
+            value = np.resize(value, length)
+        return Sample(sample_id, epoch, value, tuple(notes), group, place)
 
     def _pick(self, rng: np.random.Generator, length: int | None, epoch: int) -> int:
         """A replacement, as long as the group's samples are."""
         if length is None or self.source.lengths is None:
             return int(rng.integers(len(self.source)))
-        lengths = self.modality.stretch_lengths(self.source.lengths, epoch)
+        lengths = self.modality.perturbed_lengths(self.source.lengths, epoch)
         return int(rng.choice(np.flatnonzero(lengths >= length)))
 
 
 class EvaluationSamples(torch.utils.data.Dataset[Sample]):
-    """Map from a sample id to the sample; one that cannot be decoded is blank and has a "bad" note."""
+    """Map from a sample id to the sample; one that cannot be decoded is a placeholder and has a "bad" note."""
 
     def __init__(self, source: Source, modality: Modality) -> None:
         self.source, self.modality = source, modality
@@ -313,10 +291,10 @@ class EvaluationSamples(torch.utils.data.Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         try:
             value, _ = self.modality.load(self.source, index)
-            return Sample(index, 0, self.modality.settle(value), ())
+            return Sample(index, 0, self.modality.eval_transform(value), ())
         except (ValueError, OSError) as error:
             kind = "lost" if isinstance(error, ShardLost) else "bad"
-            return Sample(index, 0, self.modality.blank(), (Note(index, 0, kind, describe_error(error)),))
+            return Sample(index, 0, self.modality.placeholder(), (Note(index, 0, kind, describe_error(error)),))
 
 
 class Collate:
@@ -327,7 +305,7 @@ class Collate:
 
     def __call__(self, samples: list[Sample]) -> Batch:
         inputs, lengths = self.modality.stack(samples, training=False)
-        _, valid = self.modality.measure(inputs, lengths)
+        valid = self.modality.measure(inputs, lengths)[1]
         return Batch(inputs, lengths, valid, None, None, tuple(n for s in samples for n in s.notes))
 
 
@@ -384,14 +362,12 @@ class MaskingCollate:
         masks: list[Masks] = []
         keys: list[Tensor] = []
         start = 0
-        while start < len(places):  # a batch may straddle the end of an epoch
-            epoch = places[start][1]
-            stop = next((i for i in range(start, len(places)) if places[i][1] != epoch), len(places))
-            ids = [sample_id for sample_id, _ in places[start:stop]]
-            part = None if lengths is None else lengths[start:stop]
-            masks.append(sampler.draw(ids, epoch, copies=copies, lengths=part))
+        for epoch, part in groupby(places, key=itemgetter(1)):  # a batch may straddle the end of an epoch
+            ids = [sample_id for sample_id, _ in part]
+            own = None if lengths is None else lengths[start : start + len(ids)]
+            masks.append(sampler.draw(ids, epoch, copies=copies, lengths=own))
             keys.append(sampler.noise_keys(ids, epoch, copies=copies))
-            start = stop
+            start += len(ids)
         joined, noise = masks[0], torch.cat(keys)
         if len(masks) > 1:
             mask = torch.cat([m.mask for m in masks])

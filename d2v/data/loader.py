@@ -56,24 +56,20 @@ def _loader(
         **more,
         **kwargs,
     )
-    yield from _watch(loader, patience)
-
-
-def _watch(loader: DataLoader[Batch], patience: float) -> Generator[Batch, None, None]:
     before = signal.getsignal(signal.SIGCHLD)
     batches: Any = iter(loader)
-    workers = list(getattr(batches, "_workers", ()))
-    if workers and threading.current_thread() is threading.main_thread():
+    processes = list(getattr(batches, "_workers", ()))
+    if processes and threading.current_thread() is threading.main_thread():
         # The loader's handler would raise in the midst of an update; here its workers are looked at while it waits.
         signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
     try:
-        while (batch := _next_batch(batches, workers, patience)) is not None:
+        while (batch := _next_batch(batches, processes, patience)) is not None:
             lost = next((note.text for note in batch.notes if note.kind == "lost"), None)
             if lost is not None:
                 raise ShardLost(f"{lost}; put it back, then the same command goes on")
             yield batch
     finally:
-        if workers:  # at once, though the traceback of an error may still hold the loader
+        if processes:  # at once, though the traceback of an error may still hold the loader
             batches._shutdown_workers()
 
 
@@ -129,7 +125,7 @@ def train_updates(
 def load_updates(
     config: Config, dataset: TrainSamples, collate: Any, sampler: UpdateSampler, device: torch.device
 ) -> Generator[list[Batch], None, None]:
-    """Lists of micro-batches that `collate` makes of the sampler's slots, one list per update."""
+    """Lists of micro-batches that `collate` makes of the sampler's samples, one list per update."""
     workers, patience = config.data.workers, config.run.timeout
     if config.data.shuffle == "shards":
         dataset.source.read_ahead()
@@ -144,11 +140,10 @@ def validation_batches(
     """One pass over held-out samples without augmentation, with the masks of epoch 0; of `ranks` ranks each takes every
     `ranks`-th sample, so that the number of batches may differ."""
     modality = make_modality(config)
-    share = range(rank, len(source), ranks)
-    size = min(config.data.micro_batch or -(-config.data.global_batch // ranks), max(len(share), 1))
-    collate = MaskingCollate(config, modality, training=False)
-    samples, workers = EvaluationSamples(source, modality), config.data.workers
-    yield from _loader(samples, collate, workers, device, config.run.timeout, batch_size=size, sampler=share)
+    size = config.data.micro_batch or -(-config.data.global_batch // ranks)
+    size = min(size, max(len(range(rank, len(source), ranks)), 1))
+    samples, collate = EvaluationSamples(source, modality), MaskingCollate(config, modality, training=False)
+    return load_pass(config, samples, collate, device, size, rank, ranks, config.data.workers)
 
 
 def evaluation_batches(
@@ -157,7 +152,7 @@ def evaluation_batches(
     """One pass over the source in order, without augmentation and masks."""
     modality = make_modality(config)
     samples, collate = EvaluationSamples(source, modality), Collate(modality)
-    yield from load_pass(config, samples, collate, device, batch, workers=workers)
+    return load_pass(config, samples, collate, device, batch, workers=workers)
 
 
 def load_pass(
@@ -167,7 +162,7 @@ def load_pass(
     """One pass over samples in order, in batches that `collate` makes; of `ranks` ranks each takes every `ranks`-th
     sample."""
     share = range(rank, len(samples), ranks)
-    yield from _loader(samples, collate, workers, device, config.run.timeout, batch_size=batch, sampler=share)
+    return _loader(samples, collate, workers, device, config.run.timeout, batch_size=batch, sampler=share)
 
 
 class BadSamples:

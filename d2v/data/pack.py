@@ -1,7 +1,8 @@
-"""`d2v data pack`: samples of a folder, a manifest or shards -> .tar shards of even size, in random order.
+"""`d2v data pack`: samples of a folder, a manifest or shards -> .tar shards of even size, in random order; documents ->
+.jsonl files, in little memory.
 
-The same input and settings give the same bytes. Shards are whole or absent; an interrupted pack goes on after its last
-whole shard when it is started again, and the output folder appears when all of them are there.
+The same input and settings give the same bytes. Shards are whole or absent; an interrupted pack of images or speech
+goes on after its last whole shard when it is started again. The output folder appears when all of them are there.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from d2v.data.dataset import describe_error
-from d2v.data.progress import Reporter
-from d2v.data.sources import IMAGES, Kind, ShardLost, ShardSource, Source, open_source
-from d2v.data.speech import SPEECH, decode_audio, open_audio
+from d2v.data.index import IMAGES, ShardSource, open_source
+from d2v.data.sources import Reporter, ShardLost, Source, check_output, describe_error
+from d2v.data.speech import SPEECH, decode_audio
+from d2v.data.tokenizer import DocumentReader, find_texts
 from d2v.data.vision import decode_image
 from d2v.files import PARTIAL, flush, write_atomically
 
@@ -34,6 +35,9 @@ RECORD, CONTENTS = "pack.json", "contents.jsonl"
 FORMAT = 1
 AHEAD = 8
 """Samples that each thread may be ahead of the shard that is written."""
+HELD_BYTES = 64 << 20
+"""Text that is held in memory before it is appended to its files."""
+KINDS = {"images": IMAGES, "speech": SPEECH}
 _SIGNATURES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg"}
 
 
@@ -79,12 +83,6 @@ class Packed(NamedTuple):
         return sum(tarfile.BLOCKSIZE * (1 + -(-len(data) // tarfile.BLOCKSIZE)) for _, data in self.members)
 
 
-def check_output(output: Path) -> None:
-    """Raises `ValueError` where `output` is something else than an absent or empty folder."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output: expected an absent or empty folder, got {str(output)!r}")
-
-
 def pack(path: str, output: Path, settings: PackSettings, *, workers: int = 2, commands: bool = False) -> str:
     """Writes the samples at `path` as shards into the folder `output`; returns a summary.
 
@@ -101,18 +99,34 @@ def pack(path: str, output: Path, settings: PackSettings, *, workers: int = 2, c
     settings.check()
     output = output.resolve()
     check_output(output)
-    if settings.kind == "text":
-        from d2v.data.pack_text import pack_text
-
-        return pack_text(path, output, settings)
-    if settings.kind == "speech":
-        source = open_audio(path, labelled=settings.labelled, option="input", commands=commands)
-    else:
-        source = open_source(path, IMAGES, labelled=settings.labelled, option="input", commands=commands)
     partial = output.with_name(f"{PARTIAL}{output.name}")
-    with _alone(partial), contextlib.closing(_Writer(partial, source, settings)) as writer:
-        writer.write_all(workers)
-        return writer.finish(output)
+    with _alone(partial):
+        if settings.kind == "text":
+            return _pack_text(path, partial, output, settings)
+        kind = KINDS[settings.kind]
+        source = open_source(path, kind, labelled=settings.labelled, option="input", commands=commands)
+        with contextlib.closing(_Writer(partial, source, settings)) as writer:
+            writer.write_all(workers)
+            return _finish(partial, output, writer.record, kind.noun, "that")
+
+
+def _finish(partial: Path, output: Path, record: dict[str, Any], expected: str, found: str) -> str:
+    """Moves a pack to its place; one line for the user."""
+    shards, bad = record["shards"], record["bad"]
+    first = f", for example {bad[0]['path']}: {bad[0]['reason']}" if bad else ""
+    if not shards:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(f"input: expected {expected}, got {len(bad)} {found} cannot be used{first}")
+    write_atomically(partial / RECORD, json.dumps(record, indent=1))
+    for part in partial.glob(f"{PARTIAL}*"):  # of a pack that was killed
+        part.unlink()
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    flush(output.parent)
+    samples, size = sum(s["samples"] for s in shards), sum(s["bytes"] for s in shards)
+    left_out = f"; {len(bad)} left out ({output / RECORD}){first}" if bad else ""
+    return f"{output}: {samples} samples in {len(shards)} shards, {size / 1e6:.1f} MB{left_out}"
 
 
 @contextlib.contextmanager
@@ -132,31 +146,29 @@ def _alone(partial: Path) -> Iterator[None]:
 
 
 class _Writer:
-    """A pack on its way."""
+    """A pack on its way. `record` is what it says about itself, and all that is needed to go on with it."""
 
     def __init__(self, partial: Path, source: Source, settings: PackSettings) -> None:
         self.partial, self.source, self.settings = partial, source, settings
-        self.kind = SPEECH if settings.kind == "speech" else IMAGES
         order = np.arange(len(source))
         self.order = order if settings.in_order else np.random.default_rng(settings.seed).permutation(order)
-        self.identity = {"format": FORMAT, **asdict(settings), "samples": len(source), "names": source.digest()}
-        self.position, self.contents_bytes = 0, 0
-        self.shards: list[dict[str, Any]] = []
-        self.bad = [{"path": name, "reason": reason} for name, reason in source.rejected]
-        self._take_up()
+        identity = {"format": FORMAT, **asdict(settings), "samples": len(source), "names": source.digest()}
+        self.record: dict[str, Any] = {"settings": identity, "position": 0, "contents_bytes": 0, "shards": []}
+        self.record["bad"] = [{"path": name, "reason": reason} for name, reason in source.rejected]
         self._archive: tarfile.TarFile | None = None
         self._rows: list[str] = []
+        self._size = 0
+        self._take_up()
 
     def _take_up(self) -> None:
         """Goes on with what an interrupted pack with the same settings has left, else begins."""
         try:
-            record = json.loads((self.partial / RECORD).read_text(encoding="utf-8"))
+            record: Any = json.loads((self.partial / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            record = {}
-        if isinstance(record, dict) and record.get("settings") == self.identity:
-            self.position, self.shards, self.bad = record["position"], record["shards"], record["bad"]
-            self.contents_bytes = record["contents_bytes"]
-            os.truncate(self.partial / CONTENTS, self.contents_bytes)
+            record = None
+        if isinstance(record, dict) and record.get("settings") == self.record["settings"]:
+            self.record = record
+            os.truncate(self.partial / CONTENTS, record["contents_bytes"])
             return
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
@@ -164,38 +176,31 @@ class _Writer:
 
     def write_all(self, workers: int) -> None:
         """Writes what is not there yet."""
-        report = Reporter("packing", len(self.order), self.settings.kind)
-        samples, size = 0, 0
-        done = self.position
-        with contextlib.closing(
-            read_ahead(self.source, self.order[self.position :], self.kind, self.settings, workers)
-        ) as found:
+        report, done = Reporter("packing", len(self.order), self.settings.kind), self.record["position"]
+        with contextlib.closing(read_ahead(self.source, self.order[done:], self.settings, workers)) as found:
             for packed in found:
-                most = self.settings.shard_samples
-                full = samples and (size + packed.size > self.settings.shard_bytes or samples == most)
-                if packed.reason is None and full:
-                    self._close_shard(done)
-                    samples = size = 0
+                if packed.reason is None:
+                    self._add(packed, done)
+                else:
+                    self.record["bad"].append({"path": self.source.describe(packed.sample), "reason": packed.reason})
                 done += 1
                 report.show(done)
-                if packed.reason is not None:
-                    self.bad.append({"path": self.source.describe(packed.sample), "reason": packed.reason})
-                    continue
-                self._add(packed)
-                samples, size = samples + 1, size + packed.size
-        if samples:
+        if self._rows:
             self._close_shard(done)
-        report.finish(done)
+        report.finish()
 
     @property
     def _name(self) -> str:
-        return f"shard-{len(self.shards):06d}.tar"
+        return f"shard-{len(self.record['shards']):06d}.tar"
 
-    def _add(self, packed: Packed) -> None:
+    def _add(self, packed: Packed, position: int) -> None:
+        full = self._size + packed.size > self.settings.shard_bytes or len(self._rows) == self.settings.shard_samples
+        if self._rows and full:
+            self._close_shard(position)
         if self._archive is None:
             # A format without times and owners of its own; names are short.
             self._archive = tarfile.open(self.partial / f"{PARTIAL}{self._name}", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        key = f"{sum(s['samples'] for s in self.shards) + len(self._rows):09d}"
+        key = f"{sum(s['samples'] for s in self.record['shards']) + len(self._rows):09d}"
         for extension, data in packed.members:
             info = tarfile.TarInfo(f"{key}{extension}")
             info.size, info.mode = len(data), 0o644
@@ -204,6 +209,7 @@ class _Writer:
         if self.source.labels is not None and self.source.classes is not None:
             row["label"] = self.source.classes[self.source.labels[packed.sample]]
         self._rows.append(json.dumps(row) + "\n")
+        self._size += packed.size
 
     def _close_shard(self, position: int) -> None:
         """Makes a shard whole; everything before `position` of the order is in this one or those before."""
@@ -216,33 +222,12 @@ class _Writer:
         text = "".join(self._rows).encode()
         with (self.partial / CONTENTS).open("ab") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        self.shards.append({"name": final.name, "samples": len(self._rows), "bytes": final.stat().st_size})
-        self.position, self.contents_bytes, self._rows = position, self.contents_bytes + len(text), []
-        self._record()
-
-    def _record(self) -> None:
-        record = {
-            "settings": self.identity, "position": self.position, "contents_bytes": self.contents_bytes,
-            "shards": self.shards, "bad": self.bad,
-        }  # fmt: skip
+        flush(self.partial / CONTENTS)
+        record = self.record
+        record["shards"].append({"name": final.name, "samples": len(self._rows), "bytes": final.stat().st_size})
+        record["position"], record["contents_bytes"] = position, record["contents_bytes"] + len(text)
+        self._rows, self._size = [], 0
         write_atomically(self.partial / RECORD, json.dumps(record, indent=1))
-
-    def finish(self, output: Path) -> str:
-        """Moves the pack to its place."""
-        if not self.shards:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            first = f", for example {self.bad[0]['path']}: {self.bad[0]['reason']}" if self.bad else ""
-            raise ValueError(f"input: expected {self.kind.noun}, got {len(self.bad)} that cannot be used{first}")
-        self._record()  # with what was bad after the last shard
-        for part in self.partial.glob(f"{PARTIAL}*"):  # of a pack that was killed
-            part.unlink()
-        if output.exists():
-            output.rmdir()
-        self.partial.rename(output)
-        flush(output.parent)
-        return describe_pack(output, self.shards, self.bad)
 
     def close(self) -> None:
         """Removes a shard that is not whole; whole ones stay for the next start."""
@@ -251,17 +236,8 @@ class _Writer:
             (self.partial / f"{PARTIAL}{self._name}").unlink(missing_ok=True)
 
 
-def describe_pack(output: Path, shards: list[dict[str, Any]], bad: list[dict[str, Any]]) -> str:
-    """One line for the user."""
-    samples, size = sum(s["samples"] for s in shards), sum(s["bytes"] for s in shards)
-    text = f"{output}: {samples} samples in {len(shards)} shards, {size / 1e6:.1f} MB"
-    if bad:
-        text += f"; {len(bad)} left out ({output / RECORD}), for example {bad[0]['path']}: {bad[0]['reason']}"
-    return text
-
-
 def read_ahead(
-    source: Source, order: np.ndarray, kind: Kind, settings: PackSettings, workers: int
+    source: Source, order: np.ndarray, settings: PackSettings, workers: int
 ) -> Generator[Packed, None, None]:
     """The samples in order, read and decoded by some threads ahead of the one that takes them."""
     waiting: deque[Future[Packed]] = deque()
@@ -270,7 +246,7 @@ def read_ahead(
     with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
         try:
             for index in order.tolist():
-                waiting.append(pool.submit(read_packed, source, index, kind, settings, one))
+                waiting.append(pool.submit(read_packed, source, index, settings, one))
                 if len(waiting) >= AHEAD * max(workers, 1):
                     yield waiting.popleft().result()
             while waiting:
@@ -280,15 +256,19 @@ def read_ahead(
 
 
 def read_packed(
-    source: Source, index: int, kind: Kind, settings: PackSettings, one: contextlib.AbstractContextManager[Any]
+    source: Source, index: int, settings: PackSettings, one: contextlib.AbstractContextManager[Any]
 ) -> Packed:
     """One sample with its class and its transcript; `one` is held while the source is read."""
+    speech = settings.kind == "speech"
     try:
         with one:
-            data, text = source.read(index), read_text(source, index) if settings.kind == "speech" else None
+            data, text = source.read(index), read_text(source, index) if speech else None
         if not settings.unchecked:
-            decode_audio(data) if settings.kind == "speech" else decode_image(data)
-        members = [(extension_of(source, index, data, kind), data)]
+            decode_audio(data) if speech else decode_image(data)
+        suffix, known = Path(source.describe(index)).suffix.lower(), KINDS[settings.kind].suffixes
+        if suffix not in known and data[:4] not in _SIGNATURES:
+            raise ValueError(f"expected one of {', '.join(sorted(known))}, got a name that ends in {suffix!r}")
+        members = [(suffix if suffix in known else _SIGNATURES[data[:4]], data)]
     except ShardLost:
         raise
     except (ValueError, OSError) as error:
@@ -308,11 +288,60 @@ def read_text(source: Source, index: int) -> str | None:
         return None
 
 
-def extension_of(source: Source, index: int, data: bytes, kind: Kind) -> str:
-    """The extension of a sample by its name, or by its first bytes where the name has none."""
-    suffix = Path(source.describe(index)).suffix.lower()
-    if suffix in kind.suffixes:
-        return suffix
-    if data[:4] in _SIGNATURES:
-        return _SIGNATURES[data[:4]]
-    raise ValueError(f"expected one of {', '.join(sorted(kind.suffixes))}, got a name that ends in {suffix!r}")
+# ---- text -------------------------------------------------------------------------------------------------------
+
+
+def _pack_text(path: str, partial: Path, output: Path, settings: PackSettings) -> str:
+    """Writes the documents at `path` into `output/shard-000000.jsonl` and so on.
+
+    Every document goes to a file drawn at random, and each file is permuted: a random order that needs no more memory
+    than a file takes.
+    """
+    reader = DocumentReader(find_texts(path, "input"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        rng = np.random.default_rng(settings.seed)
+        count = max(1, -(-reader.bytes // settings.shard_bytes))
+        files = [partial / f"{PARTIAL}{number:06d}" for number in range(count)]
+        held: dict[int, list[bytes]] = {}
+        size = 0
+        report = Reporter("packing", reader.bytes / 1e6, "MB")
+        for text in reader:
+            where = min(reader.done * count // max(reader.bytes, 1), count - 1)
+            line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+            held.setdefault(int(where if settings.in_order else rng.integers(count)), []).append(line)
+            size += len(line)
+            if size >= HELD_BYTES:
+                _append(files, held)
+                held, size = {}, 0
+            report.show(reader.done / 1e6)
+        _append(files, held)
+        shards = _permute([file for file in files if file.exists()], rng, settings.in_order)
+        report.finish()
+        bad = [{"path": name, "reason": reason} for name, reason in reader.rejected]
+        record = {"settings": {"format": FORMAT, **asdict(settings)}, "shards": shards, "bad": bad}
+        return _finish(partial, output, record, "text", "documents that")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _append(files: list[Path], held: dict[int, list[bytes]]) -> None:
+    """Appends lines to files by their number."""
+    for number, lines in held.items():
+        with files[number].open("ab") as file:
+            file.writelines(lines)
+
+
+def _permute(files: list[Path], rng: np.random.Generator, in_order: bool) -> list[dict[str, Any]]:
+    """Permutes the lines of each file and gives it its name."""
+    shards = []
+    for number, file in enumerate(files):
+        lines = file.read_bytes().splitlines(keepends=True)
+        order = range(len(lines)) if in_order else rng.permutation(len(lines)).tolist()
+        final = file.with_name(f"shard-{number:06d}.jsonl")
+        write_atomically(final, b"".join(lines[i] for i in order))
+        file.unlink()
+        shards.append({"name": final.name, "samples": len(lines), "bytes": final.stat().st_size})
+    return shards

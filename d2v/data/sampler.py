@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 
 from d2v.config import Config
 from d2v.data import make_modality
-from d2v.data.dataset import STREAM_ORDER, Group, Slot, random_stream
+from d2v.data.dataset import STREAM_ORDER, Group, SampleRef, random_stream
 from d2v.data.sources import Source
 from d2v.model.stems.speech import SAMPLE_RATE
 
@@ -32,16 +33,10 @@ class SampleOrder:
     """
 
     def __init__(
-        self,
-        samples: int,
-        seed: int,
-        lengths: np.ndarray | Callable[[int], np.ndarray] | None = None,
-        group: int = 1,
-        shards: np.ndarray | None = None,
-        buffer: int = 1,
-        turns: int = 1,
-        update: int = 1,
-    ) -> None:
+        self, samples: int, seed: int,
+        lengths: np.ndarray | Callable[[int], np.ndarray] | None = None, group: int = 1,
+        shards: np.ndarray | None = None, buffer: int = 1, turns: int = 1, update: int = 1,
+    ) -> None:  # fmt: skip
         """
         Args:
             samples: number of samples.
@@ -57,17 +52,10 @@ class SampleOrder:
         self.samples, self.seed, self.group, self.buffer = samples, seed, group, max(buffer, group)
         self._lengths = lengths if group > 1 else None
         self._shards, self.turns, self.update = shards, turns, update
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def epoch(self, epoch: int) -> np.ndarray:
-        """(samples,) int64: sample ids of an epoch in their order."""
-        if epoch not in self._epochs:
-            while len(self._epochs) >= 2:
-                del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = self._draw(epoch)
-        return self._epochs[epoch]
+        self.epoch = lru_cache(maxsize=2)(self._draw)
 
     def _draw(self, epoch: int) -> np.ndarray:
+        """(samples,) int64: sample ids of an epoch in their order."""
         rng, buckets = random_stream(self.seed, epoch, 0, STREAM_ORDER), self._make_buckets(epoch)
         if self._shards is None:
             return self._sort(rng, rng.permutation(self.samples), self._edges(epoch), buckets)
@@ -185,7 +173,7 @@ def split_update(groups: list[tuple[int, int]], micro: int, ranks: int) -> list[
 
 
 class UpdateSampler:
-    """Slots of one rank's micro-batches, of the updates `first` to `last - 1` (0-based).
+    """Samples of one rank's micro-batches, of the updates `first` to `last - 1` (0-based).
 
     The stream is the same for any number of ranks: of global batch G, update u takes the positions u*G to (u+1)*G-1.
     """
@@ -196,15 +184,15 @@ class UpdateSampler:
         self.total, self.lengths = config.data.global_batch, source.lengths
         if self.total < ranks:
             raise ValueError(f"data.global_batch: expected at least {ranks}, one a rank, got {self.total}")
-        self._modality = make_modality(config) if self.data.speed > 0.0 and self.lengths is not None else None
-        self._stretched: dict[int, np.ndarray] = {}
+        self.modality = make_modality(config)
+        self._lengths_in = lru_cache(maxsize=2)(self._draw_lengths)
         self.micro = min(self.data.micro_batch or self.total, self.total)
         # Samples that are forwarded together have about the same length. Groups know nothing of ranks.
         group = self.micro if self.total % self.micro == 0 else self.total
         shards = source.shards if self.data.shuffle == "shards" else None
         if self.data.shuffle == "shards" and shards is None:
             raise ValueError("data.shuffle: expected full unless data.path names .tar shards, got shards")
-        lengths = self.lengths if self._modality is None else self._lengths_in
+        lengths = None if self.lengths is None else self._lengths_in
         self.order = SampleOrder(
             len(source), config.run.seed, lengths, group, shards, self.data.shuffle_buffer, self.data.shuffle_shards,
             self.total,
@@ -223,9 +211,7 @@ class UpdateSampler:
             return None
         if self.lengths is None:
             raise ValueError(f"data.batch_seconds: expected speech, got {seconds} for samples without a length")
-        longest = int(self.lengths.max())
-        if self._modality is not None:
-            longest = self._modality.stretch_limit(longest)
+        longest = self.modality.longest_perturbed(int(self.lengths.max()))
         if seconds < longest / SAMPLE_RATE:
             raise ValueError(
                 f"data.batch_seconds: expected at least {longest / SAMPLE_RATE:g}, the longest utterance "
@@ -238,9 +224,9 @@ class UpdateSampler:
             )
         return int(seconds * SAMPLE_RATE)
 
-    def __iter__(self) -> Iterator[list[Slot]]:
+    def __iter__(self) -> Iterator[list[SampleRef]]:
         for update in range(self.first, self.last):
-            yield from self.slots(update)
+            yield from self.refs(update)
 
     def count(self, update: int) -> int:
         """Micro-batches of an update, the same on all ranks."""
@@ -248,40 +234,34 @@ class UpdateSampler:
             return len(self._layout[self.rank])
         return len(self._split(self._lengths_of(self._places(update)))[1][self.rank])
 
-    def slots(self, update: int) -> list[list[Slot]]:
+    def refs(self, update: int) -> list[list[SampleRef]]:
         """This rank's micro-batches of an update."""
         if not self.grouped:
             batches = self._layout[self.rank]
-            return [[Slot(*place) for place in self._places(update, start, stop)] for start, stop in batches]
+            return [[SampleRef(*place) for place in self._places(update, start, stop)] for start, stop in batches]
         places = self._places(update)
         lengths = self._lengths_of(places)
         groups, layout = self._split(lengths)
-        stream: list[Slot] = []
+        stream: list[SampleRef] = []
         for start, stop in groups:
             known = None if lengths is None else tuple(lengths[start:stop])
             crop = min(known) if known is not None and self.data.unequal == "crop" else None
             group = Group(tuple(places[start:stop]), known, crop)
-            stream += [Slot(*place, group, number) for number, place in enumerate(group.places)]
+            stream += [SampleRef(*place, group, number) for number, place in enumerate(group.places)]
         return [stream[start:stop] for start, stop in layout[self.rank]]
 
     def _places(self, update: int, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
         stop = self.total if stop is None else stop
         return self.order.take(update * self.total + start, stop - start)
 
-    def _lengths_of(self, places: list[tuple[int, int]]) -> list[int] | None:
-        return None if self.lengths is None else [int(self._lengths_in(epoch)[i]) for i, epoch in places]
-
-    def _lengths_in(self, epoch: int) -> np.ndarray:
-        """(samples,) int64: lengths of all samples in an epoch; they differ between epochs where samples are played at
-        random speeds."""
+    def _draw_lengths(self, epoch: int) -> np.ndarray:
+        """(samples,) int64: lengths in an epoch; they differ between epochs where speeds are random."""
         assert self.lengths is not None
-        if self._modality is None:
-            return self.lengths
-        if epoch not in self._stretched:
-            while len(self._stretched) >= 2:
-                del self._stretched[min(self._stretched)]
-            self._stretched[epoch] = self._modality.stretch_lengths(self.lengths, epoch)
-        return self._stretched[epoch]
+        return self.modality.perturbed_lengths(self.lengths, epoch)
+
+    def _lengths_of(self, places: list[tuple[int, int]]) -> list[int] | None:
+        """Lengths of samples (id, epoch) in those epochs."""
+        return None if self.lengths is None else [int(self._lengths_in(epoch)[i]) for i, epoch in places]
 
     def _split(self, lengths: list[int] | None) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]:
         """Groups of an update of samples of these lengths, and the micro-batches of every rank."""

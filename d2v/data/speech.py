@@ -8,23 +8,23 @@ from __future__ import annotations
 import io
 import math
 import sys
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.data.dataset import STREAM_CROP, Batch, Modality, Sample, random_stream
-from d2v.data.index_cache import IndexCache, index_lengths
-from d2v.data.manifest import ManifestSource
-from d2v.data.progress import Reporter
-from d2v.data.sources import Kind, Rejected, Source, Subset, find_files, open_source
-from d2v.data.speed import NORMAL, RandomSpeed
-from d2v.model.stems import LogMelStem, make_stem
-from d2v.model.stems.speech import SAMPLE_RATE, SpeechStem
+from d2v.data.dataset import STREAM_CROP, STREAM_SPEED, Batch, Modality, Sample, random_stream
+from d2v.data.index import FileSource, Kind, is_command
+from d2v.data.sources import Source, Subset, for_example
+from d2v.model.stems import LogMelStem
+from d2v.model.stems.speech import SAMPLE_RATE
 
-SPEECH = Kind("audio files", frozenset({".wav", ".flac", ".ogg"}), "a folder of audio files, a .tsv manifest or shards")
+SUFFIXES = frozenset({".wav", ".flac", ".ogg"})
+SPEECH = Kind("audio files", SUFFIXES, "a folder of audio files, a .tsv manifest or shards", lists=True)
 RATES = (1_000, 768_000)
 """Sample rates that speech can have; others count as damaged headers."""
 MAX_VALUES = 1 << 30
@@ -39,6 +39,8 @@ KAISER_BETA = 5.0
 """Of the window of the resampling's low-pass."""
 KEPT_RATIO = 1_000
 """Largest term of a resampling ratio whose low-pass is kept: 80 kB of coefficients."""
+NORMAL = 100
+"""Percent: the speed of an utterance that is played as it was recorded."""
 _NORM_EPS = 1e-5
 _UNKNOWN_SIZE = 0x7FFF_0000
 """WAV files that were written to a pipe have such a size, or more, in their header."""
@@ -141,6 +143,67 @@ def normalise_waveform(values: np.ndarray) -> np.ndarray:
     return (centred / deviation).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class RandomSpeed:
+    """Random speed of utterances, by which pitch and length change together (Ko et al. 2015, "Audio augmentation for
+    speech recognition"): e^u with u uniform in [-spread, spread], a function of (seed, epoch, sample id) only.
+
+    A speed is a whole number of percent, so that playing at it is resampling by a ratio of small numbers, and so that
+    the length of what is played is known before anything is decoded. No utterance is played so slowly that it would
+    have to be cropped where it was not before, or so fast that it would be too short: transcripts stay those of the
+    whole, and masks find their tokens.
+    """
+
+    seed: int
+    spread: float
+    """s of data.speed, above 0."""
+    shortest: int
+    """Samples of the shortest utterance."""
+    longest: int
+    """Samples of the longest crop."""
+
+    @property
+    def slowest(self) -> int:
+        """Percent."""
+        return int(np.rint(NORMAL * np.exp(-self.spread)))
+
+    @property
+    def fastest(self) -> int:
+        """Percent."""
+        return int(np.rint(NORMAL * np.exp(self.spread)))
+
+    def draw(self, epoch: int, first: int, count: int) -> np.ndarray:
+        """(count,) int64: percents of the samples `first` to `first + count - 1` in an epoch.
+
+        Sample i has block i of one stream per epoch: those of a whole epoch cost little, and any of them alone, too.
+        """
+        rng = random_stream(self.seed, epoch, 0, STREAM_SPEED)
+        assert isinstance(rng.bit_generator, np.random.Philox)
+        rng.bit_generator.advance(first)
+        place = rng.random(4 * count)[::4]  # Philox makes four numbers at a time, of which one is used
+        return np.rint(NORMAL * np.exp(self.spread * (2.0 * place - 1.0))).astype(np.int64)
+
+    def percents(self, lengths: np.ndarray, epoch: int, first: int = 0) -> np.ndarray:
+        """(n,) int64: speeds of the samples from `first` on, whose lengths (n,) in samples are these."""
+        fast = np.maximum(lengths * NORMAL // self.shortest, NORMAL)
+        slow = np.where(lengths <= self.longest, -(-lengths * NORMAL // self.longest), 1)
+        return np.clip(self.draw(epoch, first, len(lengths)), slow, fast)
+
+    def lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
+        """(n,) int64: samples of the first n utterances as they are played in an epoch, of the lengths (n,) that they
+        were recorded with."""
+        return -(-lengths * NORMAL // self.percents(lengths, epoch))
+
+    def longest_of(self, length: int) -> int:
+        """Most samples that an utterance of at most `length` gives a batch."""
+        return min(-(-length * NORMAL // self.slowest), self.longest)
+
+    @property
+    def recorded(self) -> int:
+        """Samples from which on an utterance fills the longest crop at any speed."""
+        return -(-self.longest * self.fastest // NORMAL)
+
+
 class Speech(Modality):
     """Utterances as float32 waveforms at 16 kHz, each normalised as a whole."""
 
@@ -155,10 +218,6 @@ class Speech(Modality):
                 f"data.min_seconds: expected 0 or more and less than data.max_seconds {data.max_seconds}, "
                 f"got {data.min_seconds}"
             )
-        with torch.device("meta"):  # only its arithmetic of lengths is used
-            stem = make_stem(config)
-        assert isinstance(stem, SpeechStem)
-        self.stem = stem
         self.longest = round(data.max_seconds * SAMPLE_RATE)
         self.shortest = max(round(data.min_seconds * SAMPLE_RATE), self._samples_of(MIN_TOKENS))
         if self.longest < self.shortest:
@@ -186,14 +245,11 @@ class Speech(Modality):
         Headers are read for lengths; a manifest gives its own, unless a few headers say otherwise. What has a damaged
         header is rejected, what is too short is left out and counted.
         """
-        allowed, cache = self.config.data.allow_commands, self.index_cache()
-        source = open_audio(path, labelled=labelled, option=option, commands=allowed, cache=cache)
-        return self._select(source, option)
-
-    def _select(self, source: Source, option: str) -> Source:
-        lengths = count_by_manifest(source) if isinstance(source, ManifestSource) else None
-        if lengths is None:
-            lengths = read_lengths(source)
+        source = self.open_encoded(path, SPEECH, labelled, option, measure=read_header)
+        if isinstance(source, FileSource):
+            source.lengths = source.counts if trust_counts(source) else source.read_lengths(read_header)
+        lengths = source.lengths
+        assert lengths is not None
         damaged, short = lengths < 0, (lengths >= 0) & (lengths < self.shortest)
         rows = np.flatnonzero(~damaged & ~short)
         if short.any():
@@ -201,7 +257,7 @@ class Speech(Modality):
             source.left_out[reason] = int(short.sum())
         if not len(rows):
             left = "".join(f", {n} {reason} (--data.min-seconds)" for reason, n in source.left_out.items())
-            first = f", for example {source.rejected[0].name}: {source.rejected[0].reason}" if source.rejected else ""
+            first = for_example(source.rejected)
             raise ValueError(f"{option}: expected {self.noun}, got {int(damaged.sum())} unreadable{left}{first}")
         source.lengths = np.minimum(lengths, self.longest if self.speed is None else self.speed.recorded)
         return Subset(source, rows)
@@ -213,7 +269,7 @@ class Speech(Modality):
             raise ValueError(f"{len(values) / SAMPLE_RATE:.3f} s, expected at least {self.shortest / SAMPLE_RATE:g}")
         return normalise_waveform(values), converted
 
-    def stretch(self, value: np.ndarray, epoch: int, sample_id: int) -> np.ndarray:
+    def speed_perturb(self, value: np.ndarray, epoch: int, sample_id: int) -> np.ndarray:
         """Played at a random speed (data.speed), normalised again: what is played faster loses its highest tones."""
         if self.speed is None:
             return value
@@ -222,23 +278,19 @@ class Speech(Modality):
             return value
         return normalise_waveform(resample(value, SAMPLE_RATE * percent // NORMAL))
 
-    def stretch_lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
+    def perturbed_lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
         """Samples at 16 kHz of the played utterances, at most those of the longest crop."""
         return lengths if self.speed is None else np.minimum(self.speed.lengths(lengths, epoch), self.longest)
 
-    def stretch_limit(self, length: int) -> int:
+    def longest_perturbed(self, length: int) -> int:
         """Samples at 16 kHz, at most those of the longest crop."""
         return length if self.speed is None else self.speed.longest_of(length)
 
-    def augment(self, value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The whole utterance: how long a crop is depends on the batch."""
-        return value
-
-    def settle(self, value: np.ndarray) -> np.ndarray:
+    def eval_transform(self, value: np.ndarray) -> np.ndarray:
         """The first data.max_seconds."""
         return value[: self.longest]
 
-    def blank(self) -> np.ndarray:
+    def placeholder(self) -> np.ndarray:
         """Silence."""
         return np.zeros(self.shortest, dtype=np.float32)
 
@@ -261,18 +313,6 @@ class Speech(Modality):
         start = int(rng.integers(len(sample.value) - length + 1))
         return sample.value[start : start + length]
 
-    def measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int, Tensor | None]:
-        """Tokens by the stem."""
-        return self.stem.measure(inputs, lengths)
-
-    def count_tokens(self, length: int) -> int:
-        """Tokens of so many samples."""
-        return self.stem.count_tokens(length)
-
-    def prepare(self, inputs: Tensor) -> Tensor:
-        """The waveforms as they are."""
-        return inputs
-
     def raw_features(self, name: str, batch: Batch) -> Tensor:
         """log_mel: mean and standard deviation over time of each of 40 log-mel bands."""
         if self._mel is None:
@@ -285,58 +325,39 @@ class Speech(Modality):
         return torch.stack(rows)
 
 
-def open_audio(path: str, *, labelled: bool, option: str, commands: bool, cache: IndexCache | None = None) -> Source:
-    """Recordings of any length: a folder, a `.tsv` manifest or table, or .tar shards."""
-    if not path.endswith(".tsv"):
-        return open_source(path, SPEECH, labelled=labelled, option=option, commands=commands, cache=cache)
-    files = find_files(path, SPEECH.places, option)
-    if len(files) != 1:
-        raise ValueError(f"{option}: expected one manifest, got {len(files)} at {path!r}")
-    return ManifestSource(files[0], SPEECH, labelled=labelled, option=option, commands=commands, cache=cache)
-
-
-def measure_header(source: Source, index: int) -> int | str:
-    """Samples at 16 kHz by the header, or why there are none."""
+def read_header(file: BinaryIO) -> int:
+    """Samples at 16 kHz by the header of a recording; `ValueError` where it has none."""
     import soundfile
 
     try:
-        with source.open_file(index) as file:
-            info = soundfile.info(file)
-        _check_header(info.frames, info.samplerate, info.channels)
-        return count_resampled(info.frames, info.samplerate)
-    except (soundfile.SoundFileError, ValueError, OSError) as error:
-        return error.strerror if isinstance(error, OSError) and error.strerror else _explain(error)
+        info = soundfile.info(file)
+    except soundfile.SoundFileError as error:
+        raise ValueError(_explain(error)) from None
+    _check_header(info.frames, info.samplerate, info.channels)
+    return count_resampled(info.frames, info.samplerate)
 
 
-def count_by_manifest(source: ManifestSource) -> np.ndarray | None:
-    """(samples,) int64: the counts of a manifest; None where it has none.
+def trust_counts(source: FileSource) -> bool:
+    """Whether the lengths of a list are used.
 
     Manifests count frames at the rate of the file. Where the headers of a few files tell other lengths at 16 kHz, the
     counts are of no use: what is cropped together must have the length that the index says.
     """
     if source.counts is None:
-        return None
+        return False
     for index in np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)).tolist():
-        found = None if source.is_command(index) else measure_header(source, index)
-        if isinstance(found, int) and found != source.counts[index]:
+        if is_command(source.names[index]):
+            continue
+        try:
+            with source.open_file(index) as file:
+                found = read_header(file)
+        except (ValueError, OSError):
+            continue
+        if found != source.counts[index]:
             print(
                 f"note: {source.file} says {source.counts[index]} samples for {source.describe(index)}, which has "
                 f"{found} at {SAMPLE_RATE} Hz: lengths are read from the files",
                 file=sys.stderr,
             )
-            return None
-    return source.counts
-
-
-def read_lengths(source: Source) -> np.ndarray:
-    """(samples,) int64: samples at 16 kHz by the headers; -1 where a header is damaged, which goes to `rejected`."""
-    report = Reporter("reading headers", len(source), "files")
-
-    def measure(index: int) -> int | str:
-        report.add(1)
-        return measure_header(source, index)
-
-    lengths = index_lengths(source.names, source.place, source.stamps(), measure, source.cache)
-    report.finish(report.done)
-    source.rejected += [Rejected(source.describe(index), reason) for index, reason in lengths.reasons.items()]
-    return lengths.values
+            return False
+    return True

@@ -1,27 +1,45 @@
-"""Text: packed blocks of token ids, and labelled texts."""
+"""Text: tokens on disk, packed blocks of them, whole documents, labelled texts.
+
+Tokens are made once and read through a memory map by every loader worker. Files of their cache folder, all plain:
+`tokens.bin` (the ids of all documents in order, each document ended by `</s>`), `ends.bin` (int64, where each document
+ends), `index.json`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 import shutil
 import sys
+import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2v.config import Config
+from d2v.data.cache import CACHE
 from d2v.data.dataset import Batch, Modality, Sample
-from d2v.data.documents import DocumentReader, find_texts
-from d2v.data.index_cache import CACHE
-from d2v.data.sources import Rejected, Source, find_files, number_classes
-from d2v.data.tokenizer import END, FILE, PADDING, START, BytePairs, save_tokenizer, train_tokenizer
-from d2v.data.tokens import group_documents, open_tokens
+from d2v.data.sources import Rejected, Reporter, Source, find_files, for_example, number_classes
+from d2v.data.tokenizer import (
+    END,
+    FILE,
+    PADDING,
+    START,
+    BytePairs,
+    DocumentReader,
+    find_texts,
+    save_tokenizer,
+    train_tokenizer,
+)
+from d2v.files import PARTIAL, write_atomically
 from d2v.folder import clean_folder, latest_checkpoint
-from d2v.model.stems import TextStem, make_stem
 
 TOKENIZER = "tokenizer"
 """Folder inside a run folder."""
@@ -29,13 +47,124 @@ MIN_BLOCK = 8
 """Shortest block in tokens, <s> included; shorter ends of documents are left out: there is hardly a token to mask."""
 WORD_BINS = 1024
 """Features of the bag of words. More of them do worse: rare words weigh too much once features are standardised."""
+FORMAT = 1
+TOKENS, ENDS, INDEX = "tokens.bin", "ends.bin", "index.json"
+GROUP_CHARACTERS = 1 << 20
+"""Text that is tokenised at a time, by several threads."""
+
+
+class Tokens(NamedTuple):
+    """The tokens of a set of files."""
+
+    ids: np.ndarray
+    """(tokens,) uint16 or int32."""
+    ends: np.ndarray
+    """(documents,) int64: a document's tokens end here, `</s>` included; the next one's begin."""
+    rejected: list[Rejected]
+    digest: str
+    """SHA-256 of ids and ends."""
+
+
+def open_tokens(files: list[Path], tokenizer: BytePairs, folder: Path) -> Tokens:
+    """The tokens of `files`, from a cache under `folder` that is made where it is missing or damaged.
+
+    A cache belongs to the files' paths, sizes and times of change, and to the tokenizer. Two processes that make the
+    same one do not disturb each other.
+    """
+    status = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) if f.exists() else str(f) for f in files]
+    identity = json.dumps([FORMAT, tokenizer.digest, status]).encode()
+    place = folder / f"tokens-{hashlib.sha256(identity).hexdigest()[:16]}"
+    found = _read(place)
+    if found is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _build(files, tokenizer, place)
+        found = _read(place)
+    if found is None:
+        raise ValueError(f"data.cache: cannot read {str(place)!r} back after it was written")
+    return found
+
+
+def _read(place: Path) -> Tokens | None:
+    """A whole cache, or None."""
+    try:
+        index: dict[str, Any] = json.loads((place / INDEX).read_text(encoding="utf-8"))
+        if index["format"] != FORMAT or not index["tokens"]:
+            return None
+        ids = np.memmap(place / TOKENS, dtype=index["dtype"], mode="r")
+        ends = np.memmap(place / ENDS, dtype=np.int64, mode="r")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if len(ids) != index["tokens"] or len(ends) != index["documents"]:
+        return None
+    return Tokens(ids, ends, [Rejected(*entry) for entry in index["rejected"]], index["sha256"])
+
+
+def _build(files: list[Path], tokenizer: BytePairs, place: Path) -> None:
+    """Writes a cache; it appears whole or not at all."""
+    partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{place.name}-", dir=place.parent))
+    partial.chmod(0o755)  # others may share the cache
+    try:
+        reader = DocumentReader(files)
+        dtype = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
+        hashes = [hashlib.sha256(), hashlib.sha256()]
+        total, documents = 0, 0
+        report = Reporter("tokenising", reader.bytes / 1e6, "MB")
+        with (partial / TOKENS).open("wb") as tokens, (partial / ENDS).open("wb") as ends:
+            for group in group_documents(reader):
+                lists = [[*ids, END] for ids in tokenizer.encode(group)]
+                sizes = np.array([len(ids) for ids in lists], dtype=np.int64)
+                pair = np.concatenate([np.array(ids, dtype=dtype) for ids in lists]), total + np.cumsum(sizes)
+                for file, values, digest in zip((tokens, ends), pair, hashes, strict=True):
+                    file.write(values.tobytes())
+                    digest.update(values.tobytes())
+                total, documents = total + int(sizes.sum()), documents + len(lists)
+                report.show(reader.done / 1e6)
+            for file in (tokens, ends):
+                file.flush()
+                os.fsync(file.fileno())
+        report.finish()
+        if not total:
+            first = for_example(reader.rejected)
+            raise ValueError(f"data.path: expected text in {len(files)} files, found none{first}")
+        index = {
+            "format": FORMAT, "dtype": dtype.name, "tokens": total, "documents": documents,
+            "sha256": hashlib.sha256(hashes[0].digest() + hashes[1].digest()).hexdigest(), "rejected": reader.rejected,
+        }  # fmt: skip
+        write_atomically(partial / INDEX, json.dumps(index))
+        try:
+            partial.rename(place)
+        except OSError:
+            if _read(place) is None:  # damaged; the cache of a process that was quicker stays
+                shutil.rmtree(place, ignore_errors=True)
+                partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def group_documents(reader: DocumentReader) -> Iterator[list[str]]:
+    """Lists of documents to tokenise at a time."""
+    group: list[str] = []
+    characters = 0
+    for text in reader:
+        group.append(text)
+        characters += len(text)
+        if characters >= GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 class TextSource(Source):
     """Texts as token ids."""
 
-    documents: int
+    documents = 0
     """Documents that were found, rejected ones not counted."""
+
+    def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
+        self.files, self.modality, self.option = files, modality, option
+        self.rejected, self.left_out = [], {}
+        self.where = str(files[0]) if len(files) == 1 else f"{len(files)} files"
 
     def block(self, index: int) -> np.ndarray:
         """int64 (tokens,) of a sample, `<s>` first."""
@@ -53,8 +182,7 @@ class BlockSource(TextSource):
     """
 
     def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
-        self.files, self.modality, self.option = files, modality, option
-        self.rejected, self.left_out, self.documents = [], {}, 0
+        super().__init__(files, modality, option)
         self._starts = self._sizes = np.zeros(0, dtype=np.int64)
         self._digest = ""
 
@@ -85,8 +213,7 @@ class BlockSource(TextSource):
 
     def describe(self, index: int) -> str:
         start = int(self._starts[index])
-        where = str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files"
-        return f"tokens {start} to {start + int(self._sizes[index])} of {where}"
+        return f"tokens {start} to {start + int(self._sizes[index])} of {self.where}"
 
     def block(self, index: int) -> np.ndarray:
         start, size = int(self._starts[index]), int(self._sizes[index])
@@ -118,8 +245,7 @@ class WholeTexts(TextSource):
     """Documents as `<s> ... </s>`, cut to the longest sequence of the model; their ids are held in memory."""
 
     def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
-        self.files, self.modality = files, modality
-        self.left_out = {}
+        super().__init__(files, modality, option)
         reader = DocumentReader(files)
         self._ids = [
             np.array([START, *ids[: modality.config.stem.max_tokens - 2], END], dtype=np.int32)
@@ -128,15 +254,13 @@ class WholeTexts(TextSource):
         ]
         self.rejected, self.documents = reader.rejected, len(self._ids)
         if not self._ids:
-            first = f", for example {self.rejected[0].name}: {self.rejected[0].reason}" if self.rejected else ""
-            raise ValueError(f"{option}: expected text in {len(files)} files, found none{first}")
+            raise ValueError(f"{option}: expected text in {len(files)} files, found none{for_example(self.rejected)}")
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def describe(self, index: int) -> str:
-        where = str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files"
-        return f"document {index + 1} of {where}"
+        return f"document {index + 1} of {self.where}"
 
     def block(self, index: int) -> np.ndarray:
         return self._ids[index].astype(np.int64)
@@ -150,8 +274,7 @@ class LabelledTexts(TextSource):
     `<s> a </s> </s> b </s>` and cut to the longest sequence of the model. `texts` keeps the columns."""
 
     def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
-        self.files, self.modality = files, modality
-        self.rejected, self.left_out = [], {}
+        super().__init__(files, modality, option)
         self.incomplete: list[Rejected] = []
         self.texts: list[tuple[str, ...]] = []
         self.values: list[str] = []
@@ -159,8 +282,7 @@ class LabelledTexts(TextSource):
         for file in files:
             self._read(file, option)
         if not self.texts:
-            first = f", for example {self.rejected[0].name}: {self.rejected[0].reason}" if self.rejected else ""
-            raise ValueError(f"{option}: expected lines text<TAB>label, found none{first}")
+            raise ValueError(f"{option}: expected lines text<TAB>label, found none{for_example(self.rejected)}")
         self.documents = len(self.texts)
         self.labels, self.classes = number_classes(self.values)
 
@@ -224,10 +346,7 @@ class Texts(Modality):
                 f"got {self.block_tokens}"
             )
         self.blocks = data.blocks if data.blocks is not None else ("documents" if config.version == 1 else "stream")
-        with torch.device("meta"):  # only its checks are used
-            stem = make_stem(config)
-        assert isinstance(stem, TextStem)
-        self.stem = stem
+        _ = self.stem  # its checks
         self._tokenizer: BytePairs | None = None
 
     # ---- tokenizer --------------------------------------------------------------------------------------------
@@ -236,12 +355,9 @@ class Texts(Modality):
     def tokenizer(self) -> BytePairs:
         """The tokenizer of data.tokenizer, or the one that the run has made."""
         if self._tokenizer is None:
-            self._tokenizer = self._read_tokenizer(self._tokenizer_folder())
+            given = self.config.data.tokenizer
+            self._tokenizer = self._read_tokenizer(Path(given or Path(self.config.run.dir) / TOKENIZER))
         return self._tokenizer
-
-    def _tokenizer_folder(self) -> Path:
-        given = self.config.data.tokenizer
-        return Path(given) if given is not None else Path(self.config.run.dir) / TOKENIZER
 
     def _read_tokenizer(self, folder: Path) -> BytePairs:
         """A tokenizer that fits the model."""
@@ -289,18 +405,11 @@ class Texts(Modality):
 
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
         """`.txt` and `.jsonl` files, or a folder of them; labelled: `.tsv` files."""
-        if labelled:
-            return self._open_table(path, option)
-        files = find_texts(path, option)
-        if self.config.data.tokenizer is not None:
-            _ = self.tokenizer  # says at once what does not fit
-        return BlockSource(files, self, option)
-
-    def open_whole(self, path: str, *, option: str) -> Source:
-        """Every document a sample."""
-        return WholeTexts(find_texts(path, option), self, option)
-
-    def _open_table(self, path: str, option: str) -> LabelledTexts:
+        if not labelled:
+            files = find_texts(path, option)
+            if self.config.data.tokenizer is not None:
+                _ = self.tokenizer  # says at once what does not fit
+            return BlockSource(files, self, option)
         places = "a .tsv file of text<TAB>label"
         if not path or path.startswith("pipe:"):
             raise ValueError(f"{option}: expected {places}, got {path!r}")
@@ -310,20 +419,16 @@ class Texts(Modality):
             raise ValueError(f"{option}: expected {places}, got {str(odd)!r}")
         return LabelledTexts(files, self, option)
 
+    def open_whole(self, path: str, *, option: str) -> Source:
+        """Every document a sample."""
+        return WholeTexts(find_texts(path, option), self, option)
+
     def load(self, source: Source, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
         """int64 (tokens,)."""
         assert isinstance(source, TextSource)
         return source.block(index), ()
 
-    def augment(self, value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The block as it is."""
-        return value
-
-    def settle(self, value: np.ndarray) -> np.ndarray:
-        """The block as it is."""
-        return value
-
-    def blank(self) -> np.ndarray:
+    def placeholder(self) -> np.ndarray:
         """`<s> </s>`."""
         return np.array([START, END], dtype=np.int64)
 
@@ -334,14 +439,6 @@ class Texts(Modality):
         for row, sample in zip(inputs, samples, strict=True):
             row[: len(sample.value)] = torch.from_numpy(sample.value)
         return inputs, torch.tensor(lengths)
-
-    def measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int, Tensor | None]:
-        """Tokens by the stem, which checks the ids."""
-        return self.stem.measure(inputs, lengths)
-
-    def prepare(self, inputs: Tensor) -> Tensor:
-        """The ids as they are."""
-        return inputs
 
     def raw_features(self, name: str, batch: Batch) -> Tensor:
         """bag_of_words: how often each word occurs in what the model sees, log(1 + n), words hashed to WORD_BINS."""

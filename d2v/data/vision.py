@@ -14,7 +14,8 @@ from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.dataset import Batch, Modality, Sample
-from d2v.data.sources import IMAGES, Source, open_source
+from d2v.data.index import IMAGES
+from d2v.data.sources import Source
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Decoders that may run. Others are left out on purpose: EPS, for one, starts an external program."""
@@ -171,10 +172,7 @@ class Images(Modality):
 
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
         """A folder of images, of class folders, or .tar shards."""
-        allowed = self.config.data.allow_commands
-        return open_source(
-            path, IMAGES, labelled=labelled, option=option, commands=allowed, cache=self.index_cache()
-        )  # fmt: skip
+        return self.open_encoded(path, IMAGES, labelled, option, measure=None)
 
     def load(self, source: Source, index: int) -> tuple[Image.Image, tuple[str, ...]]:
         """An RGB image."""
@@ -182,15 +180,15 @@ class Images(Modality):
         told = converted is not None and not (converted == "grey" and self.settings.grey)
         return image, (str(converted),) if told else ()
 
-    def augment(self, value: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    def train_transform(self, value: Image.Image, rng: np.random.Generator) -> np.ndarray:
         """Random crop, mirror, turn."""
         return augment_image(value, self.settings, rng)
 
-    def settle(self, value: Image.Image) -> np.ndarray:
+    def eval_transform(self, value: Image.Image) -> np.ndarray:
         """Centre crop."""
         return centre_image(value, self.settings)
 
-    def blank(self) -> np.ndarray:
+    def placeholder(self) -> np.ndarray:
         """Zeros."""
         return np.zeros((1 if self.settings.grey else 3, self.settings.size, self.settings.size), dtype=np.uint8)
 

@@ -13,7 +13,7 @@ import torch
 
 from d2v.data import make_modality
 from d2v.data.loader import evaluation_batches
-from d2v.data.progress import Reporter
+from d2v.data.sources import Reporter
 from d2v.files import write_atomically
 from d2v.saved import load_model
 
@@ -116,7 +116,7 @@ def extract(
     except BaseException:
         writer.abort()
         raise
-    report.finish(sample)
+    report.finish()
     index_file = target.with_name(target.name + ".index.tsv")
     write_atomically(index_file, "\n".join(index) + "\n")
     left_out = f"; left out {len(bad)} that cannot be decoded, for example {bad[0]}" if bad else ""

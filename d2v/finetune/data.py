@@ -55,25 +55,25 @@ class Labelled(Modality):
         value, converted = self.inner.load(source.base, int(source.rows[index]))
         return (value, source.targets[index]), converted
 
-    def stretch(self, value: Any, epoch: int, sample_id: int) -> Any:
+    def speed_perturb(self, value: Any, epoch: int, sample_id: int) -> Any:
         """(stretched value, target)."""
-        return self.inner.stretch(value[0], epoch, sample_id), value[1]
+        return self.inner.speed_perturb(value[0], epoch, sample_id), value[1]
 
-    def stretch_lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
+    def perturbed_lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
         """As the modality."""
-        return self.inner.stretch_lengths(lengths, epoch)
+        return self.inner.perturbed_lengths(lengths, epoch)
 
-    def augment(self, value: Any, rng: np.random.Generator) -> Any:
+    def train_transform(self, value: Any, rng: np.random.Generator) -> Any:
         """(augmented value, target)."""
-        return self.inner.augment(value[0], rng), value[1]
+        return self.inner.train_transform(value[0], rng), value[1]
 
-    def settle(self, value: Any) -> Any:
+    def eval_transform(self, value: Any) -> Any:
         """(value as evaluation sees it, target)."""
-        return self.inner.settle(value[0]), value[1]
+        return self.inner.eval_transform(value[0]), value[1]
 
-    def blank(self) -> Any:
+    def placeholder(self) -> Any:
         """(blank value, no target)."""
-        return self.inner.blank(), None
+        return self.inner.placeholder(), None
 
     def stack(self, samples: list[Sample], training: bool) -> tuple[Tensor, Tensor | None]:
         """Inputs and lengths, without the targets."""

@@ -7,6 +7,8 @@ file says about the object and does nothing.
 
 from __future__ import annotations
 
+import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,8 +49,7 @@ def read_torch_file(path: str | Path) -> Any:
         ValueError: not such a file, a truncated one, or one whose pickle does what a checkpoint has no need of.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"checkpoint: expected a file, got {str(path)!r}")
+    check_whole(path)
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         stand_ins: list[Any] = [(_stand_in(name), name) for name in unknown]
@@ -62,6 +63,48 @@ def read_torch_file(path: str | Path) -> Any:
             "checkpoint: expected a file written by torch.save (zip format, torch 1.6 or newer) with plain contents, "
             f"got {str(path)!r}: {reason[:300]}"
         ) from None
+
+
+def check_whole(path: Path) -> None:
+    """`ValueError` says what a file is that cannot be a checkpoint: absent, a Git LFS pointer, or cut off."""
+    if not path.is_file():
+        raise ValueError(f"checkpoint: expected a file, got {str(path)!r}")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"checkpoint: expected a file of weights, got {str(path)!r}, a Git LFS pointer that only names it: run "
+            "`git lfs pull` in its repository, or download the file itself"
+        )
+    needed = 0
+    if path.suffix == ".safetensors" and size >= 8:  # 8 bytes with the length of the header, which gives every end
+        needed = 8 + int.from_bytes(start[:8], "little")
+        if needed <= min(size, 100_000_000):
+            with path.open("rb") as file:
+                header = re.findall(rb'"data_offsets": ?\[\d+, ?(\d+)\]', file.read(needed))
+            needed += max(map(int, header), default=0)
+    if (start.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path)) or size < needed:
+        raise ValueError(
+            f"checkpoint: expected a file of weights, got {str(path)!r}, which is cut off after {size:,} bytes: "
+            "download or copy it again"
+        )
+
+
+def strip_wrappers(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors without what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) add to their names."""
+    plain = {re.sub(r"(^|\.)_orig_mod\.", r"\1", name): value for name, value in tensors.items()}
+    if plain and all(name.startswith("module.") for name in plain):
+        return strip_wrappers({name.removeprefix("module."): value for name, value in plain.items()})
+    return {name: strip_wrappers(v) if isinstance(v, Mapping) else v for name, v in plain.items()}
+
+
+def check_weights(tensor: torch.Tensor, name: str) -> None:
+    """`ValueError` for weights that no model can have: other numbers than real ones, NaN, infinite."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: expected floating-point weights, got {tensor.dtype}")
+    if bad := tensor.numel() - int(tensor.float().isfinite().sum()):
+        raise ValueError(f"{name}: expected finite weights, got {bad} of {tensor.numel()} that are NaN or infinite")
 
 
 def to_plain(value: Any) -> Any:

@@ -141,7 +141,7 @@ def _describe_ranks(config: Config, source: Source, static: int, activations: fl
     lines = [f"ranks        samples  micro-batches  largest  MiB a rank ({config.run.parallel})"]
     for ranks in (r for r in RANKS if r <= config.data.global_batch):
         try:
-            slots = UpdateSampler(config, source, 0, 1, rank=0, ranks=ranks).slots(0)
+            slots = UpdateSampler(config, source, 0, 1, rank=0, ranks=ranks).refs(0)
         except ValueError as error:
             lines.append(f"{ranks:>5}        {error}")
             continue

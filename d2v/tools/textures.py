@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from d2v.data.sources import check_output
+
 PHOTOGRAPHS = (
     "brick", "coins", "grass", "gravel", "hubble_deep_field", "immunohistochemistry", "retina", "text",
 )  # fmt: skip
@@ -61,8 +63,7 @@ def write_textures(output: Path, *, seed: int, size: int, counts: Mapping[str, i
     Raises `ValueError` where `output` is not empty or `size` does not fit a photograph.
     """
     output = output.resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output: expected an absent or empty folder, got {str(output)!r}")
+    check_output(output)
     photographs = load_photographs()
     temporary = output.with_name(f".partial-{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import check, growth, step, step_report, summary
-from benchmarks.kernels import RESULTS
+from benchmarks import check, growth, step, summary
+from benchmarks.harness import report
+from benchmarks.harness.record import RESULTS
 
 Row = dict[str, Any]
 CASE = "vision-tiny B=16"
@@ -97,7 +98,7 @@ def test_a_real_step_against_fabricated_ratios(tmp_path: Path, capsys: pytest.Ca
 def test_the_summary_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary.main(["--results", str(tmp_path)])
     out = capsys.readouterr().out
-    for file, module in (("cpu", "kernels"), ("step-cpu", "step"), ("growth-cpu", "growth")):
+    for file, module in (("cpu", "operators"), ("step-cpu", "step"), ("growth-cpu", "growth")):
         assert f"no {tmp_path / file}.jsonl; `python -m benchmarks.{module}` makes it" in out
     assert "cuda" not in out
     assert list(tmp_path.iterdir()) == []
@@ -124,7 +125,7 @@ def test_the_summary_shows_everything_with_its_origin(tmp_path: Path, capsys: py
     assert "plain/d2v 2.00 to 2.00" in out
     assert "rehearsal" not in out
     assert out.count("A processor (2 cores), ISA avx2, python 3.11.7, torch 2.13.0, commit abc1234, 2026-11-22") == 2
-    for module in ("kernels", "step", "growth"):
+    for module in ("operators", "step", "growth"):
         assert f"by `python -m benchmarks.{module}`" in out
     assert {p.name for p in tmp_path.glob("*.png")} == {"cpu.png", "step-cpu.png", "growth-cpu.png"}
 
@@ -132,6 +133,6 @@ def test_the_summary_shows_everything_with_its_origin(tmp_path: Path, capsys: py
 def test_the_dry_forms_have_the_stored_format() -> None:
     """The rows fabricated here have the keys that the program writes."""
     assert {"case", "recipe", "threads", "forms", "machine", "samples", "modality"} <= set(step_row())
-    assert step_report.missed_goals(step_row()) != []
+    assert report.missed_goals(step_row()) != []
     assert any(c.name == CASE for c in step.cases_for("cpu", dry=False))
     assert {c.name for c in growth.curves_for("cpu", dry=True)} == {"batch", "operator", "processes"}

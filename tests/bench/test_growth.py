@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import growth, growth_points, growth_report
+from benchmarks import growth
 from benchmarks.growth import Curve, Runner
-from benchmarks.step_cases import StepCase, make_config
+from benchmarks.harness.record import ChildError
+from benchmarks.harness.report import fit_exponent
+from benchmarks.training.cases import StepCase, make_config
 
 Row = dict[str, Any]
 BATCH = partial(StepCase, "vision-tiny")
@@ -42,7 +44,7 @@ def test_a_curve_is_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_step_is_timed_and_its_memory_measured(tmp_path: Path) -> None:
     output = tmp_path / "growth.jsonl"
-    Runner(growth.parse(["--dry"]), output).run(Curve("batch", "samples B", (2,), case=lambda x: BATCH(int(x))))
+    Runner(growth.parse_options(["--dry"]), output).run(Curve("batch", "samples B", (2,), case=lambda x: BATCH(int(x))))
     (row,) = rows_of(output)
     assert row["command"] == "python -m benchmarks.growth --device cpu --threads 1 --only batch"
     assert set(row["forms"]) == {"plain", "d2v"}
@@ -54,12 +56,12 @@ def test_a_step_is_timed_and_its_memory_measured(tmp_path: Path) -> None:
 
 def test_two_processes_train_and_exchange(tmp_path: Path) -> None:
     output = tmp_path / "growth.jsonl"
-    runner = Runner(growth.parse(["--dry"]), output)
+    runner = Runner(growth.parse_options(["--dry"]), output)
     runner.run(Curve("processes", "processes", (2,), "processes"))
     (row,) = rows_of(output)
     assert row["kind"] == "point", row
     form = row["forms"]["d2v"]
-    assert form["samples_per_second"] == pytest.approx(growth_points.GLOBAL_BATCH / form["minimum"])
+    assert form["samples_per_second"] == pytest.approx(growth.GLOBAL_BATCH / form["minimum"])
     assert form["exposed_share"] == pytest.approx(1.0 - form["local"] / form["minimum"])
     assert row["gradient_bytes"] == 4 * row["parameters"] > 0
 
@@ -71,14 +73,14 @@ class Fake(Runner):
     """A runner whose processes are a power law."""
 
     def __init__(self, tmp_path: Path, *arguments: str, fails: float = math.inf) -> None:
-        super().__init__(growth.parse(list(arguments)), tmp_path / "growth.jsonl")
+        super().__init__(growth.parse_options(list(arguments)), tmp_path / "growth.jsonl")
         self.fails, self.orders = fails, 0
 
-    def _run_child(self, order: Row, *, keep_pages: bool = True, processes: int | None = None) -> Row | str:
+    def ask_child(self, order: Row) -> Row:
         self.orders += 1
         x = order["x"]
         if x >= self.fails and "plain" in order["forms"]:
-            return "exit status 1: RuntimeError: not enough memory"
+            raise ChildError("exit status 1: RuntimeError: not enough memory")
         if order["kind"] == "memory":
             return {"bytes": int(1e9 * x)}
         powers = {"plain": 2.0, "d2v": 1.0}
@@ -123,10 +125,10 @@ def test_a_failed_process_ends_its_form_and_is_recorded(tmp_path: Path) -> None:
 
 def test_a_process_that_runs_out_of_memory_says_so(tmp_path: Path) -> None:
     """The limit on a child's memory turns an allocation too many into an error of that child."""
-    runner = Runner(growth.parse(["--memory", "0.3"]), tmp_path / "growth.jsonl")
-    case = {"recipe": "vision-small", "samples": 64, "length": 0.0, "settings": []}
-    result = runner._run_child({"kind": "memory", "x": 64, "case": case, "forms": ["plain"], "device": "cpu"})
-    assert isinstance(result, str) and "Error" in result
+    runner = Runner(growth.parse_options(["--memory", "0.3"]), tmp_path / "growth.jsonl")
+    case = StepCase("vision-small", 64)
+    with pytest.raises(ChildError, match="Error"):
+        runner.ask_child({"kind": "memory", "x": 64, "case": case, "forms": ["plain"], "device": "cpu"})
 
 
 # ---- arithmetic, table, plot
@@ -137,8 +139,8 @@ def test_predictions_and_exponents() -> None:
     assert growth.predict([(2.0, 3.0)], 4.0) == pytest.approx(6.0)
     assert growth.predict([(1.0, 9.0), (2.0, 4.0), (4.0, 16.0)], 8.0) == pytest.approx(64.0)
     assert growth.predict([(2.0, 4.0), (4.0, 1.0)], 8.0) == pytest.approx(1.0), "noise is not a falling cost"
-    assert growth_report.fit_exponent([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)]) == pytest.approx(1.5)
-    assert growth_report.fit_exponent([0, 4], [1, 2]) is None
+    assert fit_exponent([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)]) == pytest.approx(1.5)
+    assert fit_exponent([0, 4], [1, 2]) is None
 
 
 def test_settings_of_a_case_reach_its_configuration() -> None:

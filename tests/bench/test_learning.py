@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.learning import methods
 from benchmarks.learning.methods import find_pretrained, linear, scaled, supervised_job, updates_for, write_untrained
-from benchmarks.learning.table import draw, markdown, summarise
+from benchmarks.learning.table import draw, summarise, table
 from benchmarks.learning.tasks import TASKS, Splits, choose_few
 
 
@@ -31,7 +31,7 @@ RESULTS = [result("data2vec2", 0, 0.7), result("data2vec2", 1, 0.8), result("scr
 def test_table() -> None:
     rows = summarise(RESULTS)
     assert [row["name"] for row in rows] == ["data2vec2", "random_init", "scratch"]
-    lines = markdown({"rows": rows, "title": "digits", "machine": MACHINE}).splitlines()
+    lines = table({"rows": rows, "title": "digits", "machine": MACHINE}).splitlines()
     assert lines[2].startswith("| data2vec 2.0 | 75.0 (70.0–80.0) | 65.0 (60.0–70.0) |  | 60 |")
     assert lines[4].startswith("| supervised from scratch | 50.0 |")
 

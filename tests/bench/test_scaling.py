@@ -17,9 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import scaling, scaling_report
-from benchmarks.scaling import Cluster
-from benchmarks.step_cases import StepCase, make_batch, make_config
+from benchmarks.harness.report import markdown
+from benchmarks.scaling import estimate as scaling
+from benchmarks.scaling import report as scaling_report
+from benchmarks.scaling.__main__ import main
+from benchmarks.scaling.estimate import Cluster
+from benchmarks.training.cases import StepCase, make_batch, make_config
 from d2v import recipes
 from d2v.model.data2vec import Data2Vec
 from d2v.model.transformer import Block
@@ -218,14 +221,14 @@ def test_sharding_saves_memory_and_a_slow_network_costs_time() -> None:
 
 def test_the_table_says_that_it_estimates(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plot = tmp_path / "scaling.png"
-    scaling.main(["--gpus", "8", "512", "--recipe", "speech-base", "--plot", str(plot)])
+    main(["--gpus", "8", "512", "--recipe", "speech-base", "--plot", str(plot)])
     text = capsys.readouterr().out
     assert text.startswith("Estimates, not measurements")
     assert [line.split("|")[3].strip() for line in text.splitlines() if line.startswith("| `")] == ["8", "512"]
     assert plot.read_bytes().startswith(b"\x89PNG")
     for wrong in (["--gpus", "0"], ["--network", "0"]):
         with pytest.raises(SystemExit, match=f"{wrong[0]}: expected"):
-            scaling.main(wrong)
+            main(wrong)
 
 
 def test_the_guide_has_the_figures_of_the_program() -> None:
@@ -234,7 +237,8 @@ def test_the_guide_has_the_figures_of_the_program() -> None:
     cluster = Cluster()
     for recipe in ("vision-base", "speech-base"):
         for gpus in (8, 64):
-            assert scaling_report.table_row(scaling.estimate(recipe, gpus, "ddp", cluster), cluster) in text
+            row = scaling_report.cells(scaling.estimate(recipe, gpus, "ddp", cluster), cluster)
+            assert markdown(row, []).splitlines()[0] in text
     assert scaling_report.assumptions(cluster).split(":")[0] in text
     assert (ROOT / "docs" / "scaling.png").stat().st_size < 100_000
     assert math.isclose(Cluster().peak, 989e12)

@@ -8,10 +8,9 @@ import sys
 
 import pytest
 
-from d2v_kernels import _library
-from d2v_kernels.backends.native import BACKEND
+from d2v_kernels import _native, registry
 
-OPERATORS = tuple(BACKEND.implementations)
+OPERATORS = tuple(registry.OPERATORS)
 # Every operator is in one of the two lists; a kernel that is added moves its name up.
 WITH_CUDA = {
     "average_layers",
@@ -60,10 +59,10 @@ print(json.dumps({"before": before, "after": after, "invalid": text(1).decode(),
 @pytest.fixture(scope="module")
 def loaded(toolkit) -> dict:
     """What a fresh process finds. With nvcc on this machine the library must have been built."""
-    for name in (_library.CPU_LIBRARY, _library.CUDA_LIBRARY):
-        assert (_library.LIB / f"{name}.so").is_file(), f"{name} is not built: {_library.build_record()}"
+    for name in (_native.CPU_LIBRARY, _native.CUDA_LIBRARY):
+        assert (_native.LIB / f"{name}.so").is_file(), f"{name} is not built: {_native.build_record()}"
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(_library.LIB), ",".join(OPERATORS)], capture_output=True, text=True
+        [sys.executable, "-c", SCRIPT, str(_native.LIB), ",".join(OPERATORS)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -89,7 +88,7 @@ def test_errors_have_a_text(loaded) -> None:
 
 def test_library_needs_no_cuda_to_load(toolkit) -> None:
     """Neither libcudart nor libtorch_cuda: one file serves every torch."""
-    path = _library.LIB / f"{_library.CUDA_LIBRARY}.so"
+    path = _native.LIB / f"{_native.CUDA_LIBRARY}.so"
     dynamic = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
     needed = [line.split("[")[1].split("]")[0] for line in dynamic.splitlines() if "(NEEDED)" in line]
     assert "libtorch_cpu.so" in needed

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 from support.accuracy import assert_accurate
 from support.tensors import in_layout, layouts, random_rows
 from torch import Tensor
 
-from d2v_kernels import _library, merge_ema_state, split_ema_state
-from d2v_kernels.backends import reference
+from d2v_kernels import _native, merge_ema_state, split_ema_state
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 PAIRS = [*itertools.product(LOW, LOW), (torch.float64, torch.float64)]
@@ -24,31 +23,25 @@ CHUNK = 16384
 SIZES = [0, 1, 3, 7, 8, 1000, CHUNK, CHUNK + 1, 2 * CHUNK + 13]
 
 
-def address(function: object) -> int:
-    value = ctypes.cast(function, ctypes.c_void_p).value
-    assert value is not None
-    return value
-
-
 def step(library, route: str, averages, sources, copies, weight: float, weight_tensor: Tensor | None = None) -> None:
     """One update through the operator, or through the module's plan with a table in host memory."""
     if route == "list":
         torch.ops.d2v_emu.update_ema_(averages, sources, copies, weight, weight_tensor)
         return
-    module = _library.native_module()
+    module = _native.native_module()
     if module is None:
-        pytest.skip(f"no pybind11 module: {_library.load_errors()}")
-    number = _library.TYPE_NUMBERS
+        pytest.skip(f"no pybind11 module: {_native.load_errors()}")
+    number = _native.TYPE_NUMBERS
     entries = []
     for i, (a, s) in enumerate(zip(averages, sources, strict=True)):
         if a.numel() == 0:
             continue  # as make_ema_plan does
-        copy = (copies[i].data_ptr(), number[copies[i].dtype]) if copies else (0, _library.NO_COPY)
+        copy = (copies[i].data_ptr(), number[copies[i].dtype]) if copies else (0, _native.NO_COPY)
         entries.append((a.data_ptr(), s.data_ptr(), copy[0], a.numel(), number[a.dtype], number[s.dtype], copy[1]))
-    plan = module.EmaPlan(entries, 0)
+    plan = module.EmaPlan(entries, [library._name])
     table = torch.frombuffer(bytearray(plan.device_table()), dtype=torch.uint8)
     device_weight = 0 if weight_tensor is None else weight_tensor.data_ptr()
-    plan.step_device(weight, address(library.d2v_launch_ema), table.data_ptr(), device_weight, 0, 0)
+    plan.step_device(weight, table.data_ptr(), device_weight, 0, 0)
 
 
 def careful_and_truth(average: Tensor, source: Tensor, weight: float) -> tuple[Tensor, Tensor]:
@@ -186,12 +179,12 @@ def test_halves_have_the_bits_of_float32(emulated, source_type, offsets, route) 
 
 
 def step_halves_by_plan(library, high, low, sources, weight: float) -> None:
-    module = _library.native_module()
+    module = _native.native_module()
     if module is None:
-        pytest.skip(f"no pybind11 module: {_library.load_errors()}")
-    plan = module.EmaPlan(_library._split_entries(high, low, sources), 0)
+        pytest.skip(f"no pybind11 module: {_native.load_errors()}")
+    plan = module.EmaPlan(_native.plan_entries(high, sources, [], low), [library._name])
     table = torch.frombuffer(bytearray(plan.device_table()), dtype=torch.uint8)
-    plan.step_device(weight, address(library.d2v_launch_ema), table.data_ptr(), 0, 0, 0)
+    plan.step_device(weight, table.data_ptr(), 0, 0, 0)
 
 
 @pytest.mark.parametrize("route", ["list", "plan"])
@@ -200,15 +193,15 @@ def test_halves_and_whole_averages_in_one_table(emulated, route) -> None:
     averages = [values(700, torch.bfloat16, 1), values(300, torch.float32, 2)]
     high, low = split_ema_state(averages[1])
     sources = [values(700, torch.float32, 3), values(300, torch.float32, 4)]
-    module = _library.native_module()
+    module = _native.native_module()
     if module is None:
-        pytest.skip(f"no pybind11 module: {_library.load_errors()}")
-    whole = (averages[0].data_ptr(), sources[0].data_ptr(), 0, 700, 1, 0, _library.NO_COPY)
-    plan = module.EmaPlan([*_library._split_entries([high], [low], [sources[1]]), whole], 0)
+        pytest.skip(f"no pybind11 module: {_native.load_errors()}")
+    whole = (averages[0].data_ptr(), sources[0].data_ptr(), 0, 700, 1, 0, _native.NO_COPY)
+    plan = module.EmaPlan([*_native.plan_entries([high], [sources[1]], [], [low]), whole], [emulated._name])
     table = torch.frombuffer(bytearray(plan.device_table()), dtype=torch.uint8)
     wanted = [a.clone() for a in averages]
     step(emulated, route, wanted, sources, [], 0.25)
-    plan.step_device(0.25, address(emulated.d2v_launch_ema), table.data_ptr(), 0, 0, 0)
+    plan.step_device(0.25, table.data_ptr(), 0, 0, 0)
     assert torch.equal(averages[0], wanted[0])
     assert torch.equal(merge_ema_state(high, low), wanted[1])
 

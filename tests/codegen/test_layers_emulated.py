@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 from support.accuracy import assert_accurate
 from support.tensors import dtypes, in_layout, layouts, random_rows
 from torch import Tensor
-
-from d2v_kernels.backends import reference
 
 emu = torch.ops.d2v_emu
 LOW = [torch.float32, torch.bfloat16, torch.float16]

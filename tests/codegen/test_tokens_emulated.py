@@ -6,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 from support.accuracy import assert_accurate
 from support.tensors import dtypes, in_layout, indices, layouts, random_rows
 from torch import Tensor
-
-from d2v_kernels.backends import reference
 
 emu = torch.ops.d2v_emu
 ORDERS = st.integers(0, 3)

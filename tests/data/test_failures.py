@@ -18,8 +18,9 @@ from d2v import recipes
 from d2v.config import Config
 from d2v.data import loader
 from d2v.data.dataset import Sample, TrainSamples
+from d2v.data.index import open_source
 from d2v.data.loader import BadSamples, evaluation_batches, train_updates, validation_batches
-from d2v.data.sources import Source, open_source
+from d2v.data.sources import Source
 
 CPU = torch.device("cpu")
 

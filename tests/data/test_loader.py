@@ -13,8 +13,9 @@ import torch
 from d2v import recipes
 from d2v.config import Config
 from d2v.data.dataset import Batch, Note
+from d2v.data.index import open_source
 from d2v.data.loader import BadSamples, train_updates, validation_batches
-from d2v.data.sources import Rejected, Source, open_source
+from d2v.data.sources import Rejected, Source
 from d2v_kernels import Masks
 
 CPU = torch.device("cpu")
@@ -192,6 +193,9 @@ def test_a_batch_survives_its_way_from_a_worker() -> None:
         assert again.token_lengths is None
         assert again.noise_keys is None
         assert again.notes == batch.notes
+        alone = pickle.loads(pickle.dumps(Batch(inputs, None, None, None, None, ())))
+        assert torch.equal(alone.inputs, inputs)
+        assert alone.masks is None
         assert isinstance(again.masks, Masks)
         for one, other in zip(again.masks, masks, strict=True):
             assert (one is None) == (other is None)

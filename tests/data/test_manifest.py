@@ -13,7 +13,7 @@ from support.sounds import encode_sound, make_sound
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.data.sources import open_source
+from d2v.data.index import open_source
 from d2v.data.speech import Speech, decode_audio
 
 

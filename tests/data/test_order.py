@@ -77,14 +77,14 @@ def test_ranks_share_the_stream_of_one_process() -> None:
         alone = UpdateSampler(config(4, batch, micro), Numbers(5), 1, 4)
         parts = [UpdateSampler(config(4, batch, micro), Numbers(5), 1, 4, rank=r, ranks=ranks) for r in range(ranks)]
         for update in range(1, 4):
-            shares = [part.slots(update) for part in parts]
+            shares = [part.refs(update) for part in parts]
             assert {len(share) for share in shares} == {part.count(update) for part in parts}
             assert len(shares[0]) == math.ceil(math.ceil(batch / ranks) / (micro or batch))
             joined = [batch for share in shares for batch in share]
             assert all(joined)
             if micro is not None and batch % (micro * ranks) == 0:
-                assert joined == alone.slots(update)
-            assert [slot for batch in joined for slot in batch] == [s for b in alone.slots(update) for s in b]
+                assert joined == alone.refs(update)
+            assert [slot for batch in joined for slot in batch] == [s for b in alone.refs(update) for s in b]
 
 
 def test_ranks_that_cannot_share_an_update() -> None:
@@ -159,7 +159,7 @@ def test_a_rank_reads_its_part_of_the_shards_in_order() -> None:
     ranks = [UpdateSampler(settings, source, 0, 50, rank, 4) for rank in range(4)]
     apart = []
     for update in range(50):
-        shares = [[s.sample_id for batch in sampler.slots(update) for s in batch] for sampler in ranks]
+        shares = [[s.sample_id for batch in sampler.refs(update) for s in batch] for sampler in ranks]
         each = [len(set(shards[share])) for share in shares]
         apart.append(sum(each) / len(set(shards[np.concatenate(shares)])))
         for share in shares:
@@ -167,7 +167,7 @@ def test_a_rank_reads_its_part_of_the_shards_in_order() -> None:
             assert (steps < 0).sum() <= 2 * len(set(shards[share])), "in the order of the file but for where it wraps"
     assert np.mean(apart) < 1.6, "at most the shards at the edges of a share are read by two ranks"
     mixed = UpdateSampler(dataclasses.replace(settings, data=dataclasses.replace(data, shuffle="full")), source, 0, 50)
-    assert len(set(shards[[s.sample_id for batch in mixed.slots(0)[:2] for s in batch]])) > 8
+    assert len(set(shards[[s.sample_id for batch in mixed.refs(0)[:2] for s in batch]])) > 8
 
 
 def test_groups_of_equal_length_within_windows() -> None:
@@ -207,12 +207,12 @@ def test_batches_of_limited_seconds(unequal: Literal["crop", "pad"]) -> None:
         parts = [UpdateSampler(limited, source, 0, 30, rank, 4) for rank in range(4)]
         counts = set()
         for update in range(30):
-            whole = [slot for batch in alone.slots(update) for slot in batch]
-            shares = [part.slots(update) for part in parts]
+            whole = [slot for batch in alone.refs(update) for slot in batch]
+            shares = [part.refs(update) for part in parts]
             assert {len(share) for share in shares} == {part.count(update) for part in parts}
             counts.add(len(shares[0]))
             assert [slot for share in shares for batch in share for slot in batch] == whole
-            for batch in [b for share in shares for b in share] + alone.slots(update):
+            for batch in [b for share in shares for b in share] + alone.refs(update):
                 group = batch[0].group
                 assert group is not None
                 assert all(slot.group == group for slot in batch)

@@ -16,10 +16,10 @@ from support.sounds import write_sounds, write_text
 
 from d2v.cli import main
 from d2v.data import pack as packing
-from d2v.data.documents import DocumentReader, find_texts
+from d2v.data.index import open_source
 from d2v.data.pack import PackSettings, pack
-from d2v.data.sources import open_source
-from d2v.data.speech import open_audio
+from d2v.data.speech import SPEECH
+from d2v.data.tokenizer import DocumentReader, find_texts
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -79,11 +79,11 @@ def test_size_of_shards(tmp_path: Path) -> None:
 
 def test_speech_keeps_transcripts(tmp_path: Path) -> None:
     sounds = write_sounds(tmp_path / "sounds")
-    plain = open_audio(str(sounds), labelled=False, option="input", commands=False)
+    plain = open_source(str(sounds), SPEECH)
     Path(plain.describe(3)).with_suffix(".txt").write_text("hello\n")
     (sounds / "ant" / "broken.wav").write_bytes(b"RIFF")
     pack(str(sounds), tmp_path / "a", PackSettings("speech"))
-    packed = open_audio(str(tmp_path / "a" / "*.tar"), labelled=False, option="input", commands=False)
+    packed = open_source(str(tmp_path / "a" / "*.tar"), SPEECH)
     assert sorted(packed.read(i) for i in range(12)) == sorted(plain.read(i) for i in range(12))
     assert [t for i in range(12) if (t := packing.read_text(packed, i)) is not None] == ["hello"]
     pack(str(tmp_path / "a" / "*.tar"), tmp_path / "b", PackSettings("speech", in_order=True))

@@ -311,7 +311,7 @@ def test_a_sample_shorter_than_the_index_says_is_replaced_by_one_that_is_not(sou
         bad.add(batches[0].notes)
         widths.append(batches[0].inputs.shape[1])
     assert [(e["id"], e["reason"].split(":")[0]) for e in bad.entries] == [(longest, "shorter than the index says")]
-    lengths = [Speech(settings).stretch_lengths(source.lengths, epoch) for epoch in range(3)]
+    lengths = [Speech(settings).perturbed_lengths(source.lengths, epoch) for epoch in range(3)]
     expected = [
         min(int(lengths[s.epoch][s.sample_id]) for s in batch) for batch in UpdateSampler(settings, source, 0, 6)
     ]

@@ -13,12 +13,11 @@ from support.sounds import write_sounds
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.data.dataset import Batch, EvaluationSamples, Group, Slot, TrainSamples
+from d2v.data.dataset import Batch, EvaluationSamples, Group, SampleRef, TrainSamples
 from d2v.data.loader import evaluation_batches, train_updates, validation_batches
 from d2v.data.sampler import BUCKET_RATIO, UpdateSampler
 from d2v.data.sources import Source
-from d2v.data.speech import Speech, normalise_waveform, resample
-from d2v.data.speed import RandomSpeed
+from d2v.data.speech import RandomSpeed, Speech, normalise_waveform, resample
 from d2v.finetune.data import Labelled, LabelledSource, open_classes
 
 CPU = torch.device("cpu")
@@ -51,7 +50,7 @@ def test_a_tone_changes_its_pitch_by_the_speed() -> None:
     met = set()
     for epoch in range(12):
         (percent,) = speech.speed.percents(np.array([RATE]), epoch, 5).tolist()
-        played = speech.stretch(tone, epoch, 5)
+        played = speech.speed_perturb(tone, epoch, 5)
         assert len(played) == -(-RATE * 100 // percent)
         assert loudest(played) == pytest.approx(440 * percent / 100, abs=1.0)
         assert played.dtype == np.float32
@@ -107,7 +106,7 @@ def test_the_index_knows_the_lengths(sounds: Path, seconds: float) -> None:
     assert source.lengths is not None
     data = TrainSamples(source, speech, 0)
     for epoch in (0, 1):
-        lengths = speech.stretch_lengths(source.lengths, epoch)
+        lengths = speech.perturbed_lengths(source.lengths, epoch)
         for i in range(len(source)):
             assert min(len(data[(i, epoch)].value), speech.longest) == lengths[i]
     assert len({len(data[(3, epoch)].value) for epoch in range(6)}) > 3
@@ -120,7 +119,7 @@ def test_crops_are_of_the_shortest_as_played(sounds: Path) -> None:
     slots = UpdateSampler(settings, source, 0, 6)
     speech = Speech(settings)
     for width, batch in zip(widths, slots, strict=True):
-        played = [speech.stretch(speech.load(source, s.sample_id)[0], s.epoch, s.sample_id) for s in batch]
+        played = [speech.speed_perturb(speech.load(source, s.sample_id)[0], s.epoch, s.sample_id) for s in batch]
         assert width == min(map(len, played))
         assert batch[0].group is not None
         assert batch[0].group.lengths == tuple(map(len, played))
@@ -135,9 +134,9 @@ def test_a_replacement_is_long_enough_as_played(tmp_path: Path) -> None:
     Path(source.describe(broken)).write_bytes(b"")
     data = TrainSamples(source, speech, 0)
     for epoch in range(20):
-        length = int(speech.stretch_lengths(source.lengths, epoch)[broken])
-        if (speech.stretch_lengths(source.lengths, epoch) >= length).sum() > 1:
-            sample = data[Slot(broken, epoch, Group(((broken, epoch),), (length,), length))]
+        length = int(speech.perturbed_lengths(source.lengths, epoch)[broken])
+        if (speech.perturbed_lengths(source.lengths, epoch) >= length).sum() > 1:
+            sample = data[SampleRef(broken, epoch, Group(((broken, epoch),), (length,), length))]
             assert len(sample.value) >= length
             assert {note.sample_id for note in sample.notes if note.kind == "bad"} == {broken}
 
@@ -189,10 +188,10 @@ def test_fine_tuning_plays_the_same_way(sounds: Path) -> None:
     labelled = Labelled(speech)
     for epoch in range(3):
         value, target = TrainSamples(part, labelled, 0)[(2, epoch)].value
-        expected = speech.stretch(speech.load(source.base, 7)[0], epoch, 2)  # samples count in the training set
+        expected = speech.speed_perturb(speech.load(source.base, 7)[0], epoch, 2)  # samples count in the training set
         assert np.array_equal(value, expected)
         assert target == part.targets[2]
-        assert len(value) == labelled.stretch_lengths(np.asarray(part.lengths), epoch)[2]
+        assert len(value) == labelled.perturbed_lengths(np.asarray(part.lengths), epoch)[2]
         assert np.array_equal(EvaluationSamples(part, labelled)[2].value[0], speech.load(source.base, 7)[0])
 
 
@@ -211,8 +210,8 @@ def test_cost() -> None:
     speech = Speech(config())
     values = normalise_waveform(np.random.default_rng(0).standard_normal(9_600).astype(np.float32))
     for epoch in range(200):  # the filters of all speeds
-        speech.stretch(values, epoch, 0)
+        speech.speed_perturb(values, epoch, 0)
     begin = time.process_time()
     for epoch in range(200):
-        speech.stretch(values, epoch, 0)
+        speech.speed_perturb(values, epoch, 0)
     assert (time.process_time() - begin) / 200 < 3e-3

@@ -9,8 +9,7 @@ import pytest
 from support.sounds import write_text
 
 from d2v.cli import main
-from d2v.data.documents import DocumentReader
-from d2v.data.tokenizer import BytePairs, import_gpt2, save_tokenizer, train_tokenizer, write_tokenizer
+from d2v.data.tokenizer import BytePairs, DocumentReader, import_gpt2, save_tokenizer, train_tokenizer, write_tokenizer
 
 
 @pytest.fixture

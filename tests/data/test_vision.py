@@ -18,7 +18,7 @@ from d2v import recipes
 from d2v.config import Config
 from d2v.data import vision
 from d2v.data.dataset import MaskingCollate, TrainSamples, random_stream
-from d2v.data.sources import open_source
+from d2v.data.index import open_source
 from d2v.data.vision import (
     Images,
     ImageSettings,

@@ -59,9 +59,9 @@ class Place:
 def place(request: pytest.FixtureRequest) -> Place:
     library = request.config.getoption("--emulated", None)
     if library is not None:
-        from benchmarks import gpu_emulator
+        from benchmarks.gpu import emulator
 
-        gpu_emulator.install(None if library == "-" else Path(library))
+        emulator.install(None if library == "-" else Path(library))
         return Place(torch.device("cpu"), True)
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU (run `make gpu` where there is one)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu_small import flat, make_calls, why_not
+from benchmarks.gpu.small import flat, make_calls, why_not
 from d2v_kernels import EmaPlan, registry, update_ema_
 
 

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from gpu.conftest import FLOATS, both, compare
+from support import reference
 from support.layouts import in_layout, random_rows
 from torch import Tensor
 
-from d2v_kernels.backends import reference
+from d2v_kernels import merge_ema_state, split_ema_state
 
 ops = torch.ops.d2v
 F32, BF16, F16 = FLOATS
@@ -94,15 +95,15 @@ def test_update_split_ema(place, backend, source) -> None:
     """The halves of a float32 average, as near to float64 as one."""
     place.need("update_split_ema_", backend, source)
     sizes = [0, 1, 7, 1000, 16393]
-    state = [reference.split_bits(random_rows((n, 1), F32, n)[:, 0]) for n in sizes]
+    state = [split_ema_state(random_rows((n, 1), F32, n)[:, 0]) for n in sizes]
     sources = [random_rows((n, 1), source, n + 1)[:, 0] for n in sizes]
     high, low = ([place.put(pair[i]) for pair in state] for i in range(2))
     ops.update_split_ema_(high, low, place.put(*sources), 0.01, None)
     for i, (h, x) in enumerate(state):
-        before, after = reference.merge_bits(h, x), reference.merge_bits(high[i].cpu(), low[i].cpu())
+        before, after = merge_ema_state(h, x), merge_ema_state(high[i].cpu(), low[i].cpu())
         truth = before.double() + 0.01 * (sources[i].double() - before.double())
         compare(after, before + 0.01 * (sources[i].float() - before), truth)
-        assert torch.equal(reference.split_bits(after)[0], high[i].cpu())
+        assert torch.equal(split_ema_state(after)[0], high[i].cpu())
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_bench, gpu_record, gpu_report, gpu_stages, report
+from benchmarks import operators, step, summary
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import stages
+from benchmarks.harness import plots, record, report
 from d2v_kernels import _env
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +43,7 @@ def test_dry_run_writes_records_and_resumes(tmp_path) -> None:
     ]
     first = program("gpu", *arguments)
     assert first.returncode == 0, first.stdout + first.stderr
-    records = gpu_record.read_records(tmp_path / "gpu-dry.jsonl")
+    records = record.read_rows(tmp_path / "gpu-dry.jsonl")
     assert [r["stage"] for r in records if r["kind"] == "stage"] == ["tests", "benchmarks", "report"]
     for r in records:
         assert r["emulated"] is True
@@ -63,11 +66,11 @@ def test_dry_run_writes_records_and_resumes(tmp_path) -> None:
     assert len(list(tmp_path.iterdir())) <= 6
     words = (tmp_path / "gpu-dry.md").read_text()
     assert "no measurement" in words
-    assert gpu_report.HEAD not in words
+    assert " | ".join(report.COLUMNS["measurement"]) not in words
     again = program("gpu", *arguments)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("done by an earlier run") == 2
-    later = gpu_record.read_records(tmp_path / "gpu-dry.jsonl")
+    later = record.read_rows(tmp_path / "gpu-dry.jsonl")
     assert [r for r in later if r["kind"] == "measurement"] == rows
 
 
@@ -75,21 +78,21 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path) -> None:
     """Cases that have a row are not timed again; without the emulated library the row says why ours is missing."""
     path = tmp_path / "rows.jsonl"
     arguments = ["--output", str(path), "--key", "k", "--emulated", "-", "--only"]
-    assert program("gpu_bench", *arguments, "gather_tokens tiny").returncode == 0
-    before = gpu_record.read_records(path)
+    assert program("operators", *arguments, "gather_tokens tiny").returncode == 0
+    before = record.read_rows(path)
     (row,) = (r for r in before if r["kind"] == "measurement")
     assert row["not_run"]["d2v native"] == "the CUDA sources are not built for the CPU"
     assert row["chosen"] == "d2v triton"
     path.write_text(path.read_text() + '{"kind": "measurement", "op": "cut o')
-    assert gpu_record.keep_records(path, "k") == before
-    assert gpu_record.keep_records(path, "k") == before
-    done = program("gpu_bench", *arguments, "gather_tokens")
+    assert record.keep_rows(path, "k") == before
+    assert record.keep_rows(path, "k") == before
+    done = program("operators", *arguments, "gather_tokens")
     assert "gather_tokens_backward" in done.stdout
     assert "measurement  gather_tokens tiny" not in done.stdout
-    used_up = program("gpu_bench", *arguments, "restore", "--budget", "0")
+    used_up = program("operators", *arguments, "restore", "--budget", "0")
     assert used_up.returncode == 3
     assert "1 of 1 cases left" in used_up.stdout
-    assert gpu_record.keep_records(path, "other") == []
+    assert record.keep_rows(path, "other") == []
 
 
 def test_missing_pieces_are_named(monkeypatch, tmp_path) -> None:
@@ -100,10 +103,10 @@ def test_missing_pieces_are_named(monkeypatch, tmp_path) -> None:
     missing = gpu.find_missing()
     assert absent <= set(missing)
     assert missing["nvcc"] == "the CUDA operators"
-    run = gpu_stages.Run(tmp_path, "gpu", "k", False, missing=missing)
-    assert gpu_stages.tests(run, 10.0) == {"status": "skipped", "reason": "pytest is not installed"}
-    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name, path=None: None)
-    assert gpu_stages.sanitizer(run, 10.0)["status"] == "skipped"
+    run = stages.Run(tmp_path, "gpu", "k", False, missing=missing)
+    assert stages.tests(run, 10.0) == {"status": "skipped", "reason": "pytest is not installed"}
+    monkeypatch.setattr(stages.shutil, "which", lambda name, path=None: None)
+    assert stages.sanitizer(run, 10.0)["status"] == "skipped"
     assert run.missing["compute-sanitizer"] == "the sanitizer stage"
     absent.add("torch")
     with pytest.raises(SystemExit, match="has no torch or no numpy; choose another with PYTHON="):
@@ -122,17 +125,27 @@ def test_without_a_gpu_it_says_so(tmp_path) -> None:
 def test_a_child_is_stopped_at_its_limit() -> None:
     begin = time.monotonic()
     code = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '60'])"
-    status, output = gpu_stages.run_child([sys.executable, "-c", code], 1.5, {"PATH": "/usr/bin:/bin"})
+    status, output = record.run_child([sys.executable, "-c", code], 1.5, {"PATH": "/usr/bin:/bin"})
     assert status is None
     assert "begun" in output
     assert time.monotonic() - begin < 20
 
 
+@pytest.mark.parametrize("emulated", [False, True])
+def test_step_takes_the_command_of_its_stage(monkeypatch, tmp_path, emulated: bool) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(stages, "run_child", lambda command, *_: (asked.append(command) or 0, ""))
+    run = stages.Run(tmp_path, "gpu", "k", emulated)
+    assert stages.steps(run, 10.0) == {"status": "done", "measured": 0}
+    options = step.parse_options(asked[0][3:])
+    assert (options.dry, options.only, options.forms) == (emulated, "" if emulated else "-base", ["plain", "d2v"])
+
+
 def test_tests_are_counted_even_where_they_were_stopped() -> None:
     begun = "tests/gpu/test_a.py::test_x[1-a b] PASSED [ 10%]\ntests/gpu/test_a.py::test_y FAILED [ 20%]\ntests/gpu/tes"
-    assert gpu_stages._count_tests(begun, finished=False) == {"passed": 1, "failed": 1}
+    assert stages._count_tests(begun, finished=False) == {"passed": 1, "failed": 1}
     closing = "x\n===== 1 failed, 12 passed, 3 skipped, 1 warning in 2.00s ====="
-    assert gpu_stages._count_tests(closing, finished=True) == {"failed": 1, "passed": 12, "skipped": 3}
+    assert stages._count_tests(closing, finished=True) == {"failed": 1, "passed": 12, "skipped": 3}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +159,7 @@ def test_tests_are_counted_even_where_they_were_stopped() -> None:
     ],
 )
 def test_what_a_sanitizer_says(status, output, word, reason) -> None:
-    got = gpu_stages._sanitizer_outcome(status, output)
+    got = stages._sanitizer_outcome(status, output)
     assert got["status"] == word
     assert got.get("reason", "").startswith(reason or "")
     assert ("reason" in got) == (reason is not None)
@@ -175,47 +188,45 @@ def row(**changes) -> dict:
 
 
 def test_goals() -> None:
-    assert gpu_report.missed_goals(row()) == ["compile not measured"]
-    assert gpu_report.missed_goals(row(share_of_ceiling=0.5, goals={"ceiling": 0.9})) == ["50% of the copy rate < 90%"]
-    assert gpu_report.missed_goals(row(goals={"eager": 30.0})) == ["20.00x eager < 30"]
-    assert gpu_report.missed_goals(row(goals={}, host_seconds={"d2v native": 2e-5})) == ["host 20.0 us > 10"]
+    assert report.missed_goals(row()) == ["compile not measured"]
+    assert report.missed_goals(row(share_of_ceiling=0.5, goals={"ceiling": 0.9})) == ["50% of the copy rate < 90%"]
+    assert report.missed_goals(row(goals={"eager": 30.0})) == ["20.00x eager < 30"]
+    assert report.missed_goals(row(goals={}, host_seconds={"d2v native": 2e-5})) == ["host 20.0 us > 10"]
     short = row(
         bytes=43_000_000, seconds={"d2v native": {"median": 1.3e-5}}, share_of_ceiling=0.77, goals={"ceiling": 0.9}
     )
-    assert gpu_report.missed_goals(short) == []
+    assert report.missed_goals(short) == []
     short["seconds"]["d2v native"]["median"] = 1.5e-5
-    assert gpu_report.missed_goals(short) == ["15.0 us > floor 10.0 + 4"]
+    assert report.missed_goals(short) == ["15.0 us > floor 10.0 + 4"]
 
 
 def test_emulated_records_are_never_measurements(tmp_path, capsys) -> None:
     fake = row(emulated=True, case="emulated case")
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in (row(), fake)))
-    report.main([str(path), str(ROOT / "benchmarks/results/cpu.jsonl"), "--markdown"])
+    summary.main(["--files", str(path), str(ROOT / "benchmarks/results/cpu.jsonl"), "--markdown"])
     out = capsys.readouterr()
     assert out.out.count("| `average_layers` | c |") == 1
     assert "105.0" in out.out
     assert "MaskSampler" in out.out  # the CPU run's own table
     assert "emulated case" not in out.out
     assert "left out: 1 emulated records" in out.err
-    assert "emulated case" not in gpu_report.table(gpu_report.measurements([row(), fake]))
-    assert "no measurement" in gpu_report.document([fake])
-    gpu_report.roofline_plot([row(), fake], tmp_path / "plot.png")
+    assert "emulated case" not in report.table(report.measurements([row(), fake]))
+    assert "no measurement" in report.document([fake])
+    plots.roofline([row(), fake], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_contenders_are_compared_first() -> None:
     x = torch.tensor([1.0, -4.0])
-    assert gpu_bench.difference([x], [x + torch.tensor([0.0, 0.4])]) == pytest.approx(0.4 / 3.6)
-    assert gpu_bench.difference([x], [x[:1]]) == math.inf
-    assert gpu_bench.difference([x * math.nan], [x]) == math.inf
+    assert operators.difference([x], [x + torch.tensor([0.0, 0.4])]) == pytest.approx(0.4 / 3.6)
+    assert operators.difference([x], [x[:1]]) == math.inf
+    assert operators.difference([x * math.nan], [x]) == math.inf
 
 
 def test_cases_have_names_of_their_own() -> None:
-    from benchmarks import gpu_cases
-
-    for cases in (gpu_cases.published_cases(), gpu_cases.tiny_cases()):
+    for cases in (operators.gpu_cases(), operators.tiny_cases()):
         names = [(c.op, c.name, c.dtype) for c in cases]
         assert len(set(names)) == len(names)
         assert all(c.bytes > 0 for c in cases)
-    assert {c.registered for c in gpu_cases.tiny_cases()} == {c.registered for c in gpu_cases.published_cases()}
+    assert {c.registered for c in operators.tiny_cases()} == {c.registered for c in operators.gpu_cases()}

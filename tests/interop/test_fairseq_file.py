@@ -14,8 +14,7 @@ from support.golden import load_case
 import d2v
 from d2v import recipes
 from d2v.interop import fairseq
-from d2v.interop.fairseq.config import translate
-from d2v.interop.fairseq.describe import describe
+from d2v.interop.fairseq.config import describe, translate
 from d2v.interop.fairseq.names import family_of
 from d2v.interop.torch_file import read_torch_file
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from d2v_kernels import _library
+from d2v_kernels import _native
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def cpu_library() -> Path:
     """File of the CPU library; without it there is nothing to test."""
-    path = _library.LIB / f"{_library.CPU_LIBRARY}.so"
+    path = _native.LIB / f"{_native.CPU_LIBRARY}.so"
     if not path.is_file():
-        pytest.skip(f"native code is not built: {_library.load_errors().get(_library.CPU_LIBRARY)}")
+        pytest.skip(f"native code is not built: {_native.load_errors().get(_native.CPU_LIBRARY)}")
     return path
 
 

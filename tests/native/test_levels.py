@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v_kernels import _library
+from d2v_kernels import _native
 
 from .conftest import run_python
 
@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, tor
 
 _RUN_ALL = """
 import sys, torch
-from d2v_kernels import _library
+from d2v_kernels import _native
 torch.manual_seed(0)
 torch.set_num_threads({threads})
 op, out = torch.ops.d2v_native, dict()
@@ -66,7 +66,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             more = op.dropout_add_layer_norm_backward(layers[2], layers[3], layers[1], weight, keys, dropout, 1e-5)
             for i, t in enumerate((*results, *more)):
                 out["norm", i, dropout, dtype, channels] = t
-print(_library.build_record()["isa"])
+print(_native.build_record()["isa"])
 torch.save(out, {path!r})
 """
 
@@ -81,7 +81,7 @@ def results(
     cpu_library: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, int], dict[tuple[object, ...], torch.Tensor]]:
     folder = tmp_path_factory.mktemp("levels")
-    levels = [n for n in LEVELS if n in _library.build_record()["isa_levels"]]
+    levels = [n for n in LEVELS if n in _native.build_record()["isa_levels"]]
     found = {}
     for asked, threads in [(level, 1) for level in levels] + [(levels[-1], 2)]:
         level, tensors = _run(folder / f"{asked}-{threads}.pt", asked, threads)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import d2v_kernels
-from d2v_kernels import _library
+from d2v_kernels import _native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,10 +41,10 @@ def test_equals_the_list_operator(cpu_library: Path, with_copies: bool, decay: f
 
 
 def test_refuses_mixed_fp64(cpu_library: Path) -> None:
-    module = _library.native_module()
+    module = _native.native_module()
     assert module is not None
     with pytest.raises(ValueError, match="float64 for both"):
-        module.EmaPlan([(0, 0, 0, 1, 3, 0, -1)], 0, 0, 0, 0)
+        module.EmaPlan([(0, 0, 0, 1, 3, 0, -1)], [])
 
 
 @pytest.mark.parametrize("which", ["average", "source", "copy"])

@@ -10,15 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 from support.accuracy import assert_accurate
 from support.tensors import BACKENDS, FLOATS, dtypes
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import d2v_kernels.attention as engines
+import d2v_kernels.ops.attention as engines
+import d2v_kernels.ops.attention_operator as attention_operator
 from d2v_kernels import Alibi, alibi_slopes, attend, pack_lengths, registry, use_backend
-from d2v_kernels.backends import reference
 
 ops = torch.ops.d2v
 Case = dict[str, Any]
@@ -329,8 +330,8 @@ class Watch(TorchDispatchMode):
 
 
 def test_memory_of_the_reference(monkeypatch) -> None:
-    """No tensor of (rows, heads, T, T): at most ATTENTION_PART weights, in at most eight tensors at once."""
-    monkeypatch.setattr(reference, "ATTENTION_PART", 1 << 15)
+    """No tensor of (rows, heads, T, T): at most PART weights, in at most eight tensors at once."""
+    monkeypatch.setattr(attention_operator, "PART", 1 << 15)
     case = make_case(8, 100, 4, 16, torch.float32, extra=1)
     inputs, slopes = case["inputs"], case["slopes"]
     all_weights, part = 8 * 4 * 100 * 100, 1 << 15
@@ -347,7 +348,7 @@ def test_memory_of_the_reference(monkeypatch) -> None:
 def test_parts_do_not_change_results(monkeypatch) -> None:
     case = make_case(3, 30, 4, 16, torch.float32, lengths=True)
     whole = run(case, "reference")
-    monkeypatch.setattr(reference, "ATTENTION_PART", 5 * 900)
+    monkeypatch.setattr(attention_operator, "PART", 5 * 900)
     for a, b in zip(run(case, "reference"), whole, strict=True):
         torch.testing.assert_close(a, b)
 

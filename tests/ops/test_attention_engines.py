@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-import d2v_kernels.attention as engines
-from d2v_kernels import Alibi, _library, attend, info, pack_lengths, registry, use_backend
+import d2v_kernels.ops.attention as engines
+from d2v_kernels import Alibi, _native, attend, info, pack_lengths, registry, use_backend
 
-needs_native = pytest.mark.skipif(not _library.is_loaded(_library.CPU_LIBRARY), reason="the CPU library is not built")
+needs_native = pytest.mark.skipif(not _native.is_loaded(_native.CPU_LIBRARY), reason="the CPU library is not built")
 X = torch.ones(2, 5, 3, 4)
 ALIBI = Alibi(torch.ones(3), torch.zeros(2, 5).int())
 
@@ -38,7 +38,7 @@ def test_choice_without_native_code(monkeypatch) -> None:
 
 
 def test_engines_that_need_a_gpu() -> None:
-    for name in ("xformers", "varlen", "flex"):
+    for name in ("xformers", "flex"):
         assert any("cuda, not on cpu" in reason for reason in engines.why_not_engine(name, request(packed=True)))
 
 
@@ -46,9 +46,9 @@ def test_forced_engine_fails_loudly() -> None:
     inputs, alibi = (X, X, X), ALIBI
     with pytest.raises(NotImplementedError, match=r"attend: no engine of sdpa .*: sdpa: would need the bias"):
         attend(*inputs, alibi=alibi, engine="sdpa")
-    with pytest.raises(NotImplementedError, match="varlen: runs on cuda, not on cpu; varlen: has float16"):
-        attend(*inputs, engine="varlen")
-    with pytest.raises(ValueError, match=r"engine: expected auto or one of xformers, varlen.*got 'flash'"):
+    with pytest.raises(NotImplementedError, match="xformers: runs on cuda, not on cpu; xformers: has float16"):
+        attend(*inputs, engine="xformers")
+    with pytest.raises(ValueError, match=r"engine: expected auto or one of xformers, sdpa.*got 'flash'"):
         attend(*inputs, engine="flash")
     with use_backend("triton"), pytest.raises(NotImplementedError, match="reference: backend triton is forced"):
         attend(*inputs, alibi=alibi, engine="reference")
@@ -57,10 +57,13 @@ def test_forced_engine_fails_loudly() -> None:
 def test_a_probe_runs_and_compares(monkeypatch) -> None:
     """An engine whose tiny run is wrong, or raises, is not usable, and the reason says so."""
     cpu = torch.device("cpu")
-    monkeypatch.setitem(engines._RUN, "xformers", engines._attend_by_sdpa)
-    assert engines._run_probe("xformers", torch.float32, 16, cpu) == ""
-    monkeypatch.setitem(engines._RUN, "xformers", lambda q, k, v, o: engines._attend_by_sdpa(q, k, 1.5 * v, o))
-    assert "differs from PyTorch's" in engines._run_probe("xformers", torch.float32, 16, cpu)
+    sdpa = engines.ENGINES["sdpa"]
+    monkeypatch.setitem(engines.ENGINES, "xformers", sdpa)
+    assert engines._probe("xformers", torch.float32, 16, cpu) == ""
+    wrong = sdpa._replace(run=lambda q, k, v, o: sdpa.run(q, k, 1.5 * v, o))
+    monkeypatch.setitem(engines.ENGINES, "xformers", wrong)
+    assert "differs from PyTorch's" in engines._probe("xformers", torch.float32, 16, cpu)
+    monkeypatch.undo()
     monkeypatch.setattr(engines, "_probed", {("xformers", torch.bfloat16, 64, 0): "OSError: libcudart.so.12"})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     on_cuda = engines.Request("cuda", torch.bfloat16, 64, packed=True)

@@ -16,7 +16,7 @@ from support.tensors import random_rows
 from torch import Tensor
 from torch.library import opcheck
 
-from d2v_kernels import EmaPlan, _library, merge_ema_state, split_ema_state, update_ema_, use_backend
+from d2v_kernels import EmaPlan, _native, merge_ema_state, split_ema_state, update_ema_, use_backend
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,7 +115,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 
 @pytest.mark.parametrize("level", ["base", "avx2"])
 def test_bits_at_lower_instruction_levels(level) -> None:
-    if not _library.is_loaded(_library.CPU_LIBRARY):
+    if not _native.is_loaded(_native.CPU_LIBRARY):
         pytest.skip("no native library")
     environment = {**os.environ, "D2V_KERNELS_ISA": level}
     subprocess.run([sys.executable, "-c", LEVEL_SCRIPT], check=True, env=environment, cwd=ROOT)

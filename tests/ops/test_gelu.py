@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 from support.accuracy import assert_accurate
 from support.tensors import BACKENDS, FLOATS, dtypes, in_layout, random_rows, widths
 from torch import Tensor
 from torch.library import opcheck
 
 from d2v_kernels import layer_norm_gelu, use_backend
-from d2v_kernels.backends import reference
 
 ops = torch.ops.d2v
 layouts_2d = st.sampled_from(["contiguous", "offset", "sliced", "rows_apart"])

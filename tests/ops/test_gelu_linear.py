@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 from support.accuracy import assert_accurate
 from support.tensors import BACKENDS, FLOATS, INTERPRETED, dtypes, in_layout, random_rows
 from torch import Tensor
@@ -16,7 +17,6 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from d2v_kernels import gelu, gelu_linear, use_backend
-from d2v_kernels.backends import reference
 
 ops = torch.ops.d2v
 layouts_2d = st.sampled_from(["contiguous", "offset", "sliced", "rows_apart", "transposed"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 from support.accuracy import assert_accurate
 from support.golden import load_case
 from support.tensors import BACKENDS, FLOATS, dtypes, in_layout, layouts, random_rows, widths
@@ -13,7 +14,6 @@ from torch import Tensor
 from torch.library import opcheck
 
 from d2v_kernels import average_layers, use_backend
-from d2v_kernels.backends import reference
 
 NORMS = ["none", "layer", "instance", "batch"]
 

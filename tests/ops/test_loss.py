@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 from support.accuracy import assert_accurate
 from support.tensors import BACKENDS, FLOATS, dtypes, in_layout, indices, random_rows, widths
 from torch import Tensor
 from torch.library import opcheck
 
 from d2v_kernels import masked_regression_loss, use_backend
-from d2v_kernels.backends import reference
 
 ops = torch.ops.d2v
 layouts_2d = st.sampled_from(["contiguous", "offset", "sliced", "rows_apart"])

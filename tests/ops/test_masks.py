@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.tensors import BACKENDS
 
 from d2v_kernels import MaskSampler, masks_from_bool, use_backend
-from d2v_kernels.masks import KINDS
+from d2v_kernels.ops.masks import KINDS
 
 PUBLISHED = {
     "speech 2.0": (dict(kind="block", tokens=999, ratio=0.5, adjust=0.05, span=5), 499),

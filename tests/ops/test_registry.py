@@ -10,15 +10,15 @@ import sys
 import pytest
 import torch
 from support.tensors import random_rows
+from torch.library import opcheck
 
-from d2v_kernels import _env, _library, average_layers, info, registry, use_backend
-from d2v_kernels._probe import PROBES
+from d2v_kernels import _env, _native, _samples, average_layers, info, registry, use_backend
 
 
 def test_native_is_built_where_a_compiler_is() -> None:
     if shutil.which("g++") is None and shutil.which("c++") is None:
         pytest.skip("no C++ compiler here")
-    assert not _library.load_errors().get("libd2v_cpu"), _library.load_errors()
+    assert not _native.load_errors().get("libd2v_cpu"), _native.load_errors()
 
 
 def test_forced_backend_that_cannot_run_says_why() -> None:
@@ -65,7 +65,7 @@ def test_no_silent_fallback(op, monkeypatch) -> None:
     """A native body that raises is not replaced by another backend."""
     native = next(b for b in registry.backends() if b.name == "native")
     if op not in native.implementations:
-        pytest.skip(f"native has no {op}: {_library.load_errors()}")
+        pytest.skip(f"native has no {op}: {_native.load_errors()}")
 
     def broken(*_: object) -> None:
         raise RuntimeError("planted")
@@ -73,13 +73,18 @@ def test_no_silent_fallback(op, monkeypatch) -> None:
     monkeypatch.setitem(native.implementations, op, broken)
     monkeypatch.setattr(registry, "_chosen", {})
     with pytest.raises(RuntimeError, match="planted"):
-        PROBES[op]("cpu", torch.float32)
+        _samples.run(op, "cpu", torch.float32)
     monkeypatch.undo()
     registry._chosen.clear()
 
 
-def test_every_operator_is_probed() -> None:
-    assert set(PROBES) == set(registry.OPERATORS)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("op", registry.OPERATORS)
+def test_opcheck_of_every_sample(op, backend) -> None:
+    if backend == "native" and _native.load_errors().get("libd2v_cpu"):
+        pytest.skip(_native.load_errors()["libd2v_cpu"])
+    with use_backend(backend):
+        opcheck(getattr(torch.ops.d2v, op).default, _samples.sample(op, "cpu", torch.float32))
 
 
 def test_info_runs_every_usable_operator() -> None:

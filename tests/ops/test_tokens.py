@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 from support.accuracy import assert_accurate
 from support.tensors import BACKENDS, FLOATS, dtypes, in_layout, indices, layouts, random_rows, widths
 from torch import Tensor
 from torch.library import opcheck
 
 from d2v_kernels import Noise, gather_tokens, restore_tokens, use_backend
-from d2v_kernels.backends import reference
 
 ops = torch.ops.d2v
 

@@ -13,12 +13,11 @@ from support.tensors import BACKENDS
 from torch import Tensor
 from torch.func import functional_call
 
-import d2v_kernels._schema as schema
 from d2v import Config, Data2Vec, Output, recipes
 from d2v.model import transformer as encoder
 from d2v.model.masking import make_mask_sampler
 from d2v.model.transformer import Block, add_and_norm_plain, run_block
-from d2v_kernels import MaskSampler, use_backend
+from d2v_kernels import MaskSampler, registry, use_backend
 
 
 def tiny(**sections: dict[str, Any]) -> Config:
@@ -90,15 +89,16 @@ STEP_OPERATORS = (
 @pytest.mark.parametrize("broken", STEP_OPERATORS)
 def test_step_fails_without_operator(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each memory-bound step runs through its operator: none has a way around it."""
-    choose = schema.implementation
+    choose = registry.choose
 
-    def refuse(op: str, *args: Any) -> Any:
-        if op == broken:
-            raise RuntimeError(f"broken {op}")
-        return choose(op, *args)
+    def refuse(case: registry.Case, *args: Any) -> Any:
+        if case.op == broken:
+            raise RuntimeError(f"broken {broken}")
+        return choose(case, *args)
 
     model = build(with_class_token())
-    monkeypatch.setattr(schema, "implementation", refuse)
+    monkeypatch.setattr(registry, "_chosen", {})
+    monkeypatch.setattr(registry, "choose", refuse)
     with pytest.raises(RuntimeError, match=f"broken {broken}"):
         run_step(model)
 

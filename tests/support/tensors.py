@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from d2v_kernels import _env, _library
+from d2v_kernels import _env, _native
 
 from .layouts import LAYOUTS, in_layout, random_rows
 
@@ -30,7 +30,7 @@ BACKENDS = [
     "reference",
     pytest.param(
         "native",
-        marks=pytest.mark.skipif(bool(_library.load_errors().get("libd2v_cpu")), reason=str(_library.load_errors())),
+        marks=pytest.mark.skipif(bool(_native.load_errors().get("libd2v_cpu")), reason=str(_native.load_errors())),
     ),
     *(["triton"] if INTERPRETED else []),
 ]

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from d2v_kernels.backends.triton import ema, gelu, layers, loss, tokens
+from d2v_kernels.triton import ema, gelu, layers, loss, tokens
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 

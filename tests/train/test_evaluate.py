@@ -16,7 +16,7 @@ from support.images import make_image
 from d2v.config import Config
 from d2v.data import make_modality
 from d2v.data.dataset import Batch
-from d2v.data.sources import open_source
+from d2v.data.index import open_source
 from d2v.evaluate.probe import (
     POOLS,
     align_labels,

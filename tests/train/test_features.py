@@ -47,7 +47,7 @@ def test_every_token(setting: tuple[str, str], tmp_path: Path, suffix: str) -> N
     model, config, _ = load_model(setting[0], "cpu")
     modality = make_modality(config)
     source = modality.open(setting[1], option="input")
-    value = modality.settle(modality.load(source, 0)[0])
+    value = modality.eval_transform(modality.load(source, 0)[0])
     expected = model.teacher.encode(modality.prepare(torch.from_numpy(np.stack([value])))).features[0]
     np.testing.assert_allclose(rows[:64], expected.numpy(), atol=1e-5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "model", output.name, f"{output.name}.index.tsv"]

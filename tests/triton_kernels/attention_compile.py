@@ -15,7 +15,7 @@ import torch
 import triton
 from support.triton_compile import BF16, Compilations, rows
 
-from d2v_kernels.backends.triton import attention
+from d2v_kernels.triton import attention
 
 # Heads, channels of a head, ALiBi, dropout, lengths: the student of 2.0 speech, and huge images (another wide block).
 CASES: dict[str, tuple[int, int, bool, float, bool]] = {

@@ -12,7 +12,6 @@ from codegen.toolchain import find_cuobjdump
 from triton_kernels.conftest import ARCHITECTURES, OLDER, run_child
 
 from d2v_kernels import _env
-from d2v_kernels.backends.triton import launch
 
 pytestmark = pytest.mark.skipif(_env.triton_interpreter(), reason="of a process without the interpreter")
 KERNELS = {"attention_kernel", "attention_dq_kernel", "attention_dkdv_kernel"}
@@ -72,13 +71,15 @@ def test_other_sizes_compile_nothing_new(compiled) -> None:
 
 @pytest.mark.parametrize("width", [1, 16, 31, 32, 64, 80, 96, 128])
 @pytest.mark.parametrize("size", [2, 4])
-def test_launch(width, size) -> None:
-    for choose in (launch.attention, launch.attention_dq, launch.attention_dkdv):
-        tile = choose(width, size)
+def test_launch(needs_triton, width, size) -> None:
+    from d2v_kernels.triton import attention
+
+    for kernel in ("forward", "dq", "dkdv"):
+        tile = attention.attention_tile(kernel, width, size)
         for n in (tile.queries, tile.keys, tile.channels, tile.warps):
             assert n & (n - 1) == 0
         assert tile.queries >= 16 and tile.keys >= 16 and tile.channels >= max(16, width)  # smallest product
         assert tile.keys % 4 == 0  # one call of Philox decides on four keys
         assert tile.stages >= 1
-    assert launch.attention(64, 2) == launch.AttentionTile(64, 64, 64, 4, 2)
-    assert launch.attention(80, 2).channels == 128
+    assert attention.attention_tile("forward", 64, 2) == attention.AttentionTile(64, 64, 64, 4, 2)
+    assert attention.attention_tile("forward", 80, 2).channels == 128

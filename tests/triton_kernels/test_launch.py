@@ -9,19 +9,21 @@ import json
 import pytest
 from triton_kernels.conftest import run_child
 
-from d2v_kernels.backends.triton import launch
+pytest.importorskip("triton")
+from d2v_kernels.triton import ema, gelu, layers, loss, runtime, tokens
+from d2v_kernels.triton.runtime import Tile
 
 WIDTHS = [1, 2, 7, 16, 31, 96, 100, 512, 768, 1024, 1280, 4096, 5000]
 
 
-def tiles(channels: int) -> list[launch.Tile]:
+def tiles(channels: int) -> list[Tile]:
     lengths = itertools.product((1, 16, 100, 196, 512), (2, 4))
-    one_read = [t for n, size in lengths if (t := launch.instance_one_read(n, channels, size))]
+    one_read = [t for n, size in lengths if (t := layers.one_read_tile(n, channels, size))]
     return [
-        launch.layer_rows(channels), *one_read, launch.statistics(channels), launch.merge(channels),
-        launch.combine(channels, False), launch.combine(channels, True), launch.copy_rows(channels),
-        launch.noise_row(channels), launch.column_sums(channels), launch.loss(channels), launch.gelu_rows(channels),
-        launch.gelu_backward_rows(channels),
+        layers.row_tile(channels), *one_read, layers.statistics_tile(channels),
+        layers.combine_tile(channels, False), layers.combine_tile(channels, True), Tile.copy(channels),
+        tokens.noise_tile(channels), Tile.columns(channels), loss.loss_tile(channels), gelu.row_tile(channels),
+        gelu.backward_tile(channels),
     ]  # fmt: skip
 
 
@@ -39,35 +41,35 @@ def test_blocks_are_powers_of_two_and_fit(channels) -> None:
 
 @pytest.mark.parametrize("channels", WIDTHS)
 def test_whole_rows_are_whole(channels) -> None:
-    for tile in (launch.layer_rows(channels), launch.combine(channels, True), launch.gelu_rows(channels),
-                 launch.gelu_backward_rows(channels)):  # fmt: skip
+    for tile in (layers.row_tile(channels), layers.combine_tile(channels, True), gelu.row_tile(channels),
+                 gelu.backward_tile(channels)):  # fmt: skip
         assert tile.channels >= channels
 
 
 def test_published_settings() -> None:
-    assert launch.instance_one_read(196, 768, 2) == launch.Tile(256, 32, 8, 128)
-    assert launch.instance_one_read(512, 768, 2) == launch.Tile(512, 32, 16, 128)
-    assert launch.instance_one_read(196, 768, 4) == launch.Tile(256, 16, 8, 128)
-    assert launch.instance_one_read(513, 768, 2) is None
-    assert launch.statistics(768).channels == 64  # 128 bytes of bfloat16
-    assert launch.layer_rows(768) == launch.Tile(1, 1024, 1)
-    assert launch.noise_row(768).channels == 256  # 1024 would waste a quarter of the random numbers
-    assert launch.noise_row(1024).channels == 1024
-    assert launch.inverse_gather(768, 16 * 39, 2) == launch.InverseGather(256, 1024, 1)
-    assert launch.inverse_gather(768, 16 * 39, 4).channels == 512
+    assert layers.one_read_tile(196, 768, 2) == Tile(256, 32, 8, 128)
+    assert layers.one_read_tile(512, 768, 2) == Tile(512, 32, 16, 128)
+    assert layers.one_read_tile(196, 768, 4) == Tile(256, 16, 8, 128)
+    assert layers.one_read_tile(513, 768, 2) is None
+    assert layers.statistics_tile(768).channels == 64  # 128 bytes of bfloat16
+    assert layers.row_tile(768) == Tile(1, 1024, 1)
+    assert tokens.noise_tile(768).channels == 256  # 1024 would waste a quarter of the random numbers
+    assert tokens.noise_tile(1024).channels == 1024
+    assert tokens.inverse_gather_tile(768, 16 * 39, 2) == Tile(256, 1024, 1)
+    assert tokens.inverse_gather_tile(768, 16 * 39, 4).channels == 512
 
 
 def test_records_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        launch.ema().chunk = 1
+        ema.chunk_launch().chunk = 1
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 1000, 1024, 1025, 70001, 3_000_000])
 def test_splits_cover_the_rows(rows) -> None:
     for tile, per_split, most in (
-        (launch.loss(768), launch.loss_rows_per_split(rows, launch.loss(768)), launch.LOSS_SPLITS),
-        (launch.gelu_backward_rows(512), launch.gelu_rows_per_split(rows, launch.gelu_backward_rows(512)),
-         launch.GELU_SPLITS),
+        (loss.loss_tile(768), runtime.rows_per_split(rows, loss.loss_tile(768), loss.LOSS_SPLITS), loss.LOSS_SPLITS),
+        (gelu.backward_tile(512), runtime.rows_per_split(rows, gelu.backward_tile(512), gelu.GELU_SPLITS, blocks=4),
+         gelu.GELU_SPLITS),
     ):  # fmt: skip
         splits = -(-rows // per_split)
         assert 1 <= splits <= most

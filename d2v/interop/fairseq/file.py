@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from d2v.config import Config
 from d2v.config.finetune import HeadSettings
 from d2v.data.sources import read_text_file
 from d2v.folder import describe_mismatch
-from d2v.interop.fairseq.config import translate
-from d2v.interop.fairseq.describe import describe
+from d2v.interop.fairseq.config import describe, translate
 from d2v.interop.fairseq.heads import (
     INNER,
     PREFIXES,
     Layout,
+    allow_no_decoder,
     describe_head,
     find_layout,
     forget_training,
@@ -31,9 +32,10 @@ from d2v.interop.fairseq.heads import (
     read_settings,
 )
 from d2v.interop.fairseq.model import assemble, parameters, teacher_parameters
-from d2v.interop.fairseq.names import family_of
+from d2v.interop.fairseq.names import BEIT, family_of
 from d2v.interop.fairseq.options import PUBLISHED
-from d2v.interop.torch_file import read_torch_file, to_plain
+from d2v.interop.renaming import rename, reverse
+from d2v.interop.torch_file import check_weights, read_torch_file, strip_wrappers, to_plain
 from d2v.model.data2vec import Data2Vec, strip_pretraining
 from d2v.model.finetuned import FineTuned
 from d2v.model.saving import Origin
@@ -55,15 +57,6 @@ _OLD_NAMES = (
     (r"^encoder\.lm_head\.", "encoder.regression_head."),
 )
 """Of 1.0 text."""
-_BEIT_NAMES = (
-    (r"^cls_token$", "cls_emb"), (r"^mask_token$", "mask_emb"), (r"^patch_embed\.proj\.", "patch_embed.conv."),
-    (r"^lm_head\.", "final_proj."), (r"\.mlp\.fc1\.", ".mlp.0."), (r"\.mlp\.fc2\.", ".mlp.2."),
-    (r"^(blocks|rel_pos_bias|norm)\.", r"encoder.\1."),
-)  # fmt: skip
-_TO_BEIT = (
-    (r"^cls_emb$", "cls_token"), (r"^mask_emb$", "mask_token"), (r"^patch_embed\.conv\.", "patch_embed.proj."),
-    (r"^final_proj\.", "lm_head."), (r"\.mlp\.0\.", ".mlp.fc1."), (r"\.mlp\.2\.", ".mlp.fc2."), (r"^encoder\.", ""),
-)  # fmt: skip
 _NOT_READ = re.compile(r".*(encoder_mask|target_proj\..*|shared_decoder.*|num_updates)$")
 """Left over from training code, without effect on what a model computes."""
 _PRE_TRAINING = re.compile(r"(modality_encoders\.\w+\.decoder|encoder\.regression_head|final_proj|mask_emb)\b")
@@ -77,17 +70,18 @@ def load(path: str | Path) -> Data2Vec | FineTuned:
     Nothing in the file is executed. Padding is treated as in the published code where positions are convolutions
     ("positions-see-padding"); all other behaviours are the default ones. A fine-tuned file gives a `FineTuned`, its
     labels from the file or from a `dict.ltr.txt` beside it, else numbers; heads that are not known are left out with a
-    warning that names them, and what only pre-training uses starts at random where such a file lacks it.
+    warning that names them. A file without the decoder (2.0) or regression head (1.0) of the pre-training gives a model
+    without it, with a warning. Names may begin with `module.` or `_orig_mod.`.
 
     Raises:
-        ValueError: not such a file; tensors missing, unexpected or misshapen. NotImplementedError: an option that is
-            not built, by name.
+        ValueError: not such a file; tensors missing, unexpected, misshapen or not finite. NotImplementedError: an
+            option that is not built, by name.
     """
     state = read_torch_file(path)
     key = "model" if isinstance(state, Mapping) and "model" in state else "module"
     if not isinstance(state, Mapping) or not isinstance(state.get(key), Mapping):
         raise ValueError(f"checkpoint {str(path)!r}: expected a dict with the tensors under 'model', got none")
-    found = _sort_tensors(state[key], str(path))
+    found = _sort_tensors(strip_wrappers(state[key]), str(path))
     layout = find_layout(found.heads, found.family, found.prefix, found.beit)
     known = set() if layout is None else {n for n in found.heads if any(n.startswith(p) for _, p in layout.names)}
     if left := [name for name in found.heads if name not in known]:
@@ -98,8 +92,7 @@ def load(path: str | Path) -> Data2Vec | FineTuned:
     dtypes = {n: t.dtype for n, t in (found.tensors if layout is None else {**found.named, **found.heads}).items()}
     origin = Origin(inner if layout is None else outer, dtypes, tuple(found.heads), key)
     if layout is None:
-        loose = found.heads or found.beit
-        model = assemble(config, found.tensors, found.teacher, optional=_PRE_TRAINING if loose else None)
+        model = _assemble_pretrained(config, found, str(path))
         model.origin = origin
         return model
     settings = read_settings(layout, outer, found.heads)
@@ -118,6 +111,8 @@ def _translate(inner: dict[str, Any], found: Found, fine_tuned: bool) -> Config:
     mask_token = _vocabulary(found.tensors) - 1 if family == "d2v1_text" else None
     shapes = {name: tuple(t.shape) for name, t in found.tensors.items()}
     given = forget_training(inner, family) if fine_tuned and not found.beit else inner
+    if family.startswith("d2v2") and not found.has_decoder:
+        given = allow_no_decoder(given)
     translated = translate(given, family, shapes, mask_token)
     return dataclasses.replace(
         translated, published=PUBLISHED[family] & {"positions-see-padding"},
@@ -125,12 +120,26 @@ def _translate(inner: dict[str, Any], found: Found, fine_tuned: bool) -> Config:
     )  # fmt: skip
 
 
+def _assemble_pretrained(config: Config, found: Found, where: str) -> Data2Vec:
+    """A pre-trained model; without decoder or head, like the file, where that has none."""
+    whole = found.has_decoder
+    if not whole:
+        part = "decoder" if config.version == 2 else "regression head"
+        warnings.warn(
+            f"checkpoint {where!r}: has no {part} of the pre-training: the model gives features and can be fine-tuned, "
+            "but pre-training cannot go on from it",
+            stacklevel=3,
+        )
+    optional = _PRE_TRAINING if found.heads or found.beit or not whole else None
+    prepare = functools.partial(strip_pretraining, decoder=not whole, teacher=False)
+    return assemble(config, found.tensors, found.teacher, optional, prepare)
+
+
 def _assemble_encoder(config: Config, found: Found) -> Data2Vec:
     """The encoder of a fine-tuned file: what the file lacks of the pre-training is left out."""
 
     def prepare(model: Data2Vec) -> None:
-        has_decoder = any(_DECODER.match(name) for name in found.tensors)
-        strip_pretraining(model, decoder=not has_decoder, teacher=found.teacher is None)
+        strip_pretraining(model, decoder=not found.has_decoder, teacher=found.teacher is None)
         if "mask_emb" not in found.tensors:
             model.mask_token = None
         if found.family == "d2v1_vision" and "encoder.norm.weight" not in found.tensors:
@@ -145,6 +154,7 @@ def _fill_head(head: Head, given: Mapping[str, Tensor], layout: Layout) -> None:
     if problem := describe_mismatch(own, given):
         raise ValueError(f"head: {problem}")
     for name, tensor in own.items():
+        check_weights(given[name], f"head: {name}")
         tensor.copy_(given[name])
 
 
@@ -183,7 +193,7 @@ def save(model: Data2Vec | FineTuned, path: str | Path) -> Path:
     named = {prefix + name: t for name, t in parameters(encoder).items()}
     if isinstance(model, FineTuned) and layout is not None:
         if layout.model == "beit":
-            named = {_rename(name, _TO_BEIT): t for name, t in named.items()}
+            named = {rename(name, reverse(BEIT)): t for name, t in named.items()}
         named |= {layout.published(name): t for name, t in model.head.state_dict().items()}
     tensors: dict[str, Any] = {
         name: t.detach().cpu().to(dtypes.get(name, t.dtype)).contiguous().clone() for name, t in named.items()
@@ -237,6 +247,11 @@ class Found:
     beit: bool
     """The names are those of the separate vision repository."""
 
+    @property
+    def has_decoder(self) -> bool:
+        """There is the decoder or the regression head of the pre-training."""
+        return any(_DECODER.match(name) for name in self.tensors)
+
 
 def _sort_tensors(state: Mapping[str, Any], where: str) -> Found:
     given = dict(state)
@@ -245,9 +260,9 @@ def _sort_tensors(state: Mapping[str, Any], where: str) -> Found:
     beit = _BEIT in given
     original = {name: name for name in given}
     if beit:
-        original = {_rename(name, _BEIT_NAMES): name for name in given}
+        original = {rename(name, BEIT): name for name in given}
     elif any(name.startswith(("encoder.sentence_encoder", "decoder.sentence_encoder")) for name in given):
-        original = {_rename(name, _OLD_NAMES): name for name in given}
+        original = {_rename_old(name): name for name in given}
     found = [(f, p) for p in PREFIXES for f, mark in _MARKS.items() if any(n.startswith(p + mark) for n in original)]
     if not found:
         raise ValueError(f"checkpoint {where!r}: expected names of a data2vec model, got {sorted(given)[:4]}")
@@ -270,8 +285,8 @@ def _is_head(name: str) -> bool:
     return name.startswith(("head.", "fc_norm.", "classification_heads.", "encoder.classification_heads.", "proj."))
 
 
-def _rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
+def _rename_old(name: str) -> str:
+    for pattern, replacement in _OLD_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 

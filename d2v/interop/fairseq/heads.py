@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from d2v.config.finetune import HeadSettings
 from d2v.interop.fairseq.options import Section
+from d2v.interop.options import Option, as_float, read_options, write_options
 from d2v.model.task_heads import Head
 
 _SENTENCE = "sentence_classification_head"
@@ -29,9 +30,16 @@ _POOLS = {"MEAN_POOLING": "mean", "1": "mean", "CLS_TOKEN": "class", "2": "class
 _POOLS |= {"LIN_SOFTMAX": "linear-softmax", "3": "linear-softmax"}
 
 
+def _read_pool(value: Any, _: Any) -> str:
+    mode = str(value).rsplit(".", 1)[-1].strip("<>")
+    if mode not in _POOLS:
+        raise NotImplementedError(f"prediction_mode: expected one of {', '.join(_POOLS)}, got {mode!r}")
+    return _POOLS[mode]
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Where a kind of fine-tuned file keeps its tensors."""
+    """A kind of fine-tuned file: its tensors and its options."""
 
     model: str
     """`_name` in its options; "beit" for the separate vision repository."""
@@ -39,11 +47,64 @@ class Layout:
     """Before the encoder's names."""
     names: tuple[tuple[str, str], ...]
     """(beginning of our name in the head, beginning of the published one)."""
+    inner: str = "pretrained_model_args"
+    """Option that holds those of the pre-trained model; empty: they are one section."""
+    kind: str = ""
+    """Key of its options in `NO_EFFECT`; empty: none of them matters."""
+    options: tuple[Option, ...] = ()
+    """Options beside fields of `HeadSettings`."""
+    built: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Options with the only values that are built."""
+    written: dict[str, Any] = field(default_factory=dict)
+    """What is written beside `options`."""
+    head: dict[str, Any] = field(default_factory=dict)
+    """Settings that no option changes."""
 
     def published(self, name: str) -> str:
         """Published name of a tensor of our head."""
         own, theirs = next(pair for pair in self.names if name.startswith(pair[0]))
         return theirs + name.removeprefix(own)
+
+
+_OUT = (("out.", "proj."),)
+_NORMED = (("norm.", "fc_norm."), ("out.", "head."))
+_DROPOUT = Option("final_dropout", "dropout", 0.0, as_float)
+_CTC = Layout(
+    "wav2vec_ctc", "w2v_encoder.w2v_model.", (("out.", "w2v_encoder.proj."),), "w2v_args", "speech head", (_DROPOUT,),
+    {"blank_weight": (0,), "autoregressive": (False,)}, {"normalize": True}, {"kind": "tokens", "task": "ctc"},
+)  # fmt: skip
+_MODES = ("lin_softmax", "average", "average_before")
+_AUDIO = Layout(
+    "audio_classification", "d2v_model.", _OUT, "d2v_args", "speech head",
+    (
+        _DROPOUT,
+        Option("prediction_mode", "kind", _MODES[0], lambda v, _: "votes" if v == _MODES[0] else "pooled",
+               lambda v, _: _MODES[0] if v == "votes" else _MODES[1]),
+    ),
+    {"prediction_mode": _MODES, "eval_prediction_mode": (None, ""), "conv_kernel": (-1, 0, 1)}, {"normalize": True},
+    {"task": "multi-label"},
+)  # fmt: skip
+_IMAGE = Layout(
+    "mae_image_classification", "model.", _NORMED, kind="image head", built={"remove_alibi": (False,)},
+    options=(
+        Option("prediction_mode", "pool", "MEAN_POOLING", _read_pool,
+               lambda v, _: next(mode for mode, pool in _POOLS.items() if pool == v)),
+    ),
+)  # fmt: skip
+# Its code takes the first patch for the class token, which the encoder has already cut off.
+_IMAGE1 = Layout("data2vec_image_classification", "model.", _NORMED, head={"norm_eps": 1e-5, "skip_tokens": 1})
+_BEIT = Layout("beit", "", _NORMED)
+
+
+def _text_layout(family: str, prefix: str, head: str) -> Layout:
+    first = family == "d2v1_text"  # its options of encoder and head are one section
+    return Layout(
+        "data2vec_text" if first else "data2vec_text_classification", prefix,
+        (("dense.", f"{head}dense."), ("out.", f"{head}out_proj.")), "" if first else "pretrained_model_args",
+        "text head", (Option("pooler_dropout", "dropout", 0.0, as_float),),
+        {"pooler_activation_fn": ("tanh",), "quant_noise_pq": (0,), "spectral_norm_classification_head": (False,)},
+        {} if first else {"pooler_activation_fn": "tanh"}, {"kind": "sentence"},
+    )  # fmt: skip
 
 
 def find_layout(names: Mapping[str, Any], family: str, prefix: str, beit: bool) -> Layout | None:
@@ -66,18 +127,6 @@ def find_layout(names: Mapping[str, Any], family: str, prefix: str, beit: bool) 
     return None
 
 
-def _text_layout(family: str, prefix: str, head: str) -> Layout:
-    model = "data2vec_text" if family == "d2v1_text" else "data2vec_text_classification"
-    return Layout(model, prefix, (("dense.", f"{head}dense."), ("out.", f"{head}out_proj.")))
-
-
-_CTC = Layout("wav2vec_ctc", "w2v_encoder.w2v_model.", (("out.", "w2v_encoder.proj."),))
-_AUDIO = Layout("audio_classification", "d2v_model.", (("out.", "proj."),))
-_IMAGE = Layout("mae_image_classification", "model.", (("norm.", "fc_norm."), ("out.", "head.")))
-_IMAGE1 = Layout("data2vec_image_classification", "model.", _IMAGE.names)
-_BEIT = Layout("beit", "", _IMAGE.names)
-
-
 def read_settings(layout: Layout, options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> HeadSettings:
     """Head of a file from its options and the shapes of its tensors.
 
@@ -89,73 +138,26 @@ def read_settings(layout: Layout, options: Mapping[str, Any], tensors: Mapping[s
         raise NotImplementedError(
             f"checkpoint: {name}: expected a linear layer, got shape {tuple(tensors[name].shape)}"
         )
-    outputs = int(tensors[name].shape[0])
-    normed = layout.names[0][0] == "norm." and layout.published("norm.weight") in tensors
-    if layout.model == "beit":
-        return HeadSettings("pooled", outputs, pool="mean" if normed else "class", norm_eps=1e-6 if normed else None)
-    if layout.model == "data2vec_image_classification":
-        # Its code takes the first patch for the class token, which the encoder has already cut off.
-        return HeadSettings("pooled", outputs, norm_eps=1e-5, skip_tokens=1)
-    return _READERS[layout.model](options, outputs, normed)
-
-
-def _read_ctc(options: Mapping[str, Any], outputs: int, _: bool) -> HeadSettings:
-    section = Section(options, "", "speech head")
-    section.only("blank_weight", 0)
-    section.only("autoregressive", False)
-    _warn_unless_normalised(section)
-    dropout = float(section.get("final_dropout", 0.0))
-    section.close()
-    return HeadSettings("tokens", outputs, task="ctc", dropout=dropout)
-
-
-def _read_audio(options: Mapping[str, Any], outputs: int, _: bool) -> HeadSettings:
-    section = Section(options, "", "speech head")
-    modes = ("lin_softmax", "average", "average_before")
-    section.only("prediction_mode", *modes)
-    section.only("eval_prediction_mode", None, "")
-    section.only("conv_kernel", -1, 0, 1)
-    _warn_unless_normalised(section)
-    dropout, mode = float(section.get("final_dropout", 0.0)), section.get("prediction_mode", modes[0])
-    section.close()
-    return HeadSettings("votes" if mode == modes[0] else "pooled", outputs, task="multi-label", dropout=dropout)
-
-
-def _warn_unless_normalised(section: Section) -> None:
-    if section.get("normalize", True) is False:
-        warnings.warn("normalize: expected True, got False: waveforms are normalised all the same", stacklevel=2)
-
-
-def _read_image(options: Mapping[str, Any], outputs: int, normed: bool) -> HeadSettings:
-    section = Section(options, "", "image head")
-    section.only("remove_alibi", False)
-    section.read |= {"norm_eps", "use_fc_norm"}
-    mode = str(section.get("prediction_mode", "MEAN_POOLING")).rsplit(".", 1)[-1].strip("<>")
-    if mode not in _POOLS:
-        raise NotImplementedError(f"prediction_mode: expected one of {', '.join(_POOLS)}, got {mode!r}")
-    section.close()
-    return HeadSettings("pooled", outputs, pool=_POOLS[mode], norm_eps=1e-6 if normed else None)  # type: ignore[arg-type]
-
-
-def _read_text(options: Mapping[str, Any], outputs: int, _: bool) -> HeadSettings:
-    section = Section(options, "", "text head")
-    section.only("pooler_activation_fn", "tanh")
-    section.only("quant_noise_pq", 0)
-    section.only("spectral_norm_classification_head", False)
-    dropout = float(section.get("pooler_dropout", 0.0))
-    if "pretrained_model_args" in options:  # in 1.0 the options of encoder and head are one section
-        section.close()
-    task: Any = "regression" if outputs == 1 else "classification"
-    return HeadSettings("sentence", outputs, task=task, dropout=dropout)
-
-
-_READERS: dict[str, Callable[[Mapping[str, Any], int, bool], HeadSettings]] = {
-    "wav2vec_ctc": _read_ctc,
-    "audio_classification": _read_audio,
-    "mae_image_classification": _read_image,
-    "data2vec_text": _read_text,
-    "data2vec_text_classification": _read_text,
-}
+    own: dict[str, Any] = {"outputs": int(tensors[name].shape[0]), **layout.head}
+    if layout.names is _NORMED and "norm_eps" not in own:
+        normed = layout.published("norm.weight") in tensors
+        own["norm_eps"] = 1e-6 if normed else None
+        own["pool"] = "mean" if normed else "class"
+    if layout.kind:
+        section = Section(options, "", layout.kind)
+        for option, values in layout.built.items():
+            section.only(option, *values)
+        if layout.kind == "speech head" and section.get("normalize", True) is False:
+            warnings.warn("normalize: expected True, got False: waveforms are normalised all the same", stacklevel=2)
+        read_options(layout.options, section.get, own)
+        section.read |= {"norm_eps", "use_fc_norm"} if layout is _IMAGE else set()
+        if layout.kind != "text head":
+            section.close()
+        else:
+            own["task"] = "regression" if own["outputs"] == 1 else "classification"
+            if "pretrained_model_args" in options:  # in 1.0 the options of encoder and head are one section
+                section.close()
+    return HeadSettings(**own)
 
 
 def forget_training(config: Mapping[str, Any], family: str) -> dict[str, Any]:
@@ -164,13 +166,19 @@ def forget_training(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     model = {k: v for k, v in config.items() if not _OF_TRAINING.fullmatch(k)}
     if family.startswith("d2v2"):
         model["post_mlp_drop"] = model.get("encoder_dropout", 0.1)
-        modalities = {name: dict(value or {}) for name, value in (model.get("modalities") or {}).items()}
-        for value in modalities.values():
-            for key in [k for k in value if _OF_TRAINING.fullmatch(k)]:
-                del value[key]
-            value["decoder"] = value.get("decoder") or {}
-        model["modalities"] = modalities
+        modalities = (model.get("modalities") or {}).items()
+        model["modalities"] = {
+            name: {k: v for k, v in (value or {}).items() if not _OF_TRAINING.fullmatch(k)}
+            for name, value in modalities
+        }
     return model
+
+
+def allow_no_decoder(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a 2.0 model with the published defaults where a file without decoder has none for it."""
+    modalities = (config.get("modalities") or {}).items()
+    filled = {name: {**(value or {}), "decoder": (value or {}).get("decoder") or {}} for name, value in modalities}
+    return {**config, "modalities": filled}
 
 
 _OF_TRAINING = re.compile(
@@ -216,19 +224,11 @@ def layout_of(head: Head, family: str) -> Layout:
 
 def describe_head(layout: Layout, settings: HeadSettings, inner: dict[str, Any]) -> dict[str, Any]:
     """Options of a fine-tuned file; `inner`: those of the pre-trained model."""
-    outer: dict[str, Any] = {"_name": layout.model}
-    if layout.model == "data2vec_text":
-        return {**inner, "pooler_dropout": settings.dropout}
-    if layout.model == "wav2vec_ctc":
-        return {**outer, "final_dropout": settings.dropout, "normalize": True, "w2v_args": {"model": inner}}
-    if layout.model == "audio_classification":
-        outer["prediction_mode"] = "lin_softmax" if settings.kind == "votes" else "average"
-        return {**outer, "final_dropout": settings.dropout, "normalize": True, "d2v_args": {"model": inner}}
-    outer["pretrained_model_args"] = {"model": inner}
-    if layout.model == "data2vec_text_classification":
-        return {**outer, "pooler_dropout": settings.dropout, "pooler_activation_fn": "tanh"}
-    outer["num_classes"] = settings.outputs
-    if layout.model == "mae_image_classification":
-        modes = {"mean": "MEAN_POOLING", "class": "CLS_TOKEN", "linear-softmax": "LIN_SOFTMAX"}
-        outer |= {"prediction_mode": modes[settings.pool], "use_fc_norm": settings.norm_eps is not None}
-    return outer
+    own = {**layout.written, **write_options(layout.options, settings)}
+    if not layout.inner:
+        return {**inner, **own}
+    if layout.names is _NORMED:
+        own["num_classes"] = settings.outputs
+    if layout is _IMAGE:
+        own["use_fc_norm"] = settings.norm_eps is not None
+    return {"_name": layout.model, **own, layout.inner: {"model": inner}}

@@ -20,6 +20,7 @@ from d2v.interop.fairseq.names import (
     student_entries,
     teacher_entries,
 )
+from d2v.interop.torch_file import check_weights
 from d2v.model.data2vec import Data2Vec
 
 
@@ -62,7 +63,7 @@ def assemble(
     student: Mapping[str, Tensor],
     teacher: Mapping[str, Tensor] | None,
     optional: re.Pattern[str] | None = None,
-    prepare: Callable[[Data2Vec], None] | None = None,
+    prepare: Callable[[Data2Vec], object] | None = None,
 ) -> Data2Vec:
     """A model with tensors by published names; arguments as of `build`. Names that `optional` matches may be missing:
     such tensors start at random. `prepare` takes parts out of the model first."""
@@ -115,4 +116,6 @@ def _load(
             value = value[None]
         if value.shape != target.shape:
             raise ValueError(f"{what}: {name}: expected shape {tuple(target.shape)}, got {tuple(value.shape)}")
+        if target.is_floating_point():
+            check_weights(value, f"{what}: {name}")
         target.copy_(value)

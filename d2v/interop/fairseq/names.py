@@ -2,97 +2,104 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from d2v.interop.renaming import Pairs, renamed
 from d2v.model.data2vec import Data2Vec
 from d2v.model.teacher import PARTS
 
 FAMILIES = ("d2v1_audio", "d2v1_vision", "d2v1_text", "d2v2_audio", "d2v2_image", "d2v2_text")
 _MODALITIES = {"speech": "audio", "vision": "image", "text": "text"}
 
-# Our name (a regular expression) to the published name; the first match counts. `{qkv}` splits the fused projection
-# into three, `{next}` is the first group plus one.
-Rules = tuple[tuple[str, str], ...]
+# Our name to the published name; the first pair that fits counts. `{qkv}` splits the fused projection into three.
 
 
-def _second(modality: str) -> Rules:
-    """Rules of a 2.0 family."""
+def _second(modality: str) -> Pairs:
+    """Names of a 2.0 family."""
     p = f"modality_encoders.{modality}."
+    audio = modality == "AUDIO"
     return (
-        (r"stem\.convs\.(\d+)\.(.*)", p + r"local_encoder.conv_layers.\1.0.\2"),
-        (r"stem\.norms\.(\d+)\.(.*)", p + r"local_encoder.conv_layers.\1.2.1.\2"),
-        *(
-            ((r"stem\.norm\.(.*)", p + r"project_features.1.\1"), (r"stem\.proj\.(.*)", p + r"project_features.2.\1"))
-            if modality == "AUDIO"
-            else ((r"stem\.norm\.(.*)", p + r"local_encoder.layernorm_embedding.\1"),)
-        ),
-        (r"stem\.(.*)", p + r"local_encoder.\1"),
-        (r"positions\.table", p + "fixed_positional_encoder.positions"),
-        (r"positions\.convs\.(\d+)\.(.*)", p + r"relative_positional_encoder.{next}.0.\2"),
-        (r"positions\.alibi\.scale", p + "alibi_scale"),
-        (r"context\.extra_tokens", p + "extra_tokens"),
-        (r"context\.(.*)", p + r"context_encoder.\1"),
-        (r"blocks\.blocks\.(.*)", r"blocks.\1"),
-        (r"blocks\.norm\.(.*)", r"norm.\1"),
-        (r"decoder\.blocks\.(\d+)\.(.*)", p + r"decoder.blocks.\1.0.\2"),
-        (r"decoder\.proj\.(.*)", p + r"decoder.proj.\1"),
+        ("stem.convs.#.*", p + "local_encoder.conv_layers.#.0.*"),
+        ("stem.norms.#.*", p + "local_encoder.conv_layers.#.2.1.*"),
+        ("stem.norm.*", p + ("project_features.1.*" if audio else "local_encoder.layernorm_embedding.*")),
+        *((("stem.proj.*", p + "project_features.2.*"),) if audio else ()),
+        ("stem.*", p + "local_encoder.*"),
+        ("positions.table", p + "fixed_positional_encoder.positions"),
+        ("positions.convs.#.*", p + "relative_positional_encoder.#+1.0.*"),
+        ("positions.norm.*", p + "relative_positional_encoder.0.*"),
+        ("positions.alibi.scale", p + "alibi_scale"),
+        ("context.extra_tokens", p + "extra_tokens"),
+        ("context.*", p + "context_encoder.*"),
+        ("blocks.blocks.*", "blocks.*"),
+        ("blocks.norm.*", "norm.*"),
+        ("decoder.blocks.#.*", p + "decoder.blocks.#.0.*"),
+        ("decoder.proj.*", p + "decoder.proj.*"),
     )
 
 
-def _first_blocks(prefix: str) -> Rules:
-    """Rules of the blocks of 1.0 speech and text."""
-    block = r"blocks\.blocks\.(\d+)\."
+def _first_blocks(prefix: str) -> Pairs:
+    """Names of the blocks of 1.0 speech and text."""
+    block = "blocks.blocks.#."
     return (
-        (block + r"attn\.qkv\.(.*)", prefix + r"layers.\1.self_attn.{qkv}_proj.\2"),
-        (block + r"attn\.proj\.(.*)", prefix + r"layers.\1.self_attn.out_proj.\2"),
-        (block + r"norm1\.(.*)", prefix + r"layers.\1.self_attn_layer_norm.\2"),
-        (block + r"norm2\.(.*)", prefix + r"layers.\1.final_layer_norm.\2"),
-        (block + r"mlp\.(.*)", prefix + r"layers.\1.\2"),
-        (r"(?:context|blocks)\.norm\.(.*)", prefix + r"layer_norm.\1"),
+        (block + "attn.qkv.*", prefix + "layers.#.self_attn.{qkv}_proj.*"),
+        (block + "attn.proj.*", prefix + "layers.#.self_attn.out_proj.*"),
+        (block + "norm1.*", prefix + "layers.#.self_attn_layer_norm.*"),
+        (block + "norm2.*", prefix + "layers.#.final_layer_norm.*"),
+        (block + "mlp.*", prefix + "layers.#.*"),
+        ("context.norm.*", prefix + "layer_norm.*"),
+        ("blocks.norm.*", prefix + "layer_norm.*"),
     )
 
 
 _TEXT = "encoder.sentence_encoder."
-_VISION_BLOCK = r"blocks\.blocks\.(\d+)\."
-RULES: dict[str, Rules] = {
+NAMES: dict[str, Pairs] = {
     "d2v2_audio": _second("AUDIO"),
     "d2v2_image": _second("IMAGE"),
     "d2v2_text": _second("TEXT"),
     "d2v1_audio": (
-        (r"mask_token", "mask_emb"),
-        (r"stem\.convs\.(\d+)\.(.*)", r"feature_extractor.conv_layers.\1.0.\2"),
-        (r"stem\.norms\.(\d+)\.(.*)", r"feature_extractor.conv_layers.\1.2.1.\2"),
-        (r"stem\.norm\.(.*)", r"layer_norm.\1"),
-        (r"stem\.proj\.(.*)", r"post_extract_proj.\1"),
-        (r"positions\.convs\.(\d+)\.(.*)", r"encoder.pos_conv.\1.0.\2"),
+        ("mask_token", "mask_emb"),
+        ("stem.convs.#.*", "feature_extractor.conv_layers.#.0.*"),
+        ("stem.norms.#.*", "feature_extractor.conv_layers.#.2.1.*"),
+        ("stem.norm.*", "layer_norm.*"),
+        ("stem.proj.*", "post_extract_proj.*"),
+        ("positions.convs.#.*", "encoder.pos_conv.#.0.*"),
         *_first_blocks("encoder."),
-        (r"head\.layers\.0\.(.*)", r"final_proj.\1"),
+        ("head.layers.0.*", "final_proj.*"),
     ),
     "d2v1_text": (
-        (r"stem\.norm\.(.*)", _TEXT + r"layernorm_embedding.\1"),
-        (r"stem\.(.*)", _TEXT + r"\1"),
+        ("stem.norm.*", _TEXT + "layernorm_embedding.*"),
+        ("stem.*", _TEXT + "*"),
         *_first_blocks(_TEXT),
-        (r"head\.layers\.(.*)", r"encoder.regression_head.\1"),
+        ("head.layers.*", "encoder.regression_head.*"),
     ),
     "d2v1_vision": (
-        (r"mask_token", "mask_emb"),
-        (r"context\.extra_tokens", "cls_emb"),
-        (r"stem\.proj\.(.*)", r"patch_embed.conv.\1"),
-        (r"positions\.table", "encoder.rel_pos_bias.relative_position_bias_table"),
-        (r"positions\.index", "encoder.rel_pos_bias.relative_position_index"),
-        (_VISION_BLOCK + r"scale(\d)", r"encoder.blocks.\1.gamma_\2"),
-        (_VISION_BLOCK + r"mlp\.fc1\.(.*)", r"encoder.blocks.\1.mlp.0.\2"),
-        (_VISION_BLOCK + r"mlp\.fc2\.(.*)", r"encoder.blocks.\1.mlp.2.\2"),
-        (r"blocks\.blocks\.(.*)", r"encoder.blocks.\1"),
-        (r"blocks\.norm\.(.*)", r"encoder.norm.\1"),
-        (r"head\.layers\.0\.(.*)", r"final_proj.\1"),
+        ("mask_token", "mask_emb"),
+        ("context.extra_tokens", "cls_emb"),
+        ("stem.proj.*", "patch_embed.conv.*"),
+        ("positions.table", "encoder.rel_pos_bias.relative_position_bias_table"),
+        ("positions.index", "encoder.rel_pos_bias.relative_position_index"),
+        ("blocks.blocks.#.scale#", "encoder.blocks.#.gamma_#"),
+        ("blocks.blocks.#.mlp.fc1.*", "encoder.blocks.#.mlp.0.*"),
+        ("blocks.blocks.#.mlp.fc2.*", "encoder.blocks.#.mlp.2.*"),
+        ("blocks.blocks.*", "encoder.blocks.*"),
+        ("blocks.norm.*", "encoder.norm.*"),
+        ("head.layers.0.*", "final_proj.*"),
     ),
 }
+BEIT: Pairs = (
+    ("cls_token", "cls_emb"),
+    ("mask_token", "mask_emb"),
+    ("patch_embed.proj.*", "patch_embed.conv.*"),
+    ("lm_head.*", "final_proj.*"),
+    ("blocks.#.mlp.fc1.*", "encoder.blocks.#.mlp.0.*"),
+    ("blocks.#.mlp.fc2.*", "encoder.blocks.#.mlp.2.*"),
+    *((f"{part}.*", f"encoder.{part}.*") for part in ("blocks", "rel_pos_bias", "norm")),
+)
+"""Names of the separate 1.0 vision repository to those of fairseq."""
 # Prefix of the student's names below which the 1.0 teacher lives; its names have no prefix.
 TEACHER_PREFIX = {"d2v1_audio": "encoder.", "d2v1_vision": "encoder.", "d2v1_text": _TEXT}
 # In checkpoints, but no weights: a format number, and a table that follows from the image size.
@@ -124,33 +131,21 @@ def family_of(model: Data2Vec) -> str:
 def published_names(model: Data2Vec, name: str) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
     """Published names of one of our tensors, and the piece of it that each one is."""
     family = family_of(model)
-    for pattern, template in RULES[family]:
-        match = re.fullmatch(pattern, name)
-        if match is None:
-            continue
-        if "{next}" in template:
-            template = template.replace("{next}", str(int(match.group(1)) + 1))
-        renamed = match.expand(template)
-        if "relative_positional_encoder" in renamed and model.config.stem.position_norm:
-            # With a norm before them the published convolutions lie one level deeper.
-            renamed = renamed.replace("relative_positional_encoder.", "relative_positional_encoder.1.")
-        if "{qkv}" in renamed:
-            return [(renamed.replace("{qkv}", letter), _third(i)) for i, letter in enumerate("qkv")]
-        if family == "d2v1_vision" and name == "mask_token":
-            return [(renamed, lambda t: t.view(1, 1, -1))]
-        return [(renamed, lambda t: t)]
-    if name.startswith("positions.norm."):
-        prefix = "modality_encoders.AUDIO.relative_positional_encoder.0."
-        return [(name.replace("positions.norm.", prefix), lambda t: t)]
-    raise KeyError(f"{name}: no published name in {family}")
+    found = next(renamed(name, NAMES[family]), None)
+    if found is None:
+        raise KeyError(f"{name}: no published name in {family}")
+    if name.startswith("positions.convs.") and model.config.stem.position_norm:
+        # With a norm before them the published convolutions lie one level deeper.
+        found = found.replace("relative_positional_encoder.", "relative_positional_encoder.1.")
+    if "{qkv}" in found:
+        return [(found.replace("{qkv}", letter), _third(i)) for i, letter in enumerate("qkv")]
+    if family == "d2v1_vision" and name == "mask_token":
+        return [(found, lambda t: t.view(1, 1, -1))]
+    return [(found, lambda t: t)]
 
 
 def _third(index: int) -> Callable[[Tensor], Tensor]:
-    def view(t: Tensor) -> Tensor:
-        size = t.shape[0] // 3
-        return t[index * size : (index + 1) * size]
-
-    return view
+    return lambda t: t.chunk(3)[index]
 
 
 def student_entries(model: Data2Vec) -> Iterator[Entry]:

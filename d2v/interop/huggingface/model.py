@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,65 +18,69 @@ from d2v.interop import fairseq
 from d2v.interop.fairseq.names import family_of
 from d2v.interop.huggingface.config import FAMILIES, read_config, write_config
 from d2v.interop.huggingface.heads import choose_model, describe_head, find_model, name_tensors, read_head, read_labels
+from d2v.interop.renaming import Pairs, renamed, reverse
+from d2v.interop.torch_file import check_weights, check_whole, read_torch_file, strip_wrappers
 from d2v.model.data2vec import Data2Vec, strip_pretraining
 from d2v.model.finetuned import FineTuned
 from d2v.model.task_heads import make_head
 
 PREFIXES = {"d2v1_audio": "data2vec_audio.", "d2v1_text": "data2vec_text.", "d2v1_vision": "data2vec_vision."}
 """What checkpoints of task models put before the encoder's names."""
-_AUDIO_LAYER, _TEXT_LAYER = r"encoder\.layers\.(\d+)\.", r"encoder\.layer\.(\d+)\."
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TEXT = "encoder.sentence_encoder."
 _QKV = {"query": 0, "key": 1, "value": 2}
-# (pattern of a transformers name, published fairseq name). The first that fits is taken.
-RULES: dict[str, tuple[tuple[str, str], ...]] = {
+
+
+def _layers(theirs: str, published: str, *names: tuple[str, str]) -> Pairs:
+    return tuple((f"{theirs}.#.{a}.*", f"{published}.#.{b}.*") for a, b in names)
+
+
+NAMES: dict[str, Pairs] = {
     "d2v1_audio": (
-        (r"masked_spec_embed", "mask_emb"),
-        (r"feature_extractor\.conv_layers\.(\d+)\.conv\.(.*)", r"feature_extractor.conv_layers.\1.0.\2"),
-        (r"feature_extractor\.conv_layers\.(\d+)\.layer_norm\.(.*)", r"feature_extractor.conv_layers.\1.2.1.\2"),
-        (r"feature_projection\.layer_norm\.(.*)", r"layer_norm.\1"),
-        (r"feature_projection\.projection\.(.*)", r"post_extract_proj.\1"),
-        (r"encoder\.pos_conv_embed\.layers\.(\d+)\.conv\.(.*)", r"encoder.pos_conv.\1.0.\2"),
-        (_AUDIO_LAYER + r"attention\.(.*)", r"encoder.layers.\1.self_attn.\2"),
-        (_AUDIO_LAYER + r"feed_forward\.intermediate_dense\.(.*)", r"encoder.layers.\1.fc1.\2"),
-        (_AUDIO_LAYER + r"feed_forward\.output_dense\.(.*)", r"encoder.layers.\1.fc2.\2"),
-        (_AUDIO_LAYER + r"layer_norm\.(.*)", r"encoder.layers.\1.self_attn_layer_norm.\2"),
-        (_AUDIO_LAYER + r"final_layer_norm\.(.*)", r"encoder.layers.\1.final_layer_norm.\2"),
-        (r"encoder\.layer_norm\.(.*)", r"encoder.layer_norm.\1"),
+        ("masked_spec_embed", "mask_emb"),
+        ("feature_extractor.conv_layers.#.conv.*", "feature_extractor.conv_layers.#.0.*"),
+        ("feature_extractor.conv_layers.#.layer_norm.*", "feature_extractor.conv_layers.#.2.1.*"),
+        ("feature_projection.layer_norm.*", "layer_norm.*"),
+        ("feature_projection.projection.*", "post_extract_proj.*"),
+        ("encoder.pos_conv_embed.layers.#.conv.*", "encoder.pos_conv.#.0.*"),
+        *_layers(
+            "encoder.layers", "encoder.layers", ("attention", "self_attn"), ("feed_forward.intermediate_dense", "fc1"),
+            ("feed_forward.output_dense", "fc2"), ("layer_norm", "self_attn_layer_norm"),
+            ("final_layer_norm", "final_layer_norm"),
+        ),
+        ("encoder.layer_norm.*", "encoder.layer_norm.*"),
     ),
     "d2v1_text": (
-        (r"embeddings\.LayerNorm\.(.*)", _TEXT + r"layernorm_embedding.\1"),
-        (r"embeddings\.position_embeddings\.(.*)", _TEXT + r"embed_positions.\1"),
-        (r"embeddings\.word_embeddings\.(.*)", _TEXT + r"embed_tokens.\1"),
-        *(
-            (_TEXT_LAYER + rf"attention\.self\.{name}\.(.*)", _TEXT + rf"layers.\1.self_attn.{name[0]}_proj.\2")
-            for name in _QKV
+        ("embeddings.LayerNorm.*", _TEXT + "layernorm_embedding.*"),
+        ("embeddings.position_embeddings.*", _TEXT + "embed_positions.*"),
+        ("embeddings.word_embeddings.*", _TEXT + "embed_tokens.*"),
+        *_layers(
+            "encoder.layer", _TEXT + "layers", *((f"attention.self.{n}", f"self_attn.{n[0]}_proj") for n in _QKV),
+            ("attention.output.dense", "self_attn.out_proj"), ("intermediate.dense", "fc1"), ("output.dense", "fc2"),
+            ("attention.output.LayerNorm", "self_attn_layer_norm"), ("output.LayerNorm", "final_layer_norm"),
         ),
-        (_TEXT_LAYER + r"attention\.output\.dense\.(.*)", _TEXT + r"layers.\1.self_attn.out_proj.\2"),
-        (_TEXT_LAYER + r"attention\.output\.LayerNorm\.(.*)", _TEXT + r"layers.\1.self_attn_layer_norm.\2"),
-        (_TEXT_LAYER + r"intermediate\.dense\.(.*)", _TEXT + r"layers.\1.fc1.\2"),
-        (_TEXT_LAYER + r"output\.dense\.(.*)", _TEXT + r"layers.\1.fc2.\2"),
-        (_TEXT_LAYER + r"output\.LayerNorm\.(.*)", _TEXT + r"layers.\1.final_layer_norm.\2"),
     ),
     "d2v1_vision": (
-        (r"embeddings\.cls_token", "cls_emb"),
-        (r"embeddings\.mask_token", "mask_emb"),
-        (r"embeddings\.patch_embeddings\.projection\.(.*)", r"patch_embed.conv.\1"),
+        ("embeddings.cls_token", "cls_emb"),
+        ("embeddings.mask_token", "mask_emb"),
+        ("embeddings.patch_embeddings.projection.*", "patch_embed.conv.*"),
         (
-            r"encoder\.relative_position_bias\.relative_position_bias_table",
+            "encoder.relative_position_bias.relative_position_bias_table",
             "encoder.rel_pos_bias.relative_position_bias_table",
         ),
-        (_TEXT_LAYER + r"attention\.attention\.(?:query|key|value)\.weight", r"encoder.blocks.\1.attn.qkv.weight"),
-        (_TEXT_LAYER + r"attention\.attention\.query\.bias", r"encoder.blocks.\1.attn.q_bias"),
-        (_TEXT_LAYER + r"attention\.attention\.value\.bias", r"encoder.blocks.\1.attn.v_bias"),
-        (_TEXT_LAYER + r"attention\.output\.dense\.(.*)", r"encoder.blocks.\1.attn.proj.\2"),
-        (_TEXT_LAYER + r"intermediate\.dense\.(.*)", r"encoder.blocks.\1.mlp.0.\2"),
-        (_TEXT_LAYER + r"output\.dense\.(.*)", r"encoder.blocks.\1.mlp.2.\2"),
-        (_TEXT_LAYER + r"lambda_(\d)", r"encoder.blocks.\1.gamma_\2"),
-        (_TEXT_LAYER + r"layernorm_before\.(.*)", r"encoder.blocks.\1.norm1.\2"),
-        (_TEXT_LAYER + r"layernorm_after\.(.*)", r"encoder.blocks.\1.norm2.\2"),
-        (r"(?:pooler\.)?layernorm\.(.*)", r"encoder.norm.\1"),
+        *((f"encoder.layer.#.attention.attention.{n}.weight", "encoder.blocks.#.attn.qkv.weight") for n in _QKV),
+        ("encoder.layer.#.attention.attention.query.bias", "encoder.blocks.#.attn.q_bias"),
+        ("encoder.layer.#.attention.attention.value.bias", "encoder.blocks.#.attn.v_bias"),
+        *_layers(
+            "encoder.layer", "encoder.blocks", ("attention.output.dense", "attn.proj"),
+            ("intermediate.dense", "mlp.0"), ("output.dense", "mlp.2"), ("layernorm_before", "norm1"),
+            ("layernorm_after", "norm2"),
+        ),
+        ("encoder.layer.#.lambda_#", "encoder.blocks.#.gamma_#"),
+        ("pooler.layernorm.*", "encoder.norm.*"),
     ),
-}
+}  # fmt: skip
+"""Names of transformers to the published ones."""
 _NOT_LOADED = {
     "d2v1_audio": r"(adapter|lm_head|classifier|projector)\..*",
     "d2v1_text": r"(pooler|lm_head|classifier|qa_outputs)\..*|embeddings\.(position_ids|token_type_ids)",
@@ -85,26 +90,26 @@ _NOT_LOADED = {
 
 
 def load(folder: str | Path) -> Data2Vec | FineTuned:
-    """The encoder of a transformers folder (`config.json`, `model.safetensors`), or, of a task model, a `FineTuned`.
+    """The encoder of a transformers folder (`config.json` and weights), or, of a task model, a `FineTuned`.
+
+    Weights: `model.safetensors`, its shards with `model.safetensors.index.json`, or `pytorch_model.bin`, of which
+    nothing is executed.
 
     Heads of a folder whose `architectures` name no task model are left out, with a warning that names them; the
     pre-training head, which the format does not have, starts at random. Padding is treated as transformers does
     ("positions-see-padding"). Labels are those of `id2label`, or of the `vocab.json` of a CTC tokenizer.
 
     Raises:
-        ValueError: files or tensors missing, unexpected or misshapen. NotImplementedError: an option or a task model
-            that is not built.
+        ValueError: files or tensors missing, damaged, unexpected, misshapen or not finite. NotImplementedError: an
+            option or a task model that is not built.
     """
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"checkpoint: expected {name} in {str(folder)!r}, found none (pickled weights are not read)"
-            )
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"checkpoint: expected config.json in {str(folder)!r}, found none")
     given = _read_json(folder / "config.json")
     family, config = read_config(given)
     task = find_model(given)
-    tensors = _read_tensors(folder / "model.safetensors", PREFIXES[family])
+    tensors = _read_tensors(folder, PREFIXES[family])
     with torch.random.fork_rng(devices=[]):
         model = Data2Vec(config)
     if task is None:
@@ -119,6 +124,8 @@ def load(folder: str | Path) -> Data2Vec | FineTuned:
     fine_tuned = FineTuned(model, head, read_labels(folder, given, settings))
     _fill(model, family, tensors, str(folder))
     copy_into(head.state_dict(), own, f"checkpoint {str(folder)!r}: head")
+    for name, tensor in own.items():
+        check_weights(tensor, f"checkpoint {str(folder)!r}: head: {name}")
     return fine_tuned
 
 
@@ -173,19 +180,10 @@ def _add_head(
     return description, tensors
 
 
-def published_name(family: str, name: str) -> tuple[str, int | None] | None:
-    """Published name of a transformers name, and which third of it (query, key, value rows); None: no counterpart."""
-    for pattern, template in RULES[family]:
-        match = re.fullmatch(pattern, name)
-        if match is not None:
-            part = re.search(r"\.(query|key|value)\.weight$", name) if family == "d2v1_vision" else None
-            return match.expand(template), _QKV[part[1]] if part else None
-    return None
-
-
-def _view(tensors: dict[str, Tensor], found: tuple[str, int | None]) -> Tensor:
-    name, third = found
-    return tensors[name] if third is None else tensors[name].chunk(3)[third]
+def _view(tensors: dict[str, Tensor], published: str, name: str) -> Tensor:
+    """The tensor, or its third that `name` means: query, key or value."""
+    tensor = tensors[published]
+    return tensor.chunk(3)[_QKV[name.split(".")[-2]]] if published.endswith(".qkv.weight") else tensor
 
 
 @torch.no_grad()
@@ -199,15 +197,18 @@ def _fill(model: Data2Vec, family: str, given: dict[str, Tensor], where: str) ->
     types = given.pop("embeddings.token_type_embeddings.weight", None)
     unknown, heads = [], set()
     for name, value in given.items():
-        found = published_name(family, name)
-        if found is None or found[0] not in own:
+        # Without a pooling layer the last norm is the encoder's own.
+        form = f"pooler.{name}" if family == "d2v1_vision" and name.startswith("layernorm.") else name
+        found = next(renamed(form, NAMES[family]), None)
+        if found is None or found not in own:
             heads.add(name.split(".")[0]) if re.fullmatch(_NOT_LOADED[family], name) else unknown.append(name)
             continue
-        view = _view(own, found)
+        view = _view(own, found, name)
         if view.numel() != value.numel():
             raise ValueError(f"checkpoint {where!r}: {name}: expected {tuple(view.shape)}, got {tuple(value.shape)}")
-        view.copy_(value.view(view.shape))
-        missing.discard(found[0])
+        check_weights(value, f"checkpoint {where!r}: {name}")
+        view.copy_(value.reshape(view.shape))
+        missing.discard(found)
     if missing or unknown:
         raise ValueError(
             f"checkpoint {where!r}: expected the tensors of the configuration, got {sorted(missing)[:5]} missing and "
@@ -223,66 +224,69 @@ def _fill(model: Data2Vec, family: str, given: dict[str, Tensor], where: str) ->
 
 
 def _name_tensors(model: Data2Vec, family: str) -> dict[str, Tensor]:
-    """The student's tensors by transformers names, as copies: the rules read backwards."""
-    own = fairseq.parameters(model)
-    tensors: dict[str, Tensor] = {}
-    for name in _candidates(model, family):
-        found = published_name(family, name)
-        if found is not None and found[0] in own:
-            tensors[name] = _view(own, found).cpu().contiguous().clone()
+    """The student's tensors by transformers names, as copies: the names read backwards."""
+    own, tensors = fairseq.parameters(model), dict[str, Tensor]()
+    for published in own:
+        for name in renamed(published, reverse(NAMES[family])):
+            tensors[name] = _view(own, published, name).cpu().contiguous().clone()
     if family == "d2v1_text":
         tensors["embeddings.token_type_embeddings.weight"] = torch.zeros(1, model.config.encoder.width)
     return tensors
 
 
-def _candidates(model: Data2Vec, family: str) -> list[str]:
-    """All names that a model of this size may have."""
-    config = model.config
-    ends, layers = ("weight", "bias"), range(config.encoder.depth)
-    if family == "d2v1_audio":
-        stems = [
-            f"feature_extractor.conv_layers.{i}.{p}"
-            for i in range(len(config.stem.convolutions))
-            for p in ("conv", "layer_norm")
-        ]
-        stems += ["feature_projection.layer_norm", "feature_projection.projection", "encoder.layer_norm"]
-        stems += [f"encoder.pos_conv_embed.layers.{i}.conv" for i in range(config.stem.position_layers)]
-        parts = [f"attention.{p}_proj" for p in ("q", "k", "v", "out")]
-        parts += ["feed_forward.intermediate_dense", "feed_forward.output_dense", "layer_norm", "final_layer_norm"]
-        stems += [f"encoder.layers.{i}.{p}" for i in layers for p in parts]
-        return ["masked_spec_embed", *(f"{s}.{e}" for s in stems for e in ends)]
-    if family == "d2v1_text":
-        stems = [f"embeddings.{p}" for p in ("word_embeddings", "position_embeddings", "LayerNorm")]
-        parts = [f"attention.self.{p}" for p in _QKV] + ["attention.output.dense", "attention.output.LayerNorm"]
-        parts += ["intermediate.dense", "output.dense", "output.LayerNorm"]
-    else:
-        stems = ["embeddings.patch_embeddings.projection", "pooler.layernorm"]
-        parts = [f"attention.attention.{p}" for p in _QKV] + ["attention.output.dense", "intermediate.dense"]
-        parts += ["output.dense", "layernorm_before", "layernorm_after"]
-    stems += [f"encoder.layer.{i}.{p}" for i in layers for p in parts]
-    extra = ["embeddings.cls_token", "embeddings.mask_token"]
-    extra += ["encoder.relative_position_bias.relative_position_bias_table"]
-    extra += [f"encoder.layer.{i}.lambda_{n}" for i in layers for n in (1, 2)]
-    return [*extra, *(f"{s}.{e}" for s in stems for e in ends)]
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"checkpoint: expected JSON in {str(path)!r}: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"checkpoint: expected JSON in {str(path)!r}: {error}") from None
+    value = _load_json(path)
     if not isinstance(value, dict) or value.get("model_type") not in FAMILIES:
         kind = value.get("model_type") if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"checkpoint: expected a model_type of {', '.join(FAMILIES)}, got {kind!r} in {str(path)!r}")
     return value
 
 
-def _read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """All tensors of a folder, from one file or from the shards that an index names; safetensors come first."""
+    for name in WEIGHTS:
+        if (folder / f"{name}.index.json").is_file() and not (folder / name).is_file():
+            shards = sorted(set(_read_index(folder / f"{name}.index.json").values()))
+            tensors = {n: t for shard in shards for n, t in _read_file(folder / shard).items()}
+            break
+        if (folder / name).is_file():
+            tensors = _read_file(folder / name)
+            break
+    else:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise ValueError(
+            f"checkpoint: expected {' or '.join(WEIGHTS)}, or shards with an index, in {str(folder)!r}, found {found}"
+        )
+    return {name.removeprefix(prefix): tensor for name, tensor in strip_wrappers(tensors).items()}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Name -> file of every tensor; files lie in the index's own folder."""
+    value = _load_json(path)
+    shards = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
+        raise ValueError(f"checkpoint: expected a weight_map of names of files in {str(path)!r}, got another structure")
+    return shards
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if path.suffix != ".safetensors":
+        value = read_torch_file(path)
+        if not isinstance(value, Mapping) or not all(isinstance(t, Tensor) for t in value.values()):
+            raise ValueError(f"checkpoint: expected a dict of tensors in {str(path)!r}, got other contents")
+        return dict(value)
+    check_whole(path)
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"checkpoint: expected safetensors in {str(path)!r}: {error}") from None
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import reference
 from support.accuracy import assert_accurate
 from support.tensors import FLOATS, in_layout, random_rows
 
 from d2v_kernels import use_backend
-from d2v_kernels.backends import reference
-from d2v_kernels.backends.triton import launch
+from d2v_kernels.triton import gelu
+from d2v_kernels.triton.runtime import Tile, power_of_two
 
 ops = torch.ops.d2v
 
@@ -17,8 +18,8 @@ ops = torch.ops.d2v
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("rows", "channels"), [(50, 40), (3, 1100)])
 def test_gradients_over_parts(dtype, rows, channels, monkeypatch) -> None:
-    monkeypatch.setattr(launch, "GELU_SPLITS", 3)
-    monkeypatch.setattr(launch, "gelu_backward_rows", lambda c: launch.Tile(4, launch.power_of_two(c), 1))
+    monkeypatch.setattr(gelu, "GELU_SPLITS", 3)
+    monkeypatch.setattr(gelu, "backward_tile", lambda c: Tile(4, power_of_two(c), 1))
     x = in_layout(random_rows((rows, channels), dtype, 0, offset=2.0), "sliced")
     grad = in_layout(random_rows((rows, channels), dtype, 1), "rows_apart")
     weight, bias = random_rows((channels,), torch.float32, 2), random_rows((channels,), dtype, 3)

@@ -6,13 +6,14 @@ import itertools
 
 import pytest
 import torch
+from support import reference
 from support.accuracy import assert_accurate
 from support.tensors import FLOATS, in_layout, random_rows
 from torch import Tensor
 
 from d2v_kernels import average_layers, use_backend
-from d2v_kernels.backends import reference
-from d2v_kernels.backends.triton import launch
+from d2v_kernels.triton import layers as kernels
+from d2v_kernels.triton.runtime import Tile, power_of_two
 
 NORMS = ["none", "layer", "instance", "batch"]
 
@@ -21,11 +22,11 @@ NORMS = ["none", "layer", "instance", "batch"]
 def form(request, monkeypatch) -> str:
     """Two passes, as for samples too long for registers, with several blocks of time and of channels."""
     if request.param == "two passes":
-        monkeypatch.setattr(launch, "ONE_READ_TOKENS", 0)
-        monkeypatch.setattr(launch, "statistics", lambda channels: launch.Tile(8, 16, 1))
-        monkeypatch.setattr(launch, "merge", lambda channels: launch.Tile(2, 32, 1))
+        monkeypatch.setattr(kernels, "ONE_READ_TOKENS", 0)
+        monkeypatch.setattr(kernels, "statistics_tile", lambda channels: Tile(8, 16, 1))
+        monkeypatch.setattr(Tile, "columns", lambda channels: Tile(2, 32, 1))
         monkeypatch.setattr(
-            launch, "combine", lambda c, whole_rows: launch.Tile(8, launch.power_of_two(c, 16) if whole_rows else 16, 1)
+            kernels, "combine_tile", lambda c, whole_rows: Tile(8, power_of_two(c, 16) if whole_rows else 16, 1)
         )
     return request.param
 

@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from support import reference
 from support.accuracy import assert_accurate
 from support.tensors import in_layout, random_rows
 from torch import Tensor
 
 from d2v_kernels import masked_regression_loss, use_backend
-from d2v_kernels.backends import reference
-from d2v_kernels.backends.triton import launch
+from d2v_kernels.triton import loss
+from d2v_kernels.triton.runtime import Tile
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -41,9 +42,9 @@ def check(x: Tensor, y: Tensor, x_rows: Tensor | None, y_rows: Tensor | None, be
 @pytest.mark.parametrize(("dtype", "target_dtype", "beta"), [(F32, F32, 0.0), (BF16, F32, 0.5), (F16, BF16, 0.0)])
 def test_parts(dtype, target_dtype, beta, monkeypatch) -> None:
     """Three parts of several blocks, the last one short; three blocks of channels."""
-    monkeypatch.setattr(launch, "LOSS_SPLITS", 4)
-    monkeypatch.setattr(launch, "loss", lambda channels: launch.Tile(4, 16, 1))
-    monkeypatch.setattr(launch, "merge", lambda channels: launch.Tile(4, 16, 1))
+    monkeypatch.setattr(loss, "LOSS_SPLITS", 4)
+    monkeypatch.setattr(loss, "loss_tile", lambda channels: Tile(4, 16, 1))
+    monkeypatch.setattr(Tile, "columns", lambda channels: Tile(4, 16, 1))
     x = in_layout(random_rows((60, 37), dtype, 0), "sliced")
     y = in_layout(random_rows((30, 37), target_dtype, 1, offset=5.0), "rows_apart")
     generator = torch.Generator().manual_seed(0)
@@ -54,8 +55,8 @@ def test_parts(dtype, target_dtype, beta, monkeypatch) -> None:
 
 def test_parts_with_far_means(monkeypatch) -> None:
     """The monitors merge parts whose means differ by far more than the deviations in them."""
-    monkeypatch.setattr(launch, "LOSS_SPLITS", 4)
-    monkeypatch.setattr(launch, "loss", lambda channels: launch.Tile(4, 16, 1))
+    monkeypatch.setattr(loss, "LOSS_SPLITS", 4)
+    monkeypatch.setattr(loss, "loss_tile", lambda channels: Tile(4, 16, 1))
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) + torch.arange(64.0)[:, None] * 10
     check(x, torch.full_like(x, 3.0), None, None, 0.0)
     small = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) * 0.01 + 100.0
@@ -74,8 +75,8 @@ def test_infinite_error_is_infinite() -> None:
 
 def test_many_equal_errors_add_up(monkeypatch) -> None:
     """2^-14 added 512 times, one row after the other, to a sum of 4096 whose last place is worth 2^-11."""
-    monkeypatch.setattr(launch, "LOSS_SPLITS", 1)
-    monkeypatch.setattr(launch, "loss", lambda channels: launch.Tile(1, 16, 1))
+    monkeypatch.setattr(loss, "LOSS_SPLITS", 1)
+    monkeypatch.setattr(loss, "loss_tile", lambda channels: Tile(1, 16, 1))
     x = torch.full((513, 1), 2.0**-7)
     x[0] = 64.0
     assert float(masked_regression_loss(x, torch.zeros(513, 1)).loss) == 4096.0 + 2.0**-5

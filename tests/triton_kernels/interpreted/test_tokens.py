@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import reference
 from support.accuracy import assert_accurate
 from support.tensors import FLOATS, in_layout, random_rows
 from torch import Tensor
 
 from d2v_kernels import Noise, gather_tokens, restore_tokens, use_backend
-from d2v_kernels.backends import reference
-from d2v_kernels.backends.triton import launch
+from d2v_kernels.triton import tokens
+from d2v_kernels.triton.runtime import Tile
 
 ops = torch.ops.d2v
 
@@ -44,7 +45,7 @@ def test_gradient_adds_in_ascending_order(dtype, layout, index_kind) -> None:
 
 
 def test_index_longer_than_a_block(monkeypatch) -> None:
-    monkeypatch.setattr(launch, "inverse_gather", lambda *_: launch.InverseGather(32, 16, 1))
+    monkeypatch.setattr(tokens, "inverse_gather_tile", lambda *_: Tile(32, 16, 1))
     index = torch.randint(0, 4, (2, 70), generator=torch.Generator().manual_seed(0))
     for layout in ("contiguous", "rows_apart"):
         grad = in_layout(random_rows((2, 70, 21), torch.float32, 1), layout)  # two blocks of channels, three of entries
@@ -98,8 +99,8 @@ def test_noise_is_normal(dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_gradient_of_a_mask_token(dtype, monkeypatch) -> None:
     """Several parts, several blocks in each."""
-    monkeypatch.setattr(launch, "column_sums", lambda channels: launch.Tile(4, 16, 1))
-    monkeypatch.setattr(launch, "LOSS_SPLITS", 3)
+    monkeypatch.setattr(Tile, "columns", lambda channels: Tile(4, 16, 1))
+    monkeypatch.setattr(tokens, "FILL_SPLITS", 3)
     restore = torch.randint(0, 12, (3, 15), generator=torch.Generator().manual_seed(0))
     grad = in_layout(random_rows((3, 15, 21), dtype, 0), "sliced")
     _, got = ops.restore_tokens_backward(grad, restore, 7, -1)

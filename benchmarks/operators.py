@@ -1,0 +1,421 @@
+"""Times every operator: `python -m benchmarks.operators [--only OP] [--threads 1 2] [--processes 1] [--device cpu]`.
+
+Every contender's output is compared before timing, and contenders are timed in turn. On a CPU each case runs in a
+process of its own, several times with `--processes`. On a GPU (a stage of `benchmarks.gpu`) each contender is captured
+in a CUDA graph that walks through input sets larger than the L2 cache together, and the graphs are replayed in turn;
+the rate of a device-to-device copy in the same process is the ceiling. Every row is in the file (JSON lines; rows of
+other cases stay) before the next case begins; prints one table, draws the roofline plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_kernels import info, registry
+
+from .harness import cases as make
+from .harness import plots, report
+from .harness.case import BF16, F32, Case, Place
+from .harness.record import (
+    RESULTS,
+    answer,
+    ask_child,
+    gpu_machine,
+    machine_record,
+    parse,
+    read_rows,
+    store,
+)
+from .harness.timer import Captured, seconds_of, summarise, take_turns, time_interleaved
+
+Row = dict[str, Any]
+BACKENDS = ("native", "triton")
+COPY_SIZES = (1 << 22, 1 << 24, 1 << 26, 1 << 28, 1 << 30)  # bytes read plus written
+CACHE_SHARE = 4  # input sets together hold so many times the L2 cache
+HOST = {"host": 30e-6}  # with gradients
+
+
+# ---- what is measured
+
+
+def cpu_cases() -> list[Case]:
+    """Every case of `make bench`, with the goals of this project."""
+    cases: list[Case] = []
+    for dtype, compile_goal in ((F32, 1.8), (BF16, 3.0)):
+        average = partial(make.average, dtype=dtype, goals={"eager": 10.0, "compile": compile_goal, "floor": 3.0})
+        layer = {"eager": 4.5 if dtype == F32 else 8.0, "compile": 1.8, "floor": 2.0}
+        cases += [
+            average("speech", 8, 4, 500, 768),
+            average("images", 10, 16, 196, 768, out_norm="layer"),
+            average("odd width", 12, 4, 512, 1023),
+            average("long", 8, 1, 3000, 768),
+            average("text", 8, 4, 500, 768, "layer", goals=layer),
+            average("odd width", 12, 4, 512, 1023, "layer", goals=layer),
+        ]
+    cases += [
+        make.ema("2 blocks", 768, 2, F32, False, {"foreach": 0.95}),
+        make.ema("2 blocks", 768, 2, F32, True, {"foreach": 1.5}),
+        make.ema("tiny", 64, 3, F32, True, {"foreach": 1.5}),
+    ]
+    gather = {"x[b, index]": 2.5, "index_select": 1.3, "floor": 1.5}
+    for dtype in (F32, BF16):
+        loss = partial(make.loss, "images", 64 * 157, 16 * 196, 768, dtype=dtype, goals={"compile": 2.7, "floor": 1.5})
+        faster = {"eager": 1.5 if dtype == F32 else 1.0}
+        cases += [
+            make.gather("images", 16, 196, 768, 8, 39, dtype, gather),
+            make.gather("speech", 3, 999, 768, 8, 500, dtype, gather),
+            make.gather_backward("images", 16, 196, 768, 8, 39, dtype, {"x[b, index]": 3.0}, "gather_tokens backward"),
+            make.restore("images", 64, 196, 39, 768, dtype, {"eager": 3.0}),
+            loss(0.0),
+            loss(2.0),
+            make.gelu("images", 3328, 1536, dtype, faster),
+            make.gelu("tiny", 1024, 256, dtype, faster),
+            make.norm_gelu("speech", 8000, 512, dtype, {"eager": 1.3 if dtype == F32 else 1.0}),
+            make.gelu_linear("images", 3328, 384, dtype, {"eager": 1.0}),
+        ]
+    speech = {"kind": "block", "tokens": 999, "ratio": 0.5, "adjust": 0.05, "span": 5}
+    images = {"kind": "block", "grid": (14, 14), "ratio": 0.8, "adjust": 0.07, "span": 3, "inverse": True}
+    return [
+        *cases,
+        make.norm("speech", 8, 125, 384, F32, 0.1, {"eager": 1.8}),
+        make.norm("images", 208, 64, 384, F32, 0.0, {"eager": 0.9}),
+        make.attention("speech", 2, 249, 12, 64, 0.0, F32, {"eager": 1.3}),
+        make.attention("speech", 2, 249, 12, 64, 0.1, F32, {"eager": 1.7}),
+        make.masks("speech 1.0", 11, 1, {"kind": "span", "tokens": 999, "ratio": 0.65, "span": 10}),
+        make.masks("speech 2.0", 24, 8, speech),
+        make.masks("images", 256, 16, images),
+    ]
+
+
+def _gpu_makers() -> tuple[Any, ...]:
+    average = partial(make.average, dtype=BF16, goals={"eager": 10.0, "compile": 2.0, "ceiling": 0.9}, tolerance=2e-3)
+    tokens = {"dtype": BF16, "goals": {"ceiling": 0.9}}
+
+    def ema(name: str, width: int, depth: int, source: torch.dtype, copies: bool) -> Case:
+        goals = {"foreach": 1.2 if source == F32 else 1.5, "ceiling": 0.9, "host": 3e-6}
+        return make.ema(name, width, depth, source, copies, goals)
+
+    return (
+        average, ema, partial(make.gather, **tokens), partial(make.gather_backward, **tokens),
+        partial(make.restore, **tokens), partial(make.loss, dtype=BF16, goals={"eager": 4.0, "compile": 1.5, **HOST}),
+        partial(make.attention, dtype=BF16, goals={"eager": 3.0, **HOST}, op="attention forward + backward"),
+    )  # fmt: skip
+
+
+def gpu_cases() -> list[Case]:
+    """What is measured on a GPU, the most wanted first."""
+    average, ema, gather, gather_backward, restore, loss, attention = _gpu_makers()
+    return [
+        average("speech 2.0", 8, 3, 999, 768),
+        average("images B16", 10, 16, 196, 768, out_norm="layer"),
+        ema("base", 768, 12, F32, True),
+        ema("base", 768, 12, BF16, True),
+        gather("images B16", 16, 196, 768, 16, 39),
+        gather_backward("images B16", 16, 196, 768, 16, 39),
+        restore("images B16", 256, 196, 39, 768),
+        loss("images B16", 256 * 157, 16 * 196, 768),
+        attention("speech 2.0", 24, 500, 12, 64, 0.0),
+        make.front_end("speech 2.0, first layer", 3 * 63999),
+        average("images B256", 10, 256, 196, 768, out_norm="layer"),
+        average("speech 1.0", 8, 11, 999, 768, compiles=False),
+        average("images huge14", 24, 8, 256, 1280, out_norm="layer"),
+        average("text 2.0", 12, 4, 512, 768, compiles=False),
+        average("text 1.0", 10, 16, 512, 768, "layer", goals={"eager": 6.0, "compile": 1.0, "ceiling": 0.9}),
+        average("speech 2.0 large", 16, 1, 999, 1024, compiles=False),
+        average("images large", 18, 8, 196, 1024, out_norm="layer", compiles=False),
+        average("images B16", 10, 16, 196, 768, out_norm="layer", dtype=F32, compiles=False),
+        ema("huge", 1280, 32, F32, True),
+        ema("base", 768, 12, F32, False),
+        gather("images B256", 256, 196, 768, 16, 39),
+        gather_backward("images B256", 256, 196, 768, 16, 39),
+        gather("speech 2.0", 3, 999, 768, 8, 500),
+        gather_backward("speech 2.0", 3, 999, 768, 8, 500),
+        restore("speech 2.0", 24, 999, 500, 768),
+        restore("text 2.0", 32, 512, 266, 768),
+        loss("speech 2.0", 24 * 499, 3 * 999, 768),
+        loss("images B16", 256 * 157, 16 * 196, 768, target_dtype=BF16),
+        loss("text 1.0", 16 * 157, 16 * 512, 768, beta=4.0),
+        attention("speech 2.0", 24, 500, 12, 64, 0.1),
+        attention("speech 2.0 large", 12, 450, 16, 64, 0.1),
+        loss("images B256", 4096 * 157, 256 * 196, 768),
+    ]
+
+
+def tiny_cases() -> list[Case]:
+    """One small case of each kind, for runs without a GPU."""
+    average, ema, gather, gather_backward, restore, loss, attention = _gpu_makers()
+    return [
+        average("tiny", 3, 2, 20, 32),
+        average("tiny", 3, 2, 20, 32, "layer", goals={}),
+        ema("tiny", 16, 1, F32, True),
+        ema("tiny", 16, 1, BF16, False),
+        gather("tiny", 2, 12, 32, 2, 5),
+        gather_backward("tiny", 2, 12, 32, 2, 5),
+        restore("tiny", 4, 12, 5, 32),
+        loss("tiny", 12, 20, 32),
+        make.front_end("tiny", 9, 32),
+        attention("tiny", 2, 20, 2, 16, 0.0),
+        attention("tiny", 2, 20, 2, 16, 0.1),
+    ]
+
+
+# ---- who takes part
+
+
+def difference(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Largest error relative to the largest value; infinite where shapes or NaN differ."""
+    worst = 0.0
+    for a, b in zip(got, wanted, strict=True):
+        if a.shape != b.shape or bool(a.isnan().any()) or bool(b.isnan().any()):
+            return math.inf
+        if a.numel():
+            error = float((a.float() - b.float()).abs().max())
+            worst = max(worst, error / max(float(b.float().abs().max()), 1e-30))
+    return worst
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+
+
+def settle(case: Case, place: Place) -> tuple[list[str], dict[str, str]]:
+    """Contenders that run and agree with the first of ours, and why the others do not take part."""
+    contenders, wanted = case.make(place, 0), None
+    names, reasons = [], {}
+    for name, call in contenders.items():
+        backend = name.removeprefix("d2v ")
+        if backend in BACKENDS and (why_not := _why_not(case, backend, place.device)):
+            reasons[name] = "; ".join(why_not)
+            continue
+        if name.startswith("floor"):
+            names.append(name)
+            continue
+        try:
+            with torch.enable_grad():
+                result = [t.detach().clone() for t in case.compare(call())]
+        except Exception as error:  # out of memory, a compiler that fails: a contender less, not the end of the run
+            reasons[name] = reason_of(error)
+            continue
+        if wanted is None:
+            if not name.startswith("d2v"):
+                raise RuntimeError(f"none of ours runs: {reasons}")
+            wanted = result
+        elif (error := difference(result, wanted)) > case.tolerance:
+            reasons[name] = f"differs from {names[0]} by {error:.3g} of the maximum, allowed {case.tolerance:g}"
+            continue
+        names.append(name)
+    return names, reasons
+
+
+def _question(case: Case, device: torch.device) -> registry.Case:
+    return registry.Case(case.registered, device.type, case.dtypes or (case.dtype,), case.traits)
+
+
+def _why_not(case: Case, backend: str, device: torch.device) -> list[str]:
+    return next(b for b in registry.backends() if b.name == backend).why_not(_question(case, device))
+
+
+# ---- on a CPU
+
+
+def measure_on_cpu(case: Case, threads: int) -> Row:
+    """One row, in this process. `AssertionError` names a contender that differs."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    place = Place(torch.device("cpu"))
+    _, reasons = settle(case, place)
+    assert not reasons, f"{case.op} {case.name}: {reasons}"
+    if case.op == "MaskSampler":
+        backend = "reference" if "_native" in info.collect()["not_loaded"] else "native"
+    else:
+        backend = registry.choose(_question(case, place.device)).name
+    seconds = time_interleaved(case.make(place, 0))
+    floor = min((s["minimum"] for name, s in seconds.items() if name.startswith("floor")), default=None)
+    ours, (op, name, dtype) = seconds["d2v"], case.key
+    rivals = {name: s for name, s in seconds.items() if not name.startswith(("floor", "d2v"))}
+    return {
+        "op": op, "case": name, "dtype": dtype, "threads": threads, "backend": backend, "bytes": case.bytes,
+        "seconds": seconds, "floor_s": floor, "over_floor": ours["minimum"] / floor if floor else None,
+        "ratios": {name: s["minimum"] / ours["minimum"] for name, s in rivals.items()},
+        "median_ratios": {name: s["median"] / ours["median"] for name, s in rivals.items()}, "goals": case.goals,
+    }  # fmt: skip
+
+
+def ask_for_row(number: int, threads: int, processes: int = 1) -> Row:
+    """The row of the process with the median ratio to the first rival, with every process's ratios beside it."""
+    rows = [ask_child("operators", {"case": number, "threads": threads}, threads=threads) for _ in range(processes)]
+    chosen: Row = sorted(rows, key=lambda row: next(iter(row["ratios"].values())))[len(rows) // 2]
+    return {**chosen, "ratios_by_process": [row["ratios"] for row in rows]}
+
+
+def run_on_cpu(options: argparse.Namespace) -> None:
+    """Every case that is asked for, at every number of threads."""
+    numbers = [i for i, c in enumerate(cpu_cases()) if options.only in f"{c.op} {c.name} {c.dtype}"]
+    if not numbers:
+        raise SystemExit(f"--only: expected part of a case's name, got {options.only!r}")
+    machine, rows = machine_record(), []
+    for i in numbers:
+        for threads in options.threads:
+            rows.append({**ask_for_row(i, threads, options.processes), "machine": machine})
+            store(options.output, rows[-1])
+            print(report.text_row(rows[-1]), flush=True)
+    print(report.summary(rows))
+    plots.roofline(read_rows(options.output), options.output.with_suffix(".png"))
+
+
+# ---- on a GPU
+
+
+def time_on_gpu(case: Case, names: list[str], place: Place, budget_s: float) -> tuple[Row, dict[str, str]]:
+    """Seconds of each contender, L2-cold, interleaved; and why one could not be captured."""
+    cache = torch.cuda.get_device_properties(place.device).L2_cache_size
+    sets = max(1, min(64, math.ceil(CACHE_SHARE * cache / case.bytes)))
+    inputs = [case.make(place, 1 + i) for i in range(sets)]
+    graphs, reasons = {}, {}
+    for name in names:
+        try:
+            graphs[name] = Captured([contenders[name] for contenders in inputs])
+        except Exception as error:
+            reasons[name] = f"not captured in a graph: {reason_of(error)}"
+            torch.cuda.synchronize()
+    samplers = {name: graph.seconds for name, graph in graphs.items()}
+    samples = take_turns(samplers, rounds=40, least=10, budget_s=budget_s)
+    return {name: summarise(seconds, input_sets=sets) for name, seconds in samples.items()}, reasons
+
+
+def host_seconds(case: Case, names: list[str], place: Place, calls: int) -> dict[str, float]:
+    """Host time of a call, the device kept busy enough not to be waited for; ours alone."""
+    contenders, result = case.make(place, 0), {}
+
+    def repeat(name: str) -> None:
+        for _ in range(calls):
+            contenders[name]()
+
+    for name in (n for n in names if n.startswith("d2v")):
+        contenders[name]()
+        samples = []
+        for _ in range(3):
+            if place.device.type == "cuda":
+                torch.cuda.synchronize()
+            samples.append(seconds_of(partial(repeat, name)) / calls)
+        result[name] = min(samples)
+    return result
+
+
+def copy_rates(device: torch.device, emulated: bool) -> dict[int, float]:
+    """Bytes read plus written -> bytes a second of a copy on the device; the largest size is the ceiling."""
+    rates = {}
+    for size in COPY_SIZES if not emulated else COPY_SIZES[:1]:
+        cache = 1 if emulated else torch.cuda.get_device_properties(device).L2_cache_size
+        sets = max(1, min(64, math.ceil(CACHE_SHARE * cache / size)))
+        pairs = [
+            [torch.randint(0, 256, (size // 2,), dtype=torch.uint8, device=device) for _ in range(2)]
+            for _ in range(sets)
+        ]
+        calls = [partial(target.copy_, source) for source, target in pairs]
+        if emulated:
+            rates[size] = size / seconds_of(calls[0])
+        else:
+            graph = Captured(calls)
+            rates[size] = size / statistics.median(graph.seconds() for _ in range(15))
+    return rates
+
+
+def measure_on_gpu(case: Case, place: Place, emulated: bool, ceiling: float, budget_s: float) -> Row:
+    """One row: see the module's text. Emulated: one call each, the fields of a measurement, and no measurement."""
+    names, reasons = settle(case, place)
+    if emulated:
+        contenders = case.make(place, 1)
+        seconds = {name: summarise([seconds_of(contenders[name])], input_sets=1) for name in names}
+    else:
+        seconds, more = time_on_gpu(case, names, place, budget_s)
+        reasons |= more
+    # The queue of a device holds about a thousand launches; small counts keep the host from waiting for it.
+    host = host_seconds(case, list(seconds), place, 1 if emulated else 40)
+    preferred = [f"d2v {b.name}" for b in registry.preferred(case.registered, "cuda")]
+    chosen, (op, name, dtype) = next((n for n in preferred if n in seconds), None), case.key
+    row = {
+        "kind": "measurement", "op": op, "case": name, "dtype": dtype, "bytes": case.bytes, "flops": case.flops,
+        "seconds": seconds, "host_seconds": host, "not_run": reasons, "chosen": chosen,
+        "ceiling_bytes_per_second": ceiling, "goals": case.goals, "ratios": {}, "share_of_ceiling": None,
+    }  # fmt: skip
+    if chosen is not None:
+        ours = seconds[chosen]["median"]
+        row["share_of_ceiling"] = case.bytes / ours / ceiling
+        row["ratios"] = {n: s["median"] / ours for n, s in seconds.items() if n != chosen}
+    return row
+
+
+def run_on_gpu(options: argparse.Namespace) -> None:
+    """Measures every case that the file does not have yet; ends when the budget is used up."""
+    emulated = options.emulated is not None
+    if emulated:
+        from .gpu import emulator
+
+        emulator.install(None if options.emulated == "-" else Path(options.emulated))
+    place, begin = Place(torch.device("cpu" if emulated else "cuda"), BACKENDS), time.perf_counter()
+    common = {"emulated": emulated, "key": options.key, "machine": gpu_machine(emulated)}
+    cases = [c for c in (tiny_cases() if emulated else gpu_cases()) if options.only in f"{c.op} {c.name}"]
+    done = {(r["op"], r["case"], r["dtype"]) for r in read_rows(options.output)
+            if r.get("kind") == "measurement" and r.get("key") == options.key}  # fmt: skip
+    left = [c for c in cases if c.key not in done]
+    rates = copy_rates(place.device, emulated)
+    copies = {str(size): rate for size, rate in rates.items()}
+    store(options.output, {"kind": "copy", "bytes_per_second": copies, **common})
+    for number, case in enumerate(left):
+        remaining = options.budget - (time.perf_counter() - begin)
+        if remaining <= 0:
+            print(f"budget used up: {len(left) - number} of {len(cases)} cases left for another run", flush=True)
+            raise SystemExit(3)
+        try:
+            row = measure_on_gpu(case, place, emulated, max(rates.values()), min(2.0, remaining))
+        except Exception as error:
+            op, name, dtype = case.key
+            row = {"kind": "failure", "op": op, "case": name, "dtype": dtype, "reason": reason_of(error)}
+        store(options.output, {**row, **common})
+        print(f"{row['kind']:<12} {case.op} {case.name} {row.get('reason', '')}", flush=True)
+        torch.compiler.reset()  # a function may be compiled for a few shapes only
+        if not emulated:
+            torch.cuda.empty_cache()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the cases and reports; see the module's text."""
+    options = parse(
+        "operators", __doc__, arguments,
+        device=(("cpu", "cuda"), "where they run"),
+        only=("", "run the cases whose operator or name contains this text"),
+        threads=([1, 2], "thread counts of a CPU"),
+        processes=(1, "fresh processes per case"),
+        output=(RESULTS / "cpu.jsonl", "JSON lines file that keeps the rows"),
+        key=("", "on a GPU: rows with this key count as done"),
+        budget=(180.0, "on a GPU: seconds after which no further case begins"),
+        emulated=(None, "tiny cases of the GPU on the CPU; LIBRARY: the CUDA sources built for it, or -"),
+        child=(None, ""),
+    )  # fmt: skip
+    if options.child is not None:
+        order = json.loads(options.child)
+        answer(measure_on_cpu(cpu_cases()[order["case"]], order["threads"]))
+    elif options.device == "cuda" or options.emulated is not None:
+        if options.output == RESULTS / "cpu.jsonl":
+            options.output = RESULTS / "gpu.jsonl"
+        run_on_gpu(options)
+    else:
+        run_on_cpu(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Defines an operator `torch.ops.d2v.*`: from its schema, shape function, reference body and gradient comes the rest.
+
+A shape function checks what can be known without reading device values and returns a `Call`. The real body checks with
+it, asks the registry for a backend and makes one call; the fake kernel makes empty tensors of what it returns. Native
+code registers the same argument lists under `d2v_native` (a test compares them). Double backward is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import registry
+
+TRITON_FAMILIES: dict[str, str] = {}
+"""For operators that Triton has kernels for: the file in `triton/`."""
+REFERENCE = registry.Backend("reference", {}, lambda case: [])
+"""Plain PyTorch bodies: the definition of every operator, right in float64, on any device."""
+_shapes: dict[str, Callable[..., Call]] = {}
+_library = torch.library.Library("d2v", "DEF")
+
+R = TypeVar("R")
+Output = Tensor | tuple[tuple[int, ...] | torch.Size, torch.dtype]
+
+
+class Call(NamedTuple):
+    """What a shape function knows of a call."""
+
+    first: Tensor | None
+    """A tensor on the device of the call; None where there is nothing to do."""
+    dtypes: tuple[torch.dtype, ...] = ()
+    """Dtypes that decide on a backend."""
+    outputs: tuple[Output, ...] = ()
+    """What the results, contiguous, look like: another tensor, or (shape, dtype)."""
+    traits: tuple[str, ...] = ()
+    """What else decides on a backend."""
+
+
+class Gradient(NamedTuple):
+    """The two functions of `torch.library.register_autograd`."""
+
+    backward: Callable[..., Any]
+    setup: Callable[..., None] = lambda ctx, inputs, output: None
+
+
+def refuse(op: str, why: str) -> Gradient:
+    """The gradient of an operator that has none."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{op}: {why}")
+
+    return Gradient(backward)
+
+
+def define(
+    schema: str,
+    shape: Callable[..., Call],
+    reference: Callable[..., R],
+    gradient: Gradient | None = None,
+    *,
+    triton: str = "",
+    values: Callable[..., None] | None = None,
+    prepare: Callable[..., tuple[Any, ...]] | None = None,
+) -> Callable[..., R]:
+    """Defines one operator and returns it; called when the file of its family is imported.
+
+    Args:
+        schema: name, arguments and results.
+        shape: shape function, called with the operator's name and the arguments.
+        reference: body in plain PyTorch.
+        gradient: None: double backward is refused for "..._backward", and another operator has no gradient.
+        triton: name of the file in `triton/` that has a function of the operator's name; empty where none has.
+        values: checks values on the host; called like `shape`, in real calls only.
+        prepare: changes the arguments before everything else.
+    """
+    op = schema.split("(", 1)[0]
+    registry.OPERATORS[op] = schema
+    _shapes[op] = shape
+    REFERENCE.implementations[op] = reference
+    if triton:
+        TRITON_FAMILIES[op] = triton
+
+    def body(*arguments: Any) -> Any:
+        if prepare is not None:
+            arguments = prepare(*arguments)
+        call = shape(op, *arguments)
+        if call.first is None:
+            return None
+        if values is not None:
+            values(op, *arguments)
+        return registry.implementation(op, call.first.device.type, call.dtypes, call.traits)(*arguments)
+
+    def fake(*arguments: Any) -> Any:
+        if prepare is not None:
+            arguments = prepare(*arguments)
+        call = shape(op, *arguments)
+        results = [_empty(call.first, output) for output in call.outputs]
+        return tuple(results) if len(results) > 1 else results[0] if results else None
+
+    _library.define(schema)
+    _library.impl(op, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"d2v::{op}", fake, lib=_library)
+    if gradient is None and op.endswith("_backward"):
+        gradient = refuse(op.removesuffix("_backward"), "double backward is not supported")
+    if gradient is not None:
+        torch.library.register_autograd(f"d2v::{op}", gradient.backward, setup_context=gradient.setup, lib=_library)
+    operator: Callable[..., R] = getattr(torch.ops.d2v, op)
+    return operator
+
+
+def case(op: str, device: str, arguments: tuple[Any, ...]) -> registry.Case:
+    """What the registry is asked when the operator is called with these arguments on a device."""
+    call = _shapes[op](op, *arguments)
+    return registry.Case(op, device, call.dtypes, call.traits)
+
+
+def _empty(first: Tensor | None, output: Output) -> Tensor:
+    if isinstance(output, Tensor):
+        return output.new_empty(output.shape)
+    assert first is not None
+    return first.new_empty(output[0], dtype=output[1])

@@ -1,0 +1,458 @@
+"""Attention over dense or packed sequences: one function, and which engine runs it.
+
+An engine answers `why_not` with a list of reasons like a backend of an operator; the first with an empty list runs.
+Besides PyTorch's and xformers' own kernels there is the operator `torch.ops.d2v.attention` (an engine by each backend)
+for what they cannot do. Packed sequences go to xformers on GPUs, elsewhere through padding to an engine for dense ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _checks as check
+from .. import registry
+from .attention_operator import attention_operator, check_inputs
+
+
+class Alibi(NamedTuple):
+    """Bias -max(scale_h, 0) * slopes_h * |pos_i - pos_j| (Press et al. 2022; data2vec 2.0 learns the scale)."""
+
+    slopes: Tensor
+    """(H,) float32; `alibi_slopes` gives the published ones; 0 leaves a head without bias."""
+    positions: Tensor
+    """(N,V) int32 or int64: original positions of the last V of T tokens; the first T - V, extra tokens, have bias 0
+    to and from every token. (total,) for packed sequences, which have no extra tokens."""
+    scale: Tensor | None = None
+    """(H,) or (1,) float32, learned; None for 1. Its gradient is 0 where it is below 0, and bitwise repeatable."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences of different lengths one after the other, without padding; made once a batch by `pack_lengths`."""
+
+    starts: Tensor
+    """(N+1,) int32 on the device: first token of each sequence, then the total."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence, on the host."""
+    made: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What an engine made of this layout, kept for the other layers of the batch."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths, default=0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What decides on an engine."""
+
+    device: str
+    dtype: torch.dtype
+    width: int
+    packed: bool = False
+    masked: bool = False
+    alibi: bool = False
+    dropout: bool = False
+    dropout_keys: bool = False
+
+
+def pack_lengths(lengths: Sequence[int] | Tensor, device: torch.device | str) -> Packed:
+    """Packed layout of sequences of these lengths (host numbers, or an integer tensor on the host)."""
+    if isinstance(lengths, Tensor):
+        check.require(lengths.device.type == "cpu", "pack_lengths", "device of lengths", "cpu", lengths.device)
+        lengths = lengths.tolist()
+    check.require(all(n >= 0 for n in lengths), "pack_lengths", "lengths", "0 or more", list(lengths))
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    if torch.device(device).type == "cuda":
+        starts = starts.pin_memory()
+    return Packed(starts.to(device, non_blocking=True), tuple(lengths))
+
+
+def alibi_slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
+    """(heads,) float32: 2^(-8 (h+1) / heads) for a power of two, else as published (Press et al. 2022, code).
+
+    Otherwise with P the largest power of two below: the P slopes of P heads, then every second one of 2P heads.
+    """
+    check.require(heads >= 1, "alibi_slopes", "heads", "at least 1", heads)
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
+    slopes += [2.0 ** (-8.0 * (h + 1) / (2 * power)) for h in range(0, 2 * (heads - power), 2)]
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    valid: Tensor | None = None,
+    packed: Packed | None = None,
+    alibi: Alibi | None = None,
+    dropout: float = 0.0,
+    dropout_keys: Tensor | None = None,
+    engine: str = "auto",
+) -> Tensor:
+    """Self-attention softmax(scale * q k^T + bias) v of each head (Vaswani et al. 2017, 3.2), softmax in float32.
+
+    Args:
+        query, key, value: (N,T,H,D), or (total,H,D) where `packed`; one floating dtype, last stride 1.
+        scale: of the logits; None: D^-0.5.
+        valid: keys that count: (N,T) bool, or (N,) integer lengths of the valid beginnings; on the tensors' device.
+            None: all. Not with `packed`. A query whose row has no valid key gives 0, and lends no gradient.
+        packed: layout of sequences that lie one after the other.
+        alibi: bias by distance of positions.
+        dropout: probability in [0, 1) that a weight is dropped; pass 0 in evaluation.
+        dropout_keys: (N,) int64, one key a row (sequence): the dropped weights are a pure function of key, head, query
+            and key position, so they depend on neither batch nor rank. None: drawn from the device's generator.
+        engine: "auto", or one of `ENGINES` to force it.
+
+    Returns:
+        Shape and dtype of query. Differentiable in query, key, value and the scale of `alibi`.
+
+    Raises:
+        ValueError, TypeError: what does not fit. NotImplementedError: the engine cannot run this; lists the reasons.
+    """
+    _check(query, key, value, valid, packed, alibi, dropout, dropout_keys)
+    name = _choose(
+        engine, query.device.type, query.dtype, int(query.shape[-1]), packed is not None,
+        valid is not None, alibi is not None, dropout > 0.0, dropout_keys is not None and dropout > 0.0,
+    )  # fmt: skip
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _run(ENGINES[name], query, key, value, _Options(scale, valid, packed, alibi, dropout, dropout_keys))
+
+
+class _Options(NamedTuple):
+    scale: float
+    valid: Tensor | None
+    packed: Packed | None
+    alibi: Alibi | None
+    dropout: float
+    dropout_keys: Tensor | None
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, packed: Packed | None, alibi: Alibi | None,
+    dropout: float, dropout_keys: Tensor | None,
+) -> None:  # fmt: skip
+    op = "attend"
+    layout = "3 dimensions (total, H, D)" if packed is not None else "4 dimensions (N, T, H, D)"
+    good = query.dim() == (4 if packed is None else 3)
+    check.require(good, op, "query", layout, f"shape {tuple(query.shape)}")
+    rows = query.shape[0] if packed is None else len(packed.lengths)
+    if packed is not None:
+        check.require(valid is None, op, "valid", "None with packed sequences", "a tensor")
+        total = sum(packed.lengths)
+        check.require(total == query.shape[0], op, "total of packed lengths", query.shape[0], total)
+        query, key, value = (x[None] for x in (query, key, value))  # one row, for the checks below
+    lengths, mask = (None, valid) if valid is not None and valid.dim() == 2 else (valid, None)
+    check_inputs(op, query, key, value, lengths=lengths, valid=mask)
+    check.dropout(op, dropout, "dropout keys", query)  # without keys they are drawn
+    if dropout_keys is not None:
+        check.shape(op, "dropout keys", dropout_keys, (rows,))
+    if alibi is None:
+        return
+    _, tokens, heads, _ = query.shape
+    check.shape(op, "slopes", alibi.slopes, (heads,))
+    if alibi.scale is not None:
+        shape = tuple(alibi.scale.shape)
+        check.require(shape in ((heads,), (1,)), op, "shape of the bias's scale", f"({heads},) or (1,)", shape)
+    if packed is not None:
+        check.shape(op, "positions", alibi.positions, (tokens,))
+    else:
+        place = tuple(alibi.positions.shape)
+        fits = len(place) == 2 and place[0] == rows and place[1] <= tokens
+        check.require(fits, op, "shape of positions", f"({rows}, at most {tokens})", place)
+
+
+# ---- choice
+
+
+def preferred_engines(request: Request) -> tuple[str, ...]:
+    """Engines in the order in which "auto" tries them."""
+    if request.packed and request.device == "cuda" and not request.alibi:
+        return ("xformers", "sdpa", "triton", "reference", "flex")
+    if request.device == "cuda":
+        return ("sdpa", "triton", "flex", "reference")
+    # PyTorch makes the (rows, heads, T, T) weights for a bias and for dropout; without them it is about as quick, and
+    # its calls cost the host less (the log).
+    ours = request.dropout or request.alibi
+    return ("native", "sdpa", "reference", "triton") if ours else ("sdpa", "native", "reference", "triton")
+
+
+_chosen: dict[tuple[Any, ...], str] = {}
+
+
+def _choose(forced: str, *fields: Any) -> str:
+    """`choose_engine`, remembered: one dictionary look-up a call. Constants only, so that `torch.compile` asks once."""
+    question = (forced, registry.forced_backend(), torch.are_deterministic_algorithms_enabled(), *fields)
+    name = _chosen.get(question)
+    if name is None:
+        name = choose_engine(Request(*fields), forced)
+        if fields[0] != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _chosen[question] = name
+    return name
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler and Triton with it.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def choose_engine(request: Request, forced: str = "auto") -> str:
+    """Name of the engine that runs a request; `NotImplementedError` with all reasons where none does."""
+    if forced not in ("auto", *ENGINES):
+        raise ValueError(f"attend: engine: expected auto or one of {', '.join(ENGINES)}, got {forced!r}")
+    names = preferred_engines(request) if forced == "auto" else (forced,)
+    reasons = []
+    for name in names:
+        why_not = why_not_engine(name, request)
+        if not why_not:
+            return name
+        reasons += [f"{name}: {reason}" for reason in why_not]
+    raise NotImplementedError(f"attend: no engine of {', '.join(names)} can run {request}: " + "; ".join(reasons))
+
+
+def why_not_engine(name: str, request: Request, *, probe: bool = True) -> list[str]:
+    """Reasons why an engine cannot run a request; empty when it can.
+
+    Other projects' kernels are tried once in a process, for each dtype and width; without `probe` an empty list says
+    only that nothing known speaks against a trial.
+    """
+    engine = ENGINES[name]
+    reasons = engine.limits(request)
+    return reasons or (_probe_failure(name, request.dtype, request.width) if probe and engine.probed else [])
+
+
+def _reasons(*found: tuple[bool, str]) -> list[str]:
+    return [words for holds, words in found if holds]
+
+
+def _xformers_limits(request: Request) -> list[str]:
+    dtype = check.dtype_name(request.dtype)
+    return _reasons(
+        (request.device != "cuda", f"runs on cuda, not on {request.device}"),
+        (dtype not in ("float16", "bfloat16"), f"has float16 and bfloat16, not {dtype}"),
+        (not request.packed, "is used for packed sequences"),
+        (request.alibi, "has no bias from kept positions"),
+        (request.dropout_keys, "has no dropout from row keys"),
+    )
+
+
+def _sdpa_limits(request: Request) -> list[str]:
+    return _reasons(
+        (request.alibi, "would need the bias as a (rows, heads, T, T) tensor"),
+        (request.dropout_keys, "has no dropout from row keys"),
+    )
+
+
+def _flex_limits(request: Request) -> list[str]:
+    atomics = "adds up the gradient of the bias's scale with atomics (deterministic algorithms are wanted)"
+    return _reasons(
+        (request.device != "cuda", f"is used on cuda, not on {request.device}"),
+        (request.packed, "is not used for packed sequences"),
+        (request.dropout, "has no dropout"),
+        (torch.are_deterministic_algorithms_enabled(), atomics),
+        (request.dtype == torch.float64, "has no float64"),
+    )
+
+
+def _operator_limits(request: Request, backend: str) -> list[str]:
+    forced = registry.forced_backend()
+    found = {b.name: b for b in registry.backends()}
+    if forced in found and forced != backend and "attention" in found[forced].implementations:
+        return [f"backend {forced} is forced"]
+    case = registry.Case("attention", request.device, (request.dtype,), (str(request.width),))
+    reasons = found[backend].why_not(case)
+    if not reasons and (chosen := registry.choose(case, forced).name) != backend:
+        return [f"the operator takes its backend {chosen} here; use_backend chooses another"]
+    return reasons
+
+
+# ---- engines
+
+
+def _attend_by_xformers(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
+    ops = importlib.import_module("xformers.ops")
+    packed = options.packed
+    assert packed is not None
+    bias = packed.made.get("xformers")
+    if bias is None:  # a sequence without tokens has no block
+        lengths = [n for n in packed.lengths if n > 0]
+        bias = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths, device=query.device)
+        packed.made["xformers"] = bias
+    inputs = (x[None] for x in (query, key, value))
+    out: Tensor = ops.memory_efficient_attention(*inputs, attn_bias=bias, p=options.dropout, scale=options.scale)
+    return out[0]
+
+
+def _attend_by_sdpa(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
+    valid, empty = _keys_and_empty_rows(options.valid, query.shape[1])
+    mask = None if valid is None else valid[:, None, None, :]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=options.dropout, scale=options.scale)
+    return _with_zeros(out.transpose(1, 2), empty)
+
+
+def _attend_by_operator(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
+    slopes = positions = None
+    if options.alibi is not None:
+        slopes, positions = _effective_slopes(options.alibi, query.dtype), options.alibi.positions
+    keys = options.dropout_keys
+    if options.dropout > 0.0 and keys is None:
+        keys = torch.randint(0, 2**62, (query.shape[0],), device=query.device)
+    lengths = mask = None
+    if options.valid is not None:
+        lengths, mask = (None, options.valid) if options.valid.dim() == 2 else (options.valid, None)
+    rest = (slopes, positions, lengths, mask, keys, options.dropout, options.scale)
+    return attention_operator(query, key, value, *rest)[0]
+
+
+def _attend_by_flex(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
+    slopes, place, extra = None, None, 0
+    if options.alibi is not None:
+        slopes = _effective_slopes(options.alibi, query.dtype)
+        extra = query.shape[1] - options.alibi.positions.shape[1]
+        place = F.pad(options.alibi.positions, (extra, 0))
+    valid, empty = _keys_and_empty_rows(options.valid, query.shape[1])
+
+    def score(s: Tensor, n: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if slopes is not None and place is not None:
+            distance = (place[n, i] - place[n, j]).abs().to(s.dtype)
+            s = s - slopes[h] * torch.where((i >= extra) & (j >= extra), distance, 0.0)
+        return s if valid is None else torch.where(valid[n, j], s, -math.inf)
+
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out = _flex_function(query.device.type)(q, k, v, score_mod=score, scale=options.scale)
+    return _with_zeros(out.transpose(1, 2), empty)
+
+
+@functools.cache
+def _flex_function(device: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = importlib.import_module("torch.nn.attention.flex_attention").flex_attention
+    # Without compilation it makes the (rows, heads, T, T) tensor; that serves tests on a CPU alone.
+    return torch.compile(function) if device == "cuda" else function
+
+
+def _effective_slopes(alibi: Alibi, dtype: torch.dtype) -> Tensor:
+    compute = check.compute_dtype(dtype)
+    slopes = alibi.slopes.to(compute)
+    if alibi.scale is None:
+        return slopes
+    return slopes * alibi.scale.to(compute).clamp(min=0.0)
+
+
+def _keys_and_empty_rows(valid: Tensor | None, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+    """(N,T) keys that count, and (N,) rows without one.
+
+    Kernels differ in what they do with such a row: it gets all keys, then the documented 0 is written.
+    """
+    if valid is None:
+        return None, None
+    mask = valid if valid.dim() == 2 else torch.arange(tokens, device=valid.device) < valid[:, None]
+    empty = ~mask.any(1)
+    return mask | empty[:, None], empty
+
+
+def _with_zeros(out: Tensor, empty: Tensor | None) -> Tensor:
+    return out if empty is None else out.masked_fill(empty[:, None, None, None], 0.0)
+
+
+def _run(engine: Engine, query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
+    """Packed sequences through an engine for dense ones: rows of the longest length, and back; no host read."""
+    packed = options.packed
+    if packed is None or engine.packed:
+        return engine.run(query, key, value, options)
+    if query.shape[0] == 0:
+        return query.clone()
+    starts, lengths = packed.starts[:-1].long(), packed.starts.diff()
+    step = torch.arange(packed.longest, device=query.device)
+    place = (starts[:, None] + step).clamp(max=query.shape[0] - 1)
+    inside = step < lengths[:, None]
+
+    def pad(x: Tensor) -> Tensor:
+        rows = inside.view(*inside.shape, *[1] * (x.dim() - 1))
+        return torch.where(rows, x[place], x.new_zeros(()))
+
+    alibi = options.alibi
+    if alibi is not None:
+        alibi = alibi._replace(positions=pad(alibi.positions))
+    dense = options._replace(packed=None, valid=lengths, alibi=alibi)
+    out = engine.run(pad(query), pad(key), pad(value), dense)
+    token = torch.arange(query.shape[0], device=query.device)
+    row = torch.searchsorted(packed.starts[1:].long(), token, right=True)
+    return out[row, token - starts[row]]
+
+
+class Engine(NamedTuple):
+    """One way to attend."""
+
+    run: Callable[[Tensor, Tensor, Tensor, _Options], Tensor]
+    limits: Callable[[Request], list[str]]
+    """Reasons why it cannot run a request."""
+    packed: bool = False
+    """Takes packed sequences as they are."""
+    probed: bool = False
+    """Tried once in a process before it is used."""
+
+
+ENGINES = {
+    "xformers": Engine(_attend_by_xformers, _xformers_limits, packed=True, probed=True),
+    "sdpa": Engine(_attend_by_sdpa, _sdpa_limits),
+    "native": Engine(_attend_by_operator, functools.partial(_operator_limits, backend="native")),
+    "triton": Engine(_attend_by_operator, functools.partial(_operator_limits, backend="triton")),
+    "flex": Engine(_attend_by_flex, _flex_limits, probed=True),
+    "reference": Engine(_attend_by_operator, functools.partial(_operator_limits, backend="reference")),
+}
+
+
+# ---- live probes
+
+
+def _probe(engine: str, dtype: torch.dtype, width: int, device: torch.device) -> str:
+    """Empty when a tiny forward and backward ran and was right, else what went wrong."""
+    try:
+        generator = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay where they are
+        x = [torch.randn((48, 2, width), device=device, dtype=dtype, generator=generator) for _ in range(3)]
+        options, other = _Options(width**-0.5, None, pack_lengths([17, 31], device), None, 0.0, None), "sdpa"
+        if engine == "flex":
+            slopes, scale = torch.ones(2, device=device), torch.ones(2, device=device, requires_grad=True)
+            alibi, other = Alibi(slopes, torch.arange(48, device=device)[None], scale), "reference"
+            options, x = options._replace(packed=None, alibi=alibi), [t[None] for t in x]
+        x = [t.requires_grad_() for t in x]
+        results = []
+        for name in (engine, other):
+            y = _run(ENGINES[name], x[0], x[1], x[2], options)
+            results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), x)])
+        for got, wanted in zip(*results, strict=True):
+            error = float((got.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+            if not error < 0.05:
+                return f"its result differs from PyTorch's by {error:.2g} of the maximum"
+    except Exception as error:  # a library that does not fit this torch fails in many ways
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return ""
+
+
+_probed: dict[tuple[Any, ...], str] = {}
+
+
+def _probe_failure(engine: str, dtype: torch.dtype, width: int) -> list[str]:
+    question = (engine, dtype, width, torch.cuda.current_device())
+    if question not in _probed:
+        if torch.cuda.is_current_stream_capturing():
+            return ["was not tried before this graph capture (call once outside it)"]
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode(0)  # a probe reads its result, once a process
+        _probed[question] = _probe(engine, dtype, width, torch.device("cuda", question[-1]))
+        torch.cuda.set_sync_debug_mode(before)
+    failure = _probed[question]
+    return [f"a trial run failed ({failure})"] if failure else []

@@ -1,0 +1,169 @@
+"""Dropout, residual sum and layer norm in one pass: what stands between the parts of a transformer block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from .._define import Call, Gradient, define
+from .._random import keep_mask
+
+
+def dropout_add_layer_norm(
+    branch: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    keys: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """total = residual + kept * branch / (1 - dropout), and normed = layer_norm(total) * weight + bias.
+
+    Dropout as in Srivastava et al. 2014, layer norm as in Ba et al. 2016: mean and biased variance over the channels of
+    each token. Element (n,t,c) is kept or not as a pure function of (keys[n], t, c), so neither batch nor rank nor the
+    number of threads matters: word c % 4 of Philox4x32-10 with counter (c / 4, t, 0, 0), dropped below dropout * 2^32.
+    Nothing of it is stored; the backward pass draws again.
+
+    Args:
+        branch, residual: (N,T,C) of one floating dtype, last stride 1.
+        weight, bias: (C,) floating in any dtype, or None for 1 and 0.
+        dropout: probability in [0, 1) that an element of branch is dropped; pass 0 in evaluation.
+        keys: int64 (N,), one a sample; needed where dropout is above 0.
+        eps: added to the variance.
+
+    Returns:
+        normed and total, both with shape and dtype of branch, contiguous. Arithmetic in float32 (float64 for float64);
+        normed is the norm of total as it is returned. Differentiable in branch, residual, weight and bias; gradients
+        are bitwise repeatable. A NaN of a dropped element stays NaN.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, strides, keys, dropout or eps that do not fit.
+    """
+    return _dropout_add_layer_norm(branch, residual, weight, bias, keys, dropout, eps)
+
+
+def _shape(
+    op: str, branch: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, keys: Tensor | None,
+    dropout: float, eps: float, names: tuple[str, str] = ("branch", "residual"),
+) -> Call:  # fmt: skip
+    for name, x in zip(names, (branch, residual), strict=True):
+        check.rows(op, name, x, "N, T, C")
+    check.shape(op, names[1], residual, branch.shape)
+    check.dtype(op, names[1], residual, branch.dtype)
+    check.device(op, names[1], residual, branch)
+    check.vector(op, "weight", weight, branch)
+    check.vector(op, "bias", bias, branch)
+    if keys is not None:
+        check.keys(op, "keys", keys, branch.shape[0])
+        check.device(op, "keys", keys, branch)
+    check.dropout(op, dropout, "keys", keys)
+    check.require(eps > 0.0, op, "eps", "above 0", eps)
+    return Call(branch, check.dtypes_of(branch, weight, bias), (branch, branch))
+
+
+def _backward_shape(
+    op: str, grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None,
+    keys: Tensor | None, dropout: float, eps: float,
+) -> Call:  # fmt: skip
+    """Gradients of branch (shape (0,) without dropout: that of residual), residual, weight and bias; the latter two
+    have shape (C,) and the dtype of the arithmetic."""
+    for name, grad in (("grad_normed", grad_normed), ("grad_total", grad_total)):
+        if grad is not None:
+            _shape(op, total, grad, weight, None, keys, dropout, eps, ("total", name))
+    vector = (total.shape[2:], check.compute_dtype(total.dtype))
+    of_branch = (total.shape if dropout > 0.0 else (0,), total.dtype)
+    return Call(total, check.dtypes_of(total, weight), (of_branch, total, vector, vector))
+
+
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight.to(x.dtype)
+    return x if bias is None else x + bias.to(x.dtype)
+
+
+def standardise_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows with mean 0 and variance 1, and what they were multiplied by."""
+    centred = x - x.mean(dim=1, keepdim=True)
+    scale = torch.rsqrt((centred * centred).mean(dim=1, keepdim=True) + eps)
+    return centred * scale, scale
+
+
+def standardise_gradient(grad: Tensor, normal: Tensor, scale: Tensor) -> Tensor:
+    """Gradient of the rows from that of the standardised ones."""
+    along = grad.mean(dim=1, keepdim=True) + normal * (grad * normal).mean(dim=1, keepdim=True)
+    return (grad - along) * scale
+
+
+def _dropout_factors(keys: Tensor | None, x: Tensor, dropout: float) -> Tensor:
+    """1 / (1 - dropout) where an element of x (N,T,C) is kept, else 0: a function of keys[n], t and c alone."""
+    if dropout == 0.0 or keys is None:
+        return x.new_ones(())
+    _, t, c = x.shape
+    tokens = torch.arange(t, device=x.device)[:, None]
+    kept = keep_mask(keys[:, None, None], (tokens,), c, dropout)
+    return kept.to(x.dtype) * (1.0 / (1.0 - dropout))
+
+
+def _reference(
+    branch: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, keys: Tensor | None, dropout: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    added = branch.to(check.compute_dtype(branch.dtype))
+    total = residual.to(added.dtype) + added * _dropout_factors(keys, added, dropout)
+    rows = total.to(branch.dtype).contiguous()  # the norm is that of the numbers that are given back
+    normal, _ = standardise_rows(rows.flatten(0, 1).to(added.dtype), eps)
+    return affine(normal, weight, bias).to(rows.dtype).view(rows.shape), rows
+
+
+def _backward_reference(
+    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, keys: Tensor | None,
+    dropout: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    compute = check.compute_dtype(total.dtype)
+    normal, scale = standardise_rows(total.flatten(0, 1).to(compute), eps)
+    g = grad_normed.flatten(0, 1).to(compute)
+    of_weight, of_bias = (g * normal).sum(dim=0), g.sum(dim=0)
+    of_total = standardise_gradient(affine(g, weight, None), normal, scale).view(total.shape)
+    of_total = of_total if grad_total is None else of_total + grad_total.to(compute)
+    of_branch = total.new_empty((0,))
+    if dropout > 0.0:
+        of_branch = (of_total * _dropout_factors(keys, of_total, dropout)).to(total.dtype)
+    return of_branch, of_total.to(total.dtype, copy=True, memory_format=torch.contiguous_format), of_weight, of_bias
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, weight, bias, keys, ctx.dropout, ctx.eps = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(output[1], weight, keys)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+    total, weight, keys = ctx.saved_tensors
+    if grad is None and grad_total is None:
+        return (None,) * 7
+    grad = torch.zeros_like(total) if grad is None else check.with_unit_stride(grad)
+    grad_total = None if grad_total is None else check.with_unit_stride(grad_total)
+    of_branch, of_residual, *affine = _dropout_add_layer_norm_backward(
+        grad, grad_total, total, weight, keys, ctx.dropout, ctx.eps
+    )
+    of_branch = of_residual if ctx.dropout == 0.0 else of_branch
+    dtypes = (None if weight is None else weight.dtype, ctx.bias_dtype)
+    of_affine = [None if dtype is None else g.to(dtype) for g, dtype in zip(affine, dtypes, strict=True)]
+    return of_branch, of_residual, *of_affine, None, None, None
+
+
+_dropout_add_layer_norm = define(
+    "dropout_add_layer_norm(Tensor branch, Tensor residual, Tensor? weight, Tensor? bias, Tensor? keys, float dropout,"
+    " float eps) -> (Tensor, Tensor)",
+    _shape, _reference, Gradient(_gradient, _setup),
+)  # fmt: skip
+_dropout_add_layer_norm_backward = define(
+    "dropout_add_layer_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor? weight,"
+    " Tensor? keys, float dropout, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_shape, _backward_reference,
+)  # fmt: skip
