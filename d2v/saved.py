@@ -10,8 +10,8 @@ import torch
 from d2v.config import Config
 from d2v.config.finetune import FineTuneConfig, read_config
 from d2v.folder import CONFIG, MODEL, copy_into, find_model, load_tensors
-from d2v.model.data2vec import Data2Vec, build_model
-from d2v.model.finetuned import FineTuned, build_finetuned, strip_pretraining
+from d2v.model.data2vec import Data2Vec, build_model, strip_pretraining
+from d2v.model.finetuned import FineTuned, build_finetuned
 from d2v.runtime import choose_device
 
 

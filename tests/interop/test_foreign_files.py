@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from d2v.train.loop import load_weights
 from safetensors.torch import load_file, save_file
 
 import d2v
 from d2v.interop import fairseq, huggingface
 from d2v.interop.convert import import_checkpoint
 from d2v.saved import load_any
+from d2v.train.pretraining import load_weights
 
 from .test_fairseq_file import FAMILIES, published_state
 from .test_huggingface import tiny_model
