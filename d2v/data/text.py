@@ -26,7 +26,7 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.data.cache import CACHE
 from d2v.data.dataset import Batch, Modality, Sample
-from d2v.data.sources import Rejected, Reporter, Source, find_files, for_example, number_classes
+from d2v.data.sources import Rejected, Reporter, Source, find_files, for_example, is_header, number_classes
 from d2v.data.tokenizer import (
     END,
     FILE,
@@ -298,9 +298,12 @@ class LabelledTexts(TextSource):
                 except UnicodeDecodeError as error:
                     self.rejected.append(Rejected(where, f"not UTF-8 from byte {error.start}"))
                     continue
-                columns = columns or len(parts)
+                first, columns = not columns, columns or len(parts)
                 if columns not in (2, 3):
                     raise ValueError(f"{option}: expected text<TAB>label or text<TAB>text<TAB>label in {where}")
+                if first and is_header(parts):
+                    self.left_out[f"line of column names, {where}"] = 1
+                    continue
                 reason = None if all(part.strip() for part in parts) else "an empty column"
                 if len(parts) != columns:
                     reason = f"expected {columns} columns, got {len(parts)}"

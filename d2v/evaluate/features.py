@@ -69,6 +69,24 @@ class RowWriter:
         self._rows_file.unlink(missing_ok=True)
 
 
+class _Index:
+    """Lines of the index beside the rows; what is left out, and what is cut."""
+
+    def __init__(self, writer: RowWriter) -> None:
+        self._writer, self.lines = writer, ["name\tfirst_row\trows\tnote"]
+        self.lost: list[Rejected] = []
+        self.cut: list[Rejected] = []
+
+    def add(self, name: str, rows: Tensor | None, note: str) -> None:
+        """A sample and its rows; None: it has none, for the reason of the note."""
+        if note:
+            (self.lost if rows is None else self.cut).append(Rejected(name, note))
+        place = f"{self._writer.rows}\t{0 if rows is None else len(rows)}"
+        self.lines.append(f"{' '.join(name.splitlines()).replace(chr(9), ' ')}\t{place}\t{' '.join(note.split())}")
+        if rows is not None:
+            self._writer.append(rows.numpy())
+
+
 @torch.no_grad()
 def extract(
     checkpoint: str,
@@ -100,17 +118,9 @@ def extract(
     source = modality.open_whole(input, option="input")
     encoder = model.teacher if weights == "teacher" else model
     target = Path(output)
-    writer, index = RowWriter(target), ["name\tfirst_row\trows\tnote"]
-    lost: list[Rejected] = []
-    cut: list[Rejected] = []
+    writer = RowWriter(target)
+    index = _Index(writer)
     report = Reporter("features", len(source), modality.noun)
-
-    def add(name: str, rows: Tensor | None, note: str = "") -> None:
-        (cut if rows is not None and note else lost if rows is None else []).append(Rejected(name, note))
-        count = 0 if rows is None else len(rows)
-        index.append("\t".join([" ".join(name.split("\t")), str(writer.rows), str(count), " ".join(note.split())]))
-        if rows is not None:
-            writer.append(rows.numpy())
 
     try:
         for part in uncut.batches(source, place, batch):
@@ -120,23 +130,24 @@ def extract(
                 name, note = source.describe(sample.sample_id), next(iter(sample.notes), None)
                 text = "" if note is None else note.text
                 if note is not None and note.kind == "bad":
-                    add(name, None, text)
+                    index.add(name, None, text)
                 elif not bool(torch.isfinite(rows).all()):
-                    add(name, None, "features that are not finite")
+                    index.add(name, None, "features that are not finite")
                 else:
-                    add(name, rows.mean(dim=0, keepdim=True) if pool == "mean" else rows, text)
+                    index.add(name, rows.mean(dim=0, keepdim=True) if pool == "mean" else rows, text)
             report.show(part.samples[-1].sample_id + 1)
         for entry in list_left_out(source):
-            add(entry.name, None, entry.reason)
+            index.add(entry.name, None, entry.reason)
         if writer.rows == 0:
-            raise ValueError(f"input: expected {modality.noun} that can be decoded, got none{for_example(lost)}")
+            raise ValueError(f"input: expected {modality.noun} that can be decoded, got none{for_example(index.lost)}")
         writer.finish()
     except BaseException:
         writer.abort()
         raise
     report.finish()
     index_file = target.with_name(target.name + ".index.tsv")
-    write_atomically(index_file, "\n".join(index) + "\n")
-    used = len(index) - 1 - len(lost)
-    notes = "".join(f"; {what} {list_entries(found)}" for what, found in (("left out", lost), ("cut", cut)) if found)
+    write_atomically(index_file, "\n".join(index.lines) + "\n")
+    used = len(index.lines) - 1 - len(index.lost)
+    named = (("left out", index.lost), ("cut", index.cut))
+    notes = "".join(f"; {what} {list_entries(found)}" for what, found in named if found)
     return f"{target}: {writer.rows} rows of {writer.width} of {used} {modality.noun}; {index_file}{notes}"

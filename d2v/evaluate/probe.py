@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.data.dataset import Batch, Collate, Modality
 from d2v.data.pieces import PieceBatch, Uncut, list_entries, list_left_out
-from d2v.data.sources import Rejected, Source
+from d2v.data.sources import Rejected, Source, check_classes, describe_rare
 from d2v.files import write_atomically
 from d2v.model.data2vec import build_model
 from d2v.model.teacher import Encoded
@@ -67,6 +68,25 @@ def _class_token(encoded: Encoded) -> Tensor:
     if encoded.class_token is None:
         raise ValueError("pool: expected another than class, the model has no class token")
     return encoded.class_token
+
+
+def make_extractor(
+    encoder: Any, modality: Modality, device: torch.device, layer: int | None, pool: str, precision: str
+) -> Callable[[PieceBatch], Tensor]:
+    """`encode_batch` of an encoder in a precision."""
+
+    def extract(part: PieceBatch) -> Tensor:
+        with autocast(precision, device):
+            return encode_batch(encoder, modality, part, device, layer, pool)
+
+    return extract
+
+
+def raw_features(modality: Modality, name: str, part: PieceBatch) -> Tensor:
+    """Baseline features (B,F) of whole samples."""
+    if len(part.inputs) == len(part):
+        return modality.raw_features(name, part)
+    return torch.cat([modality.raw_features(name, Collate(modality)([sample])) for sample in part.samples])
 
 
 SEGMENTS = 4
@@ -231,6 +251,10 @@ def open_pair(modality: Modality, train: str, test: str) -> tuple[Source, Source
     second.labels, second.classes = align_labels(first, second), first.classes
     if len(first.classes or []) < 2:
         raise ValueError(f"train: expected at least 2 classes, got {first.classes}")
+    check_classes(first, "train")
+    assert first.labels is not None
+    for text in describe_rare(first.labels.tolist(), first.classes or [], first.describe):
+        print(text, file=sys.stderr)
     for name, source in (("train", first), ("test", second)):
         check_lost(modality.config, source, name)  # what the index has rejected already costs no features
     return first, second
@@ -276,26 +300,15 @@ def probe(
         raise ValueError(f"baselines: expected of {known} for {modality.noun}, got {unknown[0]}")
     train_source, test_source = open_pair(modality, train, test)
 
-    def extractor(encoder: Any) -> Callable[[PieceBatch], Tensor]:
-        def extract(part: PieceBatch) -> Tensor:
-            with autocast(precision, place):
-                return encode_batch(encoder, modality, part, place, layer, pool)
-
-        return extract
-
-    def raw(name: str, part: PieceBatch) -> Tensor:
-        if len(part.inputs) == len(part):
-            return modality.raw_features(name, part)
-        return torch.cat([modality.raw_features(name, Collate(modality)([sample])) for sample in part.samples])
-
-    extractors: dict[str, Callable[[PieceBatch], Tensor]] = {}
-    extractors["pretrained"] = extractor(model.teacher if weights == "teacher" else model)
-    for name in baselines:
-        if name == "random_init":
-            fresh = build_model(config, place)
-            extractors[name] = extractor(fresh.teacher if weights == "teacher" else fresh)
-        else:
-            extractors[name] = partial(raw, name)
+    encoders: dict[str, Any] = {"pretrained": model}
+    if "random_init" in baselines:
+        encoders["random_init"] = build_model(config, place)
+    extractors = {
+        name: make_extractor(e.teacher if weights == "teacher" else e, modality, place, layer, pool, precision)
+        for name, e in encoders.items()
+    }
+    extractors |= {name: partial(raw_features, modality, name) for name in baselines if name != "random_init"}
+    extractors = {name: extractors[name] for name in ("pretrained", *baselines)}
     first, y = extract_features(extractors, config, train_source, "train", batch=batch, uncut=uncut)
     second, truth = extract_features(extractors, config, test_source, "test", batch=batch, uncut=uncut)
     features = {name: (first[name], second[name]) for name in extractors}
