@@ -27,7 +27,8 @@ def load_any(
 ) -> tuple[Data2Vec | FineTuned, Config, torch.device]:
     """The model of a checkpoint, pre-trained or fine-tuned; else as `load_model`.
 
-    Of the folder of a fine-tuning run the model that it chose on held-out data. takes_data: False where no text will be
+    It computes in float32 whatever it was trained in, as run.precision of the configuration says then. Of the folder of
+    a fine-tuning run the model that it chose on held-out data. takes_data: False where no text will be
     read, for which a tokenizer has to be found.
     """
     folder = find_model(checkpoint)
@@ -43,7 +44,8 @@ def load_any(
     # No sample is too short to be evaluated, as far as the stem can take it.
     tokenizer = find_tokenizer(folder, config) if takes_data else config.data.tokenizer
     data = replace(config.data, min_seconds=0.0, tokenizer=tokenizer)
-    return model.to(place).eval(), replace(config, data=data), place
+    (model.encoder if isinstance(model, FineTuned) else model).drop_training_settings()
+    return model.to(place).eval(), replace(config, data=data, run=replace(config.run, precision="fp32")), place
 
 
 def find_tokenizer(folder: Path, config: Config) -> str | None:

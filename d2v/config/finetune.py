@@ -131,7 +131,7 @@ class TaskOptions:
     channel_mask: float = setting(0.0, low=0, high=1, only="speech")
     """Speech: the same for channels of the features."""
     channel_span: int = setting(64, low=1, only="speech")
-    """Speech: channels of a masked span."""
+    """Speech: channels of a masked span; speech-ctc has 64 of 768, of a narrower model the same share."""
     drop_path: float | None = None
     """Stochastic depth of the last block; unset: as pre-trained."""
     dropout: float | None = setting(None, rare=True)

@@ -114,6 +114,7 @@ class FineTuned(nn.Module):
         tensors = load_tensors(found, MODEL)
         model = build_finetuned(config, tensors)
         copy_into(model.state_dict(), tensors, f"checkpoint {str(found)!r}")
+        model.encoder.drop_training_settings()
         return model.to(choose_device(device)).eval()
 
     def count_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
