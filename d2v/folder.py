@@ -8,16 +8,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from d2v.files import PARTIAL
+from d2v.files import PARTIAL, parse_json
+
+if TYPE_CHECKING:
+    from d2v.config import Config
+
+Model = TypeVar("Model", bound=nn.Module)
 
 METADATA = "metadata.json"
 FORMAT = "d2v-checkpoint-1"
@@ -92,12 +97,9 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 def load_json(path: Path) -> dict[str, Any]:
     """A JSON object; `ValueError` names a missing or damaged file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint: cannot read {str(path)!r}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"checkpoint: expected a JSON object in {str(path)!r}, got {type(value).__name__}")
-    return value
 
 
 def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:
@@ -106,6 +108,39 @@ def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: 
         raise ValueError(f"{what}: {problem}")
     for name, tensor in target.items():
         tensor.detach().copy_(source[name])
+
+
+def build_filled(build: Callable[[], Model], config: Config, tensors: Mapping[str, Tensor], what: str) -> Model:
+    """The model that `build` makes of a configuration, with a file's tensors.
+
+    A configuration is not trusted: what it asks for is compared with the tensors before anything of its size is made.
+    `ValueError`, beginning with `what`, names the first that does not fit.
+    """
+    check_layers(config, len(tensors), what)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            planned = build().state_dict()
+    except (RuntimeError, ArithmeticError, TypeError, MemoryError) as error:
+        raise ValueError(f"{what}: its configuration makes no model: {str(error).splitlines()[0]}") from None
+    if problem := describe_mismatch(planned, tensors):
+        raise ValueError(f"{what}: {problem}")
+    model = build()
+    copy_into(model.state_dict(), tensors, what)
+    return model
+
+
+def check_layers(config: Config, tensors: int, what: str) -> None:
+    """`ValueError` for more layers than a file of so many tensors can hold; each would take memory before its weights
+    are looked at."""
+    stem, encoder, decoder = config.stem, config.encoder, config.decoder
+    counts = {
+        "encoder.depth": encoder.depth, "encoder.prenet_depth": encoder.prenet_depth, "decoder.layers": decoder.layers,
+        "decoder.projection_layers": decoder.projection_layers, "head.layers": config.head.layers,
+        "stem.position_layers": stem.position_layers, "stem.convolutions": len(stem.convolutions),
+    }  # fmt: skip
+    for name, count in counts.items():
+        if count > max(tensors, 64):
+            raise ValueError(f"{what}: expected layers for {tensors} tensors, got {name} of {count}")
 
 
 def describe_mismatch(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> str | None:
