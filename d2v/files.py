@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 PARTIAL = ".partial-"
 """Begins the names of what is not whole yet."""
+_ROW = 8192
 
 
 def flush(path: Path) -> None:
@@ -34,13 +39,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def naming_bytes(path: Path, size: int) -> Iterator[None]:
-    """An `OSError` of writing a file names it and the bytes that were wanted."""
+def naming_bytes(path: Path, size: int, other: type[Exception] = OSError) -> Iterator[None]:
+    """An `OSError` of writing a file (or an `other`) becomes one that names it and the bytes that were wanted."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise type(error)(error.errno, f"{reason} ({size} bytes were to be written)", str(path)) from None
+    except (OSError, other) as error:
+        number, reason = getattr(error, "errno", None) or errno.EIO, getattr(error, "strerror", None) or str(error)
+        raise OSError(number, f"{reason} ({size} bytes were to be written)", str(path)) from None
+
+
+def checksum(data: bytes | np.ndarray) -> int:
+    """A number that another bit changes, at the speed of memory: CRC-32 of the sums of 8-byte columns of 8 KB rows."""
+    raw = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
+    whole = len(raw) - len(raw) % _ROW
+    columns = raw[:whole].view(np.uint64).reshape(-1, _ROW // 8).sum(0, dtype=np.uint64)
+    return zlib.crc32(raw[whole:].tobytes(), zlib.crc32(columns.tobytes()))
 
 
 def parse_json(text: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -317,6 +318,41 @@ class Config:
         """Rebuilds a configuration; unknown or missing fields raise `ValueError` with their names."""
         config: Self = build_section(cls, parse_json(text), "config")
         return config
+
+
+_WITHOUT_SHAPE = {
+    "stem": {"dropout", "gradient_scale", "position_scale"},
+    "encoder": {
+        "init_std", "init_rescale", "dropout", "attention_dropout", "activation_dropout", "prenet_dropout",
+        "layer_drop", "drop_path",
+    },
+    "decoder": {"input_dropout"},
+}  # fmt: skip
+
+
+def architecture(config: Config) -> dict[str, Any]:
+    """Settings that decide which tensors a model has and what they mean, by their dotted names."""
+    found = {}
+    for name in flat_fields(Config):
+        section, _, last = name.partition(".")
+        if section in ("version", "stem", "encoder", "decoder", "head") and last not in _WITHOUT_SHAPE.get(section, ()):
+            found[name] = operator.attrgetter(name)(config)
+    return found
+
+
+def take_architecture(config: Config, source: Config) -> Config:
+    """A configuration with the architecture of another one of the same version and modality; `ValueError` where these
+    differ."""
+    for name in ("version", "stem.modality"):
+        expected, got = (operator.attrgetter(name)(c) for c in (source, config))
+        if expected != got:
+            raise ValueError(f"{name}: expected a recipe with {expected}, got one with {got}")
+    sections: dict[str, dict[str, Any]] = {"target": {"top_k": min(config.target.top_k, source.encoder.depth)}}
+    for name, value in architecture(source).items():
+        section, _, field_name = name.rpartition(".")
+        if section:
+            sections.setdefault(section, {})[field_name] = value
+    return config.change(**sections)
 
 
 RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (

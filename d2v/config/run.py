@@ -130,6 +130,9 @@ class Run:
     """Run folder; resumes if it holds a checkpoint."""
     steps: int = setting(400_000, low=0)
     """Optimiser updates."""
+    extend: int = setting(0, low=0, rare=True)
+    """Updates after run.steps: the schedule of the learning rate is gone through once more over them, warm-up and hold
+    shortened in proportion; the moving average keeps its last decay."""
     seed: int = 0
     """Seed of weights, masks, noise, crops and order."""
     log_every: int = setting(50, low=1, free=True)
@@ -178,3 +181,8 @@ class Run:
     """Limit on prediction_std; 0 turns the collapse rule off."""
     collapse_content_spread: float = setting(0.01, free=True, rare=True)
     """Limit on content_spread; 0 turns the collapse rule off."""
+
+    @property
+    def last(self) -> int:
+        """Number of the last update."""
+        return self.steps + self.extend

@@ -101,7 +101,7 @@ class FineTuning(Objective):
 
     def updates(self, first: int, world: World) -> Generator[list[Batch], None, None]:
         """Labelled micro-batches, with masks of speech."""
-        sampler = UpdateSampler(self.config, self.source, first, self.config.run.steps, world.rank, world.size)
+        sampler = UpdateSampler(self.config, self.source, first, self.config.run.last, world.rank, world.size)
         dataset = TrainSamples(self.source, self.modality, self.config.run.seed)
         collate = LabelledCollate(self.config, self.modality, self.spelling, training=True)
         return load_updates(self.config, dataset, collate, sampler, world.device)
