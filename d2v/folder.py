@@ -204,14 +204,15 @@ def read_index(folder: Path) -> dict[str, Any]:
                 raise ValueError("it is not as it was written (its checksum differs)")
     except KeyError as error:
         raise damaged(path, f"expected an entry {error}, found none") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, error) from None
     return dict(value["tensors"])
 
 
 def damaged(path: Path, reason: object) -> ValueError:
     """The error for a file that cannot be used; of a run's checkpoint it names the one before."""
-    text = f"checkpoint: cannot read {str(path)!r}: {reason}"
+    text = str(reason)
+    text = f"checkpoint: cannot read {str(path)!r}: {text if len(text) <= 300 else text[:297] + '...'}"
     if _NAME.fullmatch(path.parent.name):
         listed = list_checkpoints(path.parent.parent)
         older = [c for c in listed if step_of(c) < step_of(path.parent)]

@@ -7,6 +7,7 @@ import difflib
 import functools
 import math
 import operator
+import reprlib
 import sys
 import types
 import typing
@@ -109,7 +110,7 @@ def build_section(cls: Any, value: dict[str, Any], where: str) -> Any:
     """A dataclass of settings from JSON; `ValueError`, beginning with `where`, names unknown fields and values of
     another type."""
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected an object, got {_shorten(value)}")
+        raise ValueError(f"{where}: expected an object, got {shorten(value)}")
     fields, hints = {f.name: f for f in dataclasses.fields(cls)}, _hints(cls)
     if unknown := sorted(set(value) - set(fields)):
         raise ValueError(f"{where}: unknown fields {unknown}; expected {sorted(fields)}")
@@ -150,9 +151,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     elif type(value) is hint or (hint is Path and isinstance(value, Path)):
         return value
     expected = f"one of {', '.join(map(str, inner))}" if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise ValueError(f"{where}: expected {expected}, got {_shorten(value)}")
+    raise ValueError(f"{where}: expected {expected}, got {shorten(value)}")
 
 
-def _shorten(value: Any) -> str:
-    text = type(value).__name__ if isinstance(value, (list, tuple, dict)) else repr(value)
+def shorten(value: Any) -> str:
+    """A value of a file in a message: of a large or deeply nested one the beginning."""
+    text = reprlib.repr(value) if isinstance(value, (list, tuple, dict)) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

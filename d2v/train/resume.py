@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2v.config import Config
-from d2v.config.fields import flat_fields
+from d2v.config.fields import flat_fields, shorten
 from d2v.train.optim import learning_rate_at
 
 FREE_FIELDS = frozenset(name for name, field in flat_fields(Config).items() if field.metadata.get("free"))
@@ -32,7 +32,9 @@ def compare_configs(stored: Mapping[str, Any], config: Config, folder: Path, upd
     length may differ where the `update` updates so far had the same learning rates and decays.
     """
     before, now = flatten_config(stored), flatten_config(json.loads(config.to_json()))
-    texts = {n: f"{n} (stored {before[n]}, given {now[n]})" for n in now if n in before and before[n] != now[n]}
+    texts = {
+        n: f"{n} (stored {shorten(before[n])}, given {now[n]})" for n in now if n in before and before[n] != now[n]
+    }
     refused = [name for name in texts if name not in FREE_FIELDS]
     if not set(refused) <= set(LENGTH):
         listed = ", ".join(texts[name] for name in refused)

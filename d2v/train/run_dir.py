@@ -46,6 +46,7 @@ class RunFolder:
                 check_run_folder(config.run.dir)
                 found = latest_checkpoint(self.path)
             if found is not None:
+                read_index(found)  # compares checksums
                 self.changed = compare_configs(load_json(found / CONFIG), config, self.path, step_of(found))
         self.resumed: Path | None = world.share(found)
 
