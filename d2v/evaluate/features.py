@@ -105,8 +105,8 @@ def extract(
     """Writes features of everything at `input`; returns a summary.
 
     The file holds float32 rows (rows, C): of every valid token ("tokens"), or one mean a sample ("mean"). Samples that
-    are longer than the model saw go through it in overlapping pieces (`d2v.evaluate.pieces`), cut where `max_seconds` or
-    `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists for each sample its name, its first row and its rows:
+    are longer than the model saw go through it in overlapping pieces (`d2v.evaluate.pieces`), cut where `max_seconds`
+    or `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists for each sample its name, its first row and its rows:
     none for one that cannot be used, with the reason in the last column. Those, and what is cut, are counted and named
     in the summary.
     """
