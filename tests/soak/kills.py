@@ -88,8 +88,8 @@ def kill_and_resume(
 
 def kill_first_starts(folder: Path, *, kills: int = 10, seed: int = 0, modality: str = "text") -> dict[str, int]:
     """Kills the first start of `kills` runs a random time after their folder appeared; the same command given again
-    must end with the bits of a run that was left alone. Returns what the kills left: "nothing" but a lock or a part of the
-    configuration, the "configuration", or a "checkpoint"; "end": it came too late."""
+    must end with the bits of a run that was left alone. Returns what the kills left: "nothing" but a lock or a part of
+    the configuration, the "configuration", or a "checkpoint"; "end": it came too late."""
     data, rng = make_data(modality, folder / "data"), random.Random(seed)
 
     def command(run: Path) -> list[str]:
