@@ -42,9 +42,11 @@ def compare(modality: str) -> Experiment:
     return lambda folder: equality.compare_ranks(folder, [c for c in equality.ALL_CASES if c[0] == modality])
 
 
-def kill(ranks: int, parallel: str, *more: str, seed: int) -> Experiment:
+def kill(ranks: int, parallel: str, *more: str, seed: int, modality: str = "vision") -> Experiment:
     """Twenty kills."""
-    return lambda folder: kills.kill_and_resume(folder, ranks=ranks, kills=20, parallel=parallel, seed=seed, more=more)
+    return lambda folder: kills.kill_and_resume(
+        folder, ranks=ranks, kills=20, parallel=parallel, seed=seed, more=more, modality=modality
+    )
 
 
 def experiments() -> dict[str, tuple[Experiment, bool]]:
@@ -91,6 +93,14 @@ def experiments() -> dict[str, tuple[Experiment, bool]]:
     )
     found["kill -9, 20 times, 2 ranks, ddp"] = kill(2, "ddp", seed=3), False
     found["kill -9, 20 times, 2 ranks, fsdp"] = kill(2, "fsdp", seed=4), False
+    for number, modality in enumerate(("speech", "text")):
+        bf16 = ("--run.precision", "bf16")
+        name = f"kill -9, 20 times, 2 ranks, ddp, {modality}, bf16"
+        found[name] = kill(2, "ddp", *bf16, seed=5 + number, modality=modality), False
+        found[f"kill -9 of 10 first starts, {modality}"] = (
+            lambda f, m=modality: kills.kill_first_starts(f, modality=m),
+            False,
+        )
     found["memory over 2000 updates"] = memory.grow, False
     found["the suite's endurance tests"] = run_tests, False
     return found

@@ -51,10 +51,10 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "text.txt").write_text("\n\n".join(f"a good film {i} and a bad film" for i in range(60)))
     config = make_config("text1-tiny")
     folder = place / "text"
-    write_tokenizer(place / "tokenizer", str(place / "text.txt"), vocabulary=265, gpt2=None)
     stem = dataclasses.replace(config.stem, vocabulary=265, mask_token=264)
-    data = dataclasses.replace(config.data, tokenizer=str(place / "tokenizer"))
-    return export(dataclasses.replace(config, stem=stem, data=data), folder)
+    export(dataclasses.replace(config, stem=stem), folder)
+    write_tokenizer(folder / "tokenizer", str(place / "text.txt"), vocabulary=265, gpt2=None)
+    return folder
 
 
 def write_images(root: Path, count: int, seed: int, classes: tuple[str, ...] = ("dark", "light", "striped")) -> Path:

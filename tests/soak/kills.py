@@ -84,3 +84,30 @@ def kill_and_resume(
     counts["tensors"] += assert_same_weights(run, reference)
     counts["runs"] += 1
     return counts
+
+
+def kill_first_starts(folder: Path, *, kills: int = 10, seed: int = 0, modality: str = "text") -> dict[str, int]:
+    """Kills the first start of `kills` runs a random time after their folder appeared; the same command given again
+    must end with the bits of a run that was left alone. Returns what the kills left: "nothing" but a lock or a part of
+    the configuration, the "configuration", or a "checkpoint"; "end": it came too late."""
+    data, rng = make_data(modality, folder / "data"), random.Random(seed)
+
+    def command(run: Path) -> list[str]:
+        return options(modality, data, run, 6, *RANDOM, every=3, small=True)
+
+    reference = folder / "uninterrupted"
+    finish_here(command(reference))
+    counts = {"nothing": 0, "configuration": 0, "checkpoint": 0, "end": 0}
+    for number in range(kills):
+        run = folder / f"first-{number}"
+        with running(command(run), folder / "logs" / f"{run.name}.log") as job:
+            wait_until(run.exists, job, "the run's folder")
+            # Half of them at once, where the configuration may not be there yet.
+            time.sleep(rng.uniform(0.0, 0.01 if number % 2 else 1.5))
+            ended = not job.is_running()
+            job.kill()
+        left = "checkpoint" if last_step(run) else "configuration" if (run / "config.json").is_file() else "nothing"
+        counts["end" if ended else left] += 1
+        finish_here(command(run))
+        assert_same_weights(run, reference)
+    return counts
