@@ -24,6 +24,7 @@ from d2v.finetune.data import (
     Labelled,
     LabelledSource,
     hold_out,
+    list_cut,
     list_unfitting,
     open_classes,
     open_numbers,
@@ -122,6 +123,9 @@ def _describe(config: FineTuneConfig, sets: Sets) -> list[str]:
     held = sets.train if config.data.valid else sets.train.join(sets.valid)
     if config.finetune.head.task == "classification":
         texts += describe_rare(held.targets, sets.labels, held.describe)
+    for name, source in (("train", sets.train), ("valid", sets.valid)):
+        if found := list_cut(source, sets.modality.inner):
+            texts.append(f"{name}: cut {list_entries(found)}")
     if sets.spelling is not None:
         for name, source in (("train", sets.train), ("valid", sets.valid), ("test", sets.test)):
             if source is not None and (found := list_unfitting(source, sets.modality, sets.spelling)):

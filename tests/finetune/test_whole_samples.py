@@ -131,6 +131,20 @@ def test_long_texts(tmp_path: Path, text_model: Path, capsys: pytest.CaptureFixt
     assert len(rows[0].keys() & rows[1].keys()) == 6  # the header, and all texts but the long one
 
 
+def test_what_training_cuts_is_said(tmp_path: Path, text_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from d2v.cli import main
+
+    table = write_table(tmp_path / "train.tsv", 12, 0)
+    lines = table.read_text().splitlines()
+    lines[4] = " ".join(["film"] * 400) + "\tyes"
+    table.write_text("\n".join(lines) + "\n")
+    command = ["finetune", "text-classify", "--checkpoint", str(text_model), "--train", str(table), "--run.steps", "1"]
+    command += ["--valid", str(table), "--data.workers", "0", "--data.global-batch", "4", "--run.dir"]
+    assert main([*command, str(tmp_path / "run")]) == 0
+    before = capsys.readouterr().err.split("update 1/1")[0]
+    assert all(f"{name}: cut 1: {table}:5: cut to" in before for name in ("train", "valid"))
+
+
 def test_pieces_cover_every_token_once() -> None:
     """Of texts of any length, with what the model saw at their ends."""
     config = dataclasses.replace(make_config("text1-tiny"), stem=dataclasses.replace(make_config("text1-tiny").stem))
