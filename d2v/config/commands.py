@@ -204,7 +204,7 @@ class Plot:
     folder: Path = setting(option="dir", positional=True)  # noqa: RUF009
     """Run folder."""
     images: str | None = None
-    """Images, speech or text for the similarity panels; unset: the run's own data."""
+    """Images, speech or text for the similarity panels; unset: none, as a run's files do not say what is opened."""
     count: int = 6
     """Number of samples in them."""
     output: str | None = None

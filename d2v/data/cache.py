@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import numpy as np
 
 CACHE = "cache"
 """Folder inside a run folder."""
-FORMAT = 2
+FORMAT = 3
 
 
 class NameTable(Sequence[str]):
@@ -55,6 +55,8 @@ class Found(NamedTuple):
     why it has none."""
     rejected: Sequence[Sequence[str]] = ()
     """(name, reason) of what cannot be used."""
+    left_out: Mapping[str, int] = {}
+    """What is passed over, by the ending of its name."""
 
 
 class IndexCache:
@@ -104,7 +106,7 @@ def stamp_of(path: str | Path) -> tuple[int, int]:
     """Size in bytes and time of change in nanoseconds of a file; -1, -1 for what is not there."""
     try:
         status = os.stat(path)  # noqa: PTH116
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file has
         return -1, -1
     return status.st_size, status.st_mtime_ns
 

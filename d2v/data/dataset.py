@@ -10,6 +10,7 @@ stay as they were. The position keeps its own crop, masks and noise; a speed goe
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.cache import CACHE, IndexCache
-from d2v.data.index import Kind, Measure, open_source
-from d2v.data.sources import ShardLost, Source, describe_error
+from d2v.data.index import open_source
+from d2v.data.sources import Kind, Measure, ShardLost, Source, describe_error
 from d2v.model.masking import make_mask_sampler
 from d2v.model.stems import make_stem
 from d2v_kernels import Masks, MaskSampler, masks_from_bool
@@ -73,6 +74,8 @@ class Note(NamedTuple):
     epoch: int
     kind: str
     text: str
+    number: int = 1
+    """Things that were converted."""
 
 
 class Sample(NamedTuple):
@@ -229,6 +232,12 @@ class Modality:
         raise NotImplementedError
 
 
+def _count_of(text: str) -> tuple[str, int]:
+    """("3 pages ...") -> ("pages ...", 3)."""
+    match = re.fullmatch(r"(\d+) ((?:pages|frames) .*)", text)
+    return (match[2], int(match[1])) if match is not None else (text, 1)
+
+
 class TrainSamples(torch.utils.data.Dataset[Sample]):
     """Map from a `SampleRef`, or (sample id, epoch), to an augmented sample.
 
@@ -256,12 +265,12 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
             except ShardLost as error:
                 notes.append(Note(candidate, epoch, "lost", str(error)))
                 break
-            except (ValueError, OSError) as error:
+            except Exception as error:  # whatever is wrong with one sample stays with it
                 notes.append(Note(candidate, epoch, "bad", describe_error(error)))
                 picks = picks or random_stream(self.seed, epoch, sample_id, STREAM_REPLACE)
                 candidate = self._pick(picks, length, epoch)
                 continue
-            notes.extend(Note(candidate, epoch, "converted", text) for text in converted)
+            notes.extend(Note(candidate, epoch, "converted", *_count_of(text)) for text in converted)
             rng = random_stream(self.seed, epoch, sample_id, STREAM_CROP)
             return Sample(sample_id, epoch, self.modality.train_transform(value, rng), tuple(notes), group, place)
         else:
@@ -292,7 +301,7 @@ class EvaluationSamples(torch.utils.data.Dataset[Sample]):
         try:
             value, _ = self.modality.load(self.source, index)
             return Sample(index, 0, self.modality.eval_transform(value), ())
-        except (ValueError, OSError) as error:
+        except Exception as error:  # whatever is wrong with one sample stays with it
             kind = "lost" if isinstance(error, ShardLost) else "bad"
             return Sample(index, 0, self.modality.placeholder(), (Note(index, 0, kind, describe_error(error)),))
 

@@ -118,7 +118,7 @@ def train_updates(
     """
     modality = make_modality(config)
     dataset, collate = TrainSamples(source, modality, config.run.seed), MaskingCollate(config, modality)
-    sampler = UpdateSampler(config, source, first, config.run.steps, rank, ranks)
+    sampler = UpdateSampler(config, source, first, config.run.last, rank, ranks)
     return load_updates(config, dataset, collate, sampler, device)
 
 
@@ -193,7 +193,7 @@ class BadSamples:
         news = []
         for note in notes:
             if note.kind == "converted" and note.epoch == 0:
-                news += self._count(note.text, 1, self.source.describe(note.sample_id))
+                news += self._count(note.text, note.number, self.source.describe(note.sample_id))
             elif note.kind == "bad" and note.sample_id not in self._ids:
                 self._ids.add(note.sample_id)
                 path = self.source.describe(note.sample_id)

@@ -24,8 +24,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from d2v.data.index import IMAGES, ShardSource, open_source
-from d2v.data.sources import Reporter, ShardLost, Source, check_output, describe_error
+from d2v.data.index import IMAGES, open_source
+from d2v.data.shards import ShardSource
+from d2v.data.sources import NoTranscript, Reporter, ShardLost, Source, check_output, describe_error, list_left_out
 from d2v.data.speech import SPEECH, decode_audio
 from d2v.data.tokenizer import DocumentReader, find_texts
 from d2v.data.vision import decode_image
@@ -38,7 +39,7 @@ AHEAD = 8
 HELD_BYTES = 64 << 20
 """Text that is held in memory before it is appended to its files."""
 KINDS = {"images": IMAGES, "speech": SPEECH}
-_SIGNATURES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg"}
+_SIGNATURES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"FORM": ".aiff", b".snd": ".au", b"caff": ".caf"}
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def _finish(partial: Path, output: Path, record: dict[str, Any], expected: str, 
     flush(output.parent)
     samples, size = sum(s["samples"] for s in shards), sum(s["bytes"] for s in shards)
     left_out = f"; {len(bad)} left out ({output / RECORD}){first}" if bad else ""
+    left_out += list_left_out(record["left_out"]).replace(",", "; left out:", 1)
     return f"{output}: {samples} samples in {len(shards)} shards, {size / 1e6:.1f} MB{left_out}"
 
 
@@ -155,6 +157,7 @@ class _Writer:
         identity = {"format": FORMAT, **asdict(settings), "samples": len(source), "names": source.digest()}
         self.record: dict[str, Any] = {"settings": identity, "position": 0, "contents_bytes": 0, "shards": []}
         self.record["bad"] = [{"path": name, "reason": reason} for name, reason in source.rejected]
+        self.record["left_out"] = source.left_out
         self._archive: tarfile.TarFile | None = None
         self._rows: list[str] = []
         self._size = 0
@@ -167,7 +170,7 @@ class _Writer:
         except (OSError, ValueError):
             record = None
         if isinstance(record, dict) and record.get("settings") == self.record["settings"]:
-            self.record = record
+            self.record = {"left_out": self.record["left_out"], **record}
             os.truncate(self.partial / CONTENTS, record["contents_bytes"])
             return
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -271,7 +274,7 @@ def read_packed(
         members = [(suffix if suffix in known else _SIGNATURES[data[:4]], data)]
     except ShardLost:
         raise
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever is wrong with one sample stays with it
         return Packed(index, (), describe_error(error))
     if source.labels is not None and source.classes is not None:
         members.append((".cls", source.classes[source.labels[index]].encode("utf-8", "surrogateescape")))
@@ -281,10 +284,10 @@ def read_packed(
 
 
 def read_text(source: Source, index: int) -> str | None:
-    """The transcript of a recording; not every one has one."""
+    """The transcript of a recording; not every one has one. `ValueError` for one that cannot be read."""
     try:
         return source.read_transcript(index)
-    except (ValueError, OSError):
+    except (NoTranscript, FileNotFoundError):
         return None
 
 
@@ -297,7 +300,8 @@ def _pack_text(path: str, partial: Path, output: Path, settings: PackSettings) -
     Every document goes to a file drawn at random, and each file is permuted: a random order that needs no more memory
     than a file takes.
     """
-    reader = DocumentReader(find_texts(path, "input"))
+    left_out: dict[str, int] = {}
+    reader = DocumentReader(find_texts(path, "input", left_out))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -320,7 +324,12 @@ def _pack_text(path: str, partial: Path, output: Path, settings: PackSettings) -
         shards = _permute([file for file in files if file.exists()], rng, settings.in_order)
         report.finish()
         bad = [{"path": name, "reason": reason} for name, reason in reader.rejected]
-        record = {"settings": {"format": FORMAT, **asdict(settings)}, "shards": shards, "bad": bad}
+        record = {
+            "settings": {"format": FORMAT, **asdict(settings)},
+            "shards": shards,
+            "bad": bad,
+            "left_out": left_out,
+        }
         return _finish(partial, output, record, "text", "documents that")
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -6,12 +6,14 @@ import glob
 import hashlib
 import os
 import re
+import stat
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,10 @@ from d2v.runtime import format_seconds
 
 INTERVAL = 5.0
 """Seconds between two lines about long work."""
+MAX_ENCODED_BYTES = 256 << 20
+"""Largest encoded sample that is read; a bigger file or tar member counts as a bad sample."""
+LISTED = 6
+"""Endings that are counted by themselves; others are counted together."""
 HEADERS = (
     "label",
     "labels",
@@ -49,6 +55,10 @@ def for_example(rejected: Sequence[Rejected]) -> str:
     return f", for example {rejected[0].name}: {rejected[0].reason}" if rejected else ""
 
 
+class NoTranscript(ValueError):
+    """A sample has no text: none is there, where one that cannot be read is damage."""
+
+
 class ShardLost(OSError):
     """A shard cannot be read any more: all of its samples are gone, which no replacement makes good."""
 
@@ -57,7 +67,15 @@ def describe_error(error: Exception) -> str:
     """One sentence for a list of bad samples."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if not text or not isinstance(error, (ValueError, OSError)):  # what a library did not mean to say to users
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    return printable(text)
+
+
+def printable(name: str) -> str:
+    """A file name that any console and any text file takes: bytes in another encoding become `\\xe9`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class Reporter:
@@ -95,6 +113,44 @@ class Reporter:
         print(f"{self.what}: {text}", file=sys.stderr, flush=True)
 
 
+class Kind(NamedTuple):
+    """What files of a kind of data look like."""
+
+    noun: str
+    """For messages, plural."""
+    suffixes: frozenset[str]
+    """Lower case, with the dot."""
+    places: str
+    """What a path may name, for messages."""
+    lists: bool = False
+    """Whether that may be a `.tsv` list."""
+    beside: frozenset[str] = frozenset()
+    """Endings of files that belong to the samples."""
+
+    def describe(self) -> str:
+        """The endings that count."""
+        return f"{self.noun} end in {', '.join(sorted(self.suffixes))}"
+
+
+Measure = Callable[[BinaryIO], int]
+"""Length of a sample by the header of its file; `ValueError` or `OSError` where it has none."""
+
+
+class Wanted(NamedTuple):
+    """What is opened, and how."""
+
+    kind: Kind
+    labelled: bool = False
+    option: str = "data.path"
+    """Begins every error message."""
+    commands: bool = False
+    """Whether shell commands may be run: `pipe:COMMAND`, whose output is one shard, and those in lists."""
+    cache: IndexCache | None = None
+    """Keeps what the index learns."""
+    measure: Measure | None = None
+    """With it the index of shards has lengths."""
+
+
 class Source:
     """Indexed encoded samples.
 
@@ -130,7 +186,7 @@ class Source:
 
     def read_transcript(self, index: int) -> str:
         """The text that goes with a sample; `ValueError` or `OSError` where there is none."""
-        raise ValueError(f"{self.describe(index)}: expected a transcript, this kind of source has none")
+        raise NoTranscript(f"{self.describe(index)}: expected a transcript, this kind of source has none")
 
     @property
     def indexed(self) -> int:
@@ -189,18 +245,101 @@ class Subset(Source):
         return hashlib.sha256(self.base.digest().encode() + self.rows.tobytes() + lengths).hexdigest()
 
 
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file for reading; `ValueError` for a pipe, socket or device, on which a reader might wait for ever."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError("not a regular file")
+    return file
+
+
+def check_size(size: int, what: str) -> None:
+    """`ValueError` for a sample of more encoded bytes than any is read with."""
+    if not 0 <= size <= MAX_ENCODED_BYTES:
+        raise ValueError(f"{what} of {size} bytes is larger than {MAX_ENCODED_BYTES}")
+
+
+def measure_length(measure: Measure, open_file: Callable[[], Any]) -> int | str:
+    """The length of a sample, or why it has none."""
+    try:
+        with open_file() as file:
+            return measure(file)
+    except Exception as error:  # whatever is wrong with one sample stays with it
+        return describe_error(error)
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 without its byte-order mark; `ValueError` otherwise."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError("UTF-16, expected UTF-8 (`iconv -f UTF-16 -t UTF-8` converts it)")
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+
+
+def read_text_file(path: Path) -> str:
+    """A short UTF-8 text without surrounding space; `ValueError` or `OSError` otherwise."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(MAX_ENCODED_BYTES + 1)
+        check_size(len(data), "text")
+        return decode_text(data).strip()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def ending_of(name: str) -> str:
+    """Lower case, with the dot; of a hidden file none."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+
+
+def count_endings(left: Counter[str], what: str) -> dict[str, int]:
+    """{reason: count} of files or members that are left out, by ending ("": none), or by another reason."""
+    reasons = {name: count for name, count in left.items() if name and not name.startswith(".")}
+    endings = sorted(((n, e) for e, n in left.items() if e not in reasons), key=lambda pair: (-pair[0], pair[1]))
+    for count, ending in endings[:LISTED]:
+        reasons[f"{what} that end in {ending}" if ending else f"{what} without an ending"] = count
+    if rest := sum(count for count, _ in endings[LISTED:]):
+        reasons[f"{what} with {len(endings) - LISTED} other endings"] = rest
+    return {printable(reason): count for reason, count in reasons.items()}
+
+
+def list_left_out(left_out: dict[str, int]) -> str:
+    """For the end of a message."""
+    return "".join(f", {count} {reason}" for reason, count in left_out.items())
+
+
 # ---- paths ------------------------------------------------------------------------------------------------------
 
 
 def find_files(path: str, places: str, option: str) -> list[Path]:
     """Paths that a name, glob or brace pattern means; `ValueError` where one of its parts means nothing."""
     files: list[Path] = []
-    for pattern in expand_braces(path, option):
-        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207
+    fixed, rest = split_existing(path)
+    for pattern in [fixed + name for name in expand_braces(rest, option)]:
+        wild = glob.has_magic(pattern[len(fixed) :]) and not Path(pattern).exists()
+        found = sorted(glob.glob(glob.escape(fixed) + pattern[len(fixed) :])) if wild else [pattern]  # noqa: PTH207
         if not found or not Path(found[0]).exists():
             raise ValueError(f"{option}: expected {places}, found nothing at {pattern!r}")
         files.extend(Path(f) for f in found)
     return files
+
+
+def split_existing(path: str) -> tuple[str, str]:
+    """The longest beginning of a path that exists, which is no pattern whatever its characters, and the rest."""
+    if Path(path).exists():
+        return path, ""
+    fixed = path
+    while (end := fixed.rfind(os.sep)) >= 0:
+        if Path(fixed[: end + 1]).is_dir():
+            return path[: end + 1], path[end + 1 :]
+        fixed = fixed[:end]
+    return "", path
 
 
 def expand_braces(pattern: str, option: str = "data.path", limit: int = 1_000_000) -> list[str]:
@@ -222,9 +361,13 @@ def expand_braces(pattern: str, option: str = "data.path", limit: int = 1_000_00
     return [f"{head}{choice}{rest}" for choice in choices for rest in tail]
 
 
-def walk_files(root: Path) -> Iterator[str]:
-    """Paths of the files under `root`, relative to it; links are followed, each folder once, hidden names skipped."""
+def walk_files(root: Path, left: Counter[str] | None = None) -> Iterator[str]:
+    """Paths of the files under `root`, relative to it; links are followed, each folder once.
+
+    Hidden names, pipes, sockets and devices are passed over, and counted in `left`.
+    """
     seen: set[tuple[int, int]] = set()
+    left = Counter() if left is None else left
     stack, start = [str(root)], len(os.path.join(root, ""))  # noqa: PTH118
     while stack:
         folder = stack.pop()
@@ -233,28 +376,25 @@ def walk_files(root: Path) -> Iterator[str]:
             continue  # a link back to a folder above
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as scan:
-            entries = sorted((e for e in scan if not e.name.startswith(".")), key=lambda e: e.name)
+            found = sorted(scan, key=lambda e: e.name)
+        entries = [e for e in found if not e.name.startswith(".")]
+        left["hidden names"] += len(found) - len(entries)
         stack.extend(e.path for e in reversed(entries) if e.is_dir())
-        # A dangling link stays in: it is reported when it is read. Pipes and devices are not files.
-        files = (e for e in entries if e.is_file() or (e.is_symlink() and not e.is_dir()))
-        yield from (e.path[start:] for e in files)
-
-
-def read_text_file(path: Path) -> str:
-    """A short UTF-8 text without surrounding space; `ValueError` or `OSError` otherwise."""
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+        for entry in (e for e in entries if not e.is_dir()):
+            # A dangling link stays in: it is reported when it is read.
+            if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry)):  # noqa: PTH110
+                yield entry.path[start:]
+            else:
+                left["pipes, sockets and devices"] += 1
 
 
 def read_lines(file: Path, option: str) -> list[str]:
     """Lines of a UTF-8 file; `ValueError` where it is not one, or empty."""
     try:
-        lines = [line.rstrip("\r") for line in file.read_bytes().decode("utf-8").split("\n")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option}: expected UTF-8 in {str(file)!r}, got other bytes at {error.start}") from None
+        with open_regular(file) as stream:
+            lines = [line.rstrip("\r") for line in decode_text(stream.read()).split("\n")]
+    except ValueError as error:
+        raise ValueError(f"{option}: expected a list in UTF-8, got {str(file)!r}: {error}") from None
     if not any(lines):
         raise ValueError(f"{option}: expected lines in {str(file)!r}, found none")
     return lines
@@ -329,4 +469,4 @@ def number_classes(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     numeric = all(re.fullmatch(r"-?\d+", t) for t in distinct)
     classes = sorted(distinct, key=lambda t: (int(t), t)) if numeric else sorted(distinct)
     numbers = {name: i for i, name in enumerate(classes)}
-    return np.asarray([numbers[t] for t in texts], dtype=np.int64), classes
+    return np.asarray([numbers[t] for t in texts], dtype=np.int64), [printable(name) for name in classes]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -18,17 +19,42 @@ from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.dataset import STREAM_CROP, STREAM_SPEED, Batch, Modality, Sample, random_stream
-from d2v.data.index import FileSource, Kind, is_command
-from d2v.data.sources import Source, Subset, for_example
+from d2v.data.index import FileSource, is_command
+from d2v.data.sources import Kind, Source, Subset, for_example
 from d2v.model.stems import LogMelStem
 from d2v.model.stems.speech import SAMPLE_RATE
 
-SUFFIXES = frozenset({".wav", ".flac", ".ogg"})
-SPEECH = Kind("audio files", SUFFIXES, "a folder of audio files, a .tsv manifest or shards", lists=True)
+
+def _audio_suffixes() -> frozenset[str]:
+    """Endings of what the installed soundfile decodes."""
+    names = {
+        "AIFF": ".aif .aiff .aifc", "AU": ".au .snd", "CAF": ".caf", "MP3": ".mp3 .mp2 .mpga", "NIST": ".sph .nist",
+        "OGG": ".oga .opus", "RF64": ".rf64", "VOC": ".voc", "W64": ".w64",
+    }  # fmt: skip
+    try:
+        import soundfile
+
+        formats = soundfile.available_formats()
+    except (ImportError, OSError):  # no library: said where it is needed
+        formats = {}
+    return frozenset([".wav", ".flac", ".ogg", *" ".join(v for k, v in names.items() if k in formats).split()])
+
+
+SPEECH = Kind(
+    "audio files", _audio_suffixes(), "a folder of audio files, a .tsv manifest or shards", lists=True,
+    beside=frozenset({".txt", ".tsv", ".ltr", ".wrd"}),
+)  # fmt: skip
 RATES = (1_000, 768_000)
 """Sample rates that speech can have; others count as damaged headers."""
-MAX_VALUES = 1 << 30
-"""Frames times channels of the longest recording."""
+MAX_VALUES = 1 << 28
+"""Frames times channels of the longest recording, and its samples at 16 kHz: 4.6 hours."""
+SURE_VALUES, VALUES_PER_BYTE = 1 << 25, 64
+"""So many values (35 minutes at 16 kHz) any file may have; more only at so many to a byte: speech never needs fewer
+bytes, but a file made to fill the memory does."""
+BLOCK = 1 << 16
+"""Frames that are decoded at a time where the header leaves their number open."""
+OPEN = 1 << 62
+"""libsndfile's number of frames, or more, where a header leaves it open."""
 MIN_TOKENS = 4
 """Shortest utterance in tokens of the stem, whatever data.min_seconds says: less cannot be masked."""
 PROBES = 8
@@ -42,6 +68,11 @@ KEPT_RATIO = 1_000
 NORMAL = 100
 """Percent: the speed of an utterance that is played as it was recorded."""
 _NORM_EPS = 1e-5
+_SIZES: tuple[tuple[bytes, int, int, Literal["big", "little"], int], ...] = (
+    (b"FORM", 4, 8, "big", 8), (b".snd", 8, 12, "big", 24), (b"RF64", 20, 28, "little", 8),
+    (b"riff\x2e\x91\xcf\x11", 16, 24, "little", 0),
+)  # fmt: skip
+"""Where AIFF, AU, RF64 and W64 say how long they are, and what that leaves out."""
 _UNKNOWN_SIZE = 0x7FFF_0000
 """WAV files that were written to a pipe have such a size, or more, in their header."""
 
@@ -57,13 +88,12 @@ def decode_audio(data: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             expected, rate = file.frames, file.samplerate
-            _check_header(max(expected, 1), rate, file.channels)
-            values = file.read(dtype="float32", always_2d=True)
+            values = read_frames(file, len(data))
     except soundfile.SoundFileError as error:
         raise ValueError(_explain(error)) from None
-    if reason := find_cut(data) or (len(values) < expected and f"cut off: {len(values)} of {expected} frames"):
+    if reason := find_cut(data) or (len(values) < expected < OPEN and f"cut off: {len(values)} of {expected} frames"):
         raise ValueError(reason)
-    _check_header(expected, rate, values.shape[1])
+    _check_header(len(values), rate, values.shape[1], len(data))
     if not np.isfinite(values).all():
         raise ValueError("samples that are not finite")
     converted = []
@@ -79,12 +109,45 @@ def _explain(error: Exception) -> str:
     return text.split(">: ", 1)[-1] if ">: " in text else text
 
 
-def _check_header(frames: int, rate: int, channels: int) -> None:
-    """Refuses, before anything is allocated, what no recording has."""
-    if frames * channels > MAX_VALUES:
-        raise ValueError(f"{frames} frames of {channels} channels, expected at most {MAX_VALUES} values")
+def read_frames(file: Any, size: int) -> np.ndarray:
+    """All frames (S, channels) float32 of an open recording of `size` encoded bytes.
+
+    Where the header leaves the number of frames open (FLAC from a pipe), or the codec cannot be positioned (GSM), they
+    are read in blocks to their end.
+    """
+    import soundfile
+
+    known = file.frames < OPEN
+    _check_header(max(file.frames, 1) if known else 1, file.samplerate, file.channels, size)
+    if known and file.seekable():
+        return np.asarray(file.read(dtype="float32", always_2d=True))
+    blocks, frames = [np.zeros((0, file.channels), np.float32)], 0
+    while True:
+        block = np.full((BLOCK, file.channels), np.nan, dtype=np.float32)
+        try:
+            count = len(file.read(out=block))
+        except soundfile.SoundFileError:
+            # libsndfile calls the end that no header gave an error; what it had decoded is in the block.
+            count = int(np.isfinite(block).all(axis=1).cumprod().sum())
+            if known or not frames + count:
+                raise
+        blocks.append(block[:count])
+        frames += count
+        if count < BLOCK:
+            return np.concatenate(blocks)
+        _check_header(frames, file.samplerate, file.channels, size)
+
+
+def _check_header(frames: int, rate: int, channels: int, size: int) -> None:
+    """Refuses, before anything is allocated, what no recording of `size` bytes has."""
     if not RATES[0] <= rate <= RATES[1]:
         raise ValueError(f"sample rate {rate} Hz is not within {RATES[0]} to {RATES[1]}")
+    allowed = min(MAX_VALUES, max(SURE_VALUES, VALUES_PER_BYTE * size))
+    if max(frames * channels, count_resampled(frames, rate)) > allowed:
+        raise ValueError(
+            f"{frames} frames of {channels} channels at {rate} Hz in {size} bytes, expected at most {allowed} values "
+            f"and as many samples at {SAMPLE_RATE} Hz"
+        )
     if frames < 1:
         raise ValueError("no samples")
 
@@ -100,6 +163,11 @@ def find_cut(data: bytes) -> str | None:
                 return f"cut off: {missing} bytes are missing" if missing > SLACK and size < _UNKNOWN_SIZE else None
             place += 8 + size + size % 2
         return "cut off: no data chunk"
+    for magic, start, stop, order, more in _SIZES:
+        if data.startswith(magic):
+            size = int.from_bytes(data[start:stop], order) + more
+            missing = size - len(data)
+            return f"cut off: {missing} bytes are missing" if missing > SLACK and size < _UNKNOWN_SIZE else None
     if data[:4] == b"OggS":
         last = data.rfind(b"OggS")
         if not data[last + 5 : last + 6] or not data[last + 5] & 4:
@@ -329,12 +397,17 @@ def read_header(file: BinaryIO) -> int:
     """Samples at 16 kHz by the header of a recording; `ValueError` where it has none."""
     import soundfile
 
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     try:
-        info = soundfile.info(file)
+        with soundfile.SoundFile(file) as header:
+            frames, rate, channels = header.frames, header.samplerate, header.channels
+            if frames >= OPEN:
+                frames = len(read_frames(header, size))
     except soundfile.SoundFileError as error:
         raise ValueError(_explain(error)) from None
-    _check_header(info.frames, info.samplerate, info.channels)
-    return count_resampled(info.frames, info.samplerate)
+    _check_header(frames, rate, channels, size)
+    return count_resampled(frames, rate)
 
 
 def trust_counts(source: FileSource) -> bool:
@@ -351,7 +424,7 @@ def trust_counts(source: FileSource) -> bool:
         try:
             with source.open_file(index) as file:
                 found = read_header(file)
-        except (ValueError, OSError):
+        except Exception:  # said where the sample is read
             continue
         if found != source.counts[index]:
             print(

@@ -26,7 +26,17 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.data.cache import CACHE
 from d2v.data.dataset import Batch, Modality, Sample
-from d2v.data.sources import Rejected, Reporter, Source, find_files, for_example, is_header, number_classes
+from d2v.data.sources import (
+    Rejected,
+    Reporter,
+    Source,
+    find_files,
+    for_example,
+    is_header,
+    number_classes,
+    open_regular,
+    printable,
+)
 from d2v.data.tokenizer import (
     END,
     FILE,
@@ -34,6 +44,7 @@ from d2v.data.tokenizer import (
     START,
     BytePairs,
     DocumentReader,
+    check_encoding,
     find_texts,
     save_tokenizer,
     train_tokenizer,
@@ -161,10 +172,10 @@ class TextSource(Source):
     documents = 0
     """Documents that were found, rejected ones not counted."""
 
-    def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
+    def __init__(self, files: list[Path], modality: Texts, option: str, left_out: dict[str, int] | None = None) -> None:
         self.files, self.modality, self.option = files, modality, option
-        self.rejected, self.left_out = [], {}
-        self.where = str(files[0]) if len(files) == 1 else f"{len(files)} files"
+        self.rejected, self.left_out = [], left_out or {}
+        self.where = printable(str(files[0])) if len(files) == 1 else f"{len(files)} files"
 
     def block(self, index: int) -> np.ndarray:
         """int64 (tokens,) of a sample, `<s>` first."""
@@ -181,8 +192,9 @@ class BlockSource(TextSource):
     "stream": the documents, each ended by `</s>`, are joined and cut. "documents": every document is cut by itself.
     """
 
-    def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
-        super().__init__(files, modality, option)
+    def __init__(self, files: list[Path], modality: Texts, option: str, left_out: dict[str, int] | None = None) -> None:
+        super().__init__(files, modality, option, left_out)
+        self._passed_over = dict(self.left_out)
         self._starts = self._sizes = np.zeros(0, dtype=np.int64)
         self._digest = ""
 
@@ -202,7 +214,7 @@ class BlockSource(TextSource):
         kept = sizes >= shortest
         if not kept.any():
             raise ValueError(f"{self.option}: expected a text of at least {MIN_BLOCK} tokens, got {total} in all")
-        self.left_out = {}
+        self.left_out = dict(self._passed_over)
         if not kept.all():
             self.left_out[f"blocks shorter than {shortest + 1} tokens"] = int((~kept).sum())
         self._starts, self._sizes = starts[kept], sizes[kept]
@@ -244,8 +256,8 @@ def cut_documents(ends: np.ndarray, payload: int) -> tuple[np.ndarray, np.ndarra
 class WholeTexts(TextSource):
     """Documents as `<s> ... </s>`, cut to the longest sequence of the model; their ids are held in memory."""
 
-    def __init__(self, files: list[Path], modality: Texts, option: str) -> None:
-        super().__init__(files, modality, option)
+    def __init__(self, files: list[Path], modality: Texts, option: str, left_out: dict[str, int] | None = None) -> None:
+        super().__init__(files, modality, option, left_out)
         reader = DocumentReader(files)
         self._ids = [
             np.array([START, *ids[: modality.config.stem.max_tokens - 2], END], dtype=np.int32)
@@ -288,7 +300,11 @@ class LabelledTexts(TextSource):
 
     def _read(self, file: Path, option: str) -> None:
         columns = 0
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            try:
+                check_encoding(stream)
+            except ValueError as error:
+                raise ValueError(f"{option}: {file}: {error}") from None
             for number, data in enumerate(stream, start=1):
                 if not data.strip():
                     continue
@@ -409,10 +425,11 @@ class Texts(Modality):
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
         """`.txt` and `.jsonl` files, or a folder of them; labelled: `.tsv` files."""
         if not labelled:
-            files = find_texts(path, option)
+            left_out: dict[str, int] = {}
+            files = find_texts(path, option, left_out)
             if self.config.data.tokenizer is not None:
                 _ = self.tokenizer  # says at once what does not fit
-            return BlockSource(files, self, option)
+            return BlockSource(files, self, option, left_out)
         places = "a .tsv file of text<TAB>label"
         if not path or path.startswith("pipe:"):
             raise ValueError(f"{option}: expected {places}, got {path!r}")
@@ -424,7 +441,8 @@ class Texts(Modality):
 
     def open_whole(self, path: str, *, option: str) -> Source:
         """Every document a sample."""
-        return WholeTexts(find_texts(path, option), self, option)
+        left_out: dict[str, int] = {}
+        return WholeTexts(find_texts(path, option, left_out), self, option, left_out)
 
     def load(self, source: Source, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
         """int64 (tokens,)."""

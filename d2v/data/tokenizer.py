@@ -11,11 +11,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from d2v.data.sources import Rejected, Reporter, check_output, find_files, for_example, walk_files
+from d2v.data.sources import (
+    Rejected,
+    Reporter,
+    check_output,
+    count_endings,
+    decode_text,
+    describe_error,
+    ending_of,
+    find_files,
+    for_example,
+    list_left_out,
+    open_regular,
+    printable,
+    read_text_file,
+    walk_files,
+)
 from d2v.files import write_atomically
 
 FILE = "tokenizer.json"
@@ -40,18 +56,28 @@ MAX_REJECTED = 1000
 # ---- documents --------------------------------------------------------------------------------------------------
 
 
-def find_texts(path: str, option: str) -> list[Path]:
-    """The `.txt` and `.jsonl` files that a path means; `ValueError`, beginning with `option`, where there are none."""
+def find_texts(path: str, option: str, left_out: dict[str, int] | None = None) -> list[Path]:
+    """The `.txt` and `.jsonl` files that a path means; `ValueError`, beginning with `option`, where there are none.
+
+    What else is in a folder is counted in `left_out`, by ending.
+    """
     if not path:
         raise ValueError(f"{option}: expected {PLACES}, got nothing")
     if path.startswith("pipe:"):
         raise ValueError(f"{option}: expected {PLACES}, got the shell command {path!r}")
     root = Path(path)
     if root.is_dir():
-        names = sorted(walk_files(root))
-        files = [root / name for name in names if Path(name).suffix.lower() in SUFFIXES]
+        left = Counter[str]()
+        names = sorted(walk_files(root, left))
+        files = [root / name for name in names if ending_of(name) in SUFFIXES]
+        left.update(ending for ending in map(ending_of, names) if ending not in SUFFIXES)
+        counted = count_endings(+left, "files")
         if not files:
-            raise ValueError(f"{option}: expected {PLACES}, found none in {len(names)} files under {path!r}")
+            raise ValueError(
+                f"{option}: expected {PLACES}, found none in {len(names)} files under {path!r}{list_left_out(counted)}"
+            )
+        if left_out is not None:
+            left_out.update(counted)
         return files
     files = find_files(path, PLACES, option)
     odd = next((f for f in files if f.suffix.lower() not in SUFFIXES or not f.is_file()), None)
@@ -74,7 +100,8 @@ class DocumentReader:
         for file in self.files:
             before, found = len(self.rejected), 0
             try:
-                with file.open("rb") as stream:
+                with open_regular(file) as stream:
+                    check_encoding(stream)
                     pieces = _json_lines(stream) if file.suffix.lower() == ".jsonl" else _blocks(stream)
                     for line, data, reason in pieces:
                         self.done += len(data)
@@ -89,10 +116,18 @@ class DocumentReader:
                         elif text:
                             found += 1
                             yield text
-            except OSError as error:
-                self.rejected.append(Rejected(str(file), error.strerror or str(error)))
+            except (OSError, ValueError) as error:
+                self.rejected.append(Rejected(printable(str(file)), describe_error(error)))
             if not found and len(self.rejected) == before:
                 self.rejected.append(Rejected(str(file), "no text"))
+
+
+def check_encoding(stream: BinaryIO) -> None:
+    """`ValueError` for a file that begins with the byte-order mark of UTF-16; that of UTF-8 is passed over."""
+    decode_text(stream.read(2))
+    stream.seek(0)
+    if stream.read(3) != b"\xef\xbb\xbf":
+        stream.seek(0)
 
 
 def _decode(data: bytes, suffix: str) -> tuple[str | None, str | None]:
@@ -121,8 +156,6 @@ def _blocks(stream: BinaryIO) -> Iterator[tuple[int, bytes, str | None]]:
     """(line number, bytes, None) of the blocks between blank lines."""
     block: list[bytes] = []
     size = number = first = 0
-    if stream.read(3) != b"\xef\xbb\xbf":  # a byte-order mark is not text
-        stream.seek(0)
     rest = b""
     while line := rest + stream.readline(MAX_DOCUMENT_BYTES):
         rest = b""
@@ -181,15 +214,23 @@ class BytePairs:
 
         file = folder / FILE
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            raise ValueError(f"{option}: expected a folder with {FILE}, found none at {str(folder)!r}") from None
+            text = read_text_file(file)
+        except OSError:
+            raise ValueError(
+                f"{option}: expected a folder with {FILE}, found none at {str(folder)!r} "
+                "(`d2v data tokenizer` makes one)"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from None
         try:
             self._tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{option}: cannot read {str(file)!r}: {error}") from None
         self._tokenizer.encode_special_tokens = True
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        if stored := switch_off(self._tokenizer):
+            # What was made of text before, with these in force, is not what they make of it now.
+            self.digest = hashlib.sha256(f"{self.digest} without {stored}".encode()).hexdigest()
         ids = {name: self._tokenizer.token_to_id(name) for name in (*SPECIALS, MASK)}
         mask = ids[MASK]
         wrong = {name: ids[name] for i, name in enumerate(SPECIALS) if ids[name] != i}
@@ -218,6 +259,18 @@ class BytePairs:
         """Text of ids; special tokens are left out."""
         result: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return result
+
+
+def switch_off(tokenizer: Any) -> list[str]:
+    """Switches off what a `tokenizer.json` may carry from its last use: truncation, padding, random merges; their
+    names."""
+    stored = [name for name in ("truncation", "padding") if getattr(tokenizer, name) is not None]
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+        stored.append("dropout")
+    return stored
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> tuple[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from typing import NamedTuple
 
@@ -17,52 +18,133 @@ from d2v.data.dataset import Batch, Modality, Sample
 from d2v.data.index import IMAGES
 from d2v.data.sources import Source
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_WANTED = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "DIB", "AVIF", "JPEG2000", "JXL")
+Image.init()
+FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 """Decoders that may run. Others are left out on purpose: EPS, for one, starts an external program."""
+RANGES = ("auto", "dtype", "minmax", "percentile")
+PERCENTILES = (0.5, 99.5)
+DEPTHS = range(8, 35, 2)
+"""Bits that integer images use."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PIXEL_SIDE = 32
 """Pixel baselines see larger images averaged down to this side: a linear probe on 150 528 pixels says little."""
 
 
-def decode_image(data: bytes) -> tuple[Image.Image, str | None]:
-    """Encoded bytes -> (RGB image of the first frame, what was converted or None).
+Range = str | tuple[float, float]
+"""Which values become 0 to 255: a name of `RANGES`, or the lowest and the highest of them."""
 
-    Alpha is laid over white, 16-bit values are scaled to 8 bits, CMYK, palette and grey become RGB. EXIF orientation is
-    not applied, as in the published pipelines. Raises `ValueError` with the reason for whatever cannot be decoded;
-    images above Pillow's pixel limit are refused before their pixels are read.
+
+def decode_image(data: bytes, scale: Range = "auto") -> tuple[Image.Image, str | None]:
+    """Encoded bytes -> (RGB image of the first frame, what was converted or None). See `read_image`."""
+    image, notes = read_image(data, scale)
+    return image, notes[0] if notes else None
+
+
+def read_image(data: bytes, scale: Range = "auto") -> tuple[Image.Image, tuple[str, ...]]:
+    """Encoded bytes -> (RGB image of the first page or frame, what was converted or left out).
+
+    Alpha and transparent colours are laid over white; CMYK, palette and grey become RGB; values of more than 8 bits are
+    scaled as `scale` says (data.image_range). EXIF orientation is not applied, as in the published pipelines. Raises
+    `ValueError` with the reason for whatever cannot be decoded; images above Pillow's pixel limit are refused before
+    their pixels are read.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
+            pages = _count_pages(image)
+            raw = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
             image.load()
-            return _to_rgb(image)
+            rgb, kind = _to_rgb(image, raw, scale)
         except MemoryError:
-            raise
+            raise ValueError(f"not enough memory for {len(data)} bytes") from None
         except Exception as error:  # a decoder fed with damaged bytes may raise anything
             text = str(error) or type(error).__name__
             raise ValueError(text.replace("<_io.BytesIO object at ", "<").split("<", 1)[0].strip() or text) from None
+    left = f"{pages - 1} pages or frames behind the first, not read" if pages > 1 else None
+    return rgb, tuple(note for note in (kind, left) if note)
 
 
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
+def _count_pages(image: Image.Image) -> int:
+    """Pages or frames of a file, which is then at its first one."""
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # the later ones are damaged; the first may be whole
+        return 1
+    finally:
+        image.seek(0)
+
+
+def _to_rgb(image: Image.Image, raw: str, scale: Range) -> tuple[Image.Image, str | None]:
+    """`raw` names how values are stored in the file."""
     mode = image.mode
-    if mode == "RGB" and "transparency" not in image.info:
-        return image, None
-    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    key = image.info.get("transparency")
+    if mode == "F" or mode.startswith("I"):
+        values, kind = scale_values(np.asarray(image), scale)
+        if mode != "F" and isinstance(key, int):
+            values = np.where(np.asarray(image) == key, np.uint8(255), values)
+        return Image.fromarray(values).convert("RGB"), kind
+    deep = "16-bit colour to its upper 8 bits" if re.search(r"(RGB|RGBA|RGBX|LA|CMYK).*;16", raw) else None
+    if mode == "RGB" and key is None:
+        return image, deep
+    if isinstance(key, int) and (match := re.search(r"\bL;([24])\b", raw)):
+        image.info["transparency"] = key * (255 // (2 ** int(match[1]) - 1))  # as the grey values have been scaled
+    if isinstance(key, tuple) and deep is not None:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or key is not None:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB"), "palette" if mode == "P" else "alpha"
-    if mode == "F":
-        raise ValueError("floating-point images have no fixed range")
-    if mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("integer values outside 0 to 65535")
-        return Image.fromarray((values.astype(np.uint32) * 255 // 65535).astype(np.uint8)).convert("RGB"), "16-bit"
+        return Image.alpha_composite(white, rgba).convert("RGB"), deep or ("palette" if mode == "P" else "alpha")
     kinds = {"L": "grey", "1": "grey", "P": "palette", "CMYK": "CMYK"}
-    return image.convert("RGB"), kinds.get(mode, mode)
+    return image.convert("RGB"), deep or kinds.get(mode, mode)
+
+
+def scale_values(values: np.ndarray, scale: Range) -> tuple[np.ndarray, str]:
+    """Values of more than 8 bits -> (uint8, how): the range that `scale` means becomes 0 to 255, others are cut off.
+
+    auto: 0 to the largest value of as many bits (8, 10, 12 and so on) as the image uses; floating point: 0 to 1,
+    where all values are; otherwise the smallest to the largest. `ValueError` for values that are not finite.
+    """
+    real = values.dtype.kind == "f"
+    name = "floating point" if real else f"{max(values.dtype.itemsize * 8, 16)}-bit"
+    if not np.isfinite(values).all():
+        raise ValueError("values that are not finite")
+    low, high = float(values.min()), float(values.max())
+    how = scale if isinstance(scale, str) else f"{scale[0]:g} to {scale[1]:g}"
+    if not isinstance(scale, str):
+        low, high = scale
+    elif scale == "percentile":
+        low, high = (float(v) for v in np.percentile(values, PERCENTILES))
+    elif scale == "dtype" and real:
+        raise ValueError("floating-point images have no fixed range: --data.image-range LO HI, minmax or percentile")
+    elif not real and (scale == "dtype" or (scale == "auto" and low >= 0.0)):
+        signed, depths = low < 0.0, DEPTHS if scale == "auto" else (16, 32)
+        depth = next(d for d in depths if max(high, -low - 1) < 2 ** (d - signed))
+        low, high, how = -float(signed * 2 ** (depth - 1)), float(2 ** (depth - signed) - 1), f"{depth}-bit"
+    elif scale == "auto" and low >= 0.0 and high <= 1.0:
+        low, high, how = 0.0, 1.0, "0 to 1"
+    elif scale == "auto":
+        how = "minmax"
+    if low == 0.0 and high == 65535.0 and not real:  # the published scaling, bit for bit
+        return (values.clip(0, 65535).astype(np.uint32) * 255 // 65535).astype(np.uint8), "16-bit"
+    scaled = (values.astype(np.float64) - low) * (255.0 / max(high - low, 1e-30))
+    return np.rint(scaled.clip(0.0, 255.0)).astype(np.uint8), f"{name} as {how} (--data.image-range)"
+
+
+def parse_range(words: tuple[str, ...]) -> Range:
+    """The value of data.image_range; `ValueError` for another."""
+    if len(words) == 1 and words[0] in RANGES:
+        return words[0]
+    try:
+        low, high = (float(word) for word in words)
+        if math.isfinite(low) and math.isfinite(high) and low < high:
+            return low, high
+    except ValueError:
+        pass
+    raise ValueError(f"data.image_range: expected {', '.join(RANGES)} or two rising numbers, got {' '.join(words)!r}")
 
 
 def random_crop_box(
@@ -94,6 +176,7 @@ class ImageSettings(NamedTuple):
     crop_scale: tuple[float, float]
     flip: bool
     rotate: bool
+    scale: Range = "auto"
 
     @staticmethod
     def of(config: Config) -> ImageSettings:
@@ -105,7 +188,8 @@ class ImageSettings(NamedTuple):
             raise ValueError(f"data.crop_scale: expected 0 < low <= high <= 1, got {config.data.crop_scale}")
         stem, data = config.stem, config.data
         grey = data.grey or stem.channels == 1
-        return ImageSettings(stem.image_size, stem.channels, grey, data.crop_scale, data.flip, data.rotate)
+        scale = parse_range(data.image_range)
+        return ImageSettings(stem.image_size, stem.channels, grey, data.crop_scale, data.flip, data.rotate, scale)
 
 
 def to_pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
@@ -176,9 +260,8 @@ class Images(Modality):
 
     def load(self, source: Source, index: int) -> tuple[Image.Image, tuple[str, ...]]:
         """An RGB image."""
-        image, converted = decode_image(source.read(index))
-        told = converted is not None and not (converted == "grey" and self.settings.grey)
-        return image, (str(converted),) if told else ()
+        image, converted = read_image(source.read(index), self.settings.scale)
+        return image, tuple(note for note in converted if not (note == "grey" and self.settings.grey))
 
     def train_transform(self, value: Image.Image, rng: np.random.Generator) -> np.ndarray:
         """Random crop, mirror, turn."""

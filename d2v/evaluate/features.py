@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v.data.pieces import Uncut, list_entries, list_left_out
 from d2v.data.sources import Rejected, Reporter, for_example
+from d2v.evaluate.pieces import Uncut, list_entries, list_left_out
 from d2v.evaluate.probe import encode_pieces
 from d2v.files import write_atomically
 from d2v.saved import load_model
@@ -105,8 +105,8 @@ def extract(
     """Writes features of everything at `input`; returns a summary.
 
     The file holds float32 rows (rows, C): of every valid token ("tokens"), or one mean a sample ("mean"). Samples that
-    are longer than the model saw go through it in overlapping pieces (`d2v.data.pieces`), cut where `max_seconds` or
-    `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists for each sample its name, its first row and its rows:
+    are longer than the model saw go through it in overlapping pieces (`d2v.evaluate.pieces`), cut where `max_seconds`
+    or `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists for each sample its name, its first row and its rows:
     none for one that cannot be used, with the reason in the last column. Those, and what is cut, are counted and named
     in the summary.
     """

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.dataset import Batch, Collate, Modality
-from d2v.data.pieces import PieceBatch, Uncut, list_entries, list_left_out
 from d2v.data.sources import Rejected, Source, check_classes, describe_rare
+from d2v.evaluate.pieces import PieceBatch, Uncut, list_entries, list_left_out
 from d2v.files import write_atomically
 from d2v.model.data2vec import build_model
 from d2v.model.teacher import Encoded

@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from d2v.config.finetune import Decoding, FineTuneConfig
 from d2v.data.dataset import Batch, EvaluationSamples, Modality, Note, TrainSamples, random_stream
 from d2v.data.loader import load_pass, load_updates
-from d2v.data.pieces import PieceBatch, Uncut
 from d2v.data.sampler import UpdateSampler
+from d2v.evaluate.pieces import PieceBatch, Uncut
 from d2v.finetune.augment import erase_rectangles, mix_images, smooth_targets
 from d2v.finetune.data import Labelled, LabelledBatch, LabelledCollate, LabelledSource
 from d2v.finetune.decoding import Decoder, read_logits
@@ -103,7 +103,7 @@ class FineTuning(Objective):
 
     def updates(self, first: int, world: World) -> Generator[list[Batch], None, None]:
         """Labelled micro-batches, with masks of speech."""
-        sampler = UpdateSampler(self.config, self.source, first, self.config.run.steps, world.rank, world.size)
+        sampler = UpdateSampler(self.config, self.source, first, self.config.run.last, world.rank, world.size)
         dataset = TrainSamples(self.source, self.modality, self.config.run.seed)
         collate = LabelledCollate(self.config, self.modality, self.spelling, training=True)
         return load_updates(self.config, dataset, collate, sampler, world.device)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from d2v.config.finetune import Decoding, FineTuneConfig
-from d2v.data.pieces import Uncut, list_entries, list_left_out
 from d2v.data.sources import Rejected
+from d2v.evaluate.pieces import Uncut, list_entries, list_left_out
 from d2v.finetune.decoding import Decoder, read_logits
 from d2v.finetune.objective import run_model
 from d2v.finetune.spelling import spelling_of

@@ -18,8 +18,8 @@ from d2v.config import Config, Data, Optim, Run
 from d2v.config.finetune import Decoding, FineTune, FineTuneConfig, HeadSettings, TaskOptions, read_config
 from d2v.data import make_modality
 from d2v.data.dataset import Modality, Note
-from d2v.data.pieces import Uncut, list_entries, list_left_out
 from d2v.data.sources import Rejected, describe_rare
+from d2v.evaluate.pieces import Uncut, list_entries, list_left_out
 from d2v.finetune.data import (
     Labelled,
     LabelledSource,

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from d2v.config.finetune import read_config
+from d2v.data.tokenizer import FILE as TOKENIZER
+from d2v.data.tokenizer import BytePairs
 from d2v.folder import CONFIG, find_checkpoint, load_json
 from d2v.interop import fairseq, huggingface
 from d2v.model.data2vec import Data2Vec
@@ -39,11 +41,26 @@ def import_checkpoint(source: str, output: str) -> str:
         settings = model.head.settings
         shown = ", ".join(model.labels[:6]) + (", ..." if len(model.labels) > 6 else "")
         head = f", fine-tuned: {settings.task}, {settings.outputs} outputs ({shown})"
-    note = "\nText needs its tokenizer beside the weights: `d2v data tokenizer --help` says how to make that folder."
+    note = _import_tokenizer(path, folder) if stem.modality == "text" else ""
     return (
         f"{folder}: data2vec {model.config.version}.0, {stem.modality}, {count / 1e6:.1f} M parameters of the student"
-        f"{head}{note if stem.modality == 'text' else ''}\n{LICENCES}"
+        f"{head}{note}\n{LICENCES}"
     )
+
+
+def _import_tokenizer(source: Path, folder: Path) -> str:
+    """Takes the `tokenizer.json` of a foreign model along; a note about it."""
+    file, kept = (source if source.is_dir() else source.parent) / TOKENIZER, folder / "tokenizer"
+    hint = f"`d2v data tokenizer --help` says how to make one, to be put into {str(kept)!r}."
+    if not file.is_file():
+        return f"\nText needs its tokenizer, and there is no {TOKENIZER} beside the weights: {hint}"
+    try:
+        BytePairs(file.parent, "from")
+    except ValueError as error:
+        return f"\nThe tokenizer was not taken along: {error}; {hint}"
+    kept.mkdir()
+    shutil.copyfile(file, kept / TOKENIZER)
+    return f"\nIts tokenizer is in {str(kept)!r}."
 
 
 def export_checkpoint(checkpoint: str, format: str, output: str) -> str:
@@ -61,10 +78,14 @@ def export_checkpoint(checkpoint: str, format: str, output: str) -> str:
             raise ValueError(f"output: expected a new file, got {str(path)!r}, which exists")
         return f"{fairseq.save(model, path)}: fairseq checkpoint"
     folder = _new_folder(output)
+    tokenizer = _find_tokenizer(checkpoint) if model.config.stem.modality == "text" else None
     if format == "huggingface":
-        return f"{huggingface.save(model, folder)}: transformers folder"
+        huggingface.save(model, folder)
+        if tokenizer is not None:
+            shutil.copyfile(Path(tokenizer) / TOKENIZER, folder / TOKENIZER)
+        return f"{folder}: transformers folder"
     write_folder(model, folder)
-    if model.config.stem.modality == "text" and (tokenizer := _find_tokenizer(checkpoint)) is not None:
+    if tokenizer is not None:
         shutil.copytree(tokenizer, folder / "tokenizer")
     return f"{folder}: safetensors with {CONFIG} and README.md, which shows how to load them"
 

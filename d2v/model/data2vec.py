@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from d2v.config import Config
 from d2v.config.finetune import FineTuneConfig, read_config
-from d2v.folder import CONFIG, MODEL, copy_into, find_model, load_tensors
+from d2v.folder import CONFIG, MODEL, build_filled, find_model, load_tensors
 from d2v.model.cuda_graph import GraphedTargets, Record
 from d2v.model.decoder import ConvDecoder, RegressionHead
 from d2v.model.layers import valid_positions
@@ -232,8 +232,8 @@ class Data2Vec(nn.Module):
         tensors = load_tensors(folder, MODEL)
         if isinstance(config, FineTuneConfig):
             tensors = {n.removeprefix("encoder."): t for n, t in tensors.items() if n.startswith("encoder.")}
-        model = build_encoder(config, tensors)
-        copy_into(model.state_dict(), tensors, f"checkpoint {str(folder)!r}")
+        what = f"checkpoint {str(folder)!r}"
+        model = build_filled(lambda: build_encoder(config, tensors), config, tensors, what)
         return model.to(choose_device(device)).eval().drop_training_settings()
 
     def drop_training_settings(self) -> Data2Vec:

@@ -14,7 +14,7 @@ from support.images import encode, make_image, write_tar
 from support.sounds import encode_sound, make_sound, write_sounds
 
 from d2v import recipes
-from d2v.data import index, speech
+from d2v.data import shards, speech
 from d2v.data.cache import CACHE
 from d2v.data.sources import Source
 from d2v.data.speech import Speech
@@ -48,7 +48,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(module, name, call)
 
-    watch(index, "scan_shard", lambda shard, *_: shard.name)
+    watch(shards, "scan_shard", lambda shard, *_: shard.name)
     watch(speech, "read_header", lambda file: Path(file.name).name)
     return done
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.images import encode, make_image, write_tar
 
-from d2v.data import index
+from d2v.data import shards, sources
 from d2v.data.cache import NameTable
 from d2v.data.index import open_source
 from d2v.data.sources import expand_braces
@@ -121,7 +121,7 @@ def test_large_members_are_bad_samples(tmp_path: Path, monkeypatch: pytest.Monke
     write_tar(tmp_path / "s.tar", {"a.png": data})
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "a.png").write_bytes(data)
-    monkeypatch.setattr(index, "MAX_ENCODED_BYTES", len(data) - 1)
+    monkeypatch.setattr(sources, "MAX_ENCODED_BYTES", len(data) - 1)
     for path in ("s.tar", "f"):
         with pytest.raises(ValueError, match="larger than"):
             open_source(str(tmp_path / path)).read(0)
@@ -176,7 +176,7 @@ def test_read_ahead_asks_for_each_block_once(tmp_path: Path, monkeypatch: pytest
     source = open_source(str(tmp_path / "s.tar"))
     asked: list[tuple[int, int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, size, advice: asked.append((offset, size, advice)))
-    monkeypatch.setattr(index, "FETCH_BYTES", 8_192)
+    monkeypatch.setattr(shards, "FETCH_BYTES", 8_192)
     plain = [source.read(i) for i in range(20)]
     assert asked == []
     source.read_ahead()

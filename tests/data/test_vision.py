@@ -7,6 +7,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from d2v import recipes
 from d2v.config import Config
 from d2v.data import vision
 from d2v.data.dataset import MaskingCollate, TrainSamples, random_stream
-from d2v.data.index import open_source
+from d2v.data.index import IMAGES, open_source
+from d2v.data.loader import BadSamples
 from d2v.data.vision import (
     Images,
     ImageSettings,
@@ -26,7 +28,9 @@ from d2v.data.vision import (
     centre_image,
     decode_image,
     normalise_images,
+    parse_range,
     random_crop_box,
+    read_image,
 )
 
 SETTINGS = ImageSettings(16, 3, False, (0.2, 1.0), True, True)
@@ -75,7 +79,99 @@ def test_sixteen_bit_values_are_scaled_not_clipped() -> None:
     assert kind == "16-bit"
     assert np.array_equal(np.asarray(image)[..., 0], (values.astype(np.uint32) * 255 // 65535).astype(np.uint8))
     with pytest.raises(ValueError, match="no fixed range"):
-        decode_image(encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"))
+        decode_image(encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "dtype")
+
+
+def ramp(low: float, high: float, dtype: type) -> np.ndarray:
+    return np.linspace(low, high, 256).astype(dtype).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    ("values", "scale", "kind"),
+    [
+        (ramp(0, 4095, np.uint16), "auto", "16-bit as 12-bit"),
+        (ramp(0, 1023, np.uint16), "auto", "16-bit as 10-bit"),
+        (ramp(0, 255, np.uint16), "auto", "16-bit as 8-bit"),
+        (ramp(0, 2**18 - 1, np.int32), "auto", "32-bit as 18-bit"),
+        (ramp(-1000, 3000, np.int32), "auto", "32-bit as minmax"),
+        (ramp(-(2**15), 2**15 - 1, np.int32), "dtype", "32-bit as 16-bit"),
+        (ramp(0, 1, np.float32), "auto", "floating point as 0 to 1"),
+        (ramp(-20, 7, np.float32), "auto", "floating point as minmax"),
+        (ramp(500, 900, np.uint16), "minmax", "16-bit as minmax"),
+        (ramp(500, 900, np.uint16), (500.0, 900.0), "16-bit as 500 to 900"),
+    ],
+)
+def test_deep_images_keep_their_range(values: np.ndarray, scale: Any, kind: str) -> None:
+    image, notes = read_image(encode(Image.fromarray(values), "TIFF"), scale)
+    grey = np.asarray(image)[..., 0].ravel()
+    assert notes == (f"{kind} (--data.image-range)",)
+    assert (grey[0], grey[-1]) == (0, 255)
+    assert len(np.unique(grey)) >= 200
+
+
+def test_ranges() -> None:
+    values = ramp(0, 65535, np.uint16)
+    values[0, 0], values[-1, -1] = 0, 4095
+    few = np.asarray(read_image(encode(Image.fromarray(np.minimum(values, 4095))), "dtype")[0])
+    assert few.max() == 15
+    data = encode(Image.fromarray(values))
+    assert np.array_equal(np.asarray(read_image(data, "dtype")[0]), np.asarray(read_image(data)[0]))
+    robust = np.asarray(read_image(data, "percentile")[0])[..., 0]
+    assert (robust == 0).sum() >= 2 and (robust == 255).sum() >= 2
+    nan = np.full((4, 4), np.nan, np.float32)
+    with pytest.raises(ValueError, match="not finite"):
+        read_image(encode(Image.fromarray(nan), "TIFF"))
+    assert parse_range(("3", "9.5")) == (3.0, 9.5)
+    for bad in (("wide",), ("1",), ("2", "1"), ("0", "nan"), (), ("1", "2", "3")):
+        with pytest.raises(ValueError, match=r"data\.image_range: expected auto, dtype"):
+            parse_range(bad)
+
+
+def png(depth: int, colour: int, row: bytes, key: bytes) -> bytes:
+    """A PNG of one row of two pixels with a transparent colour."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, colour, 0, 0, 0)) + chunk(b"tRNS", key)
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "second"),
+    [
+        (png(8, 0, b"\x05\x06", b"\0\x05"), 6),
+        (png(4, 0, b"\x34", b"\0\x03"), 4 * 17),
+        (png(2, 0, b"\x60", b"\0\x01"), 2 * 85),
+        (png(16, 0, b"\x03\xe8\x08\0", b"\x03\xe8"), 128),
+        (png(8, 2, bytes(range(6)), bytes([0, 0, 0, 1, 0, 2])), 3),
+        (png(16, 2, bytes(range(12)), bytes(range(6))), 6),
+    ],
+)
+def test_transparent_colours_are_laid_over_white(data: bytes, second: int) -> None:
+    image, _ = read_image(data)
+    assert np.asarray(image)[0, 0].tolist() == [255] * 3
+    assert np.asarray(image)[0, 1, 0] == second
+
+
+def test_deep_colour_is_said() -> None:
+    _, notes = read_image(png(16, 2, bytes(range(12)), bytes(6)))
+    assert notes == ("16-bit colour to its upper 8 bits",)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG"])
+def test_pages_behind_the_first_are_counted(kind: str, tmp_path: Path) -> None:
+    pages = [Image.fromarray(np.full((16, 16, 3), 40 * i, np.uint8)) for i in range(5)]
+    for name in "ab":
+        pages[0].save(tmp_path / f"{name}.{kind.lower()}", save_all=True, append_images=pages[1:])
+    images = Images(small())
+    source = images.open(str(tmp_path))
+    account = BadSamples(source, 0.0, None)
+    for index in range(2):
+        sample = TrainSamples(source, images, 0)[index, 0]
+        assert sample.value.max() <= 2
+        account.add(sample.notes)
+    assert account.converted["pages or frames behind the first, not read"] == 8
 
 
 def bomb() -> bytes:
@@ -209,3 +305,18 @@ def test_first_frame_of_an_animation() -> None:
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
     assert np.asarray(decode_image(buffer.getvalue())[0]).max() == 10
+
+
+def test_every_ending_that_counts_is_decoded(tmp_path: Path) -> None:
+    """Endings follow the installed Pillow."""
+    suffixes = {s: Image.registered_extensions().get(s, "JPEG") for s in sorted(IMAGES.suffixes)}
+    for suffix, kind in suffixes.items():
+        data = encode(make_image(1, (16, 16)), kind if kind != "MPO" else "JPEG")
+        (tmp_path / f"image{suffix}").write_bytes(data)
+    images = Images(small())
+    source = images.open(str(tmp_path))
+    assert len(source) == len(suffixes)
+    assert {".jfif", ".jpe", ".pnm"} <= set(suffixes)
+    assert source.left_out == {}
+    for index in range(len(source)):
+        assert images.load(source, index)[0].size == (16, 16)

@@ -14,7 +14,7 @@ import torch
 from support.families import make_config
 
 from d2v.config.finetune import FineTune, FineTuneConfig, HeadSettings, TaskOptions
-from d2v.data.pieces import Uncut
+from d2v.evaluate.pieces import Uncut
 from d2v.finetune.predict import predict
 from d2v.finetune.run import evaluate_model
 from d2v.finetune.spelling import SPACE, SPECIALS

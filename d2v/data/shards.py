@@ -1,0 +1,300 @@
+"""Samples that are members of uncompressed .tar shards, read in place through an index of their offsets."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2v.data.cache import Found, NameTable, scan_files, stamp_of
+from d2v.data.sources import (
+    NoTranscript,
+    Rejected,
+    Reporter,
+    ShardLost,
+    Source,
+    Wanted,
+    check_size,
+    count_endings,
+    decode_text,
+    describe_error,
+    list_left_out,
+    measure_length,
+    number_classes,
+    printable,
+)
+
+MAX_LABEL_BYTES = 4096
+MAX_TAR_HEADER_BYTES = 1 << 20
+MAX_OPEN_SHARDS = 32
+FETCH_BYTES = 4 << 20
+"""Read-ahead fetches aligned blocks of this size."""
+MAX_FETCHED = 4096
+"""Blocks that a process remembers to have fetched."""
+SCANS = 8
+"""Shards that are scanned at the same time: scanning waits for the storage most of the time."""
+
+
+class ShardSource(Source):
+    """Members of a kind of uncompressed .tar shards in webdataset naming: `key.jpg` and, with labels, `key.cls`;
+    transcripts are members `key.txt`. A key may have dots (`scene.3.jpg`) unless they tell the parts of a sample apart
+    (`scene.jpg` and `scene.mask.jpg`, of which the first is read). With `measure` the index has their lengths."""
+
+    def __init__(self, files: Sequence[Path], wanted: Wanted) -> None:
+        self.files, self.cache = list(files), wanted.cache
+        self._open, self._fetched = OrderedDict[int, int](), OrderedDict[tuple[int, int], None]()
+        self._ahead = False
+        report = Reporter("indexing", len(files), "shards")
+
+        def scan(number: int) -> Found:
+            result = scan_shard(files[number], wanted)
+            report.add()
+            return result
+
+        paths, stamps = [str(file.absolute()) for file in files], [stamp_of(file) for file in files]
+        endings = " ".join(sorted(wanted.kind.suffixes))
+        scope = ("shards", wanted.kind.noun, endings, wanted.labelled, wanted.measure is not None, *paths)
+        found = scan_files(paths, stamps, scan, wanted.cache, scope, SCANS)
+        report.finish()
+        self.rejected = [Rejected(*entry) for one in found for entry in one.rejected]
+        self.left_out = count_endings(sum((Counter(one.left_out) for one in found), Counter()), "members")
+        rows = [(number, *sample) for number, one in enumerate(found) for sample in one.samples]
+        if not rows:
+            raise ValueError(
+                f"{wanted.option}: expected {wanted.kind.noun} in {len(files)} .tar shards, found none"
+                f"{list_left_out(self.left_out)}; {wanted.kind.describe()}"
+            )
+        numbers, names, labels, *places, lengths = zip(*rows, strict=True)
+        self.shards, self._sizes = np.array(numbers), [size for size, _ in stamps]
+        self.names = NameTable(f"{files[number].name}:{name}" for number, name in zip(numbers, names, strict=True))
+        self._places = np.array(places, dtype=np.int64).T
+        if wanted.labelled:
+            self.labels, self.classes = number_classes(labels)
+        if wanted.measure is not None:
+            self.lengths = self._note_damaged(lengths)
+
+    def describe(self, index: int) -> str:
+        assert self.shards is not None
+        return printable(str(self.files[int(self.shards[index])].parent / self.names[index]))
+
+    def read(self, index: int) -> bytes:
+        offset, size = self._places[index, :2].tolist()
+        check_size(size, "tar member")
+        return self._read_at(index, offset, size)
+
+    def read_ahead(self) -> None:
+        self._ahead = hasattr(os, "posix_fadvise")
+
+    def read_transcript(self, index: int) -> str:
+        offset, size = self._places[index, 2:].tolist()
+        if offset < 0:
+            raise NoTranscript(f"{self.describe(index)}: expected a .txt member beside it, found none")
+        check_size(size, "transcript")
+        try:
+            return decode_text(self._read_at(index, offset, size)).strip()
+        except ValueError as error:
+            raise ValueError(f"the .txt member beside {self.describe(index)}: {error}") from None
+
+    def _read_at(self, index: int, offset: int, size: int) -> bytes:
+        assert self.shards is not None
+        number = int(self.shards[index])
+        descriptor = self._descriptor(number)
+        if self._ahead:  # asks the system for whole blocks: the sample's neighbours are wanted next
+            for block in range(offset // FETCH_BYTES, (offset + size - 1) // FETCH_BYTES + 1):
+                if (number, block) not in self._fetched:
+                    self._fetched[number, block] = None
+                    os.posix_fadvise(descriptor, block * FETCH_BYTES, FETCH_BYTES, os.POSIX_FADV_WILLNEED)
+                    if len(self._fetched) > MAX_FETCHED:
+                        self._fetched.popitem(last=False)
+        data = os.pread(descriptor, size, offset)
+        if len(data) != size:
+            raise ShardLost(f"the shard {self.files[number]} is cut off: {size} bytes at {offset}, got {len(data)}")
+        return data
+
+    def _descriptor(self, number: int) -> int:
+        """Of a shard, which is opened where it is not; few are open at a time."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        file, expected = self.files[number], self._sizes[number]
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise ShardLost(f"the shard {file} cannot be opened: {error.strerror}") from None
+        size = os.fstat(descriptor).st_size
+        if size != expected:
+            os.close(descriptor)
+            raise ShardLost(f"the shard {file} has changed: {expected} bytes when it was indexed, now {size}")
+        self._open[number] = descriptor
+        if len(self._open) > MAX_OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
+        return descriptor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict(), "cache": None}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
+
+
+def scan_shard(shard: Path, wanted: Wanted) -> Found:
+    """The samples of a shard by key, with their class (`key.cls`), text (`key.txt`) and length.
+
+    Raises `ValueError` where the file is not an uncompressed archive, or a sample has no class.
+    """
+    labels: dict[str, str] = {}
+    texts: dict[str, tuple[int, int]] = {}
+    members: list[tuple[str, tarfile.TarInfo]] = []
+    option, rejected, left_out = wanted.option, list[list[str]](), Counter[str]()
+    with shard.open("rb") as file:
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:", tarinfo=_Member)  # noqa: SIM115
+        except Exception as error:  # damaged headers raise many kinds
+            raise ValueError(f"{option}: expected an uncompressed tar archive, got {str(shard)!r} ({error})") from None
+        for member in _members(shard, file.fileno(), archive, rejected):
+            folder, slash, base = member.name.rpartition("/")
+            stem, _, extension = base.rpartition(".")
+            key, extension = f"{folder}{slash}{stem}", f".{extension.lower()}" if stem else ""
+            if base.startswith("."):
+                left_out["hidden names"] += 1
+            elif extension in wanted.kind.suffixes:
+                members.append((key, member))
+            elif extension == ".cls" and wanted.labelled:
+                data = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset_data)
+                labels[key] = data.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff").strip()
+            elif extension == ".txt":
+                texts[key] = member.offset_data, member.size
+            elif extension != ".cls":
+                left_out[extension] += 1
+        found = _choose_members(shard, members, wanted, rejected, left_out)
+        plain = {key: key if key in labels else _plain_key(key) for key in found}
+        if wanted.labelled and (missing := [key for key in sorted(found) if plain[key] not in labels]):
+            count = f"{len(missing)} of {len(found)} without a label"
+            raise ValueError(f"{option}: expected {missing[0]}.cls in {str(shard)!r}, found none ({count})")
+        samples: list[list[Any]] = []
+        for key, member in sorted(found.items()):
+            text = texts.get(key, texts.get(_plain_key(key), (-1, -1)))
+            opened = functools.partial(archive.extractfile, member)
+            length = -1 if wanted.measure is None else measure_length(wanted.measure, opened)
+            samples.append([member.name, labels.get(plain[key], ""), member.offset_data, member.size, *text, length])
+    return Found(samples, rejected, left_out)
+
+
+def _plain_key(key: str) -> str:
+    """What stands before the first dot of the base name, webdataset's key."""
+    folder, slash, base = key.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _choose_members(
+    shard: Path, members: list[tuple[str, tarfile.TarInfo]], wanted: Wanted, rejected: list[list[str]],
+    left_out: Counter[str],
+) -> dict[str, tarfile.TarInfo]:  # fmt: skip
+    """The samples by key.
+
+    Where one sample has `key.jpg` and `key.mask.jpg`, members `.mask.jpg` of the whole shard are other views of samples
+    and not samples; elsewhere a dot is a part of the key.
+    """
+    singular = wanted.kind.noun.removesuffix("s")
+    known = {key for key, _ in members if key == _plain_key(key)}
+    fields = {_field(key, member) for key, member in members if key != (plain := _plain_key(key)) and plain in known}
+    found: dict[str, tarfile.TarInfo] = {}
+    second: list[list[str]] = []
+    for key, member in members:
+        if key != _plain_key(key) and _field(key, member) in fields:
+            left_out[_field(key, member)] += 1
+        elif key in found:
+            second.append([f"{shard}:{member.name}", f"second {singular} of key {key!r}"])
+        else:
+            found[key] = member
+    rejected[:0] = second
+    return found
+
+
+def _field(key: str, member: tarfile.TarInfo) -> str:
+    """What stands behind webdataset's key, such as `.mask.jpg`."""
+    return member.name[len(_plain_key(key)) :].lower()
+
+
+def _members(
+    shard: Path, descriptor: int, archive: tarfile.TarFile, rejected: list[list[str]]
+) -> Iterator[tarfile.TarInfo]:
+    """Regular, whole, unpacked members; what is cut off or damaged goes to `rejected`."""
+    total, before = os.fstat(descriptor).st_size, -1
+    reason = "what follows is not read"
+    while True:
+        try:
+            member = archive.next()
+        except tarfile.TarError:
+            break  # cut off inside the last member, which is rejected below by its size
+        except Exception as error:  # numbers and names in headers may be anything
+            reason = describe_error(error)
+            break
+        if member is None:
+            break
+        vars(archive)["members"] = []  # tarfile would keep every header of a large shard
+        if member.size < 0 or archive.offset <= before:
+            rejected.append([f"{shard}:{member.name}", f"a size of {member.size} bytes"])
+            return
+        before = archive.offset
+        if not member.isreg() or member.sparse is not None:
+            if not member.isdir():
+                rejected.append([f"{shard}:{member.name}", "not a regular file"])
+        elif member.offset_data + member.size > total:
+            rejected.append([f"{shard}:{member.name}", "cut off: the shard ends inside this member"])
+        else:
+            yield member
+    if archive.offset < total and os.pread(descriptor, tarfile.BLOCKSIZE, archive.offset).strip(b"\0"):
+        rejected.append([str(shard), f"damaged from byte {archive.offset}: {reason}"])
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses extended headers of absurd size, which tarfile would read into memory as a whole."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding, errors)
+        if not member.isfile() and not member.isdir() and member.size > MAX_TAR_HEADER_BYTES:
+            raise tarfile.HeaderError(f"extended header of {member.size} bytes")
+        return member
+
+
+def open_command(path: str, wanted: Wanted) -> ShardSource:
+    """The tar archive that a shell command writes, kept in a temporary file for as long as the source lives."""
+    if not wanted.commands:
+        raise ValueError(
+            f"{wanted.option}: expected a folder or .tar shards, got the shell command {path!r}; "
+            "--data.allow-commands runs it"
+        )
+    command = path.removeprefix("pipe:")
+    folder = tempfile.mkdtemp(prefix="d2v-pipe-")
+    # The name is part of the identity of a sample: the same command, the same name.
+    shard = Path(folder) / f"pipe-{hashlib.sha256(command.encode()).hexdigest()[:16]}.tar"
+    try:
+        with shard.open("wb") as file:
+            done = subprocess.run(command, shell=True, stdout=file, check=False)
+        if done.returncode:
+            raise ValueError(f"{wanted.option}: expected exit code 0 of {command!r}, got {done.returncode}")
+        source = ShardSource([shard], wanted._replace(cache=None))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(source, _remove_folder, folder, os.getpid())
+    return source
+
+
+def _remove_folder(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # not at the end of a forked worker
+        shutil.rmtree(folder, ignore_errors=True)
