@@ -19,7 +19,7 @@ from d2v.config.finetune import Decoding, FineTune, FineTuneConfig, HeadSettings
 from d2v.data import make_modality
 from d2v.data.dataset import Modality, Note
 from d2v.data.sources import Rejected, describe_rare
-from d2v.evaluate.pieces import Uncut, list_entries, list_left_out
+from d2v.evaluate.pieces import Uncut, list_entries, list_missing
 from d2v.finetune.data import (
     Labelled,
     LabelledSource,
@@ -313,7 +313,7 @@ def judge(
     """
     outcomes, notes = objective.predict_whole(source, device, decoder, uncut, precision)
     entries = {
-        "left out": [*list_left_out(source.base), *name_notes(source, notes, "bad")],
+        "left out": [*list_missing(source.base), *name_notes(source, notes, "bad")],
         "cut": name_notes(source, notes, "cut"),
         "no loss for": [
             Rejected(source.describe(o.row), "its transcript is longer than its frames") for o in outcomes

@@ -18,8 +18,8 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.data import make_modality
 from d2v.data.dataset import Batch, Collate, EvaluationSamples, Modality
-from d2v.data.pieces import Uncut
 from d2v.data.sources import Source
+from d2v.evaluate.pieces import Uncut
 from d2v.evaluate.probe import encode_batch, standardise_features
 from d2v.saved import load_model
 from d2v.tools.figures import (

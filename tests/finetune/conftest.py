@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,9 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokenizer(place / "tokenizer", str(place / "text.txt"), vocabulary=265, gpt2=None)
     stem = dataclasses.replace(config.stem, vocabulary=265, mask_token=264)
     data = dataclasses.replace(config.data, tokenizer=str(place / "tokenizer"))
-    return export(dataclasses.replace(config, stem=stem, data=data), folder)
+    export(dataclasses.replace(config, stem=stem, data=data), folder)
+    shutil.copytree(place / "tokenizer", folder / "tokenizer")
+    return folder
 
 
 def write_images(root: Path, count: int, seed: int, classes: tuple[str, ...] = ("dark", "light", "striped")) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,7 @@ def test_long_texts(tmp_path: Path, text_model: Path, capsys: pytest.CaptureFixt
         tmp_path / "m", "text1-tiny", "sentence", "classification", ("no", "yes"), data={"tokenizer": tokenizer},
         stem={"vocabulary": 265, "mask_token": 264, "max_tokens": 32},
     )  # fmt: skip
+    shutil.copytree(tokenizer, tmp_path / "m" / "tokenizer")
     table = write_table(tmp_path / "test.tsv", 6, 0)
     lines = table.read_text().splitlines()
     lines[2] = " ".join(["a good film"] * 40) + "\tyes"
