@@ -407,6 +407,8 @@ def read_transcripts(manifest: Path) -> list[str]:
         file = manifest.with_suffix(".wrd")
     lines, listed = read_lines(file, "transcripts"), "\n".join(read_lines(manifest, "transcripts")).rstrip()
     count = listed.count("\n") + ("\t" in listed.split("\n", 1)[0])
+    if not lines[-1]:  # behind the last newline
+        lines.pop()
     while len(lines) > count and not lines[-1].strip():
         lines.pop()
     if len(lines) != count:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2v.data.sources import Rejected, Reporter, for_example
-from d2v.evaluate.pieces import Uncut, list_entries, list_left_out
+from d2v.evaluate.pieces import Uncut, list_entries, list_missing, passed_over
 from d2v.evaluate.probe import encode_pieces
 from d2v.files import write_atomically
 from d2v.saved import load_model
@@ -106,9 +106,9 @@ def extract(
 
     The file holds float32 rows (rows, C): of every valid token ("tokens"), or one mean a sample ("mean"). Samples that
     are longer than the model saw go through it in overlapping pieces (`d2v.evaluate.pieces`), cut where `max_seconds`
-    or `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists for each sample its name, its first row and its rows:
-    none for one that cannot be used, with the reason in the last column. Those, and what is cut, are counted and named
-    in the summary.
+    or `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists for each sample its name, its first row and its
+    rows: none for one that cannot be used, with the reason in the last column. Those, and what is cut, are counted and
+    named in the summary.
     """
     if pool not in POOLS:
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
@@ -136,7 +136,7 @@ def extract(
                 else:
                     index.add(name, rows.mean(dim=0, keepdim=True) if pool == "mean" else rows, text)
             report.show(part.samples[-1].sample_id + 1)
-        for entry in list_left_out(source):
+        for entry in list_missing(source):
             index.add(entry.name, None, entry.reason)
         if writer.rows == 0:
             raise ValueError(f"input: expected {modality.noun} that can be decoded, got none{for_example(index.lost)}")
@@ -150,4 +150,5 @@ def extract(
     used = len(index.lines) - 1 - len(index.lost)
     named = (("left out", index.lost), ("cut", index.cut))
     notes = "".join(f"; {what} {list_entries(found)}" for what, found in named if found)
+    notes += "".join(f"; left out {count} {reason}" for reason, count in passed_over(source).items())
     return f"{target}: {writer.rows} rows of {writer.width} of {used} {modality.noun}; {index_file}{notes}"

@@ -23,7 +23,8 @@ from d2v.model.stems.speech import SAMPLE_RATE
 
 OVERLAP = 4
 """A piece shares one part in so many with the next; the seam is in the middle, so that no token near an end counts."""
-ENDLESS_SECONDS, ENDLESS_TOKENS = 1e9, 1 << 30
+ENDLESS_SECONDS, ENDLESS_TOKENS = 1e9, 1 << 24
+"""Longer than recordings that are read; the longest text that a configuration allows, where a note says so."""
 
 
 class Piece(NamedTuple):
@@ -139,6 +140,9 @@ class Uncut:
     def _cut(self, sample: Sample) -> Sample:
         """A sample of at most the limit, with a note where something was cut off."""
         value = sample.value
+        if self.config.stem.modality == "text" and len(value) >= ENDLESS_TOKENS:
+            note = Note(sample.sample_id, 0, "cut", f"cut to {len(value)} tokens")
+            sample = sample._replace(notes=(*sample.notes, note))
         if self.limit is None or len(value) <= self.limit:
             return sample
         kept = value[: self.limit]
@@ -182,16 +186,21 @@ def _check_limit(option: str, value: float, least: float, factor: int) -> int:
     return round(value * factor)
 
 
-def list_left_out(source: Source) -> list[Rejected]:
+def list_missing(source: Source) -> list[Rejected]:
     """What the index of a source found and does not hold, with the reason: damaged entries, and what is too short."""
     missing = list(source.rejected)
     named = {entry.name for entry in missing}
     while isinstance(source, Subset):
         gone = np.setdiff1d(np.arange(len(source.base)), source.rows).tolist()
-        reason = ", ".join(source.left_out) or "not used"
+        reason = next((text for text in source.left_out if text.startswith("shorter than")), "not used")
         missing += [Rejected(name, reason) for i in gone if (name := source.base.describe(i)) not in named]
         source = source.base
     return missing
+
+
+def passed_over(source: Source) -> dict[str, int]:
+    """Counts of what the index left out and `list_missing` does not name: files of other endings, for instance."""
+    return {text: count for text, count in source.left_out.items() if not text.startswith("shorter than")}
 
 
 def list_entries(entries: Sequence[Rejected], shown: int = 3) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.data.dataset import Batch, Collate, Modality
 from d2v.data.sources import Rejected, Source, check_classes, describe_rare
-from d2v.evaluate.pieces import PieceBatch, Uncut, list_entries, list_left_out
+from d2v.evaluate.pieces import PieceBatch, Uncut, list_entries, list_missing
 from d2v.files import write_atomically
 from d2v.model.data2vec import build_model
 from d2v.model.teacher import Encoded
@@ -160,7 +160,7 @@ def extract_features(
                 first = source.describe(part.samples[kept[odd[0]]].sample_id)
                 raise ValueError(f"{option}: expected finite features, got {len(odd)} of {name} that are not; {first}")
     lost = check_lost(config, source, option, len(bad))
-    entries = [*list_left_out(source), *(Rejected(source.describe(i), text) for i, text in bad.items())]
+    entries = [*list_missing(source), *(Rejected(source.describe(i), text) for i, text in bad.items())]
     if lost:
         print(f"{option}: left out {lost} of {source.indexed} samples that cannot be decoded")
     for reason, count in source.left_out.items():

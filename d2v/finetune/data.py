@@ -20,6 +20,7 @@ from d2v.config.finetune import FineTuneConfig
 from d2v.data.dataset import Batch, Modality, Sample
 from d2v.data.sources import Rejected, Source, Subset, check_classes
 from d2v.finetune.spelling import Spelling, normalise_transcript
+from d2v.model.stems.speech import SAMPLE_RATE
 from d2v_kernels import MaskSampler
 
 STREAM_SPLIT = 101
@@ -295,6 +296,26 @@ def open_transcripts(
     if not len(kept):
         raise ValueError(f"{option}: expected utterances below {longest / 16_000:g} s (--data.max-seconds), got none")
     return usable.take(kept)
+
+
+def list_cut(source: LabelledSource, modality: Modality) -> list[Rejected]:
+    """Samples that training and validation cut: recordings to data.max_seconds, texts to stem.max_tokens."""
+    config = modality.config
+    if config.stem.modality == "speech" and source.lengths is not None:
+        limit = config.data.max_seconds
+        rows = np.flatnonzero(source.lengths >= round(limit * SAMPLE_RATE)).tolist()
+        return [Rejected(source.describe(i), f"{limit:g} s or more, of which so much is taken") for i in rows]
+    texts, longest, found = getattr(source.base, "texts", None), config.stem.max_tokens, []
+    if texts is None:
+        return []
+    tokenizer: Any = modality.tokenizer  # type: ignore[attr-defined]
+    for number, row in enumerate(source.rows.tolist()):
+        # A token has a byte or more: most texts need not be tokenised.
+        if sum(len(text.encode()) for text in texts[row]) + 2 * len(texts[row]) > longest:
+            count = sum(len(ids) + 2 for ids in tokenizer.encode(texts[row]))
+            if count > longest:
+                found.append(Rejected(source.describe(number), f"cut to {longest} of {count} tokens"))
+    return found
 
 
 def list_unfitting(source: LabelledSource, modality: Modality, spelling: Spelling) -> list[Rejected]:

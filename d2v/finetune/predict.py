@@ -10,7 +10,7 @@ import torch
 
 from d2v.config.finetune import Decoding, FineTuneConfig
 from d2v.data.sources import Rejected
-from d2v.evaluate.pieces import Uncut, list_entries, list_left_out
+from d2v.evaluate.pieces import Uncut, list_entries, list_missing
 from d2v.finetune.decoding import Decoder, read_logits
 from d2v.finetune.objective import run_model
 from d2v.finetune.spelling import spelling_of
@@ -53,7 +53,7 @@ def predict(
         decoder = Decoder(decode or Decoding(), spelling, settings.blank)
     uncut = Uncut(config, max_seconds, max_tokens)
     source = uncut.modality.open_whole(path, option="path")
-    lost, cut = list_left_out(source), list[Rejected]()
+    lost, cut = list_missing(source), list[Rejected]()
     for part in uncut.batches(source, place, batch):
         notes = {note.sample_id: note for note in part.notes}
         for sample, logits in zip(part.samples, run_model(model, uncut.modality, part, place), strict=True):

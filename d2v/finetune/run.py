@@ -19,11 +19,12 @@ from d2v.config.finetune import Decoding, FineTune, FineTuneConfig, HeadSettings
 from d2v.data import make_modality
 from d2v.data.dataset import Modality, Note
 from d2v.data.sources import Rejected, describe_rare
-from d2v.evaluate.pieces import Uncut, list_entries, list_left_out
+from d2v.evaluate.pieces import Uncut, list_entries, list_missing
 from d2v.finetune.data import (
     Labelled,
     LabelledSource,
     hold_out,
+    list_cut,
     list_unfitting,
     open_classes,
     open_numbers,
@@ -122,6 +123,9 @@ def _describe(config: FineTuneConfig, sets: Sets) -> list[str]:
     held = sets.train if config.data.valid else sets.train.join(sets.valid)
     if config.finetune.head.task == "classification":
         texts += describe_rare(held.targets, sets.labels, held.describe)
+    for name, source in (("train", sets.train), ("valid", sets.valid)):
+        if found := list_cut(source, sets.modality.inner):
+            texts.append(f"{name}: cut {list_entries(found)}")
     if sets.spelling is not None:
         for name, source in (("train", sets.train), ("valid", sets.valid), ("test", sets.test)):
             if source is not None and (found := list_unfitting(source, sets.modality, sets.spelling)):
@@ -309,7 +313,7 @@ def judge(
     """
     outcomes, notes = objective.predict_whole(source, device, decoder, uncut, precision)
     entries = {
-        "left out": [*list_left_out(source.base), *name_notes(source, notes, "bad")],
+        "left out": [*list_missing(source.base), *name_notes(source, notes, "bad")],
         "cut": name_notes(source, notes, "cut"),
         "no loss for": [
             Rejected(source.describe(o.row), "its transcript is longer than its frames") for o in outcomes

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,7 @@ def test_long_texts(tmp_path: Path, text_model: Path, capsys: pytest.CaptureFixt
         tmp_path / "m", "text1-tiny", "sentence", "classification", ("no", "yes"), data={"tokenizer": tokenizer},
         stem={"vocabulary": 265, "mask_token": 264, "max_tokens": 32},
     )  # fmt: skip
+    shutil.copytree(tokenizer, tmp_path / "m" / "tokenizer")
     table = write_table(tmp_path / "test.tsv", 6, 0)
     lines = table.read_text().splitlines()
     lines[2] = " ".join(["a good film"] * 40) + "\tyes"
@@ -129,6 +131,20 @@ def test_long_texts(tmp_path: Path, text_model: Path, capsys: pytest.CaptureFixt
     assert whole["samples"] == cut["samples"] == 6 and whole["loss"] != cut["loss"]
     rows = [dict.fromkeys((tmp_path / n / "worst.tsv").read_text().splitlines()) for n in "ab"]
     assert len(rows[0].keys() & rows[1].keys()) == 6  # the header, and all texts but the long one
+
+
+def test_what_training_cuts_is_said(tmp_path: Path, text_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from d2v.cli import main
+
+    table = write_table(tmp_path / "train.tsv", 12, 0)
+    lines = table.read_text().splitlines()
+    lines[4] = " ".join(["film"] * 400) + "\tyes"
+    table.write_text("\n".join(lines) + "\n")
+    command = ["finetune", "text-classify", "--checkpoint", str(text_model), "--train", str(table), "--run.steps", "1"]
+    command += ["--valid", str(table), "--data.workers", "0", "--data.global-batch", "4", "--run.dir"]
+    assert main([*command, str(tmp_path / "run")]) == 0
+    before = capsys.readouterr().err.split("update 1/1")[0]
+    assert all(f"{name}: cut 1: {table}:5: cut to" in before for name in ("train", "valid"))
 
 
 def test_pieces_cover_every_token_once() -> None:

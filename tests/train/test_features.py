@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def write_model(folder: Path, recipe: str, text: Path | None = None, **sections:
         sections |= {"data": {"tokenizer": str(folder.parent / "tokenizer")}}
         sections["stem"] = {"vocabulary": 265, **sections.get("stem", {})}
     write_folder(d2v.Data2Vec(config.change(**sections)), folder)
+    if text is not None:
+        shutil.copytree(folder.parent / "tokenizer", folder / "tokenizer")
     return str(folder)
 
 
