@@ -109,9 +109,11 @@ class DocumentReader:
                         if reason is None:
                             text, reason = _decode(data, file.suffix.lower())
                         if reason is not None:
-                            self.rejected.append(Rejected(f"{file}:{line}", reason))
+                            self.rejected.append(Rejected(printable(f"{file}:{line}"), reason))
                             if len(self.rejected) - before >= MAX_REJECTED:
-                                self.rejected.append(Rejected(str(file), "too many such lines: the rest is not read"))
+                                self.rejected.append(
+                                    Rejected(printable(str(file)), "too many such lines: the rest is not read")
+                                )
                                 break
                         elif text:
                             found += 1
@@ -119,7 +121,7 @@ class DocumentReader:
             except (OSError, ValueError) as error:
                 self.rejected.append(Rejected(printable(str(file)), describe_error(error)))
             if not found and len(self.rejected) == before:
-                self.rejected.append(Rejected(str(file), "no text"))
+                self.rejected.append(Rejected(printable(str(file)), "no text"))
 
 
 def check_encoding(stream: BinaryIO) -> None:
