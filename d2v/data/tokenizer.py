@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 from d2v.data.sources import (
     Rejected,
     Reporter,
+    check_encoding,
     check_output,
     count_endings,
-    decode_text,
     describe_error,
     ending_of,
     find_files,
@@ -101,7 +101,7 @@ class DocumentReader:
             before, found = len(self.rejected), 0
             try:
                 with open_regular(file) as stream:
-                    check_encoding(stream)
+                    pass_mark(stream)
                     pieces = _json_lines(stream) if file.suffix.lower() == ".jsonl" else _blocks(stream)
                     for line, data, reason in pieces:
                         self.done += len(data)
@@ -124,11 +124,11 @@ class DocumentReader:
                 self.rejected.append(Rejected(printable(str(file)), "no text"))
 
 
-def check_encoding(stream: BinaryIO) -> None:
-    """`ValueError` for a file that begins with the byte-order mark of UTF-16; that of UTF-8 is passed over."""
-    decode_text(stream.read(2))
-    stream.seek(0)
-    if stream.read(3) != b"\xef\xbb\xbf":
+def pass_mark(stream: BinaryIO) -> None:
+    """Passes over a byte-order mark; `ValueError` for that of UTF-16."""
+    start = stream.read(3)
+    check_encoding(start)
+    if start != b"\xef\xbb\xbf":
         stream.seek(0)
 
 
