@@ -7,10 +7,14 @@ collapse) with exit code 1.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import os
+import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +23,17 @@ from d2v import recipes
 from d2v.config import Config, Data
 from d2v.config import commands as options
 from d2v.config.fields import build_section, check_ranges, find_nearest
-from d2v.config.finetune import TASKS
+from d2v.config.finetune import TASKS, read_config
+from d2v.config.model import take_architecture
 from d2v.options import UsageError, parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        with _requeue_on_signals() if arguments[:1] in (["pretrain"], ["finetune"]) else contextlib.nullcontext():
+            return _dispatch(arguments)
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"d2v: {_one_sentence(error)}", file=sys.stderr)
         return 2
@@ -40,6 +47,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("d2v: interrupted", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _requeue_on_signals() -> Iterator[None]:
+    """Outside of the training, which has its own handlers, SIGTERM and SIGUSR1 end the process with the code that says:
+    start it again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _frame: Any) -> None:
+        print(f"{signal.Signals(number).name}: outside of the training; the same command goes on", file=sys.stderr)
+        raise SystemExit(os.EX_TEMPFAIL)
+
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _one_sentence(error: Exception) -> str:
@@ -95,15 +122,18 @@ def _run(name: str, arguments: list[str]) -> int:
             print(f"usage: d2v {name} {word} [OPTIONS]\n\n{text}\n\n{word}: {', '.join(valid)}")
             print(f"'d2v {name} {word} --help' lists the options with the values of that {word}.")
             return 0
-        if not arguments or arguments[0].startswith("-"):
+        first = arguments[0] if arguments else "-"
+        if first.startswith("-") and name == "pretrain" and _has_run(arguments):
+            first, arguments = "", ["", *arguments]
+        if first.startswith("-"):
             raise UsageError(f"{word.lower()}: expected one of {', '.join(valid)} as the first argument, got nothing")
-        if arguments[0] not in valid:
-            raise UsageError(_unknown(word.lower(), arguments[0], valid))
+        if first and first not in valid:
+            raise UsageError(_unknown(word.lower(), first, valid))
         assert command.defaults is not None
-        default, config = command.defaults(arguments[0], arguments[1:])
-        traits = config.traits | {name, *arguments[0].split("-")}
-        note = f"Options without effect on {arguments[0]} are not listed."
-        name, arguments = f"{name} {arguments[0]}", arguments[1:]
+        default, config = command.defaults(first, arguments[1:])
+        traits = config.traits | {name, *first.split("-")}
+        note = f"Options without effect on {first or config.recipe} are not listed."
+        name, arguments = f"{name} {first}".strip(), arguments[1:]
     values = parse_options(command.options, arguments, f"d2v {name}", default, command.first, traits, note)
     settings = build_section(command.options, values, name)
     check_ranges(settings)
@@ -134,9 +164,34 @@ def _pretrain(config: Config, init: str | None, dry_run: bool, profile: int) -> 
     return None
 
 
-def _pretrain_defaults(recipe: str, _: list[str]) -> tuple[options.Pretrain, Config]:
-    config = recipes.get(recipe)
+def _pretrain_defaults(recipe: str, arguments: list[str]) -> tuple[options.Pretrain, Config]:
+    """Options before the command line is read: of the recipe with the architecture of --model.init, or without a recipe
+    those of the run in --run.dir."""
+    init = _value_of("--model.init", arguments)
+    if not recipe:
+        from d2v.train.run_dir import read_run
+
+        config = read_run(str(_value_of("--run.dir", arguments)))
+        if config.data.path.startswith("pipe:") and "--data.allow-commands" not in arguments:
+            print("note: --data.allow-commands is not stored and has to be given again", file=sys.stderr)
+    else:
+        config = recipes.get(recipe)
+        if init and not {"-h", "--help"} & set(arguments):
+            from d2v.folder import CONFIG, find_checkpoint
+
+            config = take_architecture(config, read_config(find_checkpoint(init, "model.init") / CONFIG))
     return options.Pretrain(config=config), config
+
+
+def _has_run(arguments: list[str]) -> bool:
+    folder = _value_of("--run.dir", arguments)
+    return folder is not None and any((Path(folder) / name).exists() for name in ("config.json", "checkpoints"))
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The value of an option, before the command line is read."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    return words[words.index(option) + 1 :][0] if option in words[:-1] else None
 
 
 def _finetune(checkpoint: str, train: str, valid: str | None, test: str | None, data: Data, **others: Any) -> None:
@@ -153,12 +208,11 @@ def _finetune(checkpoint: str, train: str, valid: str | None, test: str | None, 
 
 def _finetune_defaults(task: str, arguments: list[str]) -> tuple[options.FineTuning, Config]:
     """Options before the command line is read: they follow the model that --checkpoint names."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    checkpoint = words[words.index("--checkpoint") + 1 :][:1] if "--checkpoint" in words else []
-    if checkpoint:
+    checkpoint = _value_of("--checkpoint", arguments)
+    if checkpoint is not None:
         from d2v.finetune.run import read_defaults
 
-        config, sections = read_defaults(task, checkpoint[0])
+        config, sections = read_defaults(task, checkpoint)
     else:  # for the help
         from d2v.finetune.defaults import MODALITIES, default_sections
 

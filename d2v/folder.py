@@ -5,19 +5,25 @@ Nothing that is read here can execute: JSON and safetensors only.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from d2v.files import PARTIAL
+from d2v.files import PARTIAL, checksum, parse_json
+
+if TYPE_CHECKING:
+    from d2v.config import Config
+
+Model = TypeVar("Model", bound=nn.Module)
 
 METADATA = "metadata.json"
 FORMAT = "d2v-checkpoint-1"
@@ -26,6 +32,8 @@ BEST = "best"
 MODEL, STATE, CONFIG = "model.safetensors", "state.json", "config.json"
 MODEL_PREFIX = "model."
 """Begins the names of the model's tensors in the checkpoint of a run; an exported folder has them in `MODEL`."""
+SUMS = "d2v.sums"
+"""Entry of the header of an exported `MODEL` with the checksums of its tensors."""
 _NAME = re.compile(r"step-(\d{8,})")
 REMOVED = ".removed-"
 
@@ -83,21 +91,25 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """
     if name == MODEL and (folder / METADATA).is_file():
         return read_tensors(folder, MODEL_PREFIX)
+    path = folder / name
     try:
-        return load_file(folder / name)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint: cannot read {str(folder / name)!r}: {error}") from None
+        with safe_open(path, framework="pt") as file:
+            sums = parse_json((file.metadata() or {}).get(SUMS, "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged(path, error) from None
+    for key, expected in sums.items():
+        if key not in tensors or checksum_of(tensors[key]) != expected:
+            raise damaged(path, f"{key} is not as it was written (its checksum differs)")
+    return tensors
 
 
 def load_json(path: Path) -> dict[str, Any]:
     """A JSON object; `ValueError` names a missing or damaged file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint: cannot read {str(path)!r}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"checkpoint: expected a JSON object in {str(path)!r}, got {type(value).__name__}")
-    return value
+        raise damaged(path, error) from None
 
 
 def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:
@@ -106,6 +118,39 @@ def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: 
         raise ValueError(f"{what}: {problem}")
     for name, tensor in target.items():
         tensor.detach().copy_(source[name])
+
+
+def build_filled(build: Callable[[], Model], config: Config, tensors: Mapping[str, Tensor], what: str) -> Model:
+    """The model that `build` makes of a configuration, with a file's tensors.
+
+    A configuration is not trusted: what it asks for is compared with the tensors before anything of its size is made.
+    `ValueError`, beginning with `what`, names the first that does not fit.
+    """
+    check_layers(config, len(tensors), what)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            planned = build().state_dict()
+    except (RuntimeError, ArithmeticError, TypeError, MemoryError) as error:
+        raise ValueError(f"{what}: its configuration makes no model: {str(error).splitlines()[0]}") from None
+    if problem := describe_mismatch(planned, tensors):
+        raise ValueError(f"{what}: {problem}")
+    model = build()
+    copy_into(model.state_dict(), tensors, what)
+    return model
+
+
+def check_layers(config: Config, tensors: int, what: str) -> None:
+    """`ValueError` for more layers than a file of so many tensors can hold; each would take memory before its weights
+    are looked at."""
+    stem, encoder, decoder = config.stem, config.encoder, config.decoder
+    counts = {
+        "encoder.depth": encoder.depth, "encoder.prenet_depth": encoder.prenet_depth, "decoder.layers": decoder.layers,
+        "decoder.projection_layers": decoder.projection_layers, "head.layers": config.head.layers,
+        "stem.position_layers": stem.position_layers, "stem.convolutions": len(stem.convolutions),
+    }  # fmt: skip
+    for name, count in counts.items():
+        if count > max(tensors, 64):
+            raise ValueError(f"{what}: expected layers for {tensors} tensors, got {name} of {count}")
 
 
 def describe_mismatch(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> str | None:
@@ -123,45 +168,120 @@ def describe_mismatch(target: Mapping[str, Tensor], source: Mapping[str, Tensor]
     return None
 
 
+def write_index(tensors: Mapping[str, Any], texts: Mapping[str, str]) -> str:
+    """Text of `METADATA`.
+
+    Args:
+        tensors: name -> {dtype, shape, chunks}, a chunk being {offset, shape, file, name, sum}.
+        texts: the other text files of the checkpoint, name -> content.
+    """
+    sums = {name: checksum(text.encode()) for name, text in texts.items()}
+    value = {"format": FORMAT, "tensors": tensors, "texts": sums}
+    return json.dumps({**value, "sum": checksum(json.dumps(value).encode())})
+
+
 def read_index(folder: Path) -> dict[str, Any]:
-    """Name -> {dtype, shape, chunks} of a checkpoint; `ValueError` names a missing or damaged file."""
+    """Name -> {dtype, shape, chunks} of a checkpoint, whose text files are compared with their checksums (older
+    checkpoints have none); `ValueError` names a missing or damaged file."""
     path = folder / METADATA
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        tensors = value["tensors"]
-        if value["format"] != FORMAT:
-            raise ValueError(f"expected format {FORMAT!r}, got {value['format']!r}")
-        for name, entry in tensors.items():
+        value = parse_json(path.read_text(encoding="utf-8"))
+        if (found := value["format"]) != FORMAT:
+            raise ValueError(f"expected format {FORMAT!r}, got {found!r}")
+        claimed: dict[str, int] = {}
+        for name, entry in value["tensors"].items():
             _check_entry(name, entry)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"checkpoint: cannot read {str(path)!r}: {error}") from None
-    return dict(tensors)
+            for chunk in entry["chunks"]:
+                size = math.prod(chunk["shape"]) * getattr(torch, entry["dtype"]).itemsize
+                claimed[chunk["file"]] = claimed.get(chunk["file"], 0) + size
+        for name, size in claimed.items():
+            if (held := (folder / name).stat().st_size) < size:
+                path = folder / name
+                raise ValueError(f"expected {size} bytes of tensors, got a file of {held}")
+        own = value.pop("sum", None)
+        if ("texts" in value) != (own is not None) or own not in (None, checksum(json.dumps(value).encode())):
+            raise ValueError("it is not as it was written (its checksum differs)")
+        for name, expected in value.get("texts", {}).items():
+            path = folder / name
+            if checksum(path.read_bytes()) != expected:
+                raise ValueError("it is not as it was written (its checksum differs)")
+    except KeyError as error:
+        raise damaged(path, f"expected an entry {error}, found none") from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(path, error) from None
+    return dict(value["tensors"])
+
+
+def damaged(path: Path, reason: object) -> ValueError:
+    """The error for a file that cannot be used; of a run's checkpoint it names the one before."""
+    text = str(reason)
+    text = f"checkpoint: cannot read {str(path)!r}: {text if len(text) <= 300 else text[:297] + '...'}"
+    if _NAME.fullmatch(path.parent.name):
+        listed = list_checkpoints(path.parent.parent)
+        older = [c for c in listed if step_of(c) < step_of(path.parent)]
+        if older:
+            text += (
+                f"; the checkpoint before it is {str(older[-1])!r}: the run goes on there without {path.parent.name}"
+            )
+    return ValueError(text)
 
 
 def _check_entry(name: str, entry: Any) -> None:
-    """What a file says is not trusted: dtypes are of torch, files lie in the checkpoint's own folder."""
+    """What a file says is not trusted: dtypes are of torch, files lie in the checkpoint's own folder, and pieces of the
+    tensor's own name cover it once."""
     if not isinstance(getattr(torch, entry["dtype"], None), torch.dtype):
         raise ValueError(f"{name}: expected the name of a dtype, got {entry['dtype']!r}")
+    whole, boxes = entry["shape"], []
     for chunk in entry["chunks"]:
+        offset, shape = chunk["offset"], chunk["shape"]
         if Path(chunk["file"]).name != chunk["file"]:
             raise ValueError(f"{name}: expected the name of a file, got {chunk['file']!r}")
-        numbers = [*entry["shape"], *chunk["offset"], *chunk["shape"]]
-        if not all(type(n) is int and n >= 0 for n in numbers):
+        numbers = [*whole, *offset, *shape]
+        if not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
             raise ValueError(f"{name}: expected sizes of 0 or more, got {numbers}")
+        if chunk["name"] != (expected := piece_name(name, offset)):
+            raise ValueError(f"{name}: expected a piece {expected!r}, got {chunk['name']!r}")
+        inside = len(whole) == len(offset) == len(shape) and all(
+            map(int.__le__, map(int.__add__, offset, shape), whole)
+        )
+        if not inside:
+            raise ValueError(f"{name}: expected pieces inside of {whole}, got one of {shape} at {offset}")
+        boxes.append((offset, shape))
+    boxes.sort()
+    # Sorted pieces of one axis meet only their neighbours.
+    one_axis = all(o[1:] == [0] * len(o[1:]) and s[1:] == whole[1:] for o, s in boxes)
+    pairs = itertools.pairwise(boxes) if one_axis else itertools.combinations(boxes, 2)
+    if not one_axis and len(boxes) > 1000:
+        raise ValueError(f"{name}: expected at most 1000 pieces along several axes, got {len(boxes)}")
+    twice = any(all(max(i, j) < min(i + n, j + m) for i, n, j, m in zip(*a, *b, strict=True)) for a, b in pairs)
+    if twice or sum(math.prod(shape) for _, shape in boxes) != math.prod(whole):
+        raise ValueError(f"{name}: expected pieces that cover {whole} once, got {boxes}")
 
 
-def read_piece(folder: Path, place: Mapping[str, Any], spans: tuple[slice, ...]) -> Tensor:
-    """Part of a stored piece, on the host; `ValueError` names a missing or damaged file."""
+def piece_name(name: str, offset: Sequence[int]) -> str:
+    """Name of a piece of a tensor in a shard."""
+    return f"{name}@{','.join(map(str, offset))}" if any(offset) else name
+
+
+def checksum_of(tensor: Tensor) -> int:
+    """Checksum of a tensor's bytes."""
+    return checksum(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def read_piece(folder: Path, place: Mapping[str, Any], dtype: str) -> Tensor:
+    """A stored piece, on the host, compared with its checksum; `ValueError` names a missing or damaged file."""
     path = folder / place["file"]
     try:
         with safe_open(path, framework="pt") as file:
-            if not spans:
-                whole: Tensor = file.get_tensor(place["name"])
-                return whole
-            piece: Tensor = file.get_slice(place["name"])[spans]
-            return piece
+            piece: Tensor = file.get_tensor(place["name"])
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint: cannot read {str(path)!r}: {error}") from None
+        raise damaged(path, error) from None
+    expected, got = (dtype, list(place["shape"])), (str(piece.dtype).removeprefix("torch."), list(piece.shape))
+    if expected != got:
+        raise damaged(path, f"{place['name']}: expected dtype and shape {expected}, got {got}")
+    if place.get("sum", found := checksum_of(piece)) != found:
+        raise damaged(path, f"{place['name']} is not as it was written (its checksum differs)")
+    return piece
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -171,14 +291,12 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
         if not name.startswith(prefix):
             continue
         chunks = entry["chunks"]
-        if len(chunks) == 1 and chunks[0]["shape"] == entry["shape"]:
-            value = read_piece(folder, chunks[0], ())
+        if len(chunks) == 1:
+            value = read_piece(folder, chunks[0], entry["dtype"])
         else:
             value = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
             for chunk in chunks:
                 spans = zip(chunk["offset"], chunk["shape"], strict=True)
-                value[tuple(slice(o, o + n) for o, n in spans)] = read_piece(folder, chunk, ())
-        if list(value.shape) != entry["shape"]:
-            raise ValueError(f"checkpoint: {name}: expected shape {entry['shape']}, got {list(value.shape)}")
+                value[tuple(slice(o, o + n) for o, n in spans)] = read_piece(folder, chunk, entry["dtype"])
         result[name.removeprefix(prefix)] = value
     return result

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from d2v.config import Config
 from d2v.config.finetune import FineTuneConfig, read_config
-from d2v.folder import CONFIG, MODEL, copy_into, find_model, load_tensors
+from d2v.folder import CONFIG, MODEL, build_filled, find_model, load_tensors
 from d2v.model.data2vec import Data2Vec, build_model, strip_pretraining
 from d2v.model.finetuned import FineTuned, build_finetuned
 from d2v.runtime import choose_device
@@ -27,7 +29,8 @@ def load_any(
 ) -> tuple[Data2Vec | FineTuned, Config, torch.device]:
     """The model of a checkpoint, pre-trained or fine-tuned; else as `load_model`.
 
-    Of the folder of a fine-tuning run the model that it chose on held-out data. takes_data: False where no text will be
+    It computes in float32 whatever it was trained in, as run.precision of the configuration says then. Of the folder of
+    a fine-tuning run the model that it chose on held-out data. takes_data: False where no text will be
     read, for which a tokenizer has to be found.
     """
     folder = find_model(checkpoint)
@@ -35,23 +38,30 @@ def load_any(
     config = replace(config, run=replace(config.run, device=device))  # type: ignore[arg-type]
     place = choose_device(device)
     tensors = load_tensors(folder, MODEL)
-    model: Data2Vec | FineTuned
-    model = build_finetuned(config, tensors) if isinstance(config, FineTuneConfig) else build_model(config)
-    if isinstance(model, Data2Vec) and not any(name.startswith(("decoder.", "head.")) for name in tensors):
-        strip_pretraining(model, teacher=False)  # imported from a file without them
-    copy_into(model.state_dict(), tensors, f"checkpoint {str(folder)!r}")
+    build: Callable[[], Data2Vec | FineTuned] = partial(_build_pretrained, config, tensors)
+    if isinstance(config, FineTuneConfig):
+        build = partial(build_finetuned, config, tensors)
+    model: Data2Vec | FineTuned = build_filled(build, config, tensors, f"checkpoint {str(folder)!r}")
     # No sample is too short to be evaluated, as far as the stem can take it.
     tokenizer = find_tokenizer(folder, config) if takes_data else config.data.tokenizer
     data = replace(config.data, min_seconds=0.0, tokenizer=tokenizer)
-    return model.to(place).eval(), replace(config, data=data), place
+    (model.encoder if isinstance(model, FineTuned) else model).drop_training_settings()
+    return model.to(place).eval(), replace(config, data=data, run=replace(config.run, precision="fp32")), place
+
+
+def _build_pretrained(config: Config, names: Collection[str]) -> Data2Vec:
+    """A model without its weights; without decoder or head where an imported file had none."""
+    model = build_model(config)
+    if not any(name.startswith(("decoder.", "head.")) for name in names):
+        strip_pretraining(model, teacher=False)
+    return model
 
 
 def find_tokenizer(folder: Path, config: Config) -> str | None:
-    """The tokenizer folder that goes with a checkpoint: beside it, of its run, or the one the run was given."""
+    """The tokenizer folder that goes with a checkpoint: beside it, or of its run, which keeps a copy of a given one."""
     if config.stem.modality != "text":
         return None
-    given = [Path(config.data.tokenizer)] if config.data.tokenizer is not None else []
-    places = [folder / "tokenizer", folder.parent.parent / "tokenizer", Path(config.run.dir) / "tokenizer", *given]
+    places = [folder / "tokenizer", folder.parent.parent / "tokenizer"]
     found = next((p for p in places if (p / "tokenizer.json").is_file()), None)
     if found is None:
         listed = ", ".join(repr(str(p)) for p in places)

@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from soak import bombs, equality, faults, kills, memory, namespaces, network, slurm  # noqa: E402
+from soak import bombs, damage, equality, faults, kills, memory, namespaces, network, slurm  # noqa: E402
 
 Experiment = Callable[[Path], dict[str, Any]]
 
@@ -55,6 +55,11 @@ def experiments() -> dict[str, tuple[Experiment, bool]]:
     found["resharding: 2 ranks to 1 and 4, ddp and fsdp"] = equality.reshard, False
     for modality in ("vision", "text"):
         found[f"pickle bomb in every file, {modality}"] = (lambda f, m=modality: bombs.plant_everywhere(f, m)), False
+    for part in range(5):
+        found[f"40 of 200 damaged run folders, part {part + 1}"] = (
+            lambda f, p=part: damage.damage_and_resume(f, damages=40, seed=p),
+            False,
+        )
     found["signals: SIGTERM, SIGUSR1, SIGINT to one of 2 ranks"] = faults.stop_signals, False
     found["slurm: 3 pre-emptions of 2 ranks"] = slurm.preempt_and_requeue, False
     for ranks in (1, 2):

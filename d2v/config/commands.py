@@ -63,6 +63,17 @@ class _OfModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _OfWhole(_OfModel):
+    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", rare=True)
+    """Dtype of matrix products, whatever the model was trained in."""
+    max_seconds: float | None = None
+    """Speech: cut longer recordings, and count them; unset: recordings of any length go through the model in
+    overlapping pieces as long as it was trained on."""
+    max_tokens: int | None = None
+    """Text: the same for longer texts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class _OfFeatures(_OfModel):
     weights: Literal["student", "teacher"] = "teacher"
     """Network whose features are taken."""
@@ -71,7 +82,7 @@ class _OfFeatures(_OfModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe(_OfFeatures):
+class Probe(_OfFeatures, _OfWhole):
     """Accuracy of a linear classifier, of k nearest neighbours (kNN) and of a classifier trained on a few labels, on
     frozen features, one vector a sample."""
 
@@ -101,7 +112,7 @@ class Probe(_OfFeatures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateModel(_OfModel):
+class EvaluateModel(_OfWhole):
     """Scores of a fine-tuned model with 95 % confidence intervals: accuracy, F1 and Matthews correlation; Pearson and
     Spearman correlation; or word and character error rates. Writes the confusion matrix and the samples with the
     largest errors."""
@@ -145,8 +156,9 @@ class Maps(_OfFeatures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Features(_OfFeatures):
-    """Writes features of a data set to one file; OUTPUT.index.tsv says which rows belong to which sample."""
+class Features(_OfFeatures, _OfWhole):
+    """Writes features of a data set to one file; OUTPUT.index.tsv says which rows belong to which sample, and
+    why a sample has none."""
 
     input: str
     """Images, speech or text, as for pre-training."""
@@ -192,7 +204,7 @@ class Plot:
     folder: Path = setting(option="dir", positional=True)  # noqa: RUF009
     """Run folder."""
     images: str | None = None
-    """Images, speech or text for the similarity panels; unset: the run's own data."""
+    """Images, speech or text for the similarity panels; unset: none, as a run's files do not say what is opened."""
     count: int = 6
     """Number of samples in them."""
     output: str | None = None

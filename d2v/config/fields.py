@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import math
 import operator
+import reprlib
+import sys
+import types
+import typing
 from collections.abc import Collection, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 _BOUNDS = {"low": operator.ge, "high": operator.le, "above": operator.gt, "below": operator.lt}
 
@@ -14,7 +21,7 @@ _BOUNDS = {"low": operator.ge, "high": operator.le, "above": operator.gt, "below
 def setting(
     default: Any = dataclasses.MISSING, *, low: float | None = None, high: float | None = None,
     above: float | None = None, below: float | None = None, only: str = "", free: bool = False, rare: bool = False,
-    option: str | None = "", choices: Collection[str] = (), positional: bool = False,
+    option: str | None = "", choices: Collection[str] = (), positional: bool = False, outside: bool = False,
 ) -> Any:  # fmt: skip
     """A field of a dataclass of settings.
 
@@ -28,10 +35,12 @@ def setting(
         option: name on the command line, where it is not the field's; None: not on the command line.
         choices: names that a set of names may hold.
         positional: given on the command line without a name.
+        outside: opens, runs or writes something outside a model's folder; counts only where the caller gives it, never
+            from a folder's `config.json`.
     """
     metadata = dict(
         low=low, high=high, above=above, below=below, only=only, free=free, rare=rare, option=option, choices=choices,
-        positional=positional,
+        positional=positional, outside=outside,
     )  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -47,6 +56,8 @@ def check_ranges(section: Any, name: str = "") -> None:
         bounds = {key: f.metadata[key] for key in _BOUNDS if f.metadata.get(key) is not None}
         if value is not None and not all(_BOUNDS[key](value, bound) for key, bound in bounds.items()):
             raise ValueError(f"{path}: expected {_describe(**bounds)}, got {value}")
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{path}: expected a number, got {value}")
 
 
 def _describe(
@@ -82,14 +93,25 @@ def replace_field(owner: Any, path: Sequence[str], value: Any) -> Any:
     return dataclasses.replace(owner, **{path[0]: value})
 
 
+def forget_places(config: Any) -> Any:
+    """A configuration of a folder without what opens, runs or writes something outside it (`setting(outside=True)`)."""
+    for name, f in flat_fields(type(config)).items():
+        if f.metadata.get("outside"):
+            config = replace_field(config, name.split("."), f.default)
+    return config
+
+
 def find_nearest(name: str, valid: Collection[str]) -> str:
     """The valid name that is most like another."""
     return difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]
 
 
 def build_section(cls: Any, value: dict[str, Any], where: str) -> Any:
-    """A dataclass of settings from JSON; `ValueError`, beginning with `where`, names unknown fields."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    """A dataclass of settings from JSON; `ValueError`, beginning with `where`, names unknown fields and values of
+    another type."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected an object, got {shorten(value)}")
+    fields, hints = {f.name: f for f in dataclasses.fields(cls)}, _hints(cls)
     if unknown := sorted(set(value) - set(fields)):
         raise ValueError(f"{where}: unknown fields {unknown}; expected {sorted(fields)}")
     kwargs: dict[str, Any] = {}
@@ -97,12 +119,42 @@ def build_section(cls: Any, value: dict[str, Any], where: str) -> Any:
         section = fields[name].default_factory
         if dataclasses.is_dataclass(section):
             kwargs[name] = build_section(section, item, f"{where}.{name}")
-        elif fields[name].metadata.get("choices"):
-            kwargs[name] = frozenset(item)
         else:
-            kwargs[name] = _to_tuples(item)
+            kwargs[name] = _convert(hints[name], item, f"{where}.{name}")
     return cls(**kwargs)
 
 
-def _to_tuples(value: Any) -> Any:
-    return tuple(_to_tuples(v) for v in value) if isinstance(value, list) else value
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """A value of a field's type from JSON: lists become tuples or sets; `ValueError` names one of another type."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (tuple, frozenset) and isinstance(value, (list, tuple, set, frozenset)):
+        variadic = origin is frozenset or inner[1:] == (...,)
+        if variadic or len(inner) == len(value):
+            kinds = [inner[0]] * len(value) if variadic else inner
+            return origin(_convert(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    elif origin in (typing.Union, types.UnionType):
+        return value if value is None else _convert(inner[0], value, where)
+    elif origin is Literal:
+        if any(type(value) is type(choice) and value == choice for choice in inner):
+            return value
+    elif hint is float:
+        if type(value) in (int, float) and (value == math.inf or abs(value) <= sys.float_info.max):
+            return value
+    elif hint is int:
+        if type(value) is int and abs(value) < 1 << 63:
+            return value
+    elif type(value) is hint or (hint is Path and isinstance(value, Path)):
+        return value
+    expected = f"one of {', '.join(map(str, inner))}" if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{where}: expected {expected}, got {shorten(value)}")
+
+
+def shorten(value: Any) -> str:
+    """A value of a file in a message: of a large or deeply nested one the beginning."""
+    text = reprlib.repr(value) if isinstance(value, (list, tuple, dict)) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from d2v.config.fields import check_ranges, require, setting
+from d2v.config.fields import check_ranges, forget_places, require, setting
 from d2v.config.model import Config
+from d2v.files import parse_json
 
 TASKS = ("speech-ctc", "speech-classify", "vision-classify", "text-classify")
 SECTION = "finetune"
@@ -88,7 +88,7 @@ class TaskOptions:
     units: Literal["letters", "bpe"] = setting("letters", only="ctc")
     """CTC: what the model spells with: the characters of the training transcripts, or byte-level byte pairs of
     task.bpe."""
-    bpe: str | None = setting(None, only="ctc")
+    bpe: str | None = setting(None, only="ctc", outside=True)
     """CTC, units bpe: folder of a tokenizer (`d2v data tokenizer`)."""
     case: Literal["lower", "upper", "keep"] = setting("lower", only="ctc")
     """CTC: case of the transcripts."""
@@ -131,7 +131,7 @@ class TaskOptions:
     channel_mask: float = setting(0.0, low=0, high=1, only="speech")
     """Speech: the same for channels of the features."""
     channel_span: int = setting(64, low=1, only="speech")
-    """Speech: channels of a masked span."""
+    """Speech: channels of a masked span; speech-ctc has 64 of 768, of a narrower model the same share."""
     drop_path: float | None = None
     """Stochastic depth of the last block; unset: as pre-trained."""
     dropout: float | None = setting(None, rare=True)
@@ -175,10 +175,14 @@ class FineTuneConfig(Config):
 
 
 def read_config(file: Path) -> Config | FineTuneConfig:
-    """The configuration in a file, of a pre-trained or of a fine-tuned model; `ValueError` where it cannot be read."""
+    """The configuration in a file, of a pre-trained or of a fine-tuned model; `ValueError` where it cannot be read.
+
+    Without its places (`forget_places`): whoever wrote the file does not choose what is opened, run or written here.
+    """
     try:
         text = file.read_text(encoding="utf-8")
-        tuned = SECTION in json.loads(text)
-    except (OSError, ValueError) as error:
+        tuned = SECTION in parse_json(text)
+        config: Config | FineTuneConfig = forget_places((FineTuneConfig if tuned else Config).from_json(text))
+        return config
+    except (OSError, ValueError, ArithmeticError, TypeError) as error:
         raise ValueError(f"checkpoint: cannot read {str(file)!r}: {error}") from None
-    return (FineTuneConfig if tuned else Config).from_json(text)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2v.config.fields import build_section, check_ranges, find_nearest, flat_fields, replace_field, require, setting
 from d2v.config.run import Data, Ema, Optim, Run
+from d2v.files import parse_json
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,11 +53,11 @@ class Stem:
     """Dropout on the features. Text: inside the stem; speech: on what the student sees only."""
     norm_eps: float = setting(1e-5, only="sequence", rare=True)
     """Epsilon of the layer norm on embeddings (text) or on the convolutions' output (speech)."""
-    image_size: int = setting(224, only="vision")
+    image_size: int = setting(224, low=1, only="vision")
     """Height and width of an image in pixels."""
-    patch_size: int = setting(16, only="vision")
+    patch_size: int = setting(16, low=1, only="vision")
     """Height and width of a patch in pixels."""
-    channels: int = setting(3, only="vision")
+    channels: int = setting(3, low=1, only="vision")
     """Colour channels of an image."""
     position_scale: float = setting(1.0, only="sincos")
     """Factor on the fixed sin-cos positions. Published: 1."""
@@ -67,19 +69,19 @@ class Stem:
     """Speech: factor on the gradient that enters them; 0 freezes them."""
     position_layers: int = setting(5, low=1, only="conv", rare=True)
     """Speech: convolutions of the positions."""
-    position_width: int = setting(95, only="conv", rare=True)
+    position_width: int = setting(95, low=1, only="conv", rare=True)
     """Speech: reach of the positions in frames, shared by their convolutions."""
-    position_groups: int = setting(16, only="conv", rare=True)
+    position_groups: int = setting(16, low=1, only="conv", rare=True)
     """Speech: groups of these convolutions."""
     position_norm: bool = setting(False, only="conv", rare=True)
     """Speech: layer norm before them."""
-    mel_bins: int = setting(40, only="log-mel")
+    mel_bins: int = setting(40, low=1, only="log-mel")
     """Log-mel stem: bands of the spectrogram."""
-    mel_frames: int = setting(3, only="log-mel")
+    mel_frames: int = setting(3, low=1, only="log-mel")
     """Log-mel stem: spectrogram frames, 10 ms each, in a token."""
-    vocabulary: int = setting(50_265, only="text")
+    vocabulary: int = setting(50_265, low=1, only="text")
     """Text: number of token ids; 1 is padding."""
-    max_tokens: int = setting(512, only="text")
+    max_tokens: int = setting(512, low=1, only="text")
     """Text: longest sequence, in tokens."""
     mask_token: int | None = setting(None, only="text 1.0")
     """Text, 1.0: id of the mask token."""
@@ -114,11 +116,11 @@ class Encoder:
     """Channels C of a token."""
     heads: int = setting(12, low=1)
     """Attention heads; divides the width."""
-    prenet_depth: int = 0
+    prenet_depth: int = setting(0, low=0)
     """Blocks before the main ones; never used as targets."""
-    depth: int = 12
+    depth: int = setting(12, low=1)
     """Main blocks."""
-    mlp_ratio: float = setting(4.0, rare=True)
+    mlp_ratio: float = setting(4.0, above=0, rare=True)
     """Hidden width of the MLP over C."""
     norm_order: Literal["post", "pre"] = setting("post", rare=True)
     """Layer norm after each residual sum (published 2.0) or before each branch."""
@@ -169,19 +171,19 @@ class Encoder:
 class Decoder:
     """Convolutional decoder of data2vec 2.0: predicts masked tokens from visible tokens and noise."""
 
-    layers: int = 6
+    layers: int = setting(6, low=0)
     """Convolutions."""
-    width: int = 768
+    width: int = setting(768, low=1)
     """Channels of a convolution's output."""
-    kernel: int = 3
+    kernel: int = setting(3, low=1)
     """Kernel size (both axes for images)."""
-    groups: int = 16
+    groups: int = setting(16, low=1)
     """Groups of a convolution."""
     residual: bool = setting(True, rare=True)
     """Add a layer's input to its output where the channel counts agree."""
     projection_layers: int = setting(1, low=1, rare=True)
     """Linear layers of the last projection, with GELU between."""
-    projection_ratio: float = setting(2.0, rare=True)
+    projection_ratio: float = setting(2.0, above=0, rare=True)
     """Hidden width of the projection over C."""
     input_dropout: float = 0.0
     """Dropout on the encoder output that enters the decoder."""
@@ -209,7 +211,7 @@ class Mask:
     """Masked fraction of the tokens."""
     adjust: float = setting(0.0, only="block")
     """Added to the ratio when block centres are counted, before the exact count is enforced."""
-    span: int = 1
+    span: int = setting(1, low=1)
     """Side of a block, or length of a span, in tokens."""
     inverse: bool = setting(False, only="block")
     """Draw the visible blocks instead of the masked ones."""
@@ -314,11 +316,43 @@ class Config:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Rebuilds a configuration; unknown or missing fields raise `ValueError` with their names."""
-        value = json.loads(text)
-        if not isinstance(value, dict):
-            raise ValueError(f"config: expected a JSON object, got {type(value).__name__}")
-        config: Self = build_section(cls, value, "config")
+        config: Self = build_section(cls, parse_json(text), "config")
         return config
+
+
+_WITHOUT_SHAPE = {
+    "stem": {"dropout", "gradient_scale", "position_scale"},
+    "encoder": {
+        "init_std", "init_rescale", "dropout", "attention_dropout", "activation_dropout", "prenet_dropout",
+        "layer_drop", "drop_path",
+    },
+    "decoder": {"input_dropout"},
+}  # fmt: skip
+
+
+def architecture(config: Config) -> dict[str, Any]:
+    """Settings that decide which tensors a model has and what they mean, by their dotted names."""
+    found = {}
+    for name in flat_fields(Config):
+        section, _, last = name.partition(".")
+        if section in ("version", "stem", "encoder", "decoder", "head") and last not in _WITHOUT_SHAPE.get(section, ()):
+            found[name] = operator.attrgetter(name)(config)
+    return found
+
+
+def take_architecture(config: Config, source: Config) -> Config:
+    """A configuration with the architecture of another one of the same version and modality; `ValueError` where these
+    differ."""
+    for name in ("version", "stem.modality"):
+        expected, got = (operator.attrgetter(name)(c) for c in (source, config))
+        if expected != got:
+            raise ValueError(f"{name}: expected a recipe with {expected}, got one with {got}")
+    sections: dict[str, dict[str, Any]] = {"target": {"top_k": min(config.target.top_k, source.encoder.depth)}}
+    for name, value in architecture(source).items():
+        section, _, field_name = name.rpartition(".")
+        if section:
+            sections.setdefault(section, {})[field_name] = value
+    return config.change(**sections)
 
 
 RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
@@ -329,6 +363,10 @@ RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("stem.positions", "other than conv for vision", lambda c: not {"conv", "vision"} <= c.traits),
     ("stem.positions", "relative for vision only", lambda c: not {"relative", "sequence"} <= c.traits),
     ("stem.convolutions", "at least 1", lambda c: len(c.stem.convolutions) >= 1),
+    ("stem.convolutions", "numbers of 1 or more", lambda c: min(min(row) for row in c.stem.convolutions) >= 1),
+    ("stem.image_size", "at most a million patches", lambda c: c.stem.grid[0] <= 1000),
+    ("stem.max_tokens", "at most 2^24", lambda c: c.stem.max_tokens <= 1 << 24),
+    ("run.steps", "at most 2^40", lambda c: c.run.steps <= 1 << 40),
     ("stem.mask_token", "0 to below {0.stem.vocabulary}",
      lambda c: not {"text", "1.0"} <= c.traits or c.stem.mask_token in range(c.stem.vocabulary)),
     ("mask.kind", "a kind for sequences", lambda c: not {"rectangles", "sequence"} <= c.traits),

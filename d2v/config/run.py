@@ -62,17 +62,17 @@ class Data:
     """Where samples come from and how they are batched."""
 
     path: str = setting(
-        "", only="pretrain", free=True
+        "", only="pretrain", free=True, outside=True
     )  # may have moved: a resumed run compares the samples themselves by name
     """Folder, file, or shard pattern to train on."""
-    valid: str | None = setting(None, only="pretrain", free=True)
+    valid: str | None = setting(None, only="pretrain", free=True, outside=True)
     """Held-out data, same formats; unset: none."""
     global_batch: int = setting(256, low=1)
     """Samples per optimiser update, over all ranks and accumulation steps."""
     # Memory; with statistics over a batch, numbers too: a resumed run reports it.
     micro_batch: int | None = setting(None, low=1, free=True)
     """Samples per forward on one rank; unset: the whole share of a rank."""
-    workers: int = setting(1, low=0, free=True)
+    workers: int = setting(1, low=0, high=4096, free=True)
     """Loader processes per rank; masks are drawn there."""
     shuffle: Literal["full", "shards"] = setting("full", rare=True)
     """full: an epoch is a random permutation of all samples. shards: .tar shards are read in random order, several in
@@ -109,7 +109,9 @@ class Data:
     2015); s at most 1. Only in training. Published: 0."""
     unequal: Literal["crop", "pad"] = setting("crop", only="speech")
     """Speech: random crops of the length of the batch's shortest utterance (published), or padding to its longest."""
-    tokenizer: str | None = setting(None, only="text", free=True)  # a resumed run compares the tokens themselves
+    tokenizer: str | None = setting(
+        None, only="text", free=True, outside=True
+    )  # a resumed run compares the tokens themselves
     """Text: folder of a tokenizer (`d2v data tokenizer`); unset: one of stem.vocabulary tokens is trained on the data
     and kept in the run folder."""
     blocks: Literal["stream", "documents"] | None = setting(None, only="text")
@@ -117,10 +119,10 @@ class Data:
     published."""
     block_tokens: int | None = setting(None, only="text", rare=True)
     """Text: tokens of a block, the leading <s> included; unset: stem.max_tokens."""
-    cache: str | None = setting(None, free=True, rare=True)
+    cache: str | None = setting(None, free=True, rare=True, outside=True)
     """Folder for what is made of the data once and shared by runs on it: tokenised text, the index of shards, lengths
     of speech; unset: in the run folder."""
-    allow_commands: bool = setting(False, free=True, rare=True)
+    allow_commands: bool = setting(False, free=True, rare=True, outside=True)
     """Run shell commands that a data path or a manifest names (pipe:COMMAND, COMMAND |)."""
 
 
@@ -128,10 +130,13 @@ class Data:
 class Run:
     """Length, logging, checkpoints, numerics."""
 
-    dir: str = setting("", free=True)
+    dir: str = setting("", free=True, outside=True)
     """Run folder; resumes if it holds a checkpoint."""
     steps: int = setting(400_000, low=0)
     """Optimiser updates."""
+    extend: int = setting(0, low=0, rare=True)
+    """Updates after run.steps: the schedule of the learning rate is gone through once more over them, warm-up and hold
+    shortened in proportion; the moving average keeps its last decay."""
     seed: int = 0
     """Seed of weights, masks, noise, crops and order."""
     log_every: int = setting(50, low=1, free=True)
@@ -180,3 +185,8 @@ class Run:
     """Limit on prediction_std; 0 turns the collapse rule off."""
     collapse_content_spread: float = setting(0.01, free=True, rare=True)
     """Limit on content_spread; 0 turns the collapse rule off."""
+
+    @property
+    def last(self) -> int:
+        """Number of the last update."""
+        return self.steps + self.extend

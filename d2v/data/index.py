@@ -28,15 +28,17 @@ from d2v.data.sources import (
     Wanted,
     check_size,
     count_endings,
-    decode_text,
     ending_of,
     find_files,
+    is_header,
     list_left_out,
     measure_length,
     number_classes,
     open_regular,
     printable,
+    read_lines,
     read_text_file,
+    read_transcripts,
     walk_files,
 )
 
@@ -88,7 +90,7 @@ class FileSource(Source):
 
     A name in a list may also be `archive.zip:offset:length` of a stored member, or `COMMAND |`, whose output is the
     file. Transcripts are the `.txt` files beside the samples; those of a list are the lines of the `.ltr` file beside
-    it: letters separated by spaces, `|` between words.
+    it: letters separated by spaces, `|` between words; or of a `.wrd` file of words.
     """
 
     counts: np.ndarray | None = None
@@ -99,7 +101,7 @@ class FileSource(Source):
         self.rejected, self.left_out = [], {}
         self.lines = np.arange(len(names))
         """Line of each sample in the list, without that of the root."""
-        self._letters: list[str] | None = None
+        self._transcripts: list[str] | None = None
 
     def describe(self, index: int) -> str:
         name = self.names[index]
@@ -133,12 +135,9 @@ class FileSource(Source):
     def read_transcript(self, index: int) -> str:
         if self.file is None:
             return read_text_file((self.root / self.names[index]).with_suffix(".txt"))
-        letters = self.file.with_suffix(".ltr")
-        if self._letters is None:
-            self._letters = _read_lines(letters, "transcripts")
-        if (line := int(self.lines[index])) >= len(self._letters):
-            raise ValueError(f"{letters}: expected a line for each of the manifest, got {len(self._letters)}")
-        return "".join(self._letters[line].split()).replace("|", " ").strip()
+        if self._transcripts is None:
+            self._transcripts = read_transcripts(self.file)
+        return self._transcripts[int(self.lines[index])]
 
     def read_lengths(self, measure: Measure) -> np.ndarray:
         """(n,) int64: lengths by the headers; -1 where a header is damaged, which goes to `rejected`."""
@@ -208,17 +207,19 @@ def _open_list(file: Path, wanted: Wanted) -> FileSource:
     A relative path that leads out of the root is rejected; an absolute one is taken as it stands. A table without a
     root line is relative to its own folder. Commands among the paths are refused unless they are allowed.
     """
-    option, noun, lines = wanted.option, wanted.kind.noun, _read_lines(file, wanted.option)
+    option, noun, lines = wanted.option, wanted.kind.noun, read_lines(file, wanted.option)
     first = 0 if "\t" in lines[0] else 1
     rows: list[tuple[str, str, int]] = []
-    unlabelled, rejected = [], []
+    unlabelled, rejected, headers = [], [], []
     for number, line in enumerate(lines[first:]):
         if not line.strip():
             continue
         where = f"{file}:{number + first + 1}"
         path, _, value = line.partition("\t")
         value = value.split("\t")[0].strip()
-        if wanted.labelled and not value:
+        if wanted.labelled and not rows and is_header([path, value]) and not (file.parent / path).exists():
+            headers.append(where)
+        elif wanted.labelled and not value:
             unlabelled.append((line, where))
         elif is_command(path) and not wanted.commands:
             raise ValueError(
@@ -237,22 +238,12 @@ def _open_list(file: Path, wanted: Wanted) -> FileSource:
     paths, values, numbers = (list(column) for column in zip(*rows, strict=True))
     source = FileSource(file.parent / (lines[0].strip() if first else ""), paths, wanted.cache, file)
     source.rejected, source.lines = rejected, np.array(numbers)
+    source.left_out = {f"line of column names, {where}": 1 for where in headers}
     if wanted.labelled:
         source.labels, source.classes = number_classes(values)
     elif all(value.isdecimal() and len(value) < MAX_DIGITS for value in values):
         source.counts = np.array([int(value) for value in values], dtype=np.int64)
     return source
-
-
-def _read_lines(file: Path, option: str) -> list[str]:
-    try:
-        with open_regular(file) as stream:
-            lines = [line.rstrip("\r") for line in decode_text(stream.read()).split("\n")]
-    except ValueError as error:
-        raise ValueError(f"{option}: expected a list in UTF-8, got {str(file)!r}: {error}") from None
-    if not any(lines):
-        raise ValueError(f"{option}: expected lines in {str(file)!r}, found none")
-    return lines
 
 
 def _describe_escape(path: str) -> str | None:

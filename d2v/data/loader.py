@@ -118,7 +118,7 @@ def train_updates(
     """
     modality = make_modality(config)
     dataset, collate = TrainSamples(source, modality, config.run.seed), MaskingCollate(config, modality)
-    sampler = UpdateSampler(config, source, first, config.run.steps, rank, ranks)
+    sampler = UpdateSampler(config, source, first, config.run.last, rank, ranks)
     return load_updates(config, dataset, collate, sampler, device)
 
 

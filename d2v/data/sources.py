@@ -26,6 +26,21 @@ MAX_ENCODED_BYTES = 256 << 20
 """Largest encoded sample that is read; a bigger file or tar member counts as a bad sample."""
 LISTED = 6
 """Endings that are counted by themselves; others are counted together."""
+HEADERS = (
+    "label",
+    "labels",
+    "class",
+    "target",
+    "category",
+    "score",
+    "similarity",
+    "sentiment",
+    "gold_label",
+    "quality",
+)
+"""What the column of the labels is called in the first line of a table."""
+DISTINCT = 10
+"""So many classes with one sample each, and none with more, are no classes."""
 
 
 class Rejected(NamedTuple):
@@ -378,10 +393,79 @@ def walk_files(root: Path, left: Counter[str] | None = None) -> Iterator[str]:
                 left["pipes, sockets and devices"] += 1
 
 
+def read_lines(file: Path, option: str) -> list[str]:
+    """Lines of a UTF-8 file; `ValueError` where it is not one, or empty."""
+    try:
+        with open_regular(file) as stream:
+            lines = [line.rstrip("\r") for line in decode_text(stream.read()).split("\n")]
+    except ValueError as error:
+        raise ValueError(f"{option}: expected a list in UTF-8, got {str(file)!r}: {error}") from None
+    if not any(lines):
+        raise ValueError(f"{option}: expected lines in {str(file)!r}, found none")
+    return lines
+
+
+def read_transcripts(manifest: Path) -> list[str]:
+    """A transcript for each line of a manifest; `ValueError` where the file beside it has another number of lines."""
+    file = manifest.with_suffix(".ltr")
+    if not file.exists() and manifest.with_suffix(".wrd").exists():
+        file = manifest.with_suffix(".wrd")
+    lines, listed = read_lines(file, "transcripts"), "\n".join(read_lines(manifest, "transcripts")).rstrip()
+    count = listed.count("\n") + ("\t" in listed.split("\n", 1)[0])
+    if not lines[-1]:  # behind the last newline
+        lines.pop()
+    while len(lines) > count and not lines[-1].strip():
+        lines.pop()
+    if len(lines) != count:
+        raise ValueError(f"expected {count} lines in {str(file)!r}, as in {str(manifest)!r}, got {len(lines)}")
+    items = [line.split() for line in lines]
+    # Words under the name of letters keep their spaces: without a mark between words, letters would be one each.
+    marked, letters = any("|" in line for line in lines), all(len(item) == 1 for row in items for item in row)
+    if file.suffix == ".wrd" or not (marked or letters):
+        return [" ".join(row) for row in items]
+    return ["".join(row).replace("|", " ").strip() for row in items]
+
+
 def check_output(output: Path) -> None:
     """Raises `ValueError` where `output` is something else than an absent or empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output: expected an absent or empty folder, got {str(output)!r}")
+
+
+def is_header(columns: Sequence[str]) -> bool:
+    """Whether the first line of a table names its columns: the last as labels are called, each other in one word."""
+    names = [column.strip().casefold() for column in columns]
+    return names[-1] in HEADERS and all(len(name.split()) == 1 for name in names)
+
+
+def check_classes(source: Source, option: str) -> None:
+    """Raises `ValueError` for labels of a training set that cannot be meant: numbers of samples, or all different."""
+    assert source.labels is not None and source.classes is not None
+    count, classes = len(source.labels), source.classes
+    if source.lengths is not None and len(classes) > 1 and all(name.isdecimal() for name in classes):
+        values = np.array([int(name) for name in classes], dtype=np.float64)[source.labels]
+        factor = float(np.median(source.lengths / np.maximum(values, 1.0)))  # files may have another sample rate
+        expected = np.minimum(values * factor, source.lengths.max())
+        if values.min() >= 100 and bool((np.abs(source.lengths - expected) <= factor + 1.0).all()):
+            raise ValueError(
+                f"{option}: expected labels, got numbers of samples: {source.describe(0)} has the label "
+                f"{classes[source.labels[0]]}, its length (a manifest is no table of labels)"
+            )
+    if count == len(classes) >= DISTINCT:
+        raise ValueError(
+            f"{option}: expected several samples of a class, got {count} samples of {count} classes, for example "
+            f"{', '.join(repr(name) for name in classes[:3])}"
+        )
+
+
+def describe_rare(labels: Sequence[int], classes: Sequence[str], names: Callable[[int], str]) -> list[str]:
+    """A sentence about classes with one sample, which may be a misspelt label or a line of column names; or nothing."""
+    counts = np.bincount(np.asarray(labels, dtype=np.int64), minlength=len(classes))
+    rare = np.flatnonzero(counts == 1).tolist()
+    if not rare:
+        return []
+    shown = ", ".join(f"{classes[c]!r} ({names(list(labels).index(c))})" for c in rare[:3])
+    return [f"note: {len(rare)} of {len(classes)} classes have one sample: {shown}{', ...' if len(rare) > 3 else ''}"]
 
 
 def number_classes(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:

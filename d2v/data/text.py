@@ -32,6 +32,7 @@ from d2v.data.sources import (
     Source,
     find_files,
     for_example,
+    is_header,
     number_classes,
     open_regular,
     printable,
@@ -313,9 +314,12 @@ class LabelledTexts(TextSource):
                 except UnicodeDecodeError as error:
                     self.rejected.append(Rejected(where, f"not UTF-8 from byte {error.start}"))
                     continue
-                columns = columns or len(parts)
+                first, columns = not columns, columns or len(parts)
                 if columns not in (2, 3):
                     raise ValueError(f"{option}: expected text<TAB>label or text<TAB>text<TAB>label in {where}")
+                if first and is_header(parts):
+                    self.left_out[f"line of column names, {where}"] = 1
+                    continue
                 reason = None if all(part.strip() for part in parts) else "an empty column"
                 if len(parts) != columns:
                     reason = f"expected {columns} columns, got {len(parts)}"

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from d2v.data import make_modality
-from d2v.data.loader import evaluation_batches
-from d2v.data.sources import Reporter
+from d2v.data.sources import Rejected, Reporter, for_example
+from d2v.evaluate.pieces import Uncut, list_entries, list_left_out
+from d2v.evaluate.probe import encode_pieces
 from d2v.files import write_atomically
 from d2v.saved import load_model
+from d2v.train.objective import autocast
 
 POOLS = ("tokens", "mean")
 SUFFIXES = (".npy", ".safetensors")
@@ -67,6 +69,24 @@ class RowWriter:
         self._rows_file.unlink(missing_ok=True)
 
 
+class _Index:
+    """Lines of the index beside the rows; what is left out, and what is cut."""
+
+    def __init__(self, writer: RowWriter) -> None:
+        self._writer, self.lines = writer, ["name\tfirst_row\trows\tnote"]
+        self.lost: list[Rejected] = []
+        self.cut: list[Rejected] = []
+
+    def add(self, name: str, rows: Tensor | None, note: str) -> None:
+        """A sample and its rows; None: it has none, for the reason of the note."""
+        if note:
+            (self.lost if rows is None else self.cut).append(Rejected(name, note))
+        place = f"{self._writer.rows}\t{0 if rows is None else len(rows)}"
+        self.lines.append(f"{' '.join(name.splitlines()).replace(chr(9), ' ')}\t{place}\t{' '.join(note.split())}")
+        if rows is not None:
+            self._writer.append(rows.numpy())
+
+
 @torch.no_grad()
 def extract(
     checkpoint: str,
@@ -78,46 +98,56 @@ def extract(
     pool: str = "tokens",
     batch: int = 16,
     device: str = "auto",
+    precision: str = "fp32",
+    max_seconds: float | None = None,
+    max_tokens: int | None = None,
 ) -> str:
     """Writes features of everything at `input`; returns a summary.
 
-    The file holds float32 rows (rows, C): of every valid token ("tokens"), or one mean a sample ("mean"). Beside it,
-    OUTPUT.index.tsv lists for each sample its name, its first row and its rows. Samples that cannot be decoded are left
-    out and named in the summary.
+    The file holds float32 rows (rows, C): of every valid token ("tokens"), or one mean a sample ("mean"). Samples that
+    are longer than the model saw go through it in overlapping pieces (`d2v.evaluate.pieces`), cut where `max_seconds`
+    or `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists for each sample its name, its first row and its rows:
+    none for one that cannot be used, with the reason in the last column. Those, and what is cut, are counted and named
+    in the summary.
     """
     if pool not in POOLS:
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
     model, config, place = load_model(checkpoint, device)
-    modality = make_modality(config)
+    uncut = Uncut(config, max_seconds, max_tokens)
+    modality = uncut.modality
     source = modality.open_whole(input, option="input")
     encoder = model.teacher if weights == "teacher" else model
     target = Path(output)
-    writer, index, bad = RowWriter(target), ["name\tfirst_row\trows"], []
+    writer = RowWriter(target)
+    index = _Index(writer)
     report = Reporter("features", len(source), modality.noun)
-    sample = 0
+
     try:
-        for part in evaluation_batches(config, source, place, batch=batch):
-            encoded = encoder.encode(modality.prepare(part.inputs.to(place)), lengths=part.lengths, layer=layer)
-            failed = {note.sample_id: note.text for note in part.notes if note.kind == "bad"}
-            for features, valid in zip(encoded.features.float().cpu(), encoded.valid.cpu(), strict=True):
-                name = source.describe(sample)
-                if sample in failed:
-                    bad.append(f"{name}: {failed[sample]}")
+        for part in uncut.batches(source, place, batch):
+            with autocast(precision, place):
+                found = encode_pieces(encoder, modality, part, place, layer)
+            for sample, rows in zip(part.samples, found, strict=True):
+                name, note = source.describe(sample.sample_id), next(iter(sample.notes), None)
+                text = "" if note is None else note.text
+                if note is not None and note.kind == "bad":
+                    index.add(name, None, text)
+                elif not bool(torch.isfinite(rows).all()):
+                    index.add(name, None, "features that are not finite")
                 else:
-                    rows = features[valid]
-                    rows = rows.mean(dim=0, keepdim=True) if pool == "mean" else rows
-                    index.append(f"{name}\t{writer.rows}\t{len(rows)}")
-                    writer.append(rows.numpy())
-                sample += 1
-            report.show(sample)
+                    index.add(name, rows.mean(dim=0, keepdim=True) if pool == "mean" else rows, text)
+            report.show(part.samples[-1].sample_id + 1)
+        for entry in list_left_out(source):
+            index.add(entry.name, None, entry.reason)
         if writer.rows == 0:
-            raise ValueError(f"input: expected {modality.noun} that can be decoded, got none; for example {bad[0]}")
+            raise ValueError(f"input: expected {modality.noun} that can be decoded, got none{for_example(index.lost)}")
         writer.finish()
     except BaseException:
         writer.abort()
         raise
     report.finish()
     index_file = target.with_name(target.name + ".index.tsv")
-    write_atomically(index_file, "\n".join(index) + "\n")
-    left_out = f"; left out {len(bad)} that cannot be decoded, for example {bad[0]}" if bad else ""
-    return f"{target}: {writer.rows} rows of {writer.width} of {len(index) - 1} {modality.noun}; {index_file}{left_out}"
+    write_atomically(index_file, "\n".join(index.lines) + "\n")
+    used = len(index.lines) - 1 - len(index.lost)
+    named = (("left out", index.lost), ("cut", index.cut))
+    notes = "".join(f"; {what} {list_entries(found)}" for what, found in named if found)
+    return f"{target}: {writer.rows} rows of {writer.width} of {used} {modality.noun}; {index_file}{notes}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.data import make_modality
-from d2v.data.dataset import Batch, Modality
-from d2v.data.loader import evaluation_batches
-from d2v.data.sources import Source
+from d2v.data.dataset import Batch, Collate, Modality
+from d2v.data.sources import Rejected, Source, check_classes, describe_rare
+from d2v.evaluate.pieces import PieceBatch, Uncut, list_entries, list_left_out
 from d2v.files import write_atomically
 from d2v.model.data2vec import build_model
+from d2v.model.teacher import Encoded
 from d2v.saved import load_model
+from d2v.train.objective import autocast
 
 
 def encode_batch(
@@ -32,12 +34,59 @@ def encode_batch(
     pool: str = "mean",
 ) -> Tensor:
     """(B,F) float32 on the host: `encoder.encode`, a model's or its teacher's, made one row a sample by a pool."""
+    if isinstance(batch, PieceBatch) and len(batch.inputs) > len(batch):
+        samples = encode_pieces(encoder, modality, batch, device, layer, class_token=pool == "class")
+        if pool == "class":
+            return torch.stack(samples)
+        return torch.cat([POOLS[pool](f[None], torch.ones(1, len(f), dtype=torch.bool)) for f in samples])
     encoded = encoder.encode(modality.prepare(batch.inputs.to(device)), lengths=batch.lengths, layer=layer)
     if pool == "class":
-        if encoded.class_token is None:
-            raise ValueError("pool: expected another than class, the model has no class token")
-        return encoded.class_token.float().cpu()
+        return _class_token(encoded).float().cpu()
     return POOLS[pool](encoded.features.float(), encoded.valid).cpu()
+
+
+def encode_pieces(
+    encoder: Any,
+    modality: Modality,
+    batch: PieceBatch,
+    device: torch.device,
+    layer: int | None = None,
+    class_token: bool = False,
+) -> list[Tensor]:
+    """Features (T,C) of the tokens of each sample, float32 on the host, or its class token (C,)."""
+
+    def forward(inputs: Tensor, lengths: Tensor | None) -> list[Tensor]:
+        encoded = encoder.encode(modality.prepare(inputs.to(device)), lengths=lengths, layer=layer)
+        if class_token:
+            return list(_class_token(encoded).float().cpu())
+        return [f[v] for f, v in zip(encoded.features.float().cpu(), encoded.valid.cpu(), strict=True)]
+
+    return batch.run(forward)
+
+
+def _class_token(encoded: Encoded) -> Tensor:
+    if encoded.class_token is None:
+        raise ValueError("pool: expected another than class, the model has no class token")
+    return encoded.class_token
+
+
+def make_extractor(
+    encoder: Any, modality: Modality, device: torch.device, layer: int | None, pool: str, precision: str
+) -> Callable[[PieceBatch], Tensor]:
+    """`encode_batch` of an encoder in a precision."""
+
+    def extract(part: PieceBatch) -> Tensor:
+        with autocast(precision, device):
+            return encode_batch(encoder, modality, part, device, layer, pool)
+
+    return extract
+
+
+def raw_features(modality: Modality, name: str, part: PieceBatch) -> Tensor:
+    """Baseline features (B,F) of whole samples."""
+    if len(part.inputs) == len(part):
+        return modality.raw_features(name, part)
+    return torch.cat([modality.raw_features(name, Collate(modality)([sample])) for sample in part.samples])
 
 
 SEGMENTS = 4
@@ -78,37 +127,47 @@ POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @torch.no_grad()
 def extract_features(
-    extractors: Mapping[str, Callable[[Batch], Tensor]],
+    extractors: Mapping[str, Callable[[PieceBatch], Tensor]],
     config: Config,
     source: Source,
     option: str,
     *,
     batch: int = 64,
+    uncut: Uncut | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Features by every extractor, in one pass over a labelled source.
+
+    uncut: how long samples are read; None: whole, as the configuration says.
 
     Returns:
         float32 (n,F) for each name, and labels int64 (n,), both without the samples that cannot be decoded.
 
     Raises:
-        ValueError: more samples than data.bad_fraction cannot be decoded.
+        ValueError: more samples than data.bad_fraction cannot be decoded; features that are not finite.
     """
     assert source.labels is not None
     rows: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
-    bad: set[int] = set()
-    done = 0
-    for part in evaluation_batches(config, source, torch.device("cpu"), batch=batch):
-        broken = {note.sample_id for note in part.notes}
-        kept = [i for i in range(len(part)) if done + i not in broken]
-        bad |= broken
-        done += len(part)
+    bad: dict[int, str] = {}
+    cut: list[Rejected] = []
+    for part in (uncut or Uncut(config)).batches(source, torch.device("cpu"), batch):
+        bad |= {note.sample_id: note.text for note in part.notes if note.kind == "bad"}
+        cut += [Rejected(source.describe(n.sample_id), n.text) for n in part.notes if n.kind == "cut"]
+        kept = [i for i, sample in enumerate(part.samples) if sample.sample_id not in bad]
         for name, extract in extractors.items():
             rows[name].append(extract(part).numpy()[kept])
+            odd = np.flatnonzero(~np.isfinite(rows[name][-1]).all(axis=1))
+            if len(odd):
+                first = source.describe(part.samples[kept[odd[0]]].sample_id)
+                raise ValueError(f"{option}: expected finite features, got {len(odd)} of {name} that are not; {first}")
     lost = check_lost(config, source, option, len(bad))
+    entries = [*list_left_out(source), *(Rejected(source.describe(i), text) for i, text in bad.items())]
     if lost:
         print(f"{option}: left out {lost} of {source.indexed} samples that cannot be decoded")
     for reason, count in source.left_out.items():
         print(f"{option}: left out {count} {reason}")
+    for what, found in (("left out", entries), ("cut", cut)):
+        if found:
+            print(f"{option}: {what} {list_entries(found)}")
     labels = source.labels[np.array([i for i in range(len(source)) if i not in bad], dtype=np.int64)]
     return {name: np.concatenate(parts) for name, parts in rows.items()}, labels
 
@@ -192,6 +251,10 @@ def open_pair(modality: Modality, train: str, test: str) -> tuple[Source, Source
     second.labels, second.classes = align_labels(first, second), first.classes
     if len(first.classes or []) < 2:
         raise ValueError(f"train: expected at least 2 classes, got {first.classes}")
+    check_classes(first, "train")
+    assert first.labels is not None
+    for text in describe_rare(first.labels.tolist(), first.classes or [], first.describe):
+        print(text, file=sys.stderr)
     for name, source in (("train", first), ("test", second)):
         check_lost(modality.config, source, name)  # what the index has rejected already costs no features
     return first, second
@@ -213,6 +276,9 @@ def probe(
     batch: int = 64,
     device: str = "auto",
     output: str | None = None,
+    precision: str = "fp32",
+    max_seconds: float | None = None,
+    max_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Probes a checkpoint and baselines; prints a table and, as the last line, one JSON object, which it returns.
 
@@ -226,26 +292,25 @@ def probe(
     model, config, place = load_model(checkpoint, device)
     if pool == "class" and not config.encoder.extra_tokens:
         raise ValueError(f"pool: expected one of {', '.join(POOLS)} for a model without a class token, got class")
-    modality = make_modality(config)
+    uncut = Uncut(config, max_seconds, max_tokens)
+    modality = uncut.modality
     unknown = [name for name in baselines if name not in ("random_init", *modality.baselines)]
     if unknown:
         known = ", ".join(("random_init", *modality.baselines))
         raise ValueError(f"baselines: expected of {known} for {modality.noun}, got {unknown[0]}")
     train_source, test_source = open_pair(modality, train, test)
 
-    def extractor(encoder: Any) -> Callable[[Batch], Tensor]:
-        return lambda part: encode_batch(encoder, modality, part, place, layer, pool)
-
-    extractors: dict[str, Callable[[Batch], Tensor]] = {}
-    extractors["pretrained"] = extractor(model.teacher if weights == "teacher" else model)
-    for name in baselines:
-        if name == "random_init":
-            fresh = build_model(config, place)
-            extractors[name] = extractor(fresh.teacher if weights == "teacher" else fresh)
-        else:
-            extractors[name] = partial(modality.raw_features, name)
-    first, y = extract_features(extractors, config, train_source, "train", batch=batch)
-    second, truth = extract_features(extractors, config, test_source, "test", batch=batch)
+    encoders: dict[str, Any] = {"pretrained": model}
+    if "random_init" in baselines:
+        encoders["random_init"] = build_model(config, place)
+    extractors = {
+        name: make_extractor(e.teacher if weights == "teacher" else e, modality, place, layer, pool, precision)
+        for name, e in encoders.items()
+    }
+    extractors |= {name: partial(raw_features, modality, name) for name in baselines if name != "random_init"}
+    extractors = {name: extractors[name] for name in ("pretrained", *baselines)}
+    first, y = extract_features(extractors, config, train_source, "train", batch=batch, uncut=uncut)
+    second, truth = extract_features(extractors, config, test_source, "test", batch=batch, uncut=uncut)
     features = {name: (first[name], second[name]) for name in extractors}
     options = {"neighbours": neighbours, "labels_per_class": labels_per_class, "draws": draws, "seed": seed}
     scores = {

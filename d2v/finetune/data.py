@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from d2v.config.finetune import FineTuneConfig
 from d2v.data.dataset import Batch, Modality, Sample
-from d2v.data.sources import Source, Subset
+from d2v.data.sources import Rejected, Source, Subset, check_classes
 from d2v.finetune.spelling import Spelling, normalise_transcript
+from d2v.model.stems.speech import SAMPLE_RATE
 from d2v_kernels import MaskSampler
 
 STREAM_SPLIT = 101
@@ -35,6 +37,10 @@ class LabelledSource(Subset):
     def take(self, rows: np.ndarray) -> LabelledSource:
         """Some of these samples."""
         return LabelledSource(self.base, self.rows[rows], [self.targets[i] for i in rows])
+
+    def join(self, other: LabelledSource) -> LabelledSource:
+        """These and others of the same base."""
+        return LabelledSource(self.base, np.append(self.rows, other.rows), [*self.targets, *other.targets])
 
     def digest(self) -> str:
         return hashlib.sha256(f"{super().digest()} {self.targets!r}".encode()).hexdigest()
@@ -115,7 +121,7 @@ class LabelledCollate:
         inputs, lengths = self.modality.stack(samples, self.training)
         tokens, valid = self.modality.measure(inputs, lengths)
         values = [s.value[1] for s in samples]
-        targets, counts = self._stack_targets(values)
+        targets, counts = self.stack_targets(values)
         hidden = channels = keys = None
         options = self.config.finetune.options
         if self.training and self.config.stem.modality == "speech":
@@ -128,7 +134,8 @@ class LabelledCollate:
             channels, tuple(s.sample_id for s in samples), tuple(i for i, v in enumerate(values) if v is None),
         )  # fmt: skip
 
-    def _stack_targets(self, values: list[Any]) -> tuple[Tensor, Tensor | None]:
+    def stack_targets(self, values: list[Any]) -> tuple[Tensor, Tensor | None]:
+        """Targets of samples, None for one without, and their numbers of labels, as `LabelledBatch` has them."""
         task = self.config.finetune.head.task
         if task == "ctc":
             assert self.spelling is not None
@@ -149,7 +156,9 @@ class LabelledCollate:
         masks, keys = [], []
         for i, sample in enumerate(samples):
             own = None if valid is None else valid[i : i + 1]
-            masks.append(sampler.draw([sample.sample_id], sample.epoch, lengths=own).mask)
+            mask = sampler.draw([sample.sample_id], sample.epoch, lengths=own).mask
+            count = length if own is None else int(own)
+            masks.append(mask & (mask.sum(dim=1, keepdim=True) < count))  # a row that would show nothing shows all
             keys.append(sampler.noise_keys([sample.sample_id], sample.epoch))
         return torch.cat(masks), torch.cat(keys)
 
@@ -207,7 +216,7 @@ def open_classes(
     """Samples with class numbers, and the names of the classes: `known` ones, or those that the data has.
 
     Raises:
-        ValueError: a class that is not known; fewer than two classes in training data.
+        ValueError: a class that is not known; fewer than two classes in training data, or labels that are none.
     """
     source = _open_labelled(modality, path, option, skip)
     assert source.labels is not None and source.classes is not None
@@ -216,6 +225,8 @@ def open_classes(
     classes = list(known) if known is not None else found
     if known is None and len(classes) < 2:
         raise ValueError(f"{option}: expected at least 2 classes, got {len(source)} samples of {classes} at {path!r}")
+    if known is None:
+        check_classes(source, option)
     numbers = {name: i for i, name in enumerate(classes)}
     targets = [numbers.get(source.classes[i]) for i in source.labels.tolist()]
     strange = [i for i, target in enumerate(targets) if target is None]
@@ -285,6 +296,38 @@ def open_transcripts(
     if not len(kept):
         raise ValueError(f"{option}: expected utterances below {longest / 16_000:g} s (--data.max-seconds), got none")
     return usable.take(kept)
+
+
+def list_cut(source: LabelledSource, modality: Modality) -> list[Rejected]:
+    """Samples that training and validation cut: recordings to data.max_seconds, texts to stem.max_tokens."""
+    config = modality.config
+    if config.stem.modality == "speech" and source.lengths is not None:
+        limit = config.data.max_seconds
+        rows = np.flatnonzero(source.lengths >= round(limit * SAMPLE_RATE)).tolist()
+        return [Rejected(source.describe(i), f"{limit:g} s or more, of which so much is taken") for i in rows]
+    texts, longest, found = getattr(source.base, "texts", None), config.stem.max_tokens, []
+    if texts is None:
+        return []
+    tokenizer: Any = modality.tokenizer  # type: ignore[attr-defined]
+    for number, row in enumerate(source.rows.tolist()):
+        # A token has a byte or more: most texts need not be tokenised.
+        if sum(len(text.encode()) for text in texts[row]) + 2 * len(texts[row]) > longest:
+            count = sum(len(ids) + 2 for ids in tokenizer.encode(texts[row]))
+            if count > longest:
+                found.append(Rejected(source.describe(number), f"cut to {longest} of {count} tokens"))
+    return found
+
+
+def list_unfitting(source: LabelledSource, modality: Modality, spelling: Spelling) -> list[Rejected]:
+    """Utterances with transcripts that CTC cannot align: longer than their frames, a blank between equal labels."""
+    assert source.lengths is not None
+    found = []
+    for row, (length, text) in enumerate(zip(source.lengths.tolist(), source.targets, strict=True)):
+        labels, frames = spelling.encode(text), modality.count_tokens(length)
+        needed = len(labels) + sum(a == b for a, b in pairwise(labels))
+        if needed > frames:
+            found.append(Rejected(source.describe(row), f"{needed} frames needed, got {frames}"))
+    return found
 
 
 def hold_out(source: LabelledSource, share: float, seed: int) -> tuple[LabelledSource, LabelledSource]:

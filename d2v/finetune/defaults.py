@@ -9,6 +9,9 @@ from d2v.config.finetune import TASKS, TaskOptions
 
 MODALITIES = dict(zip(TASKS, ("speech", "speech", "vision", "text"), strict=True))
 """What each task's inputs are."""
+PUBLISHED_WIDTH = 768
+"""Channels of the model whose spans of masked channels are published: a narrower one has spans of the same share, or
+one span would hide all that it has."""
 
 _OPTIMS = {
     # wav2vec 2.0's schedule for 10 hours of labels: .1 rising, .4 at the peak, .5 falling to 5 %.
@@ -61,4 +64,6 @@ def default_sections(task: str, config: Config) -> tuple[Optim, Data, Run, TaskO
         crop_scale=(0.08, 1.0) if task == "vision-classify" else config.data.crop_scale,
     )  # fmt: skip
     run = Run(steps=0, precision=config.run.precision, seed=0, keep_checkpoints=1)
-    return _OPTIMS[task], data, run, _OPTIONS[task]
+    options = _OPTIONS[task]
+    span = min(options.channel_span, max(1, options.channel_span * config.encoder.width // PUBLISHED_WIDTH))
+    return _OPTIMS[task], data, run, replace(options, channel_span=span)

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from d2v.config.finetune import Decoding, FineTuneConfig
-from d2v.data.dataset import Batch, EvaluationSamples, TrainSamples, random_stream
+from d2v.data.dataset import Batch, EvaluationSamples, Modality, Note, TrainSamples, random_stream
 from d2v.data.loader import load_pass, load_updates
 from d2v.data.sampler import UpdateSampler
+from d2v.evaluate.pieces import PieceBatch, Uncut
 from d2v.finetune.augment import erase_rectangles, mix_images, smooth_targets
 from d2v.finetune.data import Labelled, LabelledBatch, LabelledCollate, LabelledSource
 from d2v.finetune.decoding import Decoder, read_logits
@@ -101,7 +103,7 @@ class FineTuning(Objective):
 
     def updates(self, first: int, world: World) -> Generator[list[Batch], None, None]:
         """Labelled micro-batches, with masks of speech."""
-        sampler = UpdateSampler(self.config, self.source, first, self.config.run.steps, world.rank, world.size)
+        sampler = UpdateSampler(self.config, self.source, first, self.config.run.last, world.rank, world.size)
         dataset = TrainSamples(self.source, self.modality, self.config.run.seed)
         collate = LabelledCollate(self.config, self.modality, self.spelling, training=True)
         return load_updates(self.config, dataset, collate, sampler, world.device)
@@ -139,8 +141,13 @@ class FineTuning(Objective):
             values["accuracy"] = hits * (1.0 / self.config.data.global_batch)
         return Step({"task": losses.sum()}, values, logits.detach())
 
-    def measure_losses(self, logits: Tensor, targets: Tensor, batch: LabelledBatch) -> Tensor:
-        """(B,) float32: cross entropy with (soft) targets, squared error, or CTC."""
+    def measure_losses(
+        self, logits: Tensor, targets: Tensor, batch: LabelledBatch, zero_infinity: bool = True
+    ) -> Tensor:
+        """(B,) float32: cross entropy with (soft) targets, squared error, or CTC.
+
+        zero_infinity: CTC: of a transcript that is longer than its frames the loss is 0, not infinite.
+        """
         logits = logits.float()
         if self.task == "classification":
             soft = targets if targets.dim() == 2 else F.one_hot(targets, logits.shape[1]).float()
@@ -151,7 +158,8 @@ class FineTuning(Objective):
         lengths = token_lengths(batch, logits)
         return F.ctc_loss(
             logits.log_softmax(-1).transpose(0, 1), targets, lengths, batch.target_lengths,
-            blank=self.config.finetune.head.blank, reduction="none", zero_infinity=True,
+            blank=self.config.finetune.head.blank, reduction="none",
+            zero_infinity=zero_infinity,
         )  # fmt: skip
 
     # ---- what is shown --------------------------------------------------------------------------------------
@@ -182,7 +190,8 @@ class FineTuning(Objective):
 
     @torch.no_grad()
     def predict(self, source: LabelledSource, world: World, decoder: Decoder | None = None) -> list[Outcome]:
-        """Outcomes of this rank's share of the samples that can be decoded."""
+        """Outcomes of this rank's share of the samples that can be decoded, as validation sees them: cut to what the
+        model is trained on, in its precision."""
         data = self.config.data
         if decoder is None and self.spelling is not None:
             decoder = Decoder(Decoding(), self.spelling, self.config.finetune.head.blank)
@@ -203,6 +212,41 @@ class FineTuning(Objective):
                     outcomes += self._judge(source, batch, logits.float().cpu(), losses.cpu(), decoder)
         return outcomes
 
+    @torch.no_grad()
+    def predict_whole(
+        self, source: LabelledSource, device: torch.device, decoder: Decoder | None, uncut: Uncut, precision: str
+    ) -> tuple[list[Outcome], tuple[Note, ...]]:
+        """Outcomes of all samples that can be decoded, whatever their length, and notes about others and what is cut.
+
+        The loss of a transcript that is longer than its frames is infinite.
+
+        Raises:
+            ValueError: outputs that are not finite.
+        """
+        collate = LabelledCollate(self.config, Labelled(uncut.modality), self.spelling, training=False)
+        size, workers = self.config.data.micro_batch or self.config.data.global_batch, self.config.data.workers
+        outcomes: list[Outcome] = []
+        notes: list[Note] = []
+        self.model.eval()
+        for part in uncut.batches(source, device, size, modality=collate.modality, workers=workers):
+            with autocast(precision, device):
+                logits = run_model(self.model, uncut.modality, part, device)
+            rows = tuple(sample.sample_id for sample in part.samples)
+            bad = {note.sample_id for note in part.notes if note.kind == "bad"}
+            for row, found in zip(rows, logits, strict=True):
+                if row not in bad and not bool(torch.isfinite(found).all()):
+                    raise ValueError(f"test: expected finite outputs, got others for {source.describe(row)}")
+            targets, counts = collate.stack_targets([None if i in bad else source.targets[i] for i in rows])
+            batch = LabelledBatch(
+                part.inputs, None, torch.tensor([len(found) for found in logits]), None, None, (), targets, counts,
+                None, None, rows, tuple(i for i, row in enumerate(rows) if row in bad),
+            )  # fmt: skip
+            joined = pad_sequence(logits, batch_first=True)
+            losses = self.measure_losses(joined, targets, batch, zero_infinity=False)
+            outcomes += self._judge(source, batch, joined, losses, decoder)
+            notes += part.notes
+        return outcomes, tuple(notes)
+
     def _judge(
         self, source: LabelledSource, batch: LabelledBatch, logits: Tensor, losses: Tensor, decoder: Decoder | None
     ) -> list[Outcome]:
@@ -218,6 +262,18 @@ class FineTuning(Objective):
     def find_failure(self, line: Mapping[str, Any], batch: Batch | None) -> str | None:
         """A loss or gradient that is not finite."""
         return find_broken(line)
+
+
+def run_model(model: FineTuned, modality: Modality, batch: PieceBatch, device: torch.device) -> list[Tensor]:
+    """Logits of each sample on the host, float32: (K,), or (T,K) of its frames."""
+
+    def forward(inputs: Tensor, lengths: Tensor | None) -> list[Tensor]:
+        logits = model(modality.prepare(inputs.to(device)), lengths).float().cpu()
+        if logits.dim() == 2:
+            return list(logits)
+        return [row[:n] for row, n in zip(logits, model.count_tokens(inputs, lengths).tolist(), strict=True)]
+
+    return batch.run(forward)
 
 
 def _move(tensor: Tensor | None, device: torch.device) -> Tensor | None:

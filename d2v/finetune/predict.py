@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from d2v.config.finetune import Decoding, FineTuneConfig
-from d2v.data import make_modality
-from d2v.data.loader import evaluation_batches
+from d2v.data.sources import Rejected
+from d2v.evaluate.pieces import Uncut, list_entries, list_left_out
 from d2v.finetune.decoding import Decoder, read_logits
-from d2v.finetune.objective import token_lengths
+from d2v.finetune.objective import run_model
 from d2v.finetune.spelling import spelling_of
 from d2v.model.finetuned import FineTuned
 from d2v.saved import load_any
@@ -31,12 +31,15 @@ class Prediction(NamedTuple):
 
 @torch.no_grad()
 def predict(
-    checkpoint: str, path: str, *, decode: Decoding | None = None, batch: int = 16, device: str = "auto"
-) -> Iterator[Prediction]:
+    checkpoint: str, path: str, *, decode: Decoding | None = None, batch: int = 16, device: str = "auto",
+    max_seconds: float | None = None, max_tokens: int | None = None,
+) -> Iterator[Prediction]:  # fmt: skip
     """Predictions for everything at `path`, in order: images, recordings, or documents of text.
 
-    Samples that cannot be decoded are left out. Raises `ValueError` for a model that was not fine-tuned for
-    classification, regression or CTC, and for a path without samples.
+    Samples that are longer than the model saw go through it in overlapping pieces, cut where `max_seconds` or
+    `max_tokens` is given. Standard error says how many samples cannot be decoded, or are cut, and which. Raises
+    `ValueError` for a model that was not fine-tuned for classification, regression or CTC, and for a path without
+    samples.
     """
     model, config, place = load_any(checkpoint, device)
     if not isinstance(model, FineTuned) or not isinstance(config, FineTuneConfig):
@@ -48,18 +51,23 @@ def predict(
     if settings.task == "ctc":
         spelling = spelling_of(config.finetune.options.units, model.labels)
         decoder = Decoder(decode or Decoding(), spelling, settings.blank)
-    config = replace(config, data=replace(config.data, unequal="pad"))
-    modality = make_modality(config)
-    source = modality.open_whole(path, option="path")
-    row = 0
-    for part in evaluation_batches(config, source, place, batch=batch):
-        logits = model(modality.prepare(part.inputs.to(place)), part.lengths).float().cpu()
-        bad = {note.sample_id for note in part.notes if note.kind == "bad"}
-        lengths = token_lengths(part, logits) if decoder is not None else None
-        for i in range(len(part)):
-            if row not in bad:
-                frames = None if lengths is None else int(lengths[i])
-                answer, confidence = read_logits(logits[i], frames, settings.task, decoder)
-                named = model.labels[int(answer)] if settings.task == "classification" else answer
-                yield Prediction(source.describe(row), named, confidence)
-            row += 1
+    uncut = Uncut(config, max_seconds, max_tokens)
+    source = uncut.modality.open_whole(path, option="path")
+    lost, cut = list_left_out(source), list[Rejected]()
+    for part in uncut.batches(source, place, batch):
+        notes = {note.sample_id: note for note in part.notes}
+        for sample, logits in zip(part.samples, run_model(model, uncut.modality, part, place), strict=True):
+            name, note = source.describe(sample.sample_id), notes.get(sample.sample_id)
+            if note is not None:
+                (lost if note.kind == "bad" else cut).append(Rejected(name, note.text))
+            if note is not None and note.kind == "bad":
+                continue
+            if not bool(torch.isfinite(logits).all()):
+                lost.append(Rejected(name, "outputs that are not finite"))
+                continue
+            answer, confidence = read_logits(logits, None, settings.task, decoder)
+            named = model.labels[int(answer)] if settings.task == "classification" else answer
+            yield Prediction(name, named, confidence)
+    for what, entries in (("left out", lost), ("cut", cut)):
+        if entries:
+            print(f"path: {what} {list_entries(entries)}", file=sys.stderr)

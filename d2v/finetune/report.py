@@ -30,7 +30,8 @@ def score_outcomes(outcomes: Sequence[Outcome], task: str, labels: Sequence[str]
     else:
         scores = score_classes(np.array(truth), np.array(predicted), len(labels))
         scores["classes"] = len(labels)
-    loss = float(np.mean([o.loss for o in outcomes]))
+    finite = [o.loss for o in outcomes if np.isfinite(o.loss)]  # not of transcripts that do not fit
+    loss = float(np.mean(finite)) if finite else float("nan")
     return {"task": task, "samples": len(outcomes), **scores, "loss": round(loss, 6)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -16,8 +17,19 @@ import torch
 from d2v.config import Config, Data, Optim, Run
 from d2v.config.finetune import Decoding, FineTune, FineTuneConfig, HeadSettings, TaskOptions, read_config
 from d2v.data import make_modality
-from d2v.data.dataset import Modality
-from d2v.finetune.data import Labelled, LabelledSource, hold_out, open_classes, open_numbers, open_transcripts
+from d2v.data.dataset import Modality, Note
+from d2v.data.sources import Rejected, describe_rare
+from d2v.evaluate.pieces import Uncut, list_entries, list_left_out
+from d2v.finetune.data import (
+    Labelled,
+    LabelledSource,
+    hold_out,
+    list_cut,
+    list_unfitting,
+    open_classes,
+    open_numbers,
+    open_transcripts,
+)
 from d2v.finetune.decoding import Decoder
 from d2v.finetune.defaults import default_sections
 from d2v.finetune.objective import CHOICE, FineTuning
@@ -108,6 +120,16 @@ def _describe(config: FineTuneConfig, sets: Sets) -> list[str]:
         if source.rejected:
             first = f"{source.rejected[0].name}: {source.rejected[0].reason}"
             texts.append(f"{name}: {len(source.rejected)} of {source.indexed} cannot be used; first {first}")
+    held = sets.train if config.data.valid else sets.train.join(sets.valid)
+    if config.finetune.head.task == "classification":
+        texts += describe_rare(held.targets, sets.labels, held.describe)
+    for name, source in (("train", sets.train), ("valid", sets.valid)):
+        if found := list_cut(source, sets.modality.inner):
+            texts.append(f"{name}: cut {list_entries(found)}")
+    if sets.spelling is not None:
+        for name, source in (("train", sets.train), ("valid", sets.valid), ("test", sets.test)):
+            if source is not None and (found := list_unfitting(source, sets.modality, sets.spelling)):
+                texts.append(f"{name}: transcripts longer than their frames teach nothing: {list_entries(found)}")
     return texts
 
 
@@ -123,7 +145,8 @@ def open_sets(task: str, config: Config, test_path: str | None, options: TaskOpt
     spelling: Spelling | None = None
     for name, path in paths.items():
         if path is not None:
-            found[name], labels, spelling = _open(kind, modality, path, name, options, labels, spelling)
+            used = Uncut(config).modality if name == "test" else modality
+            found[name], labels, spelling = _open(kind, used, path, name, options, labels, spelling)
     train_set, valid = found["train"], found.get("valid")
     if valid is None:
         train_set, valid = hold_out(train_set, options.valid_share, config.run.seed)
@@ -132,13 +155,14 @@ def open_sets(task: str, config: Config, test_path: str | None, options: TaskOpt
 
 def _open(
     kind: str, modality: Modality, path: str, option: str, options: TaskOptions, labels: Sequence[str] | None,
-    spelling: Spelling | None,
+    spelling: Spelling | None, max_seconds: float | None = None,
 ) -> tuple[LabelledSource, Sequence[str] | None, Spelling | None]:  # fmt: skip
     """Labelled samples for a head's task; labels and spelling: those of the training samples, None while these are
-    opened themselves, which decide them."""
+    opened themselves, which decide them. max_seconds: recordings with transcripts that are longer are left out; None:
+    the modality's."""
     skip = options.bad_labels == "skip"
     if kind == "ctc":
-        longest = round(modality.config.data.max_seconds * SAMPLE_RATE)
+        longest = round((max_seconds or modality.config.data.max_seconds) * SAMPLE_RATE)
         check = spelling.unknown if spelling is not None else None
         source = open_transcripts(modality, path, option, case=options.case, longest=longest, skip=skip, check=check)
         spelling = spelling or learn_spelling(source.targets, options)
@@ -272,20 +296,33 @@ def _conclude(
         print(f"the test set was looked at before: {file}", file=sys.stderr)
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     else:
-        alone = World(world.device)
         model = FineTuned.load(folder / BEST, config.run.device)
         objective = FineTuning(config, model, sets.modality, sets.test, sets.test, sets.spelling)
-        result = judge(objective, sets.test, alone, decoder, file.parent, worst)
+        result = judge(objective, sets.test, world.device, decoder, file.parent, worst, Uncut(config))
     print(json.dumps(result))
     return result
 
 
 def judge(
-    objective: FineTuning, source: LabelledSource, world: World, decoder: Decoder | None, folder: Path | None,
-    worst: int,
+    objective: FineTuning, source: LabelledSource, device: torch.device, decoder: Decoder | None, folder: Path | None,
+    worst: int, uncut: Uncut, precision: str = "fp32",
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores of a model on labelled samples, written into `folder` with the confusion matrix and the worst samples."""
-    outcomes = objective.predict(source, world, decoder)
+    """Scores of a model on labelled samples, written into `folder` with the confusion matrix and the worst samples.
+
+    What cannot be decoded, is cut, or has a transcript longer than its frames is named on standard error.
+    """
+    outcomes, notes = objective.predict_whole(source, device, decoder, uncut, precision)
+    entries = {
+        "left out": [*list_left_out(source.base), *name_notes(source, notes, "bad")],
+        "cut": name_notes(source, notes, "cut"),
+        "no loss for": [
+            Rejected(source.describe(o.row), "its transcript is longer than its frames") for o in outcomes
+            if not math.isfinite(o.loss)
+        ],
+    }  # fmt: skip
+    for what, found in entries.items():
+        if found:
+            print(f"test: {what} {list_entries(found)}", file=sys.stderr)
     if not outcomes:
         raise ValueError(f"test: expected {objective.noun} that can be decoded, got none of {len(source)}")
     labels = objective.model.labels
@@ -296,6 +333,11 @@ def judge(
         write_report(folder, source, outcomes, result, labels, worst)
     print(describe_scores(result))
     return result
+
+
+def name_notes(source: LabelledSource, notes: Sequence[Note], kind: str) -> list[Rejected]:
+    """Samples with notes of a kind, by name."""
+    return [Rejected(source.describe(note.sample_id), note.text) for note in notes if note.kind == kind]
 
 
 def make_decoder(config: FineTuneConfig, sets: Sets, settings: Decoding) -> Decoder | None:
@@ -310,6 +352,7 @@ def make_decoder(config: FineTuneConfig, sets: Sets, settings: Decoding) -> Deco
 def evaluate_model(
     checkpoint: str, test: str, *, decode: Decoding | None = None, labels: str | None = None, batch: int = 32,
     device: str = "auto", output: str | None = None, worst: int = 50, bad_labels: str = "refuse",
+    precision: str = "fp32", max_seconds: float | None = None, max_tokens: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores of a fine-tuned model on labelled data; prints one JSON object, which it returns.
 
@@ -320,13 +363,16 @@ def evaluate_model(
     if not isinstance(model, FineTuned) or not isinstance(config, FineTuneConfig):
         raise ValueError(f"checkpoint: expected a fine-tuned model, got a pre-trained one at {checkpoint!r}")
     if labels is not None:
-        names = Path(labels).read_text(encoding="utf-8").splitlines()
+        names = Path(labels).read_text(encoding="utf-8-sig").splitlines()
+        if len(set(names)) < len(names):
+            double = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"labels: expected another name for each output, got {double!r} twice in {labels!r}")
         model = FineTuned(model.encoder, model.head, names)
     kind, options = model.head.settings.task, config.finetune.options
     tuned = replace(config.finetune, labels=model.labels)
     data = replace(config.data, global_batch=batch, micro_batch=batch, workers=0, unequal="pad")
     config = replace(config, finetune=tuned, data=data)
-    modality = make_modality(config)
+    uncut = Uncut(config, max_seconds, max_tokens)
     spelling: Spelling | None = None
     options = replace(options, bad_labels=bad_labels)  # type: ignore[arg-type]
     if kind == "ctc":
@@ -335,14 +381,14 @@ def evaluate_model(
         spelling = spelling_of(options.units, model.labels, beside[0] if beside else options.bpe)
         if not config.finetune.task and isinstance(spelling, Letters):
             options = replace(options, case=spelling.case)  # type: ignore[arg-type]
-    source, _, _ = _open(kind, modality, test, "test", options, model.labels, spelling)
-    objective = FineTuning(config, model.eval(), Labelled(modality), source, source, spelling)
+    source, _, _ = _open(kind, uncut.modality, test, "test", options, model.labels, spelling, max_seconds)
+    objective = FineTuning(config, model.eval(), Labelled(uncut.modality), source, source, spelling)
     decoder = None
     if spelling is not None:
         decoder = Decoder(decode or Decoding(), spelling, model.head.settings.blank)
     folder = Path(output) if output is not None else None
     if folder is None and (Path(checkpoint) / "metrics.jsonl").is_file():
         folder = Path(checkpoint) / "evaluation"
-    result = judge(objective, source, World(place), decoder, folder, worst)
+    result = judge(objective, source, place, decoder, folder, worst, uncut, precision)
     print(json.dumps(result))
     return result

@@ -13,12 +13,13 @@ from torch.nn import functional
 
 from d2v.config import Config
 from d2v.config.finetune import FineTuneConfig, read_config
-from d2v.folder import CONFIG, MODEL, copy_into, find_model, load_tensors
+from d2v.folder import CONFIG, MODEL, build_filled, find_model, load_tensors
 from d2v.model.cuda_graph import GraphedTargets, Record
 from d2v.model.decoder import ConvDecoder, RegressionHead
 from d2v.model.layers import valid_positions
 from d2v.model.masking import MaskedRows, resolve_masks
 from d2v.model.stems import PADDING, LogMelStem, make_positions, make_stem
+from d2v.model.stems.positions import ConvPositions
 from d2v.model.targets import make_targets
 from d2v.model.teacher import PARTS, Encoded, Teacher, encode_parts, evaluating
 from d2v.model.transformer import InputBlock, TransformerEncoder, initialise_linears
@@ -231,9 +232,18 @@ class Data2Vec(nn.Module):
         tensors = load_tensors(folder, MODEL)
         if isinstance(config, FineTuneConfig):
             tensors = {n.removeprefix("encoder."): t for n, t in tensors.items() if n.startswith("encoder.")}
-        model = build_encoder(config, tensors)
-        copy_into(model.state_dict(), tensors, f"checkpoint {str(folder)!r}")
-        return model.to(choose_device(device)).eval()
+        what = f"checkpoint {str(folder)!r}"
+        model = build_filled(lambda: build_encoder(config, tensors), config, tensors, what)
+        return model.to(choose_device(device)).eval().drop_training_settings()
+
+    def drop_training_settings(self) -> Data2Vec:
+        """Takes off, in place, what is right in training only, and returns the model: the precision of the teacher's
+        working copies, and positions that see padding, with which features would depend on the rest of a batch."""
+        self.teacher.working_dtype = None
+        for part in self.modules():
+            if isinstance(part, ConvPositions):
+                part.zero_input = part.zero_between = True
+        return self
 
     def run_encoder(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """(N,E+T,C): the encoder's output of full rows of features (N,T,C)."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from d2v.config import Config
 from d2v.config.finetune import FineTune, FineTuneConfig, read_config
-from d2v.folder import CONFIG, MODEL, copy_into, find_model, load_tensors
+from d2v.folder import CONFIG, MODEL, build_filled, find_model, load_tensors
 from d2v.model.data2vec import Data2Vec, build_encoder
 from d2v.model.layers import valid_positions
 from d2v.model.saving import write_folder
@@ -112,8 +112,9 @@ class FineTuned(nn.Module):
         if not isinstance(config, FineTuneConfig):
             raise ValueError(f"checkpoint: expected a fine-tuned model, got a pre-trained one at {str(folder)!r}")
         tensors = load_tensors(found, MODEL)
-        model = build_finetuned(config, tensors)
-        copy_into(model.state_dict(), tensors, f"checkpoint {str(found)!r}")
+        what = f"checkpoint {str(found)!r}"
+        model = build_filled(lambda: build_finetuned(config, tensors), config, tensors, what)
+        model.encoder.drop_training_settings()
         return model.to(choose_device(device)).eval()
 
     def count_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from d2v.config import Config
 from d2v.config.finetune import FineTuneConfig
 from d2v.files import write_atomically
-from d2v.folder import CONFIG, MODEL
+from d2v.folder import CONFIG, MODEL, SUMS, checksum_of
 
 ORIGIN = "origin.json"
 README = """# An exported data2vec model
@@ -102,7 +102,8 @@ def write_folder(model: Any, folder: Path, config: Config | None = None) -> None
     temporary.mkdir(parents=True)
     try:
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
-        save_file(tensors, temporary / MODEL)
+        sums = json.dumps({name: checksum_of(t) for name, t in tensors.items()})
+        save_file(tensors, temporary / MODEL, metadata={"format": "pt", SUMS: sums})
         write_atomically(temporary / CONFIG, config.to_json())
         write_atomically(temporary / "README.md", _write_readme(config, folder))
         if isinstance(model.origin, Origin):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.data import make_modality
 from d2v.data.dataset import Batch, Collate, EvaluationSamples, Modality
+from d2v.data.pieces import Uncut
 from d2v.data.sources import Source
 from d2v.evaluate.probe import encode_batch, standardise_features
 from d2v.saved import load_model
@@ -86,12 +88,12 @@ def draw_maps(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     model, config, place = load_model(checkpoint, device)
-    modality = make_modality(config)
+    modality, uncut = make_modality(config), Uncut(config)
     encoder = model.teacher if weights == "teacher" else model
     folder = Path(output)
     # Both are opened before anything is computed or written.
     source = modality.open_whole(input, option="input") if input is not None else None
-    table = modality.open(labelled, labelled=True, option="labelled") if labelled is not None else None
+    table = uncut.modality.open(labelled, labelled=True, option="labelled") if labelled is not None else None
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     if source is not None:
@@ -106,9 +108,9 @@ def draw_maps(
         rows = choose_rows(table.labels, samples, seed)
 
         def encode(part: Batch) -> Tensor:
-            return encode_batch(encoder, modality, part, place, layer)
+            return encode_batch(encoder, uncut.modality, part, place, layer)
 
-        features, labels = collect_features(table, rows, modality, encode, batch)
+        features, labels = collect_features(table, rows, uncut.modality, encode, batch, uncut)
         points, axes = embed(features, method, seed)
         title = f"{checkpoint}, {weights}: {len(labels)} {modality.noun}, mean features"
         _save_embedding(points, labels, table.classes or [], axes, folder / "embedding.png", title)
@@ -213,11 +215,16 @@ def choose_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def collect_features(
-    source: Source, rows: np.ndarray, modality: Modality, encode: Callable[[Batch], Tensor], size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features (n,C) and labels (n,) of those of the given rows of a labelled source that can be decoded."""
+    source: Source, rows: np.ndarray, modality: Modality, encode: Callable[[Any], Tensor], size: int,
+    uncut: Uncut | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Features (n,C) and labels (n,) of those of the given rows of a labelled source that can be decoded.
+
+    uncut: how whole samples are read, whose modality this is; None: as long as training takes them.
+    """
     assert source.labels is not None
-    samples, collate = EvaluationSamples(source, modality), Collate(modality)
+    samples = EvaluationSamples(source, modality)
+    collate = Collate(modality) if uncut is None else partial(uncut.collate, rows=size)
     features, kept = [], []
     for start in range(0, len(rows), size):
         read = [samples[int(row)] for row in rows[start : start + size]]

@@ -105,12 +105,9 @@ def _find_pictures(folder: Path, images: str | None, count: int) -> tuple[list[P
         return [], None, "no checkpoint"
     model, config, device = load_model(str(folder))
     modality = make_modality(config)
-    try:
-        source = modality.open_whole(images if images is not None else config.data.path, option="images")
-    except ValueError as error:
-        if images is not None:
-            raise
-        return [], config, str(error)
+    if images is None:
+        return [], config, "no --images"
+    source = modality.open_whole(images, option="images")
     pictures = take_pictures(config, modality, source, model.teacher, device, count)
     return pictures, config, "" if pictures else f"none of the {modality.noun} could be decoded"
 

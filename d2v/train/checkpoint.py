@@ -32,22 +32,25 @@ from torch.futures import Future
 
 from d2v.config import Run
 from d2v.data.sources import Source
-from d2v.files import PARTIAL, flush
+from d2v.files import PARTIAL, flush, naming_bytes
 from d2v.folder import (
     CONFIG,
-    FORMAT,
     METADATA,
     MODEL_PREFIX,
     REMOVED,
     STATE,
+    checksum_of,
     clean_folder,
+    damaged,
     describe_mismatch,
     latest_checkpoint,
     list_checkpoints,
     load_json,
+    piece_name,
     read_index,
     read_piece,
     step_of,
+    write_index,
 )
 from d2v.train.distributed import World
 from d2v.train.logging import Window
@@ -120,14 +123,15 @@ class RunState:
 
         `ValueError` where the data or the tensors do not fit.
         """
-        state, found = load_json(checkpoint / STATE), self.data_identity()
+        state, index, found = load_json(checkpoint / STATE), read_index(checkpoint), self.data_identity()
+        check_state(state, checkpoint)
         if (stored_data := state["data"]) != found:
             other = "other" if stored_data["samples"] == found["samples"] else ""
             raise ValueError(
                 f"data.path: expected the {stored_data['samples']} samples that {str(checkpoint)!r} was trained on, "
                 f"got {found['samples']} with {other} names"
             )
-        index, model = read_index(checkpoint), self._model_tensors()
+        model = self._model_tensors()
         stored = {n: torch.empty(e["shape"], device="meta") for n, e in index.items() if n.startswith(MODEL_PREFIX)}
         if problem := describe_mismatch(model, stored):
             raise ValueError(f"checkpoint {str(checkpoint)!r}: {problem}")
@@ -138,6 +142,7 @@ class RunState:
             for n in (cpu, cuda, "metrics.sums")
             if n in index
         }
+        self._check_tensors(index, {**model, **moments}, host, state, checkpoint)
         load_into(checkpoint, {**model, **moments, **host}, self.world)
         self.update = int(state["step"])
         self.pending, self.latest = dict(state["pending"]), dict(state["metrics"])
@@ -151,12 +156,65 @@ class RunState:
             torch.cuda.set_rng_state(host[cuda], self.world.device)
         return state
 
+    def _check_tensors(
+        self, index: Mapping[str, Any], tensors: Mapping[str, Tensor], host: Mapping[str, Tensor],
+        state: Mapping[str, Any], checkpoint: Path,
+    ) -> None:  # fmt: skip
+        """`ValueError` for an index that another run, or nobody, has written: tensors that are missing or have another
+        dtype; what is only listed there has been compared with the model before."""
+        names = [*tensors, *(["metrics.sums"] if state["window"]["updates"] else [])]
+        names += [f"rng.cpu.{self.world.rank}"] if self.world.rank < state["ranks"] else []
+        if missing := [n for n in names if n not in index]:
+            raise damaged(
+                checkpoint / METADATA, f"expected a tensor {missing[0]!r}, found none ({len(missing)} missing)"
+            )
+        expected = {n: (str(t.dtype).removeprefix("torch."), list(t.shape)) for n, t in tensors.items()}
+        rng, sums = torch.get_rng_state(), host.get("metrics.sums")
+        expected |= {n: ("uint8", list(rng.shape)) for n in host if n.startswith("rng.cpu.")}
+        if sums is not None and state["window"]["updates"]:
+            expected["metrics.sums"] = ("float64", [len(state["window"]["names"])])
+        for name, wanted in expected.items():
+            if (got := (index[name]["dtype"], index[name]["shape"])) != wanted:
+                raise damaged(checkpoint / METADATA, f"{name}: expected dtype and shape {wanted}, got {got}")
+
+
+_STATE: dict[str, Any] = {
+    "step": int, "ranks": int, "torch": str, "metrics": {}, "window": {"names": list, "updates": int}, "pending": {},
+    "scaler": {}, "bad": {"entries": list, "converted": {}}, "data": {"samples": int, "names": str},
+}  # fmt: skip
+"""Types in `STATE`."""
+
+
+def check_state(state: Mapping[str, Any], checkpoint: Path) -> None:
+    """`ValueError` names an entry of a checkpoint's `STATE` that is missing or cannot be."""
+    path = checkpoint / STATE
+
+    def check(value: Any, wanted: Any, name: str) -> None:
+        kind = dict if isinstance(wanted, dict) else wanted
+        if type(value) is not kind:
+            raise damaged(path, f"{name}: expected {kind.__name__}, got {type(value).__name__}")
+        for key, inner in wanted.items() if kind is dict else ():
+            if key not in value:
+                raise damaged(path, f"{name}: expected an entry {key!r}, found none")
+            check(value[key], inner, key)
+
+    check(state, _STATE, "state")
+    numbers = {"ranks": state["ranks"] - 1, "updates": state["window"]["updates"], "samples": state["data"]["samples"]}
+    if negative := [name for name, value in numbers.items() if value < 0]:
+        raise damaged(path, f"{negative[0]}: expected a count, got {numbers[negative[0]]}")
+    if state["step"] != step_of(checkpoint):
+        raise damaged(path, f"step: expected {step_of(checkpoint)} as in the folder's name, got {state['step']}")
+    entries = state["bad"]["entries"]
+    if not all(isinstance(e, dict) and {"id", "path", "reason"} <= set(e) for e in entries):
+        raise damaged(path, "bad: expected entries with id, path and reason")
+
 
 class Saver:
     """Writes the checkpoints of a run, one at a time, beside the training where `run.async_checkpoint` is on."""
 
     def __init__(self, folder: Path, world: World, run: Run) -> None:
         self.folder, self.world, self.run = folder, world, run
+        self._own: set[int] = set()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "d2v-checkpoint")
         self._pending: concurrent.futures.Future[Any] | None = None
 
@@ -172,7 +230,10 @@ class Saver:
         self.wait()
         final = self.folder / f"step-{step:08d}"
         if self.world.share(final.is_dir()):
-            return  # the same step of the same run: the same state
+            if step in self._own:
+                return  # the same step of the same run: the same state
+            raise OSError(f"checkpoint: {str(final)!r} is there already and is not of this run; nothing was saved")
+        self._own.add(step)
         staged = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
         self._pending = self._thread.submit(
             dcp.save, staged, storage_writer=SafetensorsWriter(final, self.world.rank, texts, self._prune),
@@ -196,7 +257,7 @@ class Saver:
             clean_folder(self.folder)
             rank, (reason, _) = sorted(error.failures.items())[0]
             where = f" on rank {rank}" if self.world.size > 1 else ""
-            kind = OSError if isinstance(reason, (OSError, SafetensorError)) else RuntimeError
+            kind = OSError if isinstance(reason, OSError) else RuntimeError
             kept = latest_checkpoint(self.folder.parent)
             raise kind(f"checkpoint: cannot write to {str(self.folder)!r}{where}: {reason}; kept: {kept}") from None
 
@@ -280,13 +341,18 @@ class SafetensorsWriter(dcp.FileSystemWriter):
             size = value.numel() * value.element_size()
             if value.untyped_storage().nbytes() != size:  # safetensors refuses a part of a larger storage
                 value = value.clone()
-            offset = list(item.index.offset or ())
-            name = f"{item.index.fqn}@{','.join(map(str, offset))}" if any(offset) else item.index.fqn
+            name = piece_name(item.index.fqn, list(item.index.offset or ()))
             tensors[name] = value
             results.append(WriteResult(item.index, size, {"file": self.file, "name": name}))
         if tensors:
-            save_file(tensors, self.partial / self.file)
-            flush(self.partial / self.file)
+            path, size = self.partial / self.file, sum(result.size_in_bytes for result in results)
+            # Checksums are made while the disk is waited for.
+            with naming_bytes(path, size, SafetensorError), concurrent.futures.ThreadPoolExecutor(1) as beside:
+                sums = beside.submit(lambda: [checksum_of(value) for value in tensors.values()])
+                save_file(tensors, path)
+                flush(path)
+                for result, found in zip(results, sums.result(), strict=True):
+                    result.storage_data["sum"] = found
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -303,10 +369,10 @@ class SafetensorsWriter(dcp.FileSystemWriter):
             ]
             dtype = str(entry.properties.dtype).removeprefix("torch.")
             tensors[name] = {"dtype": dtype, "shape": list(entry.size), "chunks": chunks}
-        written = {**self.texts, METADATA: json.dumps({"format": FORMAT, "tensors": tensors})}
-        for name, text in written.items():
-            (self.partial / name).write_text(text, encoding="utf-8")
-            flush(self.partial / name)
+        for name, text in {**self.texts, METADATA: write_index(tensors, self.texts)}.items():
+            with naming_bytes(self.partial / name, len(text)):
+                (self.partial / name).write_text(text, encoding="utf-8")
+                flush(self.partial / name)
         flush(self.partial)
         self.partial.rename(self.final)
         flush(self.final.parent)
@@ -324,7 +390,7 @@ class SafetensorsReader(dcp.FileSystemReader):
                 layout.ChunkStorageMetadata(torch.Size(c["offset"]), torch.Size(c["shape"])) for c in entry["chunks"]
             ]
             self.storage_data |= {
-                layout.MetadataIndex(name, chunk.offsets): place
+                layout.MetadataIndex(name, chunk.offsets): {**place, "dtype": entry["dtype"]}
                 for chunk, place in zip(chunks, entry["chunks"], strict=True)
             }
             properties = layout.TensorProperties(dtype=getattr(torch, entry["dtype"]))
@@ -336,7 +402,7 @@ class SafetensorsReader(dcp.FileSystemReader):
         for item in plan.items:
             spans = zip(item.storage_offsets, item.lengths, strict=True)
             place = self.storage_data[item.storage_index]
-            piece = read_piece(Path(self.path), place, tuple(slice(o, o + n) for o, n in spans))
+            piece = read_piece(Path(self.path), place, place["dtype"])[tuple(slice(o, o + n) for o, n in spans)]
             target = planner.resolve_tensor(item).detach()
             target.copy_(piece)
             planner.commit_tensor(item, target)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from d2v.data.loader import BadSamples
-from d2v.files import write_atomically
+from d2v.files import parse_json, write_atomically
 from d2v.runtime import format_seconds, span
 from d2v.train.monitors import find_low_ranks
 
@@ -174,12 +174,15 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """Lines of `metrics.jsonl`; a last line cut off by a kill is left out, as is all from a damaged one on."""
     lines: list[dict[str, Any]] = []
-    texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     with contextlib.suppress(ValueError):
         for text in texts:
-            lines.append(json.loads(text))
+            line = parse_json(text)
+            if type(line.get("step")) is not int:
+                break
+            lines.append(line)
     return lines
 
 

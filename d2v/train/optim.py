@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +17,19 @@ PREFIX = "optim."
 """Begins the names of the optimiser's tensors in a checkpoint."""
 
 
-def learning_rate_at(optim: Optim, update: int, steps: int) -> float:
+def learning_rate_at(optim: Optim, update: int, steps: int, extend: int = 0) -> float:
     """Learning rate of optimiser update number `update` (1-based) of a run of `steps` updates.
 
     The schedule is evaluated at the count u = update - 1 of completed updates, so the first update of a cosine has rate
     0. With W warm-up updates, f = final_rate * lr: u < W: lr * u / W; else f + (lr - f) / 2 * (1 + cos(pi * (u - W) /
     (steps - W))). (data2vec 2.0.) Tri-stage, with H hold updates: from f to lr over W, lr over H, then down to f
     exponentially over the rest. (data2vec 1.0, speech.) Linear: a straight line from lr to f after the warm-up.
+    `extend` updates after `steps` have the schedule of a run of that length, W and H shortened in proportion.
     """
+    if update > steps and extend:
+        share = extend / max(steps, 1)
+        shorter = replace(optim, warmup_steps=int(optim.warmup_steps * share), hold_steps=int(optim.hold_steps * share))
+        return learning_rate_at(shorter, update - steps, extend)
     count, warmup, peak = update - 1, optim.warmup_steps, optim.learning_rate
     final = optim.final_rate * peak
     if optim.schedule == "tri-stage":
@@ -101,8 +107,8 @@ def make_state(model: nn.Module, optimiser: torch.optim.Optimizer, names: Iterab
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     step_on_device = optimiser.defaults.get("fused") or optimiser.defaults.get("capturable")
     for key in names:
-        _, entry, name = key.split(".", 2)
-        if name not in named:
+        entry, _, name = key.removeprefix(PREFIX).partition(".")
+        if name not in named or entry not in ("step", "exp_avg", "exp_avg_sq"):
             raise ValueError(f"checkpoint: optimiser state {key!r} does not fit the model")
         value = torch.zeros_like(named[name], memory_format=torch.preserve_format).detach()
         if entry == "step":

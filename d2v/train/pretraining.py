@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config import Config
+from d2v.config.finetune import read_config
+from d2v.config.model import architecture
 from d2v.data import make_modality
 from d2v.data.dataset import Batch
 from d2v.data.loader import train_updates, validation_batches
 from d2v.data.sources import Source
-from d2v.folder import MODEL, copy_into, find_checkpoint, load_tensors
+from d2v.folder import CONFIG, MODEL, copy_into, describe_mismatch, find_checkpoint, load_tensors
 from d2v.model.data2vec import Data2Vec, Output, build_model
 from d2v.runtime import span
 from d2v.train.distributed import World, open_world
@@ -62,9 +64,15 @@ def open_data(config: Config) -> tuple[Source, Source | None]:
 
 
 def load_weights(model: Data2Vec, checkpoint: str, option: str) -> None:
-    """Copies student and teacher from a checkpoint; `ValueError` names the first tensor that does not fit."""
+    """Copies student and teacher from a checkpoint; `ValueError` names the settings that differ, or the first tensor
+    that does not fit."""
     folder = find_checkpoint(checkpoint, option)
-    copy_into(model.state_dict(), load_tensors(folder, MODEL), f"{option} {str(folder)!r}")
+    tensors, what = load_tensors(folder, MODEL), f"{option} {str(folder)!r}"
+    if problem := describe_mismatch(model.state_dict(), tensors):
+        stored, given = (architecture(c) for c in (read_config(folder / CONFIG), model.config))
+        differing = [f"{name} {stored[name]}, got {given[name]}" for name in stored if stored[name] != given[name]]
+        raise ValueError(f"{what}: " + (f"expected {'; '.join(differing)} ({problem})" if differing else problem))
+    copy_into(model.state_dict(), tensors, what)
 
 
 class Pretraining(Objective):

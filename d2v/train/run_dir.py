@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from d2v.files import write_atomically
-from d2v.folder import CONFIG, clean_folder, latest_checkpoint, load_json
+from d2v.config import Config
+from d2v.config.finetune import SECTION
+from d2v.files import PARTIAL, write_atomically
+from d2v.folder import CONFIG, check_layers, clean_folder, damaged, latest_checkpoint, load_json, read_index, step_of
 from d2v.train.distributed import World
 from d2v.train.resume import compare_configs
 
@@ -27,6 +29,8 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 REQUEUE = "requeue"
 """File in the run folder of a run that was stopped from outside and can be started again."""
 _ECHO_SECONDS = 1.0
+LOCK = ".lock"
+"""File that is locked; all that a first start leaves which is killed before it writes the configuration."""
 
 
 class RunFolder:
@@ -42,18 +46,27 @@ class RunFolder:
                 check_run_folder(config.run.dir)
                 found = latest_checkpoint(self.path)
             if found is not None:
-                self.changed = compare_configs(load_json(self.path / CONFIG), json.loads(config.to_json()), self.path)
+                read_index(found)  # compares checksums
+                self.changed = compare_configs(load_json(found / CONFIG), config, self.path, step_of(found))
         self.resumed: Path | None = world.share(found)
 
     def begin(self, config: Any) -> None:
-        """Rank 0: writes the configuration, removes what a killed run left half done."""
+        """Rank 0, under the folder's lock: writes the configuration, removes what a killed run left half done.
+
+        `ValueError` where another process has trained in the folder since it was looked at.
+        """
+        if (now := latest_checkpoint(self.path)) != self.resumed:
+            raise ValueError(
+                f"run.dir: another process has trained in {str(self.path)!r} while this one started: its newest "
+                f"checkpoint is {now and now.name}, it was {self.resumed and self.resumed.name}; give the command again"
+            )
         clean_folder(self.path / "checkpoints")
         (self.path / REQUEUE).unlink(missing_ok=True)
         write_atomically(self.path / CONFIG, config.to_json())
 
     def describe_resume(self, state: Mapping[str, Any], config: Any, world: World) -> None:
         """Says where the run goes on and what is different now."""
-        print(f"resuming {self.path} after update {state['step']} of {config.run.steps}", file=sys.stderr)
+        print(f"resuming {self.path} after update {state['step']} of {config.run.last}", file=sys.stderr)
         for text in self.changed:
             print(f"note: changed {text}", file=sys.stderr)
         for name, now in (("ranks", world.size), ("torch", torch.__version__)):
@@ -66,6 +79,22 @@ class RunFolder:
             write_atomically(self.path / REQUEUE, json.dumps({"step": update, "signal": number}))
 
 
+def read_run(folder: str) -> Config:
+    """The settings of the run in a folder, but for `data.allow_commands`, which each call has to give."""
+    path = Path(folder)
+    checkpoint = latest_checkpoint(path)
+    stored = load_json(file := (checkpoint or path) / CONFIG)
+    if SECTION in stored:
+        raise ValueError(f"run.dir: expected a pre-training run, got one of d2v finetune at {folder!r}")
+    try:
+        config = Config.from_json(json.dumps(stored))
+    except (ValueError, ArithmeticError, TypeError) as error:
+        raise damaged(file, error) from None
+    if checkpoint is not None:
+        check_layers(config, len(read_index(checkpoint)), f"checkpoint {str(checkpoint)!r}")
+    return config.change(data={"allow_commands": False}, run={"dir": folder})
+
+
 def check_run_folder(folder: str) -> None:
     """`ValueError` unless the run folder is absent, empty, or an earlier run."""
     if not folder:
@@ -73,7 +102,12 @@ def check_run_folder(folder: str) -> None:
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise ValueError(f"run.dir: expected a folder, got the file {folder!r}")
-    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).is_file():
+    if (
+        path.is_dir()
+        and not (path / CONFIG).is_file()
+        and latest_checkpoint(path) is None
+        and any(not entry.name.startswith((LOCK, PARTIAL)) for entry in path.iterdir())
+    ):
         raise ValueError(f"run.dir: expected an empty folder or an earlier run, got {folder!r} with other files")
 
 
@@ -84,7 +118,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     A POSIX record lock: unlike flock, loader workers do not inherit it and so cannot keep it after a kill.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / LOCK).open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

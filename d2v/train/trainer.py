@@ -85,7 +85,7 @@ class Trainer(RunState):
             self.scaler.unscale_(self.optimiser)
             norm = clip_gradients(self.parameters, optim.clip)
             self.update += 1
-            set_learning_rate(self.optimiser, learning_rate_at(optim, self.update, self.config.run.steps))
+            set_learning_rate(self.optimiser, self._rate())
             self.scaler.step(self.optimiser)
             self.scaler.update()
             self.optimiser.zero_grad(set_to_none=True)
@@ -100,6 +100,10 @@ class Trainer(RunState):
         self.window.add(sums)
         assert first is not None
         return first
+
+    def _rate(self) -> float:
+        run = self.config.run
+        return learning_rate_at(self.config.optim, self.update, run.steps, run.extend)
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
@@ -135,7 +139,7 @@ class Trainer(RunState):
         self.world.wait()
 
     def _is_due(self, every: int, update: int) -> bool:
-        return update % every == 0 or update == self.config.run.steps
+        return update % every == 0 or update == self.config.run.last
 
     def _prepare(self, folder: RunFolder) -> None:
         run, first = self.config.run, self.world.is_first
@@ -151,7 +155,7 @@ class Trainer(RunState):
             if first:
                 folder.describe_resume(state, self.config, self.world)
         self.bad.check(0)
-        self.report = Report(folder.path, self.update, run.steps, first)
+        self.report = Report(folder.path, self.update, run.last, first)
 
     def _check_samples(self, batches: list[Batch]) -> None:
         """Bad samples of all ranks, and the verdict on them; with several ranks at the log interval."""
@@ -187,7 +191,7 @@ class Trainer(RunState):
             "step": self.update,
             **means,
             **(objective.monitor(step, batch) if world.is_first else {}),
-            "learning_rate": learning_rate_at(config.optim, self.update, config.run.steps),
+            "learning_rate": self._rate(),
             **objective.describe(self.update, rates, world),
             "step_seconds": step_seconds,
             "data_wait": window.data_wait(),

@@ -6,11 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+from support.families import make_config
 from support.images import write_tar
 
 from d2v.cli import main
+from d2v.config.finetune import HeadSettings
+from d2v.data.sources import is_header, read_transcripts
+from d2v.model.data2vec import Data2Vec, strip_pretraining
+from d2v.model.finetuned import FineTuned
+from d2v.model.saving import write_folder
+from d2v.model.task_heads import make_head
 
-from .conftest import write_images, write_speech, write_table
+from .conftest import WORDS, make_tones, write_images, write_speech, write_spoken_classes, write_table
+
+HEAD = HeadSettings("pooled", 3, norm_eps=1e-6)
 
 
 def refuse(capsys: pytest.CaptureFixture[str], run: Path, *command: str) -> str:
@@ -128,6 +137,105 @@ def test_lines_without_a_text_or_a_label(
     result = json.loads(said.out.splitlines()[-1])
     assert result["samples"] == 37
     assert result["left_out"] == {f"lines {place}": 3}
+
+
+def write_manifest(folder: Path, count: int, rate: int = 16_000) -> Path:
+    """A fairseq manifest of tones."""
+    import soundfile
+
+    folder.mkdir(parents=True)
+    lines = [str(folder)]
+    for i in range(count):
+        values = make_tones([WORDS[i % 3]] * (1 + i % 4), i)
+        soundfile.write(folder / f"{i}.wav", values, rate)
+        lines.append(f"{i}.wav\t{len(values)}")
+    (folder / "all.tsv").write_text("\n".join(lines) + "\n")
+    return folder / "all.tsv"
+
+
+@pytest.mark.parametrize("suffix", [".ltr", ".wrd"])
+@pytest.mark.parametrize("lines", [5, 7])
+def test_transcripts_of_another_number_of_lines(
+    tmp_path: Path, speech_model: Path, suffix: str, lines: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_manifest(tmp_path / "data", 6)
+    file = manifest.with_suffix(suffix)
+    file.write_text("a e |\n" * lines)
+    command = ["speech-ctc", "--checkpoint", str(speech_model), "--train", str(manifest)]
+    said = refuse(capsys, tmp_path / "run", *command)
+    assert f"expected 6 lines in '{file}', as in '{manifest}', got {lines}" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "text"),
+    [
+        ("x.ltr", "H E L L O | Y O U |", "HELLO YOU"), ("x.ltr", "H E L L O", "HELLO"),
+        ("x.ltr", "HELLO NEW  WORLD", "HELLO NEW WORLD"), ("x.wrd", "I AM", "I AM"), ("x.wrd", "I", "I"),
+    ],
+)  # fmt: skip
+def test_words_keep_their_spaces(tmp_path: Path, name: str, line: str, text: str) -> None:
+    (tmp_path / "x.tsv").write_text("root\na.wav\t1\nb.wav\t1\n")
+    (tmp_path / name).write_text(f"{line}\n{line}\n\n")
+    assert read_transcripts(tmp_path / "x.tsv") == [text, text]
+
+
+def test_a_line_of_column_names_is_no_sample(
+    tmp_path: Path, text_model: Path, speech_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In tables of text and of speech; said, and left out."""
+    table = write_table(tmp_path / "train.tsv", 24, 0)
+    table.write_text("sentence\tlabel\n" + table.read_text())
+    few = ["--run.steps", "1", "--data.workers", "0", "--data.global-batch", "4", "--run.dir"]
+    command = ["finetune", "text-classify", "--checkpoint", str(text_model), "--train", str(table), "--test"]
+    assert main([*command, str(table), *few, str(tmp_path / "text")]) == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out.splitlines()[-1])
+    assert result["classes"] == 2 and result["samples"] == 24
+    assert f"test: left out 1 line of column names, {table}:1" in said.err
+    write_spoken_classes(tmp_path / "spoken", 4, 0)
+    rows = [f"spoken/{word}/{i}.wav\t{word}" for word in WORDS for i in range(4)]
+    spoken = tmp_path / "spoken.tsv"
+    spoken.write_text("\n".join(["path\tlabel", *rows]) + "\n")
+    command = ["finetune", "speech-classify", "--checkpoint", str(speech_model), "--train", str(spoken), "--test"]
+    assert main([*command, str(spoken), *few, str(tmp_path / "speech")]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["classes"] == 3 and result["samples"] == 12
+    assert not is_header(["a good film", "label"]) and not is_header(["sentence", "yes"])
+
+
+def test_one_sample_of_a_class_is_said(tmp_path: Path, text_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_table(tmp_path / "train.tsv", 24, 0)
+    table.write_text(table.read_text() + "a film\tyess\n")
+    command = ["finetune", "text-classify", "--checkpoint", str(text_model), "--train", str(table), "--run.steps", "1"]
+    assert main([*command, "--data.workers", "0", "--data.global-batch", "4", "--run.dir", str(tmp_path / "r")]) == 0
+    before = capsys.readouterr().err.split("update 1/1")[0]
+    assert f"note: 1 of 3 classes have one sample: 'yess' ({table}:25)" in before
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000])
+def test_numbers_of_samples_are_no_classes(
+    tmp_path: Path, speech_model: Path, rate: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_manifest(tmp_path / "data", 8, rate)
+    command = ["speech-classify", "--checkpoint", str(speech_model), "--train", str(manifest)]
+    said = refuse(capsys, tmp_path / "run", *command)
+    assert "train: expected labels, got numbers of samples: " in said and "0.wav has the label" in said
+
+
+def test_as_many_classes_as_samples(tmp_path: Path, text_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "train.tsv"
+    table.write_text("".join(f"a film\t{i}.5\n" for i in range(12)))
+    said = refuse(capsys, tmp_path / "run", "text-classify", "--checkpoint", str(text_model), "--train", str(table))
+    assert "train: expected several samples of a class, got 12 samples of 12 classes, for example '0.5'" in said
+
+
+def test_names_of_outputs_that_occur_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "names.txt").write_text("a\nb\na\n")
+    model = FineTuned(strip_pretraining(Data2Vec(make_config("vision-base"))), make_head(HEAD, 32), ("a", "b", "c"))
+    write_folder(model, tmp_path / "m")
+    command = ["evaluate", "model", "--checkpoint", str(tmp_path / "m"), "--test", "x", "--labels"]
+    assert main([*command, str(tmp_path / "names.txt")]) == 2
+    assert "labels: expected another name for each output, got 'a' twice in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,34 @@ def test_masks_of_speech_are_functions_of_the_sample() -> None:
     assert quiet([samples[3]]).hidden is None and quiet([samples[3]]).channels is None
 
 
+def test_default_channel_spans_follow_the_width() -> None:
+    """64 of 768 channels, as published; never more of a wider model."""
+    from d2v.finetune.defaults import default_sections
+
+    spans = {w: default_sections("speech-ctc", make_config("speech-base", width=w))[3].channel_span for w in (8, 64)}
+    assert spans == {8: 1, 64: 5}
+    wide = {w: default_sections("speech-ctc", make_config("speech-base", width=w))[3].channel_span for w in (768, 1024)}
+    assert wide == {768: 64, 1024: 64}
+
+
+def test_no_utterance_loses_all_channels_or_frames() -> None:
+    """Whatever spans are asked for: there would be nothing to learn from."""
+    config = make_config("speech-base", width=48)
+    options = TaskOptions(time_mask=1.0, time_span=60, channel_mask=0.5, channel_span=48)
+    tune = FineTune("speech-ctc", HeadSettings("tokens", 6, task="ctc"), ("<s>", "<pad>", "|", "a", "b", "c"), options)
+    whole = FineTuneConfig.of(config, finetune=tune, data=dataclasses.replace(config.data, unequal="pad"))
+    from d2v.data import make_modality
+
+    collate = LabelledCollate(whole, Labelled(make_modality(whole)), Letters(tune.labels), training=True)
+    rng = np.random.default_rng(0)
+    lengths = (500, 3000, *[6000] * 30)
+    waves = [rng.standard_normal(n).astype(np.float32) for n in lengths]
+    batch = collate([Sample(i, 0, (wave, "ab c"), ()) for i, wave in enumerate(waves)])  # type: ignore[arg-type]
+    assert batch.hidden is not None and batch.channels is not None and batch.token_lengths is not None
+    assert not batch.channels.all(dim=1).any()
+    assert (batch.hidden.sum(dim=1) < batch.token_lengths).all() and batch.hidden.any()
+
+
 def test_start_from_the_teacher(tmp_path: Path) -> None:
     config = make_config("vision-base")
     torch.manual_seed(0)

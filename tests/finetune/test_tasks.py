@@ -89,6 +89,18 @@ def test_transcripts(tmp_path: Path, speech_model: Path, capsys: pytest.CaptureF
     assert last_object(capsys.readouterr().out)["wer"] <= result["wer"] + 0.1
 
 
+@pytest.mark.long
+def test_a_narrow_model_learns_letters_with_its_default_channel_mask(
+    tmp_path: Path, speech_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, test = write_speech(tmp_path / "train", 96, 0), write_speech(tmp_path / "test", 24, 1)
+    command = ["finetune", "speech-ctc", "--checkpoint", str(speech_model), "--train", str(train), *QUIET]
+    command += ["--test", str(test), "--run.dir", str(tmp_path / "run"), "--run.steps", "400", "--data.global-batch"]
+    command += ["12", "--optim.learning-rate", "3e-3", "--task.time-mask", "0", "--task.freeze-encoder", "0"]
+    assert main(command) == 0
+    assert last_object(capsys.readouterr().out)["cer"] < 0.3
+
+
 def test_transcripts_in_pieces(
     tmp_path: Path, speech_model: Path, text_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

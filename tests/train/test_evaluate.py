@@ -189,11 +189,11 @@ def test_report(run: Path, images: Path, tmp_path: Path) -> None:
     assert "left out: no probe.json" in draw_report(run)
     probe(str(run), str(images), str(images), baselines=["pixels"], draws=2, device="cpu")
     elsewhere = tmp_path / "other.png"
-    assert draw_report(run, count=2, output=str(elsewhere)) == str(elsewhere)
+    assert draw_report(run, images=str(images), count=2, output=str(elsewhere)) == str(elsewhere)
     with Image.open(elsewhere) as full, Image.open(run / "report.png") as part:
         assert full.height > part.height
     images.rename(tmp_path / "moved")
-    assert "found nothing at" in draw_report(run)
+    assert "no --images" in draw_report(run)
     with pytest.raises(ValueError, match="images: expected"):
         draw_report(run, images=str(images))
     with pytest.raises(ValueError, match="dir: expected a run folder"):

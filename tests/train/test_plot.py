@@ -40,7 +40,7 @@ def test_every_key_has_a_panel(make_config: Callable[..., Config], images: Path)
     shown = {key for _, keys in choose_panels(lines) for key in keys}
     assert set().union(*lines) - {"step", "valid_step", "step_seconds"} == shown
     assert {key for _, keys in PANELS for key in keys} - shown == {"regression", "cls", "mfu"}
-    text = draw_report(folder)
+    text = draw_report(folder, images=str(images))
     assert text == f"{folder}/report.png (left out: no probe.json)"
     with Image.open(folder / "report.png") as image:
         assert image.height > 700
@@ -103,13 +103,13 @@ def test_sequences_have_their_own_pictures(recipe: str, tmp_path: Path) -> None:
     speech = recipe.startswith("speech")
     path = write_sounds(tmp_path / "sounds") if speech else write_text(tmp_path / "text.txt")
     folder = pretrain(small(recipe, path, tmp_path / "run"))
-    text = draw_report(folder, count=3)
+    text = draw_report(folder, images=str(path), count=3)
     assert text == f"{folder}/report.png (left out: no probe.json)"
     with Image.open(folder / "report.png") as image:
         height = image.height
-    # The checkpoint may be gone, or the data; the rest is drawn.
+    # The checkpoint may be gone, or the data not named; the rest is drawn.
     moved = path.rename(tmp_path / ("moved" if speech else "moved.txt"))
-    assert "found nothing at" in draw_report(folder)
+    assert "no --images" in draw_report(folder)
     with Image.open(folder / "report.png") as image:
         assert image.height < height
     with pytest.raises(ValueError, match="images: expected"):

@@ -107,7 +107,7 @@ READS = {
     "_unique2", "unique_consecutive", "unique_dim", "allclose", "argwhere", "bincount", "repeat_interleave",
 }  # fmt: skip
 """Operators whose result, or its shape, the host must wait for."""
-ON_HOST = {("text.py", "_check_ids"), ("speech.py", "measure"), ("_library.py", "step")}
+ON_HOST = {("text.py", "_check_ids"), ("speech.py", "measure"), ("_native.py", "step")}
 """Functions that look into tensors only where these lie on the host: ids of tokens and samples that are not finite
 (`test_checks_of_inputs_read_nothing_on_a_device`), and the weight of the moving average after an fp16 update."""
 
