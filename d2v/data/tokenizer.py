@@ -351,8 +351,8 @@ def _read_published(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
     texts: dict[str, str] = {}
     for name in ("encoder.json", "vocab.bpe", "dict.txt"):
         try:
-            texts[name] = (folder / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+            texts[name] = read_text_file(folder / name)
+        except (OSError, ValueError):
             raise ValueError(
                 f"gpt2: expected encoder.json, vocab.bpe and dict.txt in {str(folder)!r}, no {name}"
             ) from None
