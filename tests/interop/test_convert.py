@@ -119,10 +119,10 @@ def test_bad_targets_leave_nothing(image_folder: Path, tmp_path: Path) -> None:
 def test_tokenizers_go_along_both_ways(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"the cat sat on the mat number {i}" for i in range(50)))
-    save_tokenizer(train_tokenizer(DocumentReader([text]), 300)[0], tmp_path / "run" / "tokenizer")
     config = make_config("text1-base")
     config = dataclasses.replace(config, stem=dataclasses.replace(config.stem, vocabulary=300, mask_token=299))
-    write_folder(strip_pretraining(d2v.Data2Vec(config)), tmp_path / "run")
+    write_folder(d2v.Data2Vec(config), tmp_path / "run")
+    save_tokenizer(train_tokenizer(DocumentReader([text]), 300)[0], tmp_path / "run" / "tokenizer")
     for source, foreign, output in (("run", "hf", "back"), ("back", "again", "twice")):
         export_checkpoint(str(tmp_path / source), "huggingface", str(tmp_path / foreign))
         assert "Its tokenizer is in" in import_checkpoint(str(tmp_path / foreign), str(tmp_path / output))
