@@ -180,8 +180,9 @@ def _open_folder(root: Path, wanted: Wanted) -> FileSource:
     """Files of a kind at any depth under `root`; with labels, the first folder level names the class."""
     kind, option, left = wanted.kind, wanted.option, Counter[str]()
     files = sorted(walk_files(root, left))
-    found = [name for name in files if ending_of(name) in kind.suffixes]
-    left.update(e for e in map(ending_of, files) if e not in kind.suffixes and e not in kind.beside)
+    endings = [ending_of(name) for name in files]
+    found = [name for name, ending in zip(files, endings, strict=True) if ending in kind.suffixes]
+    left.update(e for e in endings if e not in kind.suffixes and e not in kind.beside)
     left_out = count_endings(+left, "files")
     if not found:
         shards = left[".tar"]

@@ -170,7 +170,7 @@ class _Writer:
         except (OSError, ValueError):
             record = None
         if isinstance(record, dict) and record.get("settings") == self.record["settings"]:
-            self.record = {"left_out": self.record["left_out"], **record}
+            self.record = {**record, "left_out": self.record["left_out"]}
             os.truncate(self.partial / CONTENTS, record["contents_bytes"])
             return
         shutil.rmtree(self.partial, ignore_errors=True)

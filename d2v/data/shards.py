@@ -233,7 +233,7 @@ def _members(
 ) -> Iterator[tarfile.TarInfo]:
     """Regular, whole, unpacked members; what is cut off or damaged goes to `rejected`."""
     total, before = os.fstat(descriptor).st_size, -1
-    reason = "what follows is not read"
+    reason = None
     while True:
         try:
             member = archive.next()
@@ -256,8 +256,8 @@ def _members(
             rejected.append([f"{shard}:{member.name}", "cut off: the shard ends inside this member"])
         else:
             yield member
-    if archive.offset < total and os.pread(descriptor, tarfile.BLOCKSIZE, archive.offset).strip(b"\0"):
-        rejected.append([str(shard), f"damaged from byte {archive.offset}: {reason}"])
+    if reason or (archive.offset < total and os.pread(descriptor, tarfile.BLOCKSIZE, archive.offset).strip(b"\0")):
+        rejected.append([str(shard), f"damaged from byte {archive.offset}: {reason or 'what follows is not read'}"])
 
 
 class _Member(tarfile.TarInfo):

@@ -272,10 +272,15 @@ def measure_length(measure: Measure, open_file: Callable[[], Any]) -> int | str:
         return describe_error(error)
 
 
+def check_encoding(start: bytes) -> None:
+    """`ValueError` for the beginning of a text that is UTF-16 by its byte-order mark."""
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError("UTF-16, expected UTF-8 (`iconv -f UTF-16 -t UTF-8` converts it)")
+
+
 def decode_text(data: bytes) -> str:
     """UTF-8 without its byte-order mark; `ValueError` otherwise."""
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError("UTF-16, expected UTF-8 (`iconv -f UTF-16 -t UTF-8` converts it)")
+    check_encoding(data)
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

@@ -44,8 +44,8 @@ from d2v.data.tokenizer import (
     START,
     BytePairs,
     DocumentReader,
-    check_encoding,
     find_texts,
+    pass_mark,
     save_tokenizer,
     train_tokenizer,
 )
@@ -302,7 +302,7 @@ class LabelledTexts(TextSource):
         columns = 0
         with open_regular(file) as stream:
             try:
-                check_encoding(stream)
+                pass_mark(stream)
             except ValueError as error:
                 raise ValueError(f"{option}: {file}: {error}") from None
             for number, data in enumerate(stream, start=1):

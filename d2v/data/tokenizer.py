@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 from d2v.data.sources import (
     Rejected,
     Reporter,
+    check_encoding,
     check_output,
     count_endings,
-    decode_text,
     describe_error,
     ending_of,
     find_files,
@@ -101,7 +101,7 @@ class DocumentReader:
             before, found = len(self.rejected), 0
             try:
                 with open_regular(file) as stream:
-                    check_encoding(stream)
+                    pass_mark(stream)
                     pieces = _json_lines(stream) if file.suffix.lower() == ".jsonl" else _blocks(stream)
                     for line, data, reason in pieces:
                         self.done += len(data)
@@ -109,9 +109,11 @@ class DocumentReader:
                         if reason is None:
                             text, reason = _decode(data, file.suffix.lower())
                         if reason is not None:
-                            self.rejected.append(Rejected(f"{file}:{line}", reason))
+                            self.rejected.append(Rejected(printable(f"{file}:{line}"), reason))
                             if len(self.rejected) - before >= MAX_REJECTED:
-                                self.rejected.append(Rejected(str(file), "too many such lines: the rest is not read"))
+                                self.rejected.append(
+                                    Rejected(printable(str(file)), "too many such lines: the rest is not read")
+                                )
                                 break
                         elif text:
                             found += 1
@@ -119,14 +121,14 @@ class DocumentReader:
             except (OSError, ValueError) as error:
                 self.rejected.append(Rejected(printable(str(file)), describe_error(error)))
             if not found and len(self.rejected) == before:
-                self.rejected.append(Rejected(str(file), "no text"))
+                self.rejected.append(Rejected(printable(str(file)), "no text"))
 
 
-def check_encoding(stream: BinaryIO) -> None:
-    """`ValueError` for a file that begins with the byte-order mark of UTF-16; that of UTF-8 is passed over."""
-    decode_text(stream.read(2))
-    stream.seek(0)
-    if stream.read(3) != b"\xef\xbb\xbf":
+def pass_mark(stream: BinaryIO) -> None:
+    """Passes over a byte-order mark; `ValueError` for that of UTF-16."""
+    start = stream.read(3)
+    check_encoding(start)
+    if start != b"\xef\xbb\xbf":
         stream.seek(0)
 
 
@@ -349,8 +351,8 @@ def _read_published(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
     texts: dict[str, str] = {}
     for name in ("encoder.json", "vocab.bpe", "dict.txt"):
         try:
-            texts[name] = (folder / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+            texts[name] = read_text_file(folder / name)
+        except (OSError, ValueError):
             raise ValueError(
                 f"gpt2: expected encoder.json, vocab.bpe and dict.txt in {str(folder)!r}, no {name}"
             ) from None

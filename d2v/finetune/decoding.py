@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from d2v.config.finetune import Decoding
+from d2v.data.sources import read_text_file
 from d2v.finetune.spelling import SPECIALS, Spelling
 
 
@@ -149,8 +150,8 @@ def _make_search(settings: Decoding, spelling: Spelling, blank: int) -> _Search:
 def read_words(path: str) -> list[str]:
     """Words of a file, one a line, each once; `ValueError` where there are none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text_file(Path(path)).split("\n")
+    except (OSError, ValueError) as error:
         raise ValueError(f"decode.lexicon: expected a text file with a word a line, got {path!r}: {error}") from None
     words = list(dict.fromkeys(w for line in lines if (w := line.strip()) and w not in SPECIALS))
     if any(" " in word or "\t" in word for word in words) or not words:

@@ -90,6 +90,15 @@ def check_whole(path: Path) -> None:
             "download or copy it again"
         )
 
+    if start.startswith(b"PK\x03\x04"):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > size:
+            raise ValueError(
+                f"checkpoint: expected a file of torch.save, which does not compress, got {str(path)!r}: "
+                f"{size:,} bytes that unpack to {unpacked:,}"
+            )
+
 
 def strip_wrappers(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors without what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) add to their names."""

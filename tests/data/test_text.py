@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -276,3 +277,24 @@ def test_labelled_texts(tmp_path: Path, tokenizer: Path) -> None:
     with pytest.raises(ValueError, match="train: expected text<TAB>label"):
         texts.open(str(table), labelled=True, option="train")
     assert json.loads((tokenizer / "tokenizer.json").read_text())["model"]["type"] == "BPE"
+
+
+def test_utf16_is_refused_by_name_and_other_files_are_counted(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "set").mkdir()
+    write_text(tmp_path / "set" / "a.txt")
+    (tmp_path / "set" / "b.txt").write_text("other", encoding="utf-16")
+    (tmp_path / "set" / "c.md").write_text("other")
+    os.mkfifo(tmp_path / "set" / "d.txt")
+    assert read(tmp_path / "set" / "b.txt") == (
+        [], [("", "UTF-16, expected UTF-8 (`iconv -f UTF-16 -t UTF-8` converts it)")]
+    )  # fmt: skip
+    source = Texts(config(tokenizer=str(tokenizer))).open_whole(str(tmp_path / "set"), option="input")
+    assert source.left_out == {"files that end in .md": 1, "pipes, sockets and devices": 1}
+    table = tmp_path / "t.tsv"
+    table.write_bytes("\ufeffgood\t1\nbad\t0\n".encode())
+    labelled = Texts(config(tokenizer=str(tokenizer))).open(str(table), labelled=True)
+    assert isinstance(labelled, LabelledTexts)
+    assert labelled.texts == [("good",), ("bad",)]
+    table.write_text("good\t1\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"data\.path: .*t\.tsv: UTF-16"):
+        Texts(config(tokenizer=str(tokenizer))).open(str(table), labelled=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -100,3 +101,31 @@ def test_the_command(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "expected one of --data.path and --gpt2, got none" in capsys.readouterr().err
     assert "tokens" in write_tokenizer(tmp_path / "g", None, vocabulary=0, gpt2=str(published(tmp_path / "gpt2")))
     assert [p.name for p in output.iterdir()] == ["tokenizer.json"]
+
+
+def test_what_a_tokenizer_carries_from_its_last_use_is_switched_off(text: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    save_tokenizer(train_tokenizer(DocumentReader([text]), 300)[0], tmp_path / "plain")
+    plain = BytePairs(tmp_path / "plain")
+    long = ["many words of a sentence " * 20, "few"]
+    digests = {plain.digest}
+    for name in ("truncation", "padding", "dropout"):
+        stored = Tokenizer.from_file(str(tmp_path / "plain" / "tokenizer.json"))
+        if name == "truncation":
+            stored.enable_truncation(max_length=8)
+        elif name == "padding":
+            stored.enable_padding(pad_id=1, pad_token="<pad>", length=4096)
+        else:
+            stored.model.dropout = 0.9
+        (tmp_path / name).mkdir()
+        stored.save(str(tmp_path / name / "tokenizer.json"))
+        file = tmp_path / name / "tokenizer.json"
+        file.write_bytes("\ufeff".encode() + file.read_bytes())
+        tokenizer = BytePairs(tmp_path / name)
+        assert tokenizer.encode(long) == plain.encode(long), name
+        # Tokens that a cache has from before are not taken for those of now.
+        assert tokenizer.digest != hashlib.sha256(file.read_bytes()).hexdigest()
+        digests.add(tokenizer.digest)
+    assert len(digests) == 4
+    assert plain.digest == hashlib.sha256((tmp_path / "plain" / "tokenizer.json").read_bytes()).hexdigest()

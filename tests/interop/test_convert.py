@@ -15,6 +15,7 @@ from support.families import make_config
 import d2v
 from d2v import recipes
 from d2v.config.finetune import HeadSettings
+from d2v.data.tokenizer import DocumentReader, save_tokenizer, train_tokenizer
 from d2v.interop import fairseq
 from d2v.interop.convert import export_checkpoint, import_checkpoint
 from d2v.interop.torch_file import read_torch_file
@@ -113,3 +114,24 @@ def test_bad_targets_leave_nothing(image_folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="output: expected an absent or empty folder"):
         export_checkpoint(str(image_folder), "safetensors", str(image_folder))
+
+
+def test_tokenizers_go_along_both_ways(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"the cat sat on the mat number {i}" for i in range(50)))
+    config = make_config("text1-base")
+    config = dataclasses.replace(config, stem=dataclasses.replace(config.stem, vocabulary=300, mask_token=299))
+    write_folder(d2v.Data2Vec(config), tmp_path / "run")
+    save_tokenizer(train_tokenizer(DocumentReader([text]), 300)[0], tmp_path / "run" / "tokenizer")
+    for source, foreign, output in (("run", "hf", "back"), ("back", "again", "twice")):
+        export_checkpoint(str(tmp_path / source), "huggingface", str(tmp_path / foreign))
+        assert "Its tokenizer is in" in import_checkpoint(str(tmp_path / foreign), str(tmp_path / output))
+    kept = (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == kept
+    assert (tmp_path / "twice" / "tokenizer" / "tokenizer.json").read_bytes() == kept
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    assert "The tokenizer was not taken along: from: cannot read" in import_checkpoint(
+        str(tmp_path / "hf"), str(tmp_path / "other")
+    )
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    assert "`d2v data tokenizer" in import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "none"))

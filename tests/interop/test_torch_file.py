@@ -8,6 +8,7 @@ import contextlib
 import enum
 import sys
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,16 @@ def test_unfolding_is_limited(tmp_path: Path) -> None:
     torch.save({"cfg": bomb}, tmp_path / "m.pt")
     with pytest.raises(ValueError, match="at most"):
         to_plain(read_torch_file(tmp_path / "m.pt"))
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.zeros(1 << 16)}}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in plain.namelist():
+            packed.writestr(member, plain.read(member))
+    assert read_torch_file(tmp_path / "plain.pt")["model"]["w"].shape == (1 << 16,)
+    with pytest.raises(ValueError, match=r"does not compress, got .*packed\.pt': [\d,]+ bytes that unpack to 26\d,"):
+        read_torch_file(tmp_path / "packed.pt")
