@@ -153,11 +153,18 @@ def _backward_shape(op: str, grad: Tensor, x: Tensor) -> Call:
     return call if op.endswith("_") else call._replace(outputs=(x, x))
 
 
+def _check_apart(op: str, grad: Tensor, x: Tensor) -> None:
+    """The gradient that is written is x itself or lies elsewhere."""
+    distance = grad.data_ptr() - x.data_ptr()
+    apart = distance == 0 or abs(distance) >= grad.nbytes
+    check.require(apart, op, "memory of grad", "no part of x's", f"an overlap {distance} bytes from the start of x")
+
+
 def _norm_shape(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Call:
     check.rows(op, "x", x, "rows, C")
     check.vector(op, "weight", weight, x)
     check.vector(op, "bias", bias, x)
-    check.require(eps > 0.0, op, "eps", "above 0", eps)
+    check.require(0.0 < eps < math.inf, op, "eps", "above 0", eps)
     return Call(x, check.dtypes_of(x, weight, bias), (x,))
 
 
@@ -252,5 +259,5 @@ _gelu_backward = define(
 )
 _gelu_backward_ = define(
     "gelu_backward_(Tensor(a!) grad, Tensor x) -> Tensor",
-    _backward_shape, _backward_in_place_reference, triton="gelu",
+    _backward_shape, _backward_in_place_reference, triton="gelu", values=_check_apart,
 )  # fmt: skip

@@ -191,7 +191,8 @@ def test_parameters_that_require_grad() -> None:
 
 def test_empty_list() -> None:
     update_ema_([], [], 0.9)
-    EmaPlan([], []).step(0.9)
+    with pytest.raises(ValueError, match="number of averages of a plan: expected at least 1, got 0"):
+        EmaPlan([], [])
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_masks_from_bool() -> None:
         (dict(kind="blocks", tokens=4, ratio=0.5), "kind: expected one of span"),
         (dict(kind="block", ratio=0.5), "one of tokens and grid"),
         (dict(kind="block", tokens=4, grid=(2, 2), ratio=0.5), "one of tokens and grid"),
-        (dict(kind="block", tokens=0, ratio=0.5), "at least 1 token"),
+        (dict(kind="block", tokens=0, ratio=0.5), "tokens: expected a whole number, 1 to"),
         (dict(kind="block", tokens=4, ratio=1.5), "ratio: expected 0 to 1, got 1.5"),
         (dict(kind="block", tokens=4, ratio=0.5, span=0), "span"),
         (dict(kind="random", tokens=4, ratio=0.5, inverse=True), "inverse"),
