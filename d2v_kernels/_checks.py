@@ -193,6 +193,13 @@ def storage(op: str, arguments: Iterable[Any]) -> None:
             require(needed <= got, op, f"storage of a tensor {tuple(t.shape)}", f"{needed} bytes", f"{got} bytes")
 
 
+def strided(op: str, *tensors: Tensor | None) -> None:
+    """For public functions that change layouts or shapes before the operator is called."""
+    for t in tensors:
+        if t is not None and t.layout != torch.strided:
+            storage(op, [t])
+
+
 def resolved(op: str, written: Iterable[Tensor]) -> None:
     """No tensor that is written is lazily negated, with other numbers in its memory."""
     for t in written:

@@ -96,10 +96,10 @@ def define(
                 return None
             if values is not None:
                 values(op, *arguments)
+            result = registry.implementation(op, call.first.device.type, call.dtypes, call.traits)(*arguments)
         except RuntimeError:  # PyTorch's, of tensors without strides or addresses
             check.storage(op, arguments)
             raise
-        result = registry.implementation(op, call.first.device.type, call.dtypes, call.traits)(*arguments)
         for i in written:
             count_write(arguments[i])
         return result

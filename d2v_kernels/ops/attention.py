@@ -136,7 +136,10 @@ def attend(
         engine, query.device.type, query.dtype, operator.index(query.shape[-1]), packed is not None,
         valid is not None, alibi is not None, drops == 1, dropout_keys is not None and drops == 1,
     )  # fmt: skip
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    else:
+        check.require(-math.inf < scale < math.inf, "attend", "scale", "a finite number", scale)
     return _run(ENGINES[name], query, key, value, _Options(scale, valid, packed, alibi, dropout, dropout_keys))
 
 
@@ -154,6 +157,7 @@ def _check(
     dropout: float, dropout_keys: Tensor | None,
 ) -> None:  # fmt: skip
     op = "attend"
+    check.strided(op, query, key, value)
     layout = "3 dimensions (total, H, D)" if packed is not None else "4 dimensions (N, T, H, D)"
     good = query.dim() == (4 if packed is None else 3)
     check.require(good, op, "query", layout, f"shape {tuple(query.shape)}")

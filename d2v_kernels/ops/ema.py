@@ -249,7 +249,7 @@ def _check_memory(
 def _in_one_width(averages: Sequence[Tensor], sources: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
     """Sources converted where only one of average and source is float64: no backend needs mixed arithmetic."""
     wide, found = torch.float64, {t.dtype for t in [*averages, *sources]}
-    if wide in found and len(found) > 1 and len(averages) == len(sources):
+    if wide in found and 1 < len(found & check.FLOAT_SET) == len(found) and len(averages) == len(sources):
         check.storage("update_ema_", sources)
         computed = [check.compute_dtype(t.dtype) for t in averages]
         pairs = zip(computed, sources, strict=True)

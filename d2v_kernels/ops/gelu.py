@@ -27,6 +27,7 @@ def gelu(x: Tensor) -> Tensor:
     Raises:
         TypeError: x is not floating.
     """
+    check.strided("gelu", x)
     return _gelu(x.contiguous())
 
 
@@ -117,12 +118,14 @@ def layer_norm_gelu(
     """
     if x.dim() < 1:
         raise ValueError("layer_norm_gelu: x: expected shape (..., C), got a 0-D tensor")
+    check.strided("layer_norm_gelu", x)
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return _layer_norm_gelu(rows, weight, bias, eps).view(x.shape)
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     op = "gelu_linear"
+    check.strided(op, x, weight, bias)
     check.dtype(op, "x", x, check.FLOATS)
     check.dtype(op, "weight", weight, check.FLOATS)
     check.require(x.dim() >= 1, op, "x", "shape (..., H)", "a 0-D tensor")

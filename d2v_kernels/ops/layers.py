@@ -96,6 +96,7 @@ def _check_lengths(
     op: str, layers: Sequence[Tensor], norm: str, out_norm: str, lengths: Tensor | None, *_: Any
 ) -> None:
     if lengths is not None and lengths.numel() > 0:
+        check.storage(op, [lengths])
         tokens, (low, high) = layers[0].shape[1], (int(v) for v in torch.aminmax(lengths))
         check.require(low >= 0 and high <= tokens, op, "lengths", f"0 to {tokens}", f"{low} to {high}")
 

@@ -51,6 +51,7 @@ def masked_regression_loss(
     for name, t in (("prediction", prediction), ("target", target)):
         if t.dim() < 1:
             raise ValueError(f"masked_regression_loss: {name}: expected shape (..., C), got a 0-D tensor")
+    check.strided("masked_regression_loss", prediction, target)
     rows = _as_rows(prediction), _as_rows(target), prediction_rows, target_rows
     return RegressionLoss(*_masked_regression_loss(*rows, beta, scale))
 

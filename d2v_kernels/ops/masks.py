@@ -202,6 +202,7 @@ class MaskSampler:
                 f"MaskSampler.draw: lengths: expected int64 ({samples},) on the host, "
                 f"got {lengths.dtype} {tuple(lengths.shape)} on {lengths.device}"
             )
+        check.storage("MaskSampler.draw", [lengths])
         if samples and not (int(lengths.min()) >= 0 and int(lengths.max()) <= self.tokens):
             raise ValueError(f"MaskSampler.draw: lengths: expected 0 to {self.tokens}, got {lengths.tolist()}")
         if self.rule.height:

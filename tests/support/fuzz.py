@@ -382,6 +382,8 @@ def spoil(r: random.Random, op: Operator, a: Arguments) -> str:
         return ""
     k = r.randrange(len(given)) if isinstance(given, list) else -1
     t = given[k] if k >= 0 else given
+    if op.run is run_moved_plan and t.numel() == 0:
+        return ""  # has no address to compare, and nothing to read
     changed = spoil_tensor(r, way, t) if isinstance(t, Tensor) else None
     if changed is None or (way == "stride" and ("averages" in a or name in ("weight", "bias"))):
         return ""
@@ -389,7 +391,7 @@ def spoil(r: random.Random, op: Operator, a: Arguments) -> str:
         return ""  # a single layer may have any shape
     if way == "dims" and isinstance(given, Tensor) and name == "layers":
         return ""
-    if way in ("dtype", "complex") and "lengths" == name and t.numel() == 0:
+    if way in ("dtype", "complex") and name == "lengths" and t.numel() == 0:
         return ""
     if k >= 0:
         given[k] = changed
@@ -457,7 +459,9 @@ def in_float64(value: Any) -> Any:
         return value.detach().resolve_neg().double() if value.is_floating_point() else value
     if isinstance(value, dk.Alibi):
         return dk.Alibi(*(None if t is None else in_float64(t) for t in value))
-    return [in_float64(v) for v in value] if isinstance(value, list) and value and isinstance(value[0], Tensor) else value
+    return (
+        [in_float64(v) for v in value] if isinstance(value, list) and value and isinstance(value[0], Tensor) else value
+    )
 
 
 def differs(got: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> str:
@@ -490,7 +494,7 @@ def check(name: str, seed: int) -> list[str]:
         if holes and not invalid and op.gradients:
             x = tensors_of(a[op.gradients[0]])[0]
             if x.numel():
-                x.view(-1)[0] = NAN if x.is_contiguous() else 0.0
+                x[(0,) * x.dim()] = NAN
         return a, spoil(again, op, a) if invalid else ""
 
     how = arguments()[1]
@@ -505,12 +509,12 @@ def check(name: str, seed: int) -> list[str]:
                 got = run(op, a, seed, gradients)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
+            if "are out of bounds for storage of size" in text or "incompatible tensor type" in text:
+                continue  # PyTorch's own, of a view or of `.data =` before the operator is called
             if not invalid:
                 problems.append(f"refused: {what}: {text[:300]}")
-            elif not re.search(r"expected.*(got|found)|requiring a storage .* out of bounds", text, re.I | re.S):
+            elif not re.search(r"expected.*(got|found)", text, re.I | re.S):
                 problems.append(f"no expected and got: {what}: {text[:200]}")
-            elif not isinstance(error, ValueError | TypeError | NotImplementedError):
-                problems.append(f"kind of error: {what}: {text[:200]}")
             continue
         if invalid:
             problems.append(f"accepted: {what}")
@@ -523,6 +527,8 @@ def check(name: str, seed: int) -> list[str]:
             wanted = run(op, b, seed, gradients)
         lowest = max((t.dtype for t in [*tensors_of(list(a.values())), *got] if t.dtype in TOLERANCE),
                      key=TOLERANCE.__getitem__, default=dtype)  # fmt: skip
+        if isinstance(a.get("fill"), dk.Noise):
+            lowest = min(lowest, torch.float32, key=lambda of: -TOLERANCE[of])  # noise is made in float32
         if problem := differs(got, wanted, lowest):
             problems.append(f"wrong: {what}: {problem}")
     return problems
