@@ -5,13 +5,15 @@ Messages begin with the operator's name and give expected and got.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT_SET = frozenset(FLOATS)
 INDICES = (torch.int32, torch.int64)
 VECTOR_FILL, NO_FILL = -1, -2  # values of restore_tokens_backward's fill_rows beside a row count
 
@@ -30,6 +32,16 @@ def require(condition: bool, op: str, what: str, expected: object, got: object) 
     """Raises `ValueError` with expected and got unless the condition holds."""
     if not condition:
         fail(op, what, expected, got)
+
+
+def whole(op: str, name: str, value: Any, low: int, high: int) -> int:
+    """The value as an integer; it must be one, from low to high."""
+    try:
+        good = low <= value <= high and value == int(value)
+    except (TypeError, ValueError, RuntimeError):
+        good = False
+    require(good, op, name, f"a whole number, {low} to {high}", value)
+    return int(value)
 
 
 def dtype(op: str, name: str, t: Tensor, expected: torch.dtype | tuple[torch.dtype, ...]) -> None:
@@ -154,3 +166,90 @@ def with_unit_stride(t: Tensor) -> Tensor:
     """A gradient may arrive expanded or transposed, and what a compiler keeps in another order (inductor, near
     convolutions); the operators need channels side by side."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+# ---- memory
+
+
+def extent(t: Tensor) -> int:
+    """Bytes from the first element of t to the end of its last one."""
+    if t.is_contiguous() or t.numel() == 0:
+        return t.nbytes
+    return (1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))) * t.itemsize
+
+
+def storage(op: str, arguments: Iterable[Any]) -> None:
+    """Tensors among the arguments, and in lists of them, are dense and lie within their storage, which can be freed or
+    cut after a tensor was made."""
+    for t in arguments:
+        if isinstance(t, list | tuple):
+            storage(op, t)
+        elif isinstance(t, Tensor):
+            if t.layout != torch.strided or t.is_nested:
+                words = "nested" if t.is_nested else t.layout
+                raise TypeError(f"{op}: layout of a tensor: expected strided, got {words}")
+            needed = t.storage_offset() * t.itemsize + extent(t) if t.numel() else 0
+            got = t.untyped_storage().nbytes()
+            require(needed <= got, op, f"storage of a tensor {tuple(t.shape)}", f"{needed} bytes", f"{got} bytes")
+
+
+def strided(op: str, *tensors: Tensor | None) -> None:
+    """For public functions that change layouts or shapes before the operator is called."""
+    for t in tensors:
+        if t is not None and t.layout != torch.strided:
+            storage(op, [t])
+
+
+def resolved(op: str, written: Iterable[Tensor]) -> None:
+    """No tensor that is written is lazily negated, with other numbers in its memory."""
+    for t in written:
+        require(not t.is_neg(), op, "a tensor that is written", "one that holds its numbers", "a lazily negated view")
+
+
+def apart(op: str, written: Mapping[str, Sequence[Tensor]], read: Sequence[Tensor]) -> None:
+    """No number that is written lies where another one of these tensors does; read[i] may be an entry i itself."""
+    outputs = [t for group in written.values() for t in group]
+    tensors = [*outputs, *read]
+    flat = all(map(Tensor.is_contiguous, tensors))
+    starts = np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)
+    ends = starts + np.array([t.nbytes for t in tensors] if flat else list(map(extent, tensors)), dtype=np.int64)
+    order = np.argsort(starts, kind="stable")
+    if (ends[order][:-1] <= starts[order][1:]).all() and (flat or all(map(lies_flat, outputs))):
+        return
+    named = {f"{name}[{i}]": t for name, group in written.items() for i, t in enumerate(group)}
+    own = {(i, *_place(t)) for group in written.values() for i, t in enumerate(group)}
+    others = {f"sources[{i}]": t for i, t in enumerate(read) if (i, *_place(t)) not in own}
+    for cluster in _clusters({**named, **others}):
+        targets, rest = ([cluster[name] for name in cluster if name in group] for group in (named, others))
+        if not targets or (len(cluster) == 1 and lies_flat(*targets)):
+            continue
+        unit = min(t.itemsize for t in cluster.values())
+        places = torch.cat([_places(t, unit) for t in targets])
+        good = places.unique().numel() == places.numel()
+        good = good and not (rest and torch.isin(torch.cat([_places(t, unit) for t in rest]), places).any())
+        require(good, op, "memory of what is written", "no overlap", f"an overlap in {', '.join(list(cluster)[:4])}")
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), t.dtype, t.stride()
+
+
+def _clusters(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Tensors whose ranges of addresses overlap, together."""
+    clusters: list[dict[str, Tensor]] = []
+    end = 0
+    for name, t in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if t.numel() > 0:
+            if t.data_ptr() >= end:
+                clusters.append({})
+            clusters[-1][name] = t
+            end = max(end, t.data_ptr() + extent(t))
+    return clusters
+
+
+def _places(t: Tensor, unit: int) -> Tensor:
+    """Addresses of all elements, in units of memory."""
+    place = torch.tensor(t.data_ptr() // unit)
+    for n, step in [(n, stride * t.itemsize // unit) for n, stride in zip(t.shape, t.stride(), strict=True)]:
+        place = place[..., None] + torch.arange(n) * step
+    return (place[..., None] + torch.arange(t.itemsize // unit)).flatten()

@@ -7,12 +7,15 @@ code registers the same argument lists under `d2v_native` (a test compares them)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from . import _checks as check
 from . import registry
 
 TRITON_FAMILIES: dict[str, str] = {}
@@ -79,19 +82,32 @@ def define(
     op = schema.split("(", 1)[0]
     registry.OPERATORS[op] = schema
     _shapes[op] = shape
-    REFERENCE.implementations[op] = reference
+    REFERENCE.implementations[op] = guarded(op, reference)
+    written = [i for i, argument in enumerate(schema.partition("->")[0].split(",")) if "!" in argument]
     if triton:
         TRITON_FAMILIES[op] = triton
 
     def body(*arguments: Any) -> Any:
         if prepare is not None:
             arguments = prepare(*arguments)
-        call = shape(op, *arguments)
-        if call.first is None:
-            return None
-        if values is not None:
-            values(op, *arguments)
-        return registry.implementation(op, call.first.device.type, call.dtypes, call.traits)(*arguments)
+        try:
+            call = shape(op, *arguments)
+            if call.first is None:
+                return None
+            if values is not None:
+                values(op, *arguments)
+            result = registry.implementation(op, call.first.device.type, call.dtypes, call.traits)(*arguments)
+        except RuntimeError:  # PyTorch's, of tensors without strides or addresses
+            check.storage(op, arguments)
+            raise
+        for i in written:
+            count_write(arguments[i])
+        return result
+
+    def lazily_negated(*arguments: Any) -> Any:
+        """PyTorch itself hands on negated numbers where nothing is written."""
+        check.resolved(op, (t for i in written for t in tree_leaves(arguments[i])))
+        return operator(*tree_map_only(Tensor, Tensor.resolve_neg, arguments))
 
     def fake(*arguments: Any) -> Any:
         if prepare is not None:
@@ -102,6 +118,8 @@ def define(
 
     _library.define(schema)
     _library.impl(op, body, "CompositeExplicitAutograd")
+    if written:
+        _library.impl(op, lazily_negated, "Negative")
     torch.library.register_fake(f"d2v::{op}", fake, lib=_library)
     if gradient is None and op.endswith("_backward"):
         gradient = refuse(op.removesuffix("_backward"), "double backward is not supported")
@@ -109,6 +127,24 @@ def define(
         torch.library.register_autograd(f"d2v::{op}", gradient.backward, setup_context=gradient.setup, lib=_library)
     operator: Callable[..., R] = getattr(torch.ops.d2v, op)
     return operator
+
+
+def guarded(op: str, body: Callable[..., R]) -> Callable[..., R]:
+    """The body of a backend that does not check by itself that memory belongs to its tensors."""
+
+    def call(*arguments: Any) -> R:
+        check.storage(op, arguments)
+        return body(*arguments)
+
+    return call
+
+
+def count_write(tensors: Tensor | Sequence[Tensor]) -> None:
+    """In-place writes that autograd's check of saved tensors counts."""
+    try:
+        increment_version(tensors)
+    except RuntimeError:  # tensors of inference mode have no count
+        increment_version([t for t in tree_leaves(tensors) if not t.is_inference()])
 
 
 def case(op: str, device: str, arguments: tuple[Any, ...]) -> registry.Case:

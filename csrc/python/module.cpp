@@ -135,8 +135,9 @@ class MaskSampler {
               bool inverse, bool equal_counts, const py::int_& seed)
       : rule_{mask_kind(kind), height, width, ratio, span, adjust, inverse, equal_counts, low_bits(seed)} {
     if (height < 0 || width < 1 || rule_.tokens() > INT32_MAX || span < 1 || span > INT32_MAX ||
-        !(ratio >= 0 && ratio <= 1)) {
-      throw std::invalid_argument("MaskSampler: expected 1 to 2^31 - 1 tokens, span of 1 or more, ratio 0 to 1");
+        !(ratio >= 0 && ratio <= 1) || !(adjust >= -1 && adjust <= 1)) {
+      throw std::invalid_argument(
+          "MaskSampler: expected 1 to 2^31 - 1 tokens, span of 1 or more, ratio 0 to 1, adjust -1 to 1");
     }
   }
 

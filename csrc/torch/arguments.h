@@ -17,6 +17,7 @@ struct Call {
   void check(const char* name, const Tensor& t) const {
     STD_TORCH_CHECK(is_there(t) && (device < 0 || t.get_device_index() == device), op, ": ", name,
                     ": expected a tensor on ", place, device < 0 ? "" : " device " + std::to_string(device));
+    check_storage(op, name, t);
   }
   void check(const char* name, const Tensor& t, int64_t dims) const {
     STD_TORCH_CHECK(t.dim() == dims, op, ": ", name, ": expected ", dims, " dimensions, got ", t.dim());

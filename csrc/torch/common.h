@@ -42,6 +42,18 @@ inline DType element_type(const char* op, const char* name, const Tensor& t) {
   return element_type(op, name, t.scalar_type());
 }
 
+// A tensor's storage may be freed or cut after the tensor was made (`untyped_storage().resize_`).
+inline void check_storage(const char* op, const char* name, const Tensor& t) {
+  int64_t elements = 1, bytes = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return;
+    elements += (t.size(d) - 1) * t.stride(d);
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  const int64_t needed = (t.storage_offset() + elements) * static_cast<int64_t>(t.element_size());
+  STD_TORCH_CHECK(needed <= bytes, op, ": storage of ", name, ": expected ", needed, " bytes, got ", bytes);
+}
+
 inline void check_dims(const char* op, const char* name, const Tensor& t, int64_t dims) {
   STD_TORCH_CHECK(t.dim() == dims, op, ": ", name, ": expected ", dims, " dimensions, got ", t.dim());
   STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, ": expected a tensor on the CPU");

@@ -87,6 +87,7 @@ void update_split_ema_cpu(const std::vector<Tensor>& high, const std::vector<Ten
 struct HeldTensors {
   std::vector<Tensor> tensors;
   std::vector<const void*> addresses;
+  std::vector<int64_t> counts;
 };
 
 namespace {
@@ -100,7 +101,10 @@ const void* address_of(const Tensor& t) {
 int64_t hold_tensors(const std::vector<Tensor>& tensors) {
   auto held = std::make_unique<HeldTensors>();
   held->tensors = tensors;
-  for (const Tensor& t : tensors) held->addresses.push_back(address_of(t));
+  for (const Tensor& t : tensors) {
+    held->addresses.push_back(address_of(t));
+    held->counts.push_back(t.numel());
+  }
   return static_cast<int64_t>(reinterpret_cast<intptr_t>(held.release()));
 }
 
@@ -108,11 +112,11 @@ int64_t hold_tensors(const std::vector<Tensor>& tensors) {
 }  // namespace d2v
 
 extern "C" {
-// 1 if the memory of one of the tensors lies elsewhere than when they were taken.
+// 1 if one of the tensors has other memory, or more or fewer elements, than when they were taken.
 D2V_EXPORT int d2v_tensors_moved(const void* held) {
   const auto* h = static_cast<const d2v::HeldTensors*>(held);
   for (size_t i = 0; i < h->tensors.size(); ++i) {
-    if (d2v::address_of(h->tensors[i]) != h->addresses[i]) return 1;
+    if (d2v::address_of(h->tensors[i]) != h->addresses[i] || h->tensors[i].numel() != h->counts[i]) return 1;
   }
   return 0;
 }

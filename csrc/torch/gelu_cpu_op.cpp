@@ -25,6 +25,7 @@ ScalarType compute_type(const Tensor& x) {
 OptionalTensor vector_of(const char* op, const char* name, const Tensor& x, const OptionalTensor& t) {
   if (!t.has_value()) return std::nullopt;
   check_dims(op, name, *t, 1);
+  check_storage(op, name, *t);
   check_size(op, name, x.size(1), t->size(0));
   element_type(op, name, *t);
   return torch::stable::contiguous(torch::stable::to(*t, compute_type(x)));
@@ -75,6 +76,7 @@ Tensor gelu_backward_in_place_cpu(const Tensor& grad, const Tensor& x) {
 Tensor layer_norm_gelu_cpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   constexpr const char* op = "layer_norm_gelu";
   check_dims(op, "x", x, 2);
+  check_storage(op, "x", x);
   const OptionalTensor w = vector_of(op, "weight", x, weight), b = vector_of(op, "bias", x, bias);
   Tensor out = new_tensor(x, {x.size(0), x.size(1)});
   layer_norm_gelu(norm_args(op, x, w, b, eps), out.mutable_data_ptr(), torch_parallel());
@@ -86,6 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward_cpu(const Tensor& gr
                                                                 const OptionalTensor& bias, double eps) {
   constexpr const char* op = "layer_norm_gelu_backward";
   check_dims(op, "x", x, 2);
+  check_storage(op, "x", x);
   const OptionalTensor w = vector_of(op, "weight", x, weight), b = vector_of(op, "bias", x, bias);
   const ScalarType type = compute_type(x);
   check_same_shape(host_call(op), "grad", x, grad);

@@ -18,6 +18,7 @@ LossArgs loss_args(const char* op, const Tensor& prediction, const Tensor& targe
   for (const auto& [name, t] :
        {std::pair<const char*, const Tensor*>{"prediction", &prediction}, {"target", &target}}) {
     check_dims(op, name, *t, 2);
+    check_storage(op, name, *t);
     check_last_stride(op, name, *t);
   }
   check_size(op, "channels of target", prediction.size(1), target.size(1));

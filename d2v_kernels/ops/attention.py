@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ from torch import Tensor
 from .. import _checks as check
 from .. import registry
 from .attention_operator import attention_operator, check_inputs
+
+MOST_TOKENS = (1 << 31) - 1
+"""Of a packed batch, whose beginnings are int32."""
 
 
 class Alibi(NamedTuple):
@@ -70,8 +74,11 @@ def pack_lengths(lengths: Sequence[int] | Tensor, device: torch.device | str) ->
     """Packed layout of sequences of these lengths (host numbers, or an integer tensor on the host)."""
     if isinstance(lengths, Tensor):
         check.require(lengths.device.type == "cpu", "pack_lengths", "device of lengths", "cpu", lengths.device)
+        check.dtype("pack_lengths", "lengths", lengths, check.INDICES)
+        check.dims("pack_lengths", "lengths", lengths, "N")
         lengths = lengths.tolist()
-    check.require(all(n >= 0 for n in lengths), "pack_lengths", "lengths", "0 or more", list(lengths))
+    lengths = [check.whole("pack_lengths", "lengths", n, 0, MOST_TOKENS) for n in lengths]
+    check.require(sum(lengths) <= MOST_TOKENS, "pack_lengths", "sum of lengths", f"0 to {MOST_TOKENS}", sum(lengths))
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     if torch.device(device).type == "cuda":
         starts = starts.pin_memory()
@@ -83,7 +90,7 @@ def alibi_slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
 
     Otherwise with P the largest power of two below: the P slopes of P heads, then every second one of 2P heads.
     """
-    check.require(heads >= 1, "alibi_slopes", "heads", "at least 1", heads)
+    heads = check.whole("alibi_slopes", "heads", heads, 1, 1 << 16)
     power = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
     slopes += [2.0 ** (-8.0 * (h + 1) / (2 * power)) for h in range(0, 2 * (heads - power), 2)]
@@ -124,11 +131,15 @@ def attend(
         ValueError, TypeError: what does not fit. NotImplementedError: the engine cannot run this; lists the reasons.
     """
     _check(query, key, value, valid, packed, alibi, dropout, dropout_keys)
+    drops = 1 if dropout > 0.0 else 0  # a branch: under `torch.compile` the comparison itself may be symbolic
     name = _choose(
-        engine, query.device.type, query.dtype, int(query.shape[-1]), packed is not None,
-        valid is not None, alibi is not None, dropout > 0.0, dropout_keys is not None and dropout > 0.0,
+        engine, query.device.type, query.dtype, operator.index(query.shape[-1]), packed is not None,
+        valid is not None, alibi is not None, drops == 1, dropout_keys is not None and drops == 1,
     )  # fmt: skip
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    else:
+        check.require(-math.inf < scale < math.inf, "attend", "scale", "a finite number", scale)
     return _run(ENGINES[name], query, key, value, _Options(scale, valid, packed, alibi, dropout, dropout_keys))
 
 
@@ -146,6 +157,7 @@ def _check(
     dropout: float, dropout_keys: Tensor | None,
 ) -> None:  # fmt: skip
     op = "attend"
+    check.strided(op, query, key, value)
     layout = "3 dimensions (total, H, D)" if packed is not None else "4 dimensions (N, T, H, D)"
     good = query.dim() == (4 if packed is None else 3)
     check.require(good, op, "query", layout, f"shape {tuple(query.shape)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from .. import _checks as check
 from .. import registry
-from .._define import Call, define
+from .._define import Call, count_write, define
 
 
 def update_ema_(
-    averages: Sequence[Tensor],
-    sources: Sequence[Tensor],
+    averages: Iterable[Tensor],
+    sources: Iterable[Tensor],
     decay: float | Tensor,
     *,
-    copies: Sequence[Tensor] | None = None,
-    low: Sequence[Tensor] | None = None,
+    copies: Iterable[Tensor] | None = None,
+    low: Iterable[Tensor] | None = None,
 ) -> None:
     """averages[i] <- averages[i] + (1 - decay) * (sources[i] - averages[i]), then copies[i] <- averages[i] rounded.
 
@@ -27,7 +27,8 @@ def update_ema_(
     1 - decay is formed in float64 and rounded once.
 
     Args:
-        averages: tensors changed in place; float32 recommended (a bfloat16 average hardly moves at decay 0.9999).
+        averages: tensors changed in place; float32 recommended (a bfloat16 average hardly moves at decay 0.9999). What
+            is written overlaps with no other tensor; a source may be its own average or copy.
         sources: tensors of the same shapes; any floating dtype.
         decay: float in [0, 1], or a 0-D float64 tensor on the device that holds 1 - decay (CUDA graphs). Weight 0
             leaves the averages untouched even where sources are NaN.
@@ -71,7 +72,8 @@ def merge_ema_state(high: Tensor, low: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: shapes that differ, halves that are not bfloat16 and int16.
     """
-    check.require(high.shape == low.shape, "merge_ema_state", "shape of low", tuple(high.shape), tuple(low.shape))
+    check.shape("merge_ema_state", "low", low, high.shape)
+    check.device("merge_ema_state", "low", low, high)
     if high.dtype != torch.bfloat16 or low.dtype != torch.int16:
         got = f"{high.dtype} and {low.dtype}"
         raise TypeError(f"merge_ema_state: dtypes of high and low: expected bfloat16 and int16, got {got}")
@@ -82,23 +84,22 @@ class EmaPlan:
     """`update_ema_` of fixed lists with the pointer tables built once: one launch, no per-tensor host work.
 
     The backend is the list operator's; one without a plan for these tensors runs that operator. Addresses are compared
-    at every step and the tables rebuilt when a tensor has moved or another backend is forced.
+    at every step; when a tensor has moved or another backend is forced, everything is checked again, as for new lists,
+    and the tables are rebuilt.
     """
 
     def __init__(
         self,
-        averages: Sequence[Tensor],
-        sources: Sequence[Tensor],
-        copies: Sequence[Tensor] | None = None,
+        averages: Iterable[Tensor],
+        sources: Iterable[Tensor],
+        copies: Iterable[Tensor] | None = None,
         *,
-        low: Sequence[Tensor] | None = None,
+        low: Iterable[Tensor] | None = None,
     ) -> None:
-        """Takes the lists of `update_ema_`; checks them as it does."""
-        op, lists = _operator(averages, sources, copies, low)
-        (_shape if low is None else _split_shape)(op, lists[0], lists[1], lists[2], 0.0, None)
-        self._averages, self._sources = list(averages), list(sources)
-        self._copies = list(copies or ())
+        """Takes the lists of `update_ema_`, not empty; checks them as it does."""
+        self._averages, self._sources, self._copies = list(averages), list(sources), list(copies or ())
         self._low = None if low is None else list(low)
+        check.require(bool(self._averages), "update_ema_", "number of averages of a plan", "at least 1", 0)
         self._build()
 
     @property
@@ -122,27 +123,36 @@ class EmaPlan:
             return
         weight, weight_tensor = _weight(decay)
         plan.step(weight, weight_tensor)
+        count_write(self._written)
 
     def _build(self) -> None:
-        averages, sources, copies, low = _local(self._averages, self._sources, self._copies, self._low or ())
-        self._tensors = [*averages, *sources, *copies, *low]
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
-        self._forced, self._backend = registry.forced_backend(), ""
-        self._plan: Any = None
-        if averages:
-            op, deciding = ("update_ema_", self._tensors) if self._low is None else ("update_split_ema_", sources)
-            backend = registry.choose(registry.Case(op, averages[0].device.type, _distinct_dtypes(deciding)))
-            make, self._backend = backend.make_ema_plan, backend.name
-            self._plan = make(averages, sources, copies, low) if make else None
-        self._moved = self._plan.moved if self.native else self._has_moved
+        op, lists = _operator(self._averages, self._sources, self._copies, self._low)
+        check.storage(op, lists)
+        call = (_shape if self._low is None else _split_shape)(op, lists[0], lists[1], lists[2], 0.0, None)
+        averages, second, third = lists
+        sources, copies, low = (second, third, []) if self._low is None else (third, [], second)
+        written = [*averages, *copies, *low]
+        check.resolved(op, written)
+        _check_memory(op, *lists)
+        backend = registry.choose(registry.Case(op, averages[0].device.type, call.dtypes))
+        # A lazily negated source has other numbers in its memory.
+        make = None if any(t.is_neg() for t in sources) else backend.make_ema_plan
+        plan: Any = make(averages, sources, copies, low) if make else None
+        self._tensors, self._written = [*written, *sources], written
+        self._places = self._look()
+        self._forced, self._backend, self._plan = registry.forced_backend(), backend.name, plan
+        self._moved = plan.moved if self.native else self._has_moved
+
+    def _look(self) -> list[tuple[int, int]]:
+        return [(t.data_ptr(), t.numel()) for t in self._tensors]
 
     def _has_moved(self) -> bool:
-        return list(map(Tensor.data_ptr, self._tensors)) != self._addresses
+        return self._look() != self._places
 
 
 def _operator(
-    averages: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor] | None,
-    low: Sequence[Tensor] | None,
+    averages: Iterable[Tensor], sources: Iterable[Tensor], copies: Iterable[Tensor] | None,
+    low: Iterable[Tensor] | None,
 ) -> tuple[str, list[list[Tensor]]]:  # fmt: skip
     """Which operator takes these lists, and its three lists."""
     averages, sources, copies, halves = _local(averages, sources, copies or (), low or ())
@@ -160,10 +170,15 @@ def _weight(decay: float | Tensor) -> tuple[float, Tensor | None]:
     return 1.0 - decay, None
 
 
-def _local(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
+def _local(*iterables: Iterable[Tensor]) -> list[list[Tensor]]:
     """Local shards of DTensors, after checking that mesh and placements agree entry by entry."""
-    if not any(hasattr(t, "placements") for tensors in lists for t in tensors):
-        return [list(tensors) for tensors in lists]
+    lists = [list(tensors) for tensors in iterables]
+    kinds = {type(t) for tensors in lists for t in tensors}
+    for kind in kinds:
+        if not issubclass(kind, Tensor):
+            raise TypeError(f"update_ema_: entries: expected tensors, got {kind.__name__}")
+    if not any(hasattr(kind, "placements") for kind in kinds):
+        return lists
     averages = lists[0]
     for tensors in lists[1:]:
         for i, t in enumerate(tensors[: len(averages)]):
@@ -193,15 +208,17 @@ def _shape(
         return Call(None)
     first = averages[0]
     device = first.device
+    shapes = [t.shape for t in averages]
+    dtypes = _distinct_dtypes([*averages, *sources, *copies])
     for name, tensors in (("sources", sources), ("copies", copies), ("averages", averages)):
-        for i, t in enumerate(tensors):
-            if t.dtype not in check.FLOATS:
-                check.dtype(op, f"{name}[{i}]", t, check.FLOATS)
-            if t.shape != averages[i].shape:
-                check.shape(op, f"{name}[{i}]", t, averages[i].shape)
+        for i, (t, shape) in enumerate(zip(tensors, shapes, strict=False)):
+            if t.shape != shape:
+                check.shape(op, f"{name}[{i}]", t, shape)
             if t.device != device:
                 check.device(op, f"{name}[{i}]", t, first)
-    return Call(first, _distinct_dtypes([*averages, *sources, *copies]))
+            if not check.FLOAT_SET.issuperset(dtypes):
+                check.dtype(op, f"{name}[{i}]", t, check.FLOATS)
+    return Call(first, dtypes)
 
 
 def _split_shape(op: str, high: Sequence[Tensor], low: Sequence[Tensor], sources: Sequence[Tensor], *rest: Any) -> Call:
@@ -217,6 +234,27 @@ def _split_shape(op: str, high: Sequence[Tensor], low: Sequence[Tensor], sources
             if not check.lies_flat(h, t):
                 check.fail(op, f"strides of {name}[{i}]", f"{h.stride()} without gaps", t.stride())
     return call._replace(dtypes=_distinct_dtypes(sources))
+
+
+def _check_memory(
+    op: str, averages: Sequence[Tensor], second: Sequence[Tensor], third: Sequence[Tensor], *_: Any
+) -> None:
+    """No overlap of what is written, for both operators."""
+    if op == "update_ema_":
+        check.apart(op, {"averages": averages, "copies": third}, second)
+    else:
+        check.apart(op, {"high": averages, "low": second}, third)
+
+
+def _in_one_width(averages: Sequence[Tensor], sources: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
+    """Sources converted where only one of average and source is float64: no backend needs mixed arithmetic."""
+    wide, found = torch.float64, {t.dtype for t in [*averages, *sources]}
+    if wide in found and 1 < len(found & check.FLOAT_SET) == len(found) and len(averages) == len(sources):
+        check.storage("update_ema_", sources)
+        computed = [check.compute_dtype(t.dtype) for t in averages]
+        pairs = zip(computed, sources, strict=True)
+        sources = [s if (c == wide) == (s.dtype == wide) else s.to(c) for c, s in pairs]
+    return averages, sources, *rest
 
 
 def _reference(
@@ -263,10 +301,10 @@ def _split_reference(high: Sequence[Tensor], low: Sequence[Tensor], sources: Seq
 _update_ema_ = define(
     "update_ema_(Tensor(a!)[] averages, Tensor[] sources, Tensor(b!)[] copies, float weight, Tensor? weight_tensor)"
     " -> ()",
-    _shape, _reference, triton="ema",
+    _shape, _reference, triton="ema", values=_check_memory, prepare=_in_one_width,
 )  # fmt: skip
 _update_split_ema_ = define(
     "update_split_ema_(Tensor(a!)[] high, Tensor(b!)[] low, Tensor[] sources, float weight, Tensor? weight_tensor)"
     " -> ()",
-    _split_shape, _split_reference,
+    _split_shape, _split_reference, values=_check_memory,
 )  # fmt: skip

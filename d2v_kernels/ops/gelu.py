@@ -27,6 +27,7 @@ def gelu(x: Tensor) -> Tensor:
     Raises:
         TypeError: x is not floating.
     """
+    check.strided("gelu", x)
     return _gelu(x.contiguous())
 
 
@@ -117,12 +118,14 @@ def layer_norm_gelu(
     """
     if x.dim() < 1:
         raise ValueError("layer_norm_gelu: x: expected shape (..., C), got a 0-D tensor")
+    check.strided("layer_norm_gelu", x)
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return _layer_norm_gelu(rows, weight, bias, eps).view(x.shape)
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     op = "gelu_linear"
+    check.strided(op, x, weight, bias)
     check.dtype(op, "x", x, check.FLOATS)
     check.dtype(op, "weight", weight, check.FLOATS)
     check.require(x.dim() >= 1, op, "x", "shape (..., H)", "a 0-D tensor")
@@ -153,11 +156,18 @@ def _backward_shape(op: str, grad: Tensor, x: Tensor) -> Call:
     return call if op.endswith("_") else call._replace(outputs=(x, x))
 
 
+def _check_apart(op: str, grad: Tensor, x: Tensor) -> None:
+    """The gradient that is written is x itself or lies elsewhere."""
+    distance = grad.data_ptr() - x.data_ptr()
+    apart = distance == 0 or abs(distance) >= grad.nbytes
+    check.require(apart, op, "memory of grad", "no part of x's", f"an overlap {distance} bytes from the start of x")
+
+
 def _norm_shape(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Call:
     check.rows(op, "x", x, "rows, C")
     check.vector(op, "weight", weight, x)
     check.vector(op, "bias", bias, x)
-    check.require(eps > 0.0, op, "eps", "above 0", eps)
+    check.require(0.0 < eps < math.inf, op, "eps", "above 0", eps)
     return Call(x, check.dtypes_of(x, weight, bias), (x,))
 
 
@@ -252,5 +262,5 @@ _gelu_backward = define(
 )
 _gelu_backward_ = define(
     "gelu_backward_(Tensor(a!) grad, Tensor x) -> Tensor",
-    _backward_shape, _backward_in_place_reference, triton="gelu",
+    _backward_shape, _backward_in_place_reference, triton="gelu", values=_check_apart,
 )  # fmt: skip

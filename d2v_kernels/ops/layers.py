@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ NORMS = ("none", "layer", "instance", "batch", "group")
 
 
 def average_layers(
-    layers: Sequence[Tensor],
+    layers: Sequence[Tensor] | Tensor,
     *,
     norm: Norm = "instance",
     out_norm: Norm = "none",
@@ -30,8 +31,8 @@ def average_layers(
     y = out_norm((1/K) sum_k norm(a_k)), norm(a) = (a - mean) / sqrt(var + eps), biased variance, no affine.
 
     Args:
-        layers: K tensors (B,T,C) of one shape, dtype (float32, bfloat16, float16, float64) and device; any strides
-            with the last one 1.
+        layers: K tensors (B,T,C) of one shape, dtype (float32, bfloat16, float16, float64) and device, or one tensor
+            (K,B,T,C); any strides with the last one 1.
         norm: axes of each layer's statistics: "none", "layer" (over C for each b, t), "instance" (over T for each
             b, c), "batch" (over B, T for each c), "group" (over T, C for each b); a tuple is applied in order.
             Tuples and "group" run on the reference backend.
@@ -47,6 +48,9 @@ def average_layers(
         ValueError, TypeError: shapes, dtypes, devices, strides, lengths or names that do not fit.
         NotImplementedError: a layer requires grad, or the forced backend cannot run the case.
     """
+    if isinstance(layers, Tensor):
+        check.dims("average_layers", "layers", layers, "K, B, T, C")
+        layers = layers.unbind()
     if torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
         raise NotImplementedError("average_layers: expected layers without grad, got one that requires grad; detach it")
     if out_dtype is None:
@@ -78,7 +82,7 @@ def _shape(
         for n in norms.split(","):
             if n not in NORMS:
                 raise ValueError(f"{op}: {name}: expected one of {', '.join(NORMS)}, got {n!r}")
-    check.require(eps > 0.0, op, "eps", "above 0", eps)
+    check.require(0.0 < eps < math.inf, op, "eps", "above 0", eps)
     if out_dtype not in check.FLOATS:
         words = ", ".join(map(check.dtype_name, check.FLOATS))
         raise TypeError(f"{op}: out_dtype: expected one of {words}, got {check.dtype_name(out_dtype)}")
@@ -92,6 +96,7 @@ def _check_lengths(
     op: str, layers: Sequence[Tensor], norm: str, out_norm: str, lengths: Tensor | None, *_: Any
 ) -> None:
     if lengths is not None and lengths.numel() > 0:
+        check.storage(op, [lengths])
         tokens, (low, high) = layers[0].shape[1], (int(v) for v in torch.aminmax(lengths))
         check.require(low >= 0 and high <= tokens, op, "lengths", f"0 to {tokens}", f"{low} to {high}")
 

@@ -51,6 +51,7 @@ def masked_regression_loss(
     for name, t in (("prediction", prediction), ("target", target)):
         if t.dim() < 1:
             raise ValueError(f"masked_regression_loss: {name}: expected shape (..., C), got a 0-D tensor")
+    check.strided("masked_regression_loss", prediction, target)
     rows = _as_rows(prediction), _as_rows(target), prediction_rows, target_rows
     return RegressionLoss(*_masked_regression_loss(*rows, beta, scale))
 
@@ -78,7 +79,8 @@ def _shape(
         counts.append(t.shape[0] if rows is None else rows.shape[0])
     expected = f"{counts[0]} (as of the prediction)"
     check.require(counts[0] == counts[1], op, "selected target rows", expected, counts[1])
-    check.require(beta >= 0.0, op, "beta", "0 or more", beta)
+    check.require(0.0 <= beta < math.inf, op, "beta", "0 or more", beta)
+    check.require(-math.inf < scale < math.inf, op, "scale", "a finite number", scale)
     scalar = ((), check.compute_dtype(prediction.dtype))
     return Call(prediction, (prediction.dtype, target.dtype), (scalar, scalar, scalar))
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from .. import _native
 from ..registry import forced_backend
 
 Kind = Literal["span", "rectangles", "token-span", "block", "random"]
 KINDS = ("span", "rectangles", "token-span", "block", "random")
 _GRID_KINDS = ("rectangles",)
+MOST_TOKENS, MOST_POSITIONS, MOST_COPIES = (1 << 31) - 1, 1 << 28, 1 << 16
+"""Tokens of a sampler, positions of all masks of a call, and masked copies of a sample."""
 
 
 class Masks(NamedTuple):
@@ -81,6 +84,8 @@ class MaskSampler:
         "random": 2.0 text: T - int((1-ratio)*T) positions, uniformly [.48].
     """
 
+    __slots__ = ("_native", "rule")  # what is set by mistake is refused
+
     def __init__(
         self,
         kind: Kind,
@@ -100,11 +105,11 @@ class MaskSampler:
             grid: (height, width) of an image in patches, T = height * width, row-major.
             ratio: masked fraction p (for span kinds the expected coverage without overlap).
             span: length or side of a block in tokens.
-            adjust: added to the ratio when block centres are counted ("block").
+            adjust: -1 to 1, added to the ratio when block centres are counted ("block").
             inverse: draw visible blocks ("block").
             equal_counts: cut every row to the smallest count of the batch, as the published code does; then a mask
                 depends on its batch.
-            seed: any 64-bit integer.
+            seed: any 64-bit integer; may be changed later, for the draws that follow.
 
         Raises:
             ValueError: an unknown kind or a parameter out of range.
@@ -117,18 +122,35 @@ class MaskSampler:
             raise ValueError(f"MaskSampler: {kind}: expected a grid, got tokens={tokens}")
         if inverse and kind != "block":
             raise ValueError(f"MaskSampler: inverse: expected kind block, got {kind}")
-        height, width = grid if grid is not None else (0, int(tokens or 0))
-        if width * (height or 1) < 1 or width < 1:
-            raise ValueError(f"MaskSampler: expected at least 1 token, got tokens={tokens}, grid={grid}")
-        if not 0.0 <= ratio <= 1.0:
-            raise ValueError(f"MaskSampler: ratio: expected 0 to 1, got {ratio}")
-        if span < 1:
-            raise ValueError(f"MaskSampler: span: expected at least 1, got {span}")
+        op, (height, width) = "MaskSampler", grid if grid is not None else (0, tokens)
+        height = check.whole(op, "height of grid", height, 0 if grid is None else 1, MOST_TOKENS)
+        width = check.whole(op, "tokens" if grid is None else "width of grid", width, 1, MOST_TOKENS // (height or 1))
+        span, seed = check.whole(op, "span", span, 1, MOST_TOKENS), check.whole(op, "seed", seed, *_WORDS)
+        check.require(0.0 <= ratio <= 1.0, op, "ratio", "0 to 1", ratio)
+        check.require(-1.0 <= adjust <= 1.0, op, "adjust", "-1 to 1", adjust)
         self.rule = MaskRule(
-            kind, height, width, float(ratio), int(span), float(adjust), bool(inverse), bool(equal_counts), int(seed)
+            kind, height, width, float(ratio), span, float(adjust), bool(inverse), bool(equal_counts), seed
         )
-        self.tokens, self.equal_counts = self.rule.tokens, self.rule.equal_counts
         self._native: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.rule.tokens
+
+    @property
+    def equal_counts(self) -> bool:
+        """Whether every row is cut to the smallest count of its batch."""
+        return self.rule.equal_counts
+
+    @property
+    def seed(self) -> int:
+        """What the draws depend on beside epoch, sample and copy."""
+        return self.rule.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.rule = replace(self.rule, seed=check.whole("MaskSampler", "seed", seed, *_WORDS))
 
     def draw(
         self, sample_ids: Sequence[int] | Tensor, epoch: int, *, copies: int = 1, lengths: Tensor | None = None
@@ -144,11 +166,7 @@ class MaskSampler:
         Returns:
             `Masks` with samples * copies rows.
         """
-        ids = torch.as_tensor(sample_ids, dtype=torch.int64).contiguous()
-        if ids.dim() != 1:
-            raise ValueError(f"MaskSampler.draw: sample_ids: expected shape (samples,), got {tuple(ids.shape)}")
-        if copies < 1:
-            raise ValueError(f"MaskSampler.draw: copies: expected at least 1, got {copies}")
+        ids, epoch, copies = self._check_draw(sample_ids, epoch, copies)
         if lengths is not None:
             lengths = self._check_lengths(lengths, ids.shape[0])
         module = _native.native_module() if forced_backend() in ("auto", "native") else None
@@ -160,9 +178,23 @@ class MaskSampler:
 
     def noise_keys(self, sample_ids: Sequence[int] | Tensor, epoch: int, *, copies: int = 1) -> Tensor:
         """Keys (samples * copies,) int64 for `Noise`, functions of (seed, epoch, sample id, copy)."""
-        ids = torch.as_tensor(sample_ids, dtype=torch.int64).tolist()
-        keys = [_row_state(self.rule.seed, epoch, i, ~c) for i in ids for c in range(copies)]
+        ids, epoch, copies = self._check_draw(sample_ids, epoch, copies)
+        keys = [_row_state(self.rule.seed, epoch, i, ~c) for i in ids.tolist() for c in range(copies)]
         return torch.tensor([k - (1 << 64) if k >> 63 else k for k in keys], dtype=torch.int64)
+
+    def _check_draw(self, sample_ids: Sequence[int] | Tensor, epoch: int, copies: int) -> tuple[Tensor, int, int]:
+        op = "MaskSampler.draw"
+        try:
+            ids = torch.as_tensor(sample_ids)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{op}: sample_ids: expected int64 numbers, got {sample_ids!r:.80} ({error})") from None
+        if ids.numel() > 0 and (ids.dtype.is_floating_point or ids.dtype.is_complex or ids.device.type != "cpu"):
+            raise TypeError(f"{op}: sample_ids: expected integers on the host, got {ids.dtype} on {ids.device}")
+        check.require(ids.dim() == 1, op, "sample_ids", "shape (samples,)", tuple(ids.shape))
+        epoch, copies = check.whole(op, "epoch", epoch, *_WORDS), check.whole(op, "copies", copies, 1, MOST_COPIES)
+        positions = len(ids) * copies * self.tokens
+        check.require(positions <= MOST_POSITIONS, op, "samples * copies * tokens", f"0 to {MOST_POSITIONS}", positions)
+        return ids.to(torch.int64).contiguous(), epoch, copies
 
     def _check_lengths(self, lengths: Tensor, samples: int) -> Tensor:
         if tuple(lengths.shape) != (samples,) or lengths.device.type != "cpu" or lengths.dtype != torch.int64:
@@ -170,6 +202,7 @@ class MaskSampler:
                 f"MaskSampler.draw: lengths: expected int64 ({samples},) on the host, "
                 f"got {lengths.dtype} {tuple(lengths.shape)} on {lengths.device}"
             )
+        check.storage("MaskSampler.draw", [lengths])
         if samples and not (int(lengths.min()) >= 0 and int(lengths.max()) <= self.tokens):
             raise ValueError(f"MaskSampler.draw: lengths: expected 0 to {self.tokens}, got {lengths.tolist()}")
         if self.rule.height:
@@ -184,16 +217,16 @@ class MaskSampler:
     def _draw_native(
         self, module: _native.Module, ids: Tensor, epoch: int, copies: int, lengths: Tensor | None
     ) -> Masks:
-        if self._native is None:
-            self._native = module.MaskSampler(*astuple(self.rule))
+        if self._native is None or self._native[0] is not self.rule:
+            self._native = self.rule, module.MaskSampler(*astuple(self.rule))
         limits = None if lengths is None else lengths.numpy()
-        arrays = self._native.draw(ids.numpy(), epoch, copies, limits)
+        arrays = self._native[1].draw(ids.numpy(), epoch, copies, limits)
         tensors: list[Any] = [None if a is None else torch.from_numpy(a) for a in arrays]
         return Masks(*tensors)
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> tuple[None, dict[str, object]]:
         # The native object does not travel to loader workers; each makes its own.
-        return {**self.__dict__, "_native": None}
+        return None, {"rule": self.rule, "_native": None}
 
 
 def masks_from_bool(mask: Tensor) -> Masks:
@@ -219,6 +252,7 @@ def _list_python(mask: Tensor) -> Masks:
 # ---- the rules
 
 _LOW64 = (1 << 64) - 1
+_WORDS = -(1 << 63), _LOW64
 _STEP = 0x9E3779B97F4A7C15
 _ATTEMPTS = 10  # placements tried for one rectangle
 _MIN_ASPECT = 0.3

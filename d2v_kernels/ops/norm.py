@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def _shape(
         check.keys(op, "keys", keys, branch.shape[0])
         check.device(op, "keys", keys, branch)
     check.dropout(op, dropout, "keys", keys)
-    check.require(eps > 0.0, op, "eps", "above 0", eps)
+    check.require(0.0 < eps < math.inf, op, "eps", "above 0", eps)
     return Call(branch, check.dtypes_of(branch, weight, bias), (branch, branch))
 
 

@@ -154,7 +154,7 @@ def _restore_shape(
         check.unit_stride(op, "fill", fill)
     if noise_keys is not None:
         check.keys(op, "noise keys", noise_keys, n)
-        check.require(noise_std >= 0.0, op, "noise std", "0 or more", noise_std)
+        check.require(0.0 <= noise_std < math.inf, op, "noise std", "0 or more", noise_std)
     return Call(kept, (kept.dtype,), (((n, restore.shape[1], c), kept.dtype),))
 
 

@@ -40,7 +40,7 @@ def import_error() -> str:
 
 def _body(op: str) -> Callable[..., Any]:
     """Imports the kernels at the first call."""
-    return lambda *arguments: getattr(_module(_define.TRITON_FAMILIES[op]), op)(*arguments)
+    return _define.guarded(op, lambda *arguments: getattr(_module(_define.TRITON_FAMILIES[op]), op)(*arguments))
 
 
 def _limits(case: Case) -> list[str]:

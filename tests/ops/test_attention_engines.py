@@ -115,3 +115,10 @@ def test_double_backward_is_refused() -> None:
     (g,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="attention: double backward"):
         g.sum().backward()
+
+
+def test_dynamic_shapes_in_one_graph() -> None:
+    compiled = torch.compile(lambda q: attend(q, q, q), dynamic=True, fullgraph=True, backend="aot_eager")
+    for shape in ((2, 50, 4, 16), (3, 60, 4, 16)):
+        q = torch.randn(shape)
+        torch.testing.assert_close(compiled(q), attend(q, q, q))

@@ -191,7 +191,8 @@ def test_parameters_that_require_grad() -> None:
 
 def test_empty_list() -> None:
     update_ema_([], [], 0.9)
-    EmaPlan([], []).step(0.9)
+    with pytest.raises(ValueError, match="number of averages of a plan: expected at least 1, got 0"):
+        EmaPlan([], [])
 
 
 @pytest.mark.parametrize(
@@ -213,3 +214,116 @@ def test_messages(averages, sources, decay, copies, error, words) -> None:
         with pytest.raises(error, match=words) as caught:
             step(route, averages, sources, decay, copies)
         assert str(caught.value).startswith("update_ema_")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (torch.ones(3), r"shape of sources\[0\]: expected \(4096,\), got \(3,\)"),
+        (torch.ones(2, 2048), r"expected \(4096,\), got \(2, 2048\)"),
+        (torch.ones(4096).int(), "got int32"),
+    ],
+)
+def test_plan_checks_again_what_has_moved(backend, other, words) -> None:
+    average, source = torch.zeros(4096), torch.ones(4096)
+    with use_backend(backend):
+        plan = EmaPlan([average], [source])
+        source.data = other
+        for _ in range(2):
+            with pytest.raises((ValueError, TypeError), match=words):
+                plan.step(0.5)
+        assert not average.any()
+        source.data = torch.ones(4096)
+        plan.step(0.5)
+    assert average.tolist() == [0.5] * 4096
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("of", ["average", "source"])
+def test_freed_and_shortened_storage(backend, of) -> None:
+    for left in (0, 12):
+        average, source = torch.zeros(4096), torch.ones(4096)
+        with use_backend(backend):
+            plan = EmaPlan([average], [source])
+            (average if of == "average" else source).untyped_storage().resize_(left)
+            with pytest.raises(ValueError, match=f"storage of .*: expected 16384 bytes, got {left}"):
+                plan.step(0.5)
+            with pytest.raises(ValueError, match=f"storage of .*: expected 16384 bytes, got {left}"):
+                update_ema_([average], [source], 0.5)
+
+
+def test_plan_sees_fewer_elements_at_the_same_address() -> None:
+    average, source = torch.zeros(10), torch.ones(10)
+    plan = EmaPlan([average], [source])
+    source.data = source.data[:4]
+    with pytest.raises(ValueError, match=r"expected \(10,\), got \(4,\)"):
+        plan.step(0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("route", ["list", "plan"])
+def test_outputs_do_not_overlap(backend, route) -> None:
+    x, both = torch.arange(12.0), torch.zeros(12)
+    cases = [
+        ([x[:1].expand(4)], [torch.ones(4)], None),
+        ([x.as_strided((3, 4), (2, 1))], [torch.ones(3, 4)], None),
+        ([x[:6], x[4:10]], [torch.ones(6)] * 2, None),
+        ([x[:6], x[:6]], [torch.ones(6)] * 2, None),
+        ([x[:6]], [torch.ones(6)], [x[3:9]]),
+        ([x[:6]], [x[1:7]], None),
+        ([x[:6], x[6:]], [x[6:], torch.ones(6)], None),
+    ]
+    with use_backend(backend):
+        for averages, sources, copies in cases:
+            with pytest.raises(ValueError, match="expected no overlap, got an overlap in"):
+                step(route, averages, sources, 0.5, copies)
+        assert torch.equal(x, torch.arange(12.0))
+        columns = both.view(3, 4)  # in one storage, one between the other's rows
+        step(route, [columns[:, :2], columns[:, 2:]], [torch.ones(3, 2), torch.full((3, 2), 3.0)], 0.5)
+        step(route, [x[:6], x[6:]], [x[:6], torch.zeros(6)], 0.5)  # an entry's own source may be itself
+    assert columns.tolist() == [[0.5, 0.5, 1.5, 1.5]] * 3
+    assert x.tolist() == [0, 1, 2, 3, 4, 5, 3, 3.5, 4, 4.5, 5, 5.5]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("route", ["list", "plan"])
+def test_lazily_negated_views(backend, route) -> None:
+    average, negated = torch.zeros(4), torch.complex(torch.zeros(4), torch.ones(4)).conj().imag
+    with use_backend(backend):
+        step(route, [average], [negated], 0.5)
+        assert average.tolist() == [-0.5] * 4
+        with pytest.raises(ValueError, match="got a lazily negated view"):
+            step(route, [negated], [average], 0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("route", ["list", "plan"])
+def test_writes_count_for_saved_tensors(backend, route) -> None:
+    average, source, x = torch.ones(3), torch.zeros(3), torch.ones(3, requires_grad=True)
+    y = (x * average).sum()
+    with use_backend(backend):
+        step(route, [average], [source], 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with torch.inference_mode():
+        step(route, [torch.ones(3)], [source], 0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("route", ["list", "plan"])
+def test_float64_beside_other_sources(backend, route) -> None:
+    averages, sources = [torch.zeros(3, dtype=torch.float64), torch.zeros(3)], [torch.ones(3), torch.ones(3).double()]
+    with use_backend(backend):
+        step(route, averages, sources, 0.9)
+    assert averages[0].tolist() == [1.0 - 0.9] * 3
+    assert torch.equal(averages[1], torch.full((3,), 1.0 - 0.9))
+
+
+def test_generators_are_lists() -> None:
+    teacher, student = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    EmaPlan(teacher.parameters(), student.parameters()).step(0.0)
+    update_ema_(teacher.parameters(), student.parameters(), 0.5)
+    assert all(map(torch.equal, teacher.parameters(), student.parameters()))
+    with pytest.raises(ValueError, match="number of averages of a plan: expected at least 1, got 0"):
+        EmaPlan(iter(()), iter(()))

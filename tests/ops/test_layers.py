@@ -201,3 +201,12 @@ def test_messages(layers, options, error, words) -> None:
     with pytest.raises(error, match=words) as caught:
         average_layers(layers, **options)
     assert str(caught.value).startswith("average_layers")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_tensor_of_layers(backend) -> None:
+    layers = torch.randn(3, 2, 5, 8)
+    with use_backend(backend):
+        assert torch.equal(average_layers(layers), average_layers(list(layers)))
+        with pytest.raises(ValueError, match="layers: expected 4 dimensions"):
+            average_layers(layers[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import pickle
 
 import pytest
@@ -129,7 +130,7 @@ def test_masks_from_bool() -> None:
         (dict(kind="blocks", tokens=4, ratio=0.5), "kind: expected one of span"),
         (dict(kind="block", ratio=0.5), "one of tokens and grid"),
         (dict(kind="block", tokens=4, grid=(2, 2), ratio=0.5), "one of tokens and grid"),
-        (dict(kind="block", tokens=0, ratio=0.5), "at least 1 token"),
+        (dict(kind="block", tokens=0, ratio=0.5), "tokens: expected a whole number, 1 to"),
         (dict(kind="block", tokens=4, ratio=1.5), "ratio: expected 0 to 1, got 1.5"),
         (dict(kind="block", tokens=4, ratio=0.5, span=0), "span"),
         (dict(kind="random", tokens=4, ratio=0.5, inverse=True), "inverse"),
@@ -152,3 +153,27 @@ def test_draw_messages() -> None:
     ):
         with pytest.raises(ValueError, match=r"MaskSampler\.draw: "):
             call()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_new_seed_counts(backend) -> None:
+    sampler, other = (MaskSampler("random", tokens=40, ratio=0.5, seed=seed) for seed in (1, 2))
+    with use_backend(backend):
+        sampler.draw([3], 0)
+        sampler.seed = 2
+        assert torch.equal(sampler.draw([3], 0).mask, other.draw([3], 0).mask)
+    assert torch.equal(sampler.noise_keys([3], 0), other.noise_keys([3], 0))
+    with pytest.raises(AttributeError):
+        sampler.ratio = 0.1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("options", [{"adjust": math.nan}, {"adjust": 9.0}, {"span": math.nan}, {"span": 2**70}])
+def test_parameters_have_bounds(options) -> None:
+    with pytest.raises(ValueError, match=r"expected .* got"):
+        MaskSampler("block", tokens=40, ratio=0.5, **options)
+
+
+@pytest.mark.parametrize("options", [{"copies": 2**40}, {"copies": math.nan}, {"epoch": 0.5}])
+def test_draws_have_bounds(options) -> None:
+    with pytest.raises(ValueError, match=r"expected .* got"):
+        MaskSampler("block", tokens=40, ratio=0.5).draw([0], **{"epoch": 0, **options})
