@@ -133,6 +133,8 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check.require(weight.shape[1] == x.shape[-1], op, "columns of weight", x.shape[-1], weight.shape[1])
     check.device(op, "weight", weight, x)
     if bias is not None:
+        if not torch.compiler.is_compiling():
+            check.storage(op, [bias])  # PyTorch's sum does not look
         check.device(op, "bias", bias, x)
         check.shape(op, "bias", bias, weight.shape[:1])
         check.dtype(op, "bias", bias, weight.dtype)
