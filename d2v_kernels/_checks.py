@@ -5,6 +5,7 @@ Messages begin with the operator's name and give expected and got.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -170,6 +171,8 @@ def with_unit_stride(t: Tensor) -> Tensor:
 
 # ---- memory
 
+_BYTES = operator.attrgetter("nbytes")
+
 
 def extent(t: Tensor) -> int:
     """Bytes from the first element of t to the end of its last one."""
@@ -211,8 +214,8 @@ def apart(op: str, written: Mapping[str, Sequence[Tensor]], read: Sequence[Tenso
     outputs = [t for group in written.values() for t in group]
     tensors = [*outputs, *read]
     flat = all(map(Tensor.is_contiguous, tensors))
-    starts = np.array(list(map(Tensor.data_ptr, tensors)), dtype=np.int64)
-    ends = starts + np.array([t.nbytes for t in tensors] if flat else list(map(extent, tensors)), dtype=np.int64)
+    starts = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    ends = starts + np.fromiter(map(_BYTES if flat else extent, tensors), np.int64, len(tensors))
     order = np.argsort(starts, kind="stable")
     if (ends[order][:-1] <= starts[order][1:]).all() and (flat or all(map(lies_flat, outputs))):
         return

@@ -210,13 +210,17 @@ def _shape(
     device = first.device
     shapes = [t.shape for t in averages]
     dtypes = _distinct_dtypes([*averages, *sources, *copies])
+    floating, places = check.FLOAT_SET.issuperset(dtypes), {device}
     for name, tensors in (("sources", sources), ("copies", copies), ("averages", averages)):
+        same = tensors is averages or [t.shape for t in tensors] == shapes
+        if not tensors or (floating and same and {t.device for t in tensors} == places):
+            continue
         for i, (t, shape) in enumerate(zip(tensors, shapes, strict=False)):
             if t.shape != shape:
                 check.shape(op, f"{name}[{i}]", t, shape)
             if t.device != device:
                 check.device(op, f"{name}[{i}]", t, first)
-            if not check.FLOAT_SET.issuperset(dtypes):
+            if not floating:
                 check.dtype(op, f"{name}[{i}]", t, check.FLOATS)
     return Call(first, dtypes)
 

@@ -39,7 +39,7 @@ def read_run(first: int, calls: int, seed: int) -> tuple[int, list[str]]:
                 last = line
             if last == "end":
                 return first + calls, found
-        hung = child.poll() is None and bool(last != "end") and not _ended(child)
+        hung = not _ended(child)
         child.kill()
     return number + 1, [*found, f"{'hang' if hung else f'crash ({child.returncode})'}: number {number}, {last}"]
 
