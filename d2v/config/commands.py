@@ -71,6 +71,8 @@ class _OfWhole(_OfModel):
     overlapping pieces as long as it was trained on."""
     max_tokens: int | None = None
     """Text: the same for longer texts."""
+    allow_commands: bool = setting(False, rare=True)
+    """Run `pipe:COMMAND` inputs and commands in lists; what the checkpoint allowed does not count."""
 
 
 @dataclass(frozen=True, kw_only=True)

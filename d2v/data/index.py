@@ -224,7 +224,8 @@ def _open_list(file: Path, wanted: Wanted) -> FileSource:
             unlabelled.append((line, where))
         elif is_command(path) and not wanted.commands:
             raise ValueError(
-                f"{option}: expected paths of {noun}, got a shell command in {where}; --data.allow-commands runs it"
+                f"{option}: expected paths of {noun}, got a shell command in {where}; "
+                "--data.allow-commands runs it (features and evaluate: --allow-commands)"
             )
         elif (reason := _describe_escape(path)) is not None and not is_command(path):
             rejected.append(Rejected(where, reason))

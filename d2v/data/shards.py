@@ -276,7 +276,7 @@ def open_command(path: str, wanted: Wanted) -> ShardSource:
     if not wanted.commands:
         raise ValueError(
             f"{wanted.option}: expected a folder or .tar shards, got the shell command {path!r}; "
-            "--data.allow-commands runs it"
+            "--data.allow-commands runs it (features and evaluate: --allow-commands)"
         )
     command = path.removeprefix("pipe:")
     folder = tempfile.mkdtemp(prefix="d2v-pipe-")

@@ -101,6 +101,7 @@ def extract(
     precision: str = "fp32",
     max_seconds: float | None = None,
     max_tokens: int | None = None,
+    allow_commands: bool = False,
 ) -> str:
     """Writes features of everything at `input`; returns a summary.
 
@@ -113,6 +114,7 @@ def extract(
     if pool not in POOLS:
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
     model, config, place = load_model(checkpoint, device)
+    config = config.change(data={"allow_commands": allow_commands})
     uncut = Uncut(config, max_seconds, max_tokens)
     modality = uncut.modality
     source = modality.open_whole(input, option="input")

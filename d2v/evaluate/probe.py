@@ -279,6 +279,7 @@ def probe(
     precision: str = "fp32",
     max_seconds: float | None = None,
     max_tokens: int | None = None,
+    allow_commands: bool = False,
 ) -> dict[str, Any]:
     """Probes a checkpoint and baselines; prints a table and, as the last line, one JSON object, which it returns.
 
@@ -290,6 +291,7 @@ def probe(
     if pool not in (*POOLS, "class"):
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, class, got {pool!r}")
     model, config, place = load_model(checkpoint, device)
+    config = config.change(data={"allow_commands": allow_commands})
     if pool == "class" and not config.encoder.extra_tokens:
         raise ValueError(f"pool: expected one of {', '.join(POOLS)} for a model without a class token, got class")
     uncut = Uncut(config, max_seconds, max_tokens)

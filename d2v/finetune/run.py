@@ -353,6 +353,7 @@ def evaluate_model(
     checkpoint: str, test: str, *, decode: Decoding | None = None, labels: str | None = None, batch: int = 32,
     device: str = "auto", output: str | None = None, worst: int = 50, bad_labels: str = "refuse",
     precision: str = "fp32", max_seconds: float | None = None, max_tokens: int | None = None,
+    allow_commands: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores of a fine-tuned model on labelled data; prints one JSON object, which it returns.
 
@@ -362,6 +363,7 @@ def evaluate_model(
     model, config, place = load_any(checkpoint, device)
     if not isinstance(model, FineTuned) or not isinstance(config, FineTuneConfig):
         raise ValueError(f"checkpoint: expected a fine-tuned model, got a pre-trained one at {checkpoint!r}")
+    config = config.change(data={"allow_commands": allow_commands})
     if labels is not None:
         names = Path(labels).read_text(encoding="utf-8-sig").splitlines()
         if len(set(names)) < len(names):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,15 @@ def setting(tmp_path: Path) -> tuple[str, str]:
 
 def read_index(path: Path) -> list[list[str]]:
     return [line.split("\t") for line in path.read_text().splitlines()[1:]]
+
+
+def test_commands_run_only_where_this_call_allows_them(setting: tuple[str, str], tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        shard.add(Path(setting[1], "0.png"), "0.png")
+    command = f"pipe:cat {shlex.quote(str(tmp_path / 'a.tar'))}"
+    with pytest.raises(ValueError, match="shell command"):
+        extract(setting[0], command, str(tmp_path / "out.npy"))
+    assert "of 1 images" in extract(setting[0], command, str(tmp_path / "out.npy"), allow_commands=True)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
