@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import d2v_kernels as dk
 from d2v import recipes
 from d2v.config import Config
-from d2v.train.distributed import World, open_world
+from d2v.train.distributed import Ranks, open_ranks
 from d2v.train.pretraining import Pretraining, open_data
 from d2v.train.trainer import Trainer
 
@@ -176,20 +176,20 @@ def measure_processes(order: Row) -> Row:
     rounds = 3 if order["dry"] else 25
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory(prefix="d2v-growth-"))
-        world = stack.enter_context(open_world(ranks_config("", folder, order).run))
-        path = world.share(loader.write_images(Path(folder) / "images") if world.is_first else None)
+        ranks = stack.enter_context(open_ranks(ranks_config("", folder, order).run))
+        path = ranks.share(loader.write_images(Path(folder) / "images") if ranks.is_first else None)
         config = ranks_config(str(path), folder, order)
         source, _ = open_data(config)
         source.prepare(Path(folder) / "run", fresh=True)
-        objective = Pretraining(config, source, None, world.device)
-        trainer = Trainer(objective, world)
-        updates = objective.updates(0, world)
+        objective = Pretraining(config, source, None, ranks.device)
+        trainer = Trainer(objective, ranks)
+        updates = objective.updates(0, ranks)
         batches = [next(updates) for _ in range(3)]
         updates.close()
-        timings = time_updates(trainer, batches, world, rounds)
-        slowest = [max(values) for values in zip(*world.gather(timings), strict=True)]
-        world.wait()
-    if not world.is_first:
+        timings = time_updates(trainer, batches, ranks, rounds)
+        slowest = [max(values) for values in zip(*ranks.gather(timings), strict=True)]
+        ranks.wait()
+    if not ranks.is_first:
         return {}
     exchanged, median, local = slowest
     trained = sum(p.numel() for p in trainer.parameters)
@@ -199,20 +199,20 @@ def measure_processes(order: Row) -> Row:
             "gradient_bytes": 4 * trained, "forms": {"d2v": form}}  # fmt: skip
 
 
-def time_updates(trainer: Trainer, batches: list[Any], world: World, rounds: int) -> tuple[float, float, float]:
+def time_updates(trainer: Trainer, batches: list[Any], ranks: Ranks, rounds: int) -> tuple[float, float, float]:
     """Seconds of an update: least and median with the exchange of gradients, least without; in turn."""
     network: Any = trainer.network
     assert isinstance(network, DistributedDataParallel)
     order = itertools.cycle(batches)
 
     def update(exchange: bool) -> float:
-        synchronise(world.device)
-        world.wait()
+        synchronise(ranks.device)
+        ranks.wait()
         begin = time.perf_counter()
         # Weights of the ranks drift apart without it; the work stays the same.
         with contextlib.nullcontext() if exchange else network.no_sync():
             trainer.run_update(next(order))
-            synchronise(world.device)
+            synchronise(ranks.device)
         return time.perf_counter() - begin
 
     samplers = {"exchange": partial(update, True), "local": partial(update, False)}

@@ -18,7 +18,7 @@ from d2v.finetune.run import finetune, read_defaults
 from d2v.model.data2vec import Data2Vec, build_model
 from d2v.model.masking import make_mask_sampler
 from d2v.model.saving import write_folder
-from d2v.train.distributed import World
+from d2v.train.distributed import Ranks
 from d2v.train.flops import count_flops
 from d2v.train.pretraining import Pretraining, open_data
 from d2v.train.run_dir import RunFolder
@@ -91,13 +91,13 @@ def pretrain_job(task: Task, method: str, seed: int, rate: float, splits: Splits
     version = 1 if method == "data2vec1" else 2
     steps = updates_for(task, method)
     config = scaled(task.config(version), steps, seed, rate, splits, folder)
-    world = World(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks = Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(1)
     source, _ = open_data(config)
     kind = Autoencoding if method == "autoencoder" else Pretraining
-    objective = kind(config, source, None, world.device)
+    objective = kind(config, source, None, ranks.device)
     begin, cpu = time.monotonic(), time.process_time()
-    train(objective, world, RunFolder(config, world))
+    train(objective, ranks, RunFolder(config, ranks))
     cost = {"seconds": time.monotonic() - begin, "cpu_seconds": time.process_time() - cpu, "steps": steps}
     model = objective.model.cpu()
     if isinstance(model, MaskedAutoencoder):

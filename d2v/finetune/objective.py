@@ -26,7 +26,7 @@ from d2v.finetune.scores import headline, quick_score
 from d2v.finetune.spelling import Spelling
 from d2v.model.data2vec import Data2Vec
 from d2v.model.finetuned import FineTuned
-from d2v.train.distributed import World
+from d2v.train.distributed import Ranks
 from d2v.train.monitors import find_broken
 from d2v.train.objective import Objective, Step, autocast
 
@@ -101,12 +101,12 @@ class FineTuning(Objective):
 
     # ---- an update ------------------------------------------------------------------------------------------
 
-    def updates(self, first: int, world: World) -> Generator[list[Batch], None, None]:
+    def updates(self, first: int, ranks: Ranks) -> Generator[list[Batch], None, None]:
         """Labelled micro-batches, with masks of speech."""
-        sampler = UpdateSampler(self.config, self.source, first, self.config.run.last, world.rank, world.size)
+        sampler = UpdateSampler(self.config, self.source, first, self.config.run.last, ranks.rank, ranks.size)
         dataset = TrainSamples(self.source, self.modality, self.config.run.seed)
         collate = LabelledCollate(self.config, self.modality, self.spelling, training=True)
-        return load_updates(self.config, dataset, collate, sampler, world.device)
+        return load_updates(self.config, dataset, collate, sampler, ranks.device)
 
     def weigh(self, batch: Batch) -> float:
         """Samples."""
@@ -118,21 +118,21 @@ class FineTuning(Objective):
         self.model.frozen = update <= self.options.freeze_encoder
         super().begin_update(update)
 
-    def forward(self, network: nn.Module, batch: Batch, world: World) -> Step:
+    def forward(self, network: nn.Module, batch: Batch, ranks: Ranks) -> Step:
         """The task's loss, summed over samples."""
         assert isinstance(batch, LabelledBatch)
-        inputs = self.modality.prepare(batch.inputs.to(world.device, non_blocking=True))
-        targets = batch.targets.to(world.device, non_blocking=True)
+        inputs = self.modality.prepare(batch.inputs.to(ranks.device, non_blocking=True))
+        targets = batch.targets.to(ranks.device, non_blocking=True)
         if self.task == "classification":
             targets = smooth_targets(targets, len(self.model.labels), self.options.label_smoothing)
             if self.config.stem.modality == "vision":
                 rng = random_stream(self.config.run.seed, self._update, batch.rows[0], STREAM_MIX)
                 inputs = erase_rectangles(inputs, self.options.erasing, rng)
                 inputs, targets = mix_images(inputs, targets, self.options, rng)
-        with autocast(self.config.run.precision, world.device):
+        with autocast(self.config.run.precision, ranks.device):
             logits = network(
-                inputs, batch.lengths, mask=_move(batch.hidden, world.device),
-                channels=_move(batch.channels, world.device), noise_keys=_move(batch.noise_keys, world.device),
+                inputs, batch.lengths, mask=_move(batch.hidden, ranks.device),
+                channels=_move(batch.channels, ranks.device), noise_keys=_move(batch.noise_keys, ranks.device),
             )  # fmt: skip
         losses = self.measure_losses(logits, targets, batch)
         values = {}
@@ -170,12 +170,12 @@ class FineTuning(Objective):
         flat = logits.flatten(0, -2)
         return {"output_std": float(flat.std(dim=0).mean()) if len(flat) > 1 else math.nan}
 
-    def validate(self, network: nn.Module, world: World) -> dict[str, float]:
+    def validate(self, network: nn.Module, ranks: Ranks) -> dict[str, float]:
         """Loss and the score that chooses a checkpoint, on the held-out samples."""
         assert isinstance(self.valid, LabelledSource)
-        if len(self.valid) < world.size:
-            raise ValueError(f"valid: expected a sample for each of {world.size} ranks, got {len(self.valid)}")
-        outcomes = [o for part in world.gather(self.predict(self.valid, world)) for o in part]
+        if len(self.valid) < ranks.size:
+            raise ValueError(f"valid: expected a sample for each of {ranks.size} ranks, got {len(self.valid)}")
+        outcomes = [o for part in ranks.gather(self.predict(self.valid, ranks)) for o in part]
         if not outcomes:
             raise ValueError(f"valid: expected {self.noun} that can be decoded, got none of {len(self.valid)}")
         name, best = headline(self.task)
@@ -189,25 +189,25 @@ class FineTuning(Objective):
         return scores
 
     @torch.no_grad()
-    def predict(self, source: LabelledSource, world: World, decoder: Decoder | None = None) -> list[Outcome]:
+    def predict(self, source: LabelledSource, ranks: Ranks, decoder: Decoder | None = None) -> list[Outcome]:
         """Outcomes of this rank's share of the samples that can be decoded, as validation sees them: cut to what the
         model is trained on, in its precision."""
         data = self.config.data
         if decoder is None and self.spelling is not None:
             decoder = Decoder(Decoding(), self.spelling, self.config.finetune.head.blank)
         collate = LabelledCollate(self.config, self.modality, self.spelling, training=False)
-        size = data.micro_batch or -(-data.global_batch // world.size)
+        size = data.micro_batch or -(-data.global_batch // ranks.size)
         samples = EvaluationSamples(source, self.modality)
-        batches = load_pass(self.config, samples, collate, world.device, size, world.rank, world.size, data.workers)
+        batches = load_pass(self.config, samples, collate, ranks.device, size, ranks.rank, ranks.size, data.workers)
         self.model.eval()
         outcomes: list[Outcome] = []
         with contextlib.closing(batches):
-            for batch, counted in world.in_step(batches):
+            for batch, counted in ranks.in_step(batches):
                 assert isinstance(batch, LabelledBatch)
-                inputs = self.modality.prepare(batch.inputs.to(world.device))
-                with autocast(self.config.run.precision, world.device):
+                inputs = self.modality.prepare(batch.inputs.to(ranks.device))
+                with autocast(self.config.run.precision, ranks.device):
                     logits = self.model(inputs, batch.lengths)
-                losses = self.measure_losses(logits, batch.targets.to(world.device), batch)
+                losses = self.measure_losses(logits, batch.targets.to(ranks.device), batch)
                 if counted:
                     outcomes += self._judge(source, batch, logits.float().cpu(), losses.cpu(), decoder)
         return outcomes

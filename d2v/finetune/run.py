@@ -43,7 +43,7 @@ from d2v.model.saving import write_folder
 from d2v.model.task_heads import make_head
 from d2v.saved import find_tokenizer, load_any
 from d2v.train.checkpoint import find_best
-from d2v.train.distributed import World, open_world
+from d2v.train.distributed import Ranks, open_ranks
 from d2v.train.run_dir import RunFolder
 from d2v.train.trainer import train
 
@@ -92,18 +92,18 @@ def finetune(
     sets = open_sets(task, encoder, test_path, options)
     config = make_config(task, encoder, sets, options)
     decoder = make_decoder(config, sets, decode or Decoding())
-    with open_world(run) as world:
-        folder = RunFolder(config, world)
-        model = build_model(config, checkpoint).to(world.device)
+    with open_ranks(run) as ranks:
+        folder = RunFolder(config, ranks)
+        model = build_model(config, checkpoint).to(ranks.device)
         objective = FineTuning(config, model, sets.modality, sets.train, sets.valid, sets.spelling)
-        if world.is_first:
+        if ranks.is_first:
             print("\n".join(_describe(config, sets)), file=sys.stderr)
-        place = train(objective, world, folder)
+        place = train(objective, ranks, folder)
         result: dict[str, Any] = {}
-        if world.is_first:
+        if ranks.is_first:
             write_best(place, config)
-            result = _conclude(place, config, sets, world, decoder, worst)
-        world.wait()
+            result = _conclude(place, config, sets, ranks, decoder, worst)
+        ranks.wait()
     return result
 
 
@@ -286,7 +286,7 @@ def write_best(folder: Path, config: FineTuneConfig) -> Path:
 
 
 def _conclude(
-    folder: Path, config: FineTuneConfig, sets: Sets, world: World, decoder: Decoder | None, worst: int
+    folder: Path, config: FineTuneConfig, sets: Sets, ranks: Ranks, decoder: Decoder | None, worst: int
 ) -> dict[str, Any]:
     """Evaluates the chosen model on the test set, once in the life of a run."""
     file = folder / TEST / RESULT
@@ -298,7 +298,7 @@ def _conclude(
     else:
         model = FineTuned.load(folder / BEST, config.run.device)
         objective = FineTuning(config, model, sets.modality, sets.test, sets.test, sets.spelling)
-        result = judge(objective, sets.test, world.device, decoder, file.parent, worst, Uncut(config))
+        result = judge(objective, sets.test, ranks.device, decoder, file.parent, worst, Uncut(config))
     print(json.dumps(result))
     return result
 

@@ -17,7 +17,7 @@ from d2v.data.loader import BadSamples, train_updates
 from d2v.data.sampler import UpdateSampler
 from d2v.data.sources import Source
 from d2v.runtime import choose_device, memory_bytes
-from d2v.train.distributed import World
+from d2v.train.distributed import Ranks
 from d2v.train.flops import count_work
 from d2v.train.pretraining import Pretraining, load_weights, open_data
 from d2v.train.trainer import Trainer
@@ -37,7 +37,7 @@ def dry_run(config: Config, *, init: str | None = None) -> str:
     objective = Pretraining(config, source, valid, device)
     if init is not None:
         load_weights(objective.model, init, "model.init")
-    trainer = Trainer(objective, World(device))
+    trainer = Trainer(objective, Ranks(device))
     with tempfile.TemporaryDirectory(prefix="d2v-dry-run-") as folder:
         for part in (source, valid):
             if part is not None:
@@ -66,7 +66,7 @@ def dry_run(config: Config, *, init: str | None = None) -> str:
 def _try_forward(trainer: Trainer, objective: Pretraining, batch: Batch) -> tuple[list[str], int]:
     """Shapes of a micro-batch, and the bytes that its forward keeps for the backward pass."""
     assert batch.masks is not None
-    device, masks = trainer.world.device, batch.masks
+    device, masks = trainer.ranks.device, batch.masks
     trainer.model.train()
     kept: list[Tensor] = []
 
@@ -114,7 +114,7 @@ def _describe_memory(static: dict[str, int], activations: int, samples: int, tra
     trainable = sum(p.numel() for p in trainer.parameters)
     total = sum(p.numel() for p in trainer.model.parameters())
     parts = ", ".join(f"{name} {size / MIB:.1f}" for name, size in static.items() if size)
-    device = trainer.world.device
+    device = trainer.ranks.device
     where = "at its peak on the GPU" if device.type == "cuda" else "in this process, PyTorch and data included"
     return [
         f"parameters   {trainable:,} trained, {total - trainable:,} averaged",

@@ -52,8 +52,8 @@ from d2v.folder import (
     step_of,
     write_index,
 )
-from d2v.train.distributed import World
-from d2v.train.logging import Window
+from d2v.train.distributed import Ranks
+from d2v.train.logging import MetricWindow
 from d2v.train.optim import PREFIX, make_state, optimiser_tensors
 
 _RANK_SEEDS = 0x9E3779B97F4A7C15
@@ -66,23 +66,23 @@ class RunState:
     """Everything that a run carries from one update to the next, and a checkpoint holds."""
 
     def __init__(
-        self, config: Any, model: nn.Module, optimiser: torch.optim.Optimizer, source: Source, world: World
+        self, config: Any, model: nn.Module, optimiser: torch.optim.Optimizer, source: Source, ranks: Ranks
     ) -> None:
-        self.config, self.model, self.optimiser, self.source, self.world = config, model, optimiser, source, world
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.run.precision == "fp16")
-        self.window = Window()
+        self.config, self.model, self.optimiser, self.source, self.ranks = config, model, optimiser, source, ranks
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.run.precision == "fp16")
+        self.window = MetricWindow()
         self.update = 0
         """Completed updates."""
         self.pending: dict[str, Any] = {}
         """Entries for the next line of metrics."""
         self.latest: dict[str, Any] = {}
         """The last line."""
-        if world.rank:
+        if ranks.rank:
             self._seed_rank()
 
     def _seed_rank(self) -> None:
         """Dropout has a stream for each rank; weights were drawn alike."""
-        mixed = (self.config.run.seed * _RANK_SEEDS + (self.update << 20) + self.world.rank) % (1 << 63)
+        mixed = (self.config.run.seed * _RANK_SEEDS + (self.update << 20) + self.ranks.rank) % (1 << 63)
         torch.manual_seed(mixed)
 
     def _model_tensors(self) -> dict[str, Tensor]:
@@ -92,10 +92,10 @@ class RunState:
     def tensors(self) -> dict[str, Tensor]:
         """Everything of a checkpoint that is a tensor. Random states have a name for each rank."""
         tensors = self._model_tensors()
-        tensors |= optimiser_tensors(self.model, self.optimiser) | self.window.tensors(self.world.sum_)
-        tensors[f"rng.cpu.{self.world.rank}"] = torch.get_rng_state()
-        if self.world.device.type == "cuda":
-            tensors[f"rng.cuda.{self.world.rank}"] = torch.cuda.get_rng_state(self.world.device)
+        tensors |= optimiser_tensors(self.model, self.optimiser) | self.window.tensors(self.ranks.sum_)
+        tensors[f"rng.cpu.{self.ranks.rank}"] = torch.get_rng_state()
+        if self.ranks.device.type == "cuda":
+            tensors[f"rng.cuda.{self.ranks.rank}"] = torch.cuda.get_rng_state(self.ranks.device)
         return tensors
 
     def texts(self, bad: Mapping[str, Any]) -> dict[str, str]:
@@ -103,7 +103,7 @@ class RunState:
         metrics = {**self.latest, **self.pending}
         state = {
             "step": self.update,
-            "ranks": self.world.size,
+            "ranks": self.ranks.size,
             "torch": torch.__version__,
             "metrics": {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)},
             "window": self.window.state(),
@@ -136,24 +136,24 @@ class RunState:
         if problem := describe_mismatch(model, stored):
             raise ValueError(f"checkpoint {str(checkpoint)!r}: {problem}")
         moments = make_state(self.model, self.optimiser, [n for n in index if n.startswith(PREFIX)])
-        cpu, cuda = (f"rng.{kind}.{self.world.rank}" for kind in ("cpu", "cuda"))
+        cpu, cuda = (f"rng.{kind}.{self.ranks.rank}" for kind in ("cpu", "cuda"))
         host = {
             n: torch.empty(index[n]["shape"], dtype=getattr(torch, index[n]["dtype"]))
             for n in (cpu, cuda, "metrics.sums")
             if n in index
         }
         self._check_tensors(index, {**model, **moments}, host, state, checkpoint)
-        load_into(checkpoint, {**model, **moments, **host}, self.world)
+        load_into(checkpoint, {**model, **moments, **host}, self.ranks)
         self.update = int(state["step"])
         self.pending, self.latest = dict(state["pending"]), dict(state["metrics"])
-        self.window.restore(state["window"], host, self.world.device, main=self.world.is_first)
+        self.window.restore(state["window"], host, self.ranks.device, main=self.ranks.is_first)
         self.scaler.load_state_dict(state["scaler"])
         if cpu not in host:  # of a run with fewer ranks
             self._seed_rank()
             return state
         torch.set_rng_state(host[cpu])
-        if self.world.device.type == "cuda" and cuda in host:
-            torch.cuda.set_rng_state(host[cuda], self.world.device)
+        if self.ranks.device.type == "cuda" and cuda in host:
+            torch.cuda.set_rng_state(host[cuda], self.ranks.device)
         return state
 
     def _check_tensors(
@@ -163,7 +163,7 @@ class RunState:
         """`ValueError` for an index that another run, or nobody, has written: tensors that are missing or have another
         dtype; what is only listed there has been compared with the model before."""
         names = [*tensors, *(["metrics.sums"] if state["window"]["updates"] else [])]
-        names += [f"rng.cpu.{self.world.rank}"] if self.world.rank < state["ranks"] else []
+        names += [f"rng.cpu.{self.ranks.rank}"] if self.ranks.rank < state["ranks"] else []
         if missing := [n for n in names if n not in index]:
             raise damaged(
                 checkpoint / METADATA, f"expected a tensor {missing[0]!r}, found none ({len(missing)} missing)"
@@ -212,8 +212,8 @@ def check_state(state: Mapping[str, Any], checkpoint: Path) -> None:
 class Saver:
     """Writes the checkpoints of a run, one at a time, beside the training where `run.async_checkpoint` is on."""
 
-    def __init__(self, folder: Path, world: World, run: Run) -> None:
-        self.folder, self.world, self.run = folder, world, run
+    def __init__(self, folder: Path, ranks: Ranks, run: Run) -> None:
+        self.folder, self.ranks, self.run = folder, ranks, run
         self._own: set[int] = set()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "d2v-checkpoint")
         self._pending: concurrent.futures.Future[Any] | None = None
@@ -229,15 +229,15 @@ class Saver:
         """
         self.wait()
         final = self.folder / f"step-{step:08d}"
-        if self.world.share(final.is_dir()):
+        if self.ranks.share(final.is_dir()):
             if step in self._own:
                 return  # the same step of the same run: the same state
             raise OSError(f"checkpoint: {str(final)!r} is there already and is not of this run; nothing was saved")
         self._own.add(step)
         staged = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
         self._pending = self._thread.submit(
-            dcp.save, staged, storage_writer=SafetensorsWriter(final, self.world.rank, texts, self._prune),
-            planner=DefaultSavePlanner(**_FLAT), process_group=self.world.storage, no_dist=not self.world.is_parallel,
+            dcp.save, staged, storage_writer=SafetensorsWriter(final, self.ranks.rank, texts, self._prune),
+            planner=DefaultSavePlanner(**_FLAT), process_group=self.ranks.storage, no_dist=not self.ranks.is_parallel,
         )  # fmt: skip
         if not self.run.async_checkpoint:
             self.wait()
@@ -256,7 +256,7 @@ class Saver:
         except CheckpointException as error:
             clean_folder(self.folder)
             rank, (reason, _) = sorted(error.failures.items())[0]
-            where = f" on rank {rank}" if self.world.size > 1 else ""
+            where = f" on rank {rank}" if self.ranks.size > 1 else ""
             kind = OSError if isinstance(reason, OSError) else RuntimeError
             kept = latest_checkpoint(self.folder.parent)
             raise kind(f"checkpoint: cannot write to {str(self.folder)!r}{where}: {reason}; kept: {kept}") from None
@@ -286,7 +286,7 @@ def find_best(checkpoints: Sequence[Path], run: Run) -> Path | None:
     return min(values, key=lambda c: values[c], default=None)
 
 
-def load_into(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
+def load_into(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> None:
     """Fills tensors, whole or sharded, with those of the same names in a checkpoint; each rank reads what it needs.
 
     `ValueError` names a damaged file.
@@ -294,7 +294,7 @@ def load_into(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
     try:
         dcp.load(
             tensors, storage_reader=SafetensorsReader(folder), planner=DefaultLoadPlanner(**_FLAT),
-            process_group=world.control, no_dist=not world.is_parallel,
+            process_group=ranks.control, no_dist=not ranks.is_parallel,
         )  # fmt: skip
     except CheckpointException as error:
         _, (reason, _) = sorted(error.failures.items())[0]

@@ -45,7 +45,7 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserW
 
 
 @dataclass(frozen=True)
-class World:
+class Ranks:
     """The ranks of a run; without a launcher, one rank and no communication."""
 
     device: torch.device
@@ -138,19 +138,19 @@ class World:
             raise SystemExit(1) from None
 
 
-class Agreement:
+class StopFlag:
     """What any rank asks for, known to all one update later: the largest value counts.
 
     The exchange runs on host memory while the device computes; it is waited for an update later, when it is long done.
     """
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
         self._pending: tuple[Tensor, Any] | None = None
 
     def exchange(self, value: int) -> int:
         """Tells the others `value`; returns the largest value of the previous call (one rank: of this one)."""
-        if self._world.size == 1:
+        if self._ranks.size == 1:
             return value
         largest = 0
         if self._pending is not None:
@@ -158,14 +158,14 @@ class Agreement:
             work.wait()
             largest = int(told)
         told = torch.tensor([value])
-        work = dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._world.control, async_op=True)
+        work = dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._ranks.control, async_op=True)
         self._pending = told, work
         return largest
 
 
 @contextlib.contextmanager
-def open_world(run: Run) -> Iterator[World]:
-    """Joins the ranks that torchrun started, or makes a world of one; leaves it at the end.
+def open_ranks(run: Run) -> Iterator[Ranks]:
+    """Joins the ranks that torchrun started, or is one rank alone; leaves it at the end.
 
     Raises `ValueError` for a device that is not there. A rank that is silent for `run.timeout` seconds ends the others
     (`Heartbeat`).
@@ -173,7 +173,7 @@ def open_world(run: Run) -> Iterator[World]:
     device = choose_device(run.device)
     launched = dist.is_torchelastic_launched()
     if not launched and run.parallel == "ddp":
-        yield World(device)
+        yield Ranks(device)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -184,7 +184,7 @@ def open_world(run: Run) -> Iterator[World]:
         control, storage = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
         store: Any = dist.distributed_c10d._get_default_store()
         with Heartbeat(rank, size, store, run.timeout) if size > 1 else contextlib.nullcontext():
-            yield World(
+            yield Ranks(
                 device, rank, size, control, storage, dist.PrefixStore("d2v-world", store) if size > 1 else None
             )
     finally:
@@ -195,39 +195,39 @@ def open_world(run: Run) -> Iterator[World]:
 
 
 def parallelise(
-    model: nn.Module, blocks: Sequence[nn.Module], run: Run, world: World, *, may_skip: bool = False
+    model: nn.Module, blocks: Sequence[nn.Module], run: Run, ranks: Ranks, *, may_skip: bool = False
 ) -> nn.Module:
-    """What the trainer calls in place of `model`, on `world.device`.
+    """What the trainer calls in place of `model`, on `ranks.device`.
 
     Args:
         model: equal on all ranks; sharded in place by `run.parallel` "fsdp".
         blocks: its transformer blocks, of student and teacher alike: the units that are compiled and sharded.
         run: parallel, shard_ranks, compile, compile_scope.
-        world: the ranks.
+        ranks: the ranks.
         may_skip: some trained parameters may take no part in an update.
 
     Raises:
         ValueError: a number of ranks that does not fit; one graph on several ranks, which has not been tried.
     """
-    if run.compile_scope == "network" and world.is_parallel:
-        raise ValueError(f"run.compile_scope: expected blocks on {world.size} ranks, got network")
+    if run.compile_scope == "network" and ranks.is_parallel:
+        raise ValueError(f"run.compile_scope: expected blocks on {ranks.size} ranks, got network")
     if run.compile:
         for part in blocks if run.compile_scope == "blocks" else [model]:
             part.compile()
-    if not world.is_parallel:
+    if not ranks.is_parallel:
         return model
     if run.parallel == "ddp":
         # Without device_ids the inputs stay where they are: lengths and masks are read on the host. Buffers are fixed
         # positions, equal from the beginning.
         options: dict[str, Any] = {_SYNC_BUFFERS: False, "find_unused_parameters": may_skip}
         return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
-    shards = run.shard_ranks or world.size
-    if world.size % shards:
-        raise ValueError(f"run.shard_ranks: expected a divisor of the {world.size} ranks, got {shards}")
+    shards = run.shard_ranks or ranks.size
+    if ranks.size % shards:
+        raise ValueError(f"run.shard_ranks: expected a divisor of the {ranks.size} ranks, got {shards}")
     # All ranks in one group, or (copies, shards) where `run.shard_ranks` says how many share a model.
-    copies = world.size // shards
+    copies = ranks.size // shards
     shape, names = ((shards,), ("shard",)) if copies == 1 else ((copies, shards), ("replicate", "shard"))
-    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
     # Student and teacher are sharded alike, so the moving average is local. Nothing stays gathered after a forward:
     # the teacher has no backward pass that would free it.
     for block in blocks:

@@ -87,7 +87,7 @@ def describe_rates(
 ) -> dict[str, float]:
     """`tokens_per_second`, and `mfu` (0 to 1) for bf16 and fp16 runs on GPUs whose peak is known.
 
-    rates: what `Window.rates` made of the counts of `count_work`, summed over `ranks` equal devices.
+    rates: what `MetricWindow.rates` made of the counts of `count_work`, summed over `ranks` equal devices.
     """
     line = {"tokens_per_second": rates["tokens"]} if "tokens" in rates else {}
     if device.type == "cuda" and config.run.precision != "fp32" and "flops" in rates:

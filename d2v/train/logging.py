@@ -27,7 +27,7 @@ Reduce = Callable[[Tensor], object]
 """Sums a float64 tensor over all ranks, in place."""
 
 
-class Window:
+class MetricWindow:
     """What happened between two lines: running sums of 0-D device tensors in float64, host counts, and the clock.
 
     Nothing is read from the device until `means`. With several ranks every rank adds its part of a value (its share of

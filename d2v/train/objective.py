@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from d2v.data.dataset import STREAM_LAYERS, Batch, random_stream
 from d2v.data.sources import Source
 from d2v.model.data2vec import WORKING_DTYPES, Data2Vec
-from d2v.train.distributed import World
+from d2v.train.distributed import Ranks
 from d2v.train.optim import decay_groups
 
 
@@ -64,7 +64,7 @@ class Objective:
         """Groups of trained parameters for the optimiser; an entry `rate` multiplies the learning rate."""
         return decay_groups(self.model, self.config.optim)
 
-    def updates(self, first: int, world: World) -> Generator[list[Batch], None, None]:
+    def updates(self, first: int, ranks: Ranks) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of every update from number `first` (0-based) to the last."""
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ class Objective:
             rng = random_stream(self.config.run.seed, update, 0, STREAM_LAYERS)
             blocks.skipped = blocks.draw_skipped(rng.random(len(blocks.blocks)).tolist())
 
-    def forward(self, network: nn.Module, batch: Batch, world: World) -> Step:
+    def forward(self, network: nn.Module, batch: Batch, ranks: Ranks) -> Step:
         """One forward; `network` is called in place of `model` and takes its arguments."""
         raise NotImplementedError
 
@@ -92,11 +92,11 @@ class Objective:
         """Entries of a line of metrics that are measured on one micro-batch."""
         raise NotImplementedError
 
-    def describe(self, update: int, rates: Mapping[str, float], world: World) -> dict[str, float]:
+    def describe(self, update: int, rates: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
         """Entries made of the number of the update and of the amounts a second of samples and of `Step.work`."""
         return {"samples_per_second": rates["samples"]}
 
-    def validate(self, network: nn.Module, world: World) -> dict[str, float]:
+    def validate(self, network: nn.Module, ranks: Ranks) -> dict[str, float]:
         """Entries from the held-out samples, the same on every rank; not called without any."""
         raise NotImplementedError
 

@@ -20,7 +20,7 @@ from d2v.data.sources import Source
 from d2v.folder import CONFIG, MODEL, copy_into, describe_mismatch, find_checkpoint, load_tensors
 from d2v.model.data2vec import Data2Vec, Output, build_model
 from d2v.runtime import span
-from d2v.train.distributed import World, open_world
+from d2v.train.distributed import Ranks, open_ranks
 from d2v.train.flops import count_work, describe_rates
 from d2v.train.monitors import find_failure, measure
 from d2v.train.objective import Objective, Step, autocast
@@ -45,15 +45,15 @@ def pretrain(config: Config, *, init: str | None = None, profile: int = 0) -> Pa
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    with open_world(config.run) as world:
-        folder = RunFolder(config, world)
+    with open_ranks(config.run) as ranks:
+        folder = RunFolder(config, ranks)
         # With a cache of the index, one rank fills it and the others read it.
-        with world.first_before_others() if config.data.cache else contextlib.nullcontext():
+        with ranks.first_before_others() if config.data.cache else contextlib.nullcontext():
             source, valid = open_data(config)
-        objective = Pretraining(config, source, valid, world.device)
+        objective = Pretraining(config, source, valid, ranks.device)
         if init is not None and folder.resumed is None:
             load_weights(objective.model, init, "model.init")
-        return train(objective, world, folder, profile=profile)
+        return train(objective, ranks, folder, profile=profile)
 
 
 def open_data(config: Config) -> tuple[Source, Source | None]:
@@ -107,9 +107,9 @@ class Pretraining(Objective):
             owners += [part for name, part in teacher.working_parts().items() if name in ("context", "blocks")]
         return super().blocks() + [block for owner in owners for block in owner.get_submodule("blocks").children()]
 
-    def updates(self, first: int, world: World) -> Generator[list[Batch], None, None]:
+    def updates(self, first: int, ranks: Ranks) -> Generator[list[Batch], None, None]:
         """With masks and noise keys, drawn in the loader's workers."""
-        return train_updates(self.config, self.source, first, world.device, world.rank, world.size)
+        return train_updates(self.config, self.source, first, ranks.device, ranks.rank, ranks.size)
 
     def weigh(self, batch: Batch) -> float:
         """Masked positions."""
@@ -128,9 +128,9 @@ class Pretraining(Objective):
             )
             return out
 
-    def forward(self, network: nn.Module, batch: Batch, world: World) -> Step:
+    def forward(self, network: nn.Module, batch: Batch, ranks: Ranks) -> Step:
         """Regression and class loss; spreads as this micro-batch's share of their mean over the update."""
-        out = self.run_model(network, batch, world.device)
+        out = self.run_model(network, batch, ranks.device)
         share = len(batch) / self.config.data.global_batch
         values = {"prediction_std": out.prediction_std * share, "target_std": out.target_std * share}
         return Step(out.losses, values, out, count_work(self.config, batch))
@@ -145,27 +145,27 @@ class Pretraining(Objective):
         """Collapse monitors."""
         return measure(step.out, batch.token_lengths)
 
-    def describe(self, update: int, rates: Mapping[str, float], world: World) -> dict[str, float]:
+    def describe(self, update: int, rates: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
         """Besides: decay of the moving average, tokens a second, and the share of the GPUs' peak where it is known."""
         entries = {"ema_decay": self.config.ema.decay(update, self.config.run.steps)}
-        entries |= super().describe(update, rates, world)
-        return entries | describe_rates(rates, self.config, world.device, world.size)
+        entries |= super().describe(update, rates, ranks)
+        return entries | describe_rates(rates, self.config, ranks.device, ranks.size)
 
-    def validate(self, network: nn.Module, world: World) -> dict[str, float]:
+    def validate(self, network: nn.Module, ranks: Ranks) -> dict[str, float]:
         """Loss with fixed masks and without dropout."""
-        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
         assert self.valid is not None
-        if len(self.valid) < world.size:
-            raise ValueError(f"data.valid: expected a sample for each of {world.size} ranks, got {len(self.valid)}")
-        held_out = validation_batches(self.config, self.valid, world.device, world.rank, world.size)
+        if len(self.valid) < ranks.size:
+            raise ValueError(f"data.valid: expected a sample for each of {ranks.size} ranks, got {len(self.valid)}")
+        held_out = validation_batches(self.config, self.valid, ranks.device, ranks.rank, ranks.size)
         self.model.eval()
         with torch.no_grad(), contextlib.closing(held_out):
-            for batch, counted in world.in_step(held_out):
-                out = self.run_model(self.model, batch, world.device)
+            for batch, counted in ranks.in_step(held_out):
+                out = self.run_model(self.model, batch, ranks.device)
                 if counted:
                     sums[0] += torch.stack(list(out.losses.values())).sum()
                     sums[1] += out.sample_size
-        total, masked = world.sum_(sums).tolist()
+        total, masked = ranks.sum_(sums).tolist()
         return {"valid_loss": total / max(masked, 1.0)}
 
     def find_failure(self, line: Mapping[str, Any], batch: Batch | None) -> str | None:

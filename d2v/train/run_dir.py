@@ -20,7 +20,7 @@ from d2v.config import Config
 from d2v.config.finetune import SECTION
 from d2v.files import PARTIAL, write_atomically
 from d2v.folder import CONFIG, check_layers, clean_folder, damaged, latest_checkpoint, load_json, read_index, step_of
-from d2v.train.distributed import World
+from d2v.train.distributed import Ranks
 from d2v.train.resume import compare_configs
 
 EXIT_REQUEUE = 75
@@ -36,19 +36,19 @@ LOCK = ".lock"
 class RunFolder:
     """The folder of a run that begins or goes on; nothing is written before `begin`."""
 
-    def __init__(self, config: Any, world: World) -> None:
+    def __init__(self, config: Any, ranks: Ranks) -> None:
         """Raises `ValueError` where `run.dir` is no place for this run."""
         self.path = Path(config.run.dir)
         self.changed: list[str] = []
         found = None
-        with world.first_before_others():
-            if world.is_first:
+        with ranks.first_before_others():
+            if ranks.is_first:
                 check_run_folder(config.run.dir)
                 found = latest_checkpoint(self.path)
             if found is not None:
                 read_index(found)  # compares checksums
                 self.changed = compare_configs(load_json(found / CONFIG), config, self.path, step_of(found))
-        self.resumed: Path | None = world.share(found)
+        self.resumed: Path | None = ranks.share(found)
 
     def begin(self, config: Any) -> None:
         """Rank 0, under the folder's lock: writes the configuration, removes what a killed run left half done.
@@ -64,12 +64,12 @@ class RunFolder:
         (self.path / REQUEUE).unlink(missing_ok=True)
         write_atomically(self.path / CONFIG, config.to_json())
 
-    def describe_resume(self, state: Mapping[str, Any], config: Any, world: World) -> None:
+    def describe_resume(self, state: Mapping[str, Any], config: Any, ranks: Ranks) -> None:
         """Says where the run goes on and what is different now."""
         print(f"resuming {self.path} after update {state['step']} of {config.run.last}", file=sys.stderr)
         for text in self.changed:
             print(f"note: changed {text}", file=sys.stderr)
-        for name, now in (("ranks", world.size), ("torch", torch.__version__)):
+        for name, now in (("ranks", ranks.size), ("torch", torch.__version__)):
             if state[name] != now:
                 print(f"note: {name} {state[name]} before, {now} now: equal up to rounding from here", file=sys.stderr)
 

@@ -20,7 +20,7 @@ from d2v.data.loader import BadSamples
 from d2v.folder import latest_checkpoint
 from d2v.runtime import Profiler, memory_bytes, span
 from d2v.train.checkpoint import RunState, Saver
-from d2v.train.distributed import Agreement, World, accumulating, parallelise
+from d2v.train.distributed import Ranks, StopFlag, accumulating, parallelise
 from d2v.train.logging import Report
 from d2v.train.objective import Objective, Step
 from d2v.train.optim import build_optimiser, clip_gradients, learning_rate_at, set_learning_rate
@@ -35,7 +35,7 @@ class RunStopped(RuntimeError):
 
 
 class Trainer(RunState):
-    """Updates an objective's model on the ranks of a world; `run` does so until the last update."""
+    """Updates an objective's model on all ranks; `run` does so until the last update."""
 
     folder: RunFolder
     """This and the next three belong to `run`."""
@@ -43,12 +43,12 @@ class Trainer(RunState):
     bad: BadSamples
     report: Report
 
-    def __init__(self, objective: Objective, world: World) -> None:
+    def __init__(self, objective: Objective, ranks: Ranks) -> None:
         config, model = objective.config, objective.model
         self.objective = objective
-        self.network = parallelise(model, objective.blocks(), config.run, world, may_skip=objective.may_skip)
+        self.network = parallelise(model, objective.blocks(), config.run, ranks, may_skip=objective.may_skip)
         optimiser = build_optimiser(objective.parameter_groups(), config.optim)
-        super().__init__(config, model, optimiser, objective.source, world)
+        super().__init__(config, model, optimiser, objective.source, ranks)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     # ---- one update -------------------------------------------------------------------------------------------
@@ -58,24 +58,24 @@ class Trainer(RunState):
 
         The gradient is that of (sum of losses) / (weight of the whole update, over all micro-batches and ranks).
         """
-        objective, world, optim = self.objective, self.world, self.config.optim
+        objective, ranks, optim = self.objective, self.ranks, self.config.optim
         objective.begin_update(self.update + 1)
         # What the losses are divided by: known on the host for one rank, on the device for several.
         weight: float | Tensor = max(own := sum(objective.weigh(batch) for batch in batches), 1.0)
-        if world.size > 1:
-            total = torch.full((), own, dtype=torch.float32, device=world.device)
-            weight = world.sum_(total).clamp_(min=1.0)
+        if ranks.size > 1:
+            total = torch.full((), own, dtype=torch.float32, device=ranks.device)
+            weight = ranks.sum_(total).clamp_(min=1.0)
         sums: dict[str, Tensor] = {}
         first: Step | None = None
         self.model.train()
         for number, batch in enumerate(batches):
             with accumulating(self.network, number == len(batches) - 1):
-                step = objective.forward(self.network, batch, world)
+                step = objective.forward(self.network, batch, ranks)
                 parts = {name: value / weight for name, value in step.losses.items()}
                 loss = torch.stack(list(parts.values())).sum()
                 with span("backward"):
                     # Gradients are averaged over the ranks; theirs is a sum.
-                    self.scaler.scale(loss * world.size if world.size > 1 else loss).backward()
+                    self.scaler.scale(loss * ranks.size if ranks.size > 1 else loss).backward()
             for name, value in {"loss": loss, **(parts if len(parts) > 1 else {}), **step.values}.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
             self.window.count(**step.work)
@@ -94,9 +94,9 @@ class Trainer(RunState):
         if self.scaler.is_enabled():  # gradients that overflowed were not applied
             applied = norm.isfinite().double()
             norm = norm.nan_to_num(0.0, 0.0, 0.0)
-            sums["skipped"] = (1.0 - applied) / world.size
+            sums["skipped"] = (1.0 - applied) / ranks.size
         objective.end_update(self.update, applied)  # the teacher's moving average
-        sums["grad_norm"] = norm / world.size  # the same on every rank
+        sums["grad_norm"] = norm / ranks.size  # the same on every rank
         self.window.add(sums)
         assert first is not None
         return first
@@ -109,9 +109,9 @@ class Trainer(RunState):
 
     def run(self, folder: RunFolder, stop: StopRequest, profiler: Profiler) -> None:
         """Updates from the beginning, or from the folder's checkpoint, until the last one, a signal or a failure."""
-        run, agreement = self.config.run, Agreement(self.world)
+        run, stop_flag = self.config.run, StopFlag(self.ranks)
         self._prepare(folder)
-        updates = self.objective.updates(self.update, self.world)
+        updates = self.objective.updates(self.update, self.ranks)
         # Closing `updates` ends the loader's workers, also when an error is on its way out.
         with contextlib.closing(self.report), contextlib.closing(updates):
             self.report.begin(self.config, self.bad)
@@ -126,7 +126,7 @@ class Trainer(RunState):
                     self._validate()
                 if self._is_due(run.log_every, self.update):
                     self._log(step, batches[0])
-                asked = agreement.exchange(_SAVE_FAILED if self.saver.failed else stop.signal)
+                asked = stop_flag.exchange(_SAVE_FAILED if self.saver.failed else stop.signal)
                 if asked == _SAVE_FAILED:
                     self.saver.wait()
                     raise RunStopped("a checkpoint could not be written on another rank")
@@ -136,15 +136,15 @@ class Trainer(RunState):
                     self._save()
             self.saver.wait()
         self.report.summarise(self.update, self.bad)
-        self.world.wait()
+        self.ranks.wait()
 
     def _is_due(self, every: int, update: int) -> bool:
         return update % every == 0 or update == self.config.run.last
 
     def _prepare(self, folder: RunFolder) -> None:
-        run, first = self.config.run, self.world.is_first
+        run, first = self.config.run, self.ranks.is_first
         self.folder = folder
-        self.saver = Saver(folder.path / "checkpoints", self.world, run)
+        self.saver = Saver(folder.path / "checkpoints", self.ranks, run)
         file = folder.path / "bad_samples.jsonl" if first else None
         self.bad = BadSamples(self.source, self.config.data.bad_fraction, file)
         if folder.resumed is None:
@@ -153,7 +153,7 @@ class Trainer(RunState):
             state = self.load(folder.resumed)
             self.bad.restore(state["bad"])
             if first:
-                folder.describe_resume(state, self.config, self.world)
+                folder.describe_resume(state, self.config, self.ranks)
         self.bad.check(0)
         self.report = Report(folder.path, self.update, run.last, first)
 
@@ -162,46 +162,46 @@ class Trainer(RunState):
         update = self.update + 1
         for batch in batches:
             self.report.say(self.bad.add(batch.notes))
-        if self.world.size > 1:
+        if self.ranks.size > 1:
             if not self._is_due(self.config.run.log_every, update):
                 return
             self._exchange_bad()
         self.bad.write()
-        with self.world.saying_once():
+        with self.ranks.saying_once():
             self.bad.check(update * self.config.data.global_batch)
 
     def _exchange_bad(self) -> None:
         """Every rank learns what the others found, so that all come to the same verdict and rank 0 can write it."""
-        found = [entry for part in self.world.gather(self.bad.take()) for entry in part]
+        found = [entry for part in self.ranks.gather(self.bad.take()) for entry in part]
         self.report.say(self.bad.add_entries(found))
 
     def _validate(self) -> None:
         """Measures the held-out samples; the result goes into the next line of metrics."""
         self.window.pause_clock()
-        self.pending = {**self.objective.validate(self.network, self.world), "valid_step": self.update}
+        self.pending = {**self.objective.validate(self.network, self.ranks), "valid_step": self.update}
         self.window.resume_clock()
 
     def _log(self, step: Step, batch: Batch) -> None:
         """A line of metrics, made on every rank: means over the window, and monitors of this rank's micro-batch."""
-        config, world, window, objective = self.config, self.world, self.window, self.objective
-        means, rates = window.means(world.sum_), window.rates(world.sum_, world.device)
+        config, ranks, window, objective = self.config, self.ranks, self.window, self.objective
+        means, rates = window.means(ranks.sum_), window.rates(ranks.sum_, ranks.device)
         step_seconds = window.step_seconds()
         rates["samples"] = config.data.global_batch / step_seconds if step_seconds else math.nan
         line = {
             "step": self.update,
             **means,
-            **(objective.monitor(step, batch) if world.is_first else {}),
+            **(objective.monitor(step, batch) if ranks.is_first else {}),
             "learning_rate": self._rate(),
-            **objective.describe(self.update, rates, world),
+            **objective.describe(self.update, rates, ranks),
             "step_seconds": step_seconds,
             "data_wait": window.data_wait(),
-            "memory_bytes": memory_bytes(world.device),
+            "memory_bytes": memory_bytes(ranks.device),
             **self.pending,
         }
         self.latest, self.pending = line, {}
         window.reset()
         self.report.write(line)
-        self._stop_on(world.share(objective.find_failure(line, batch)))
+        self._stop_on(ranks.share(objective.find_failure(line, batch)))
 
     def _stop_on(self, failure: str | None) -> None:
         if failure is None:
@@ -209,16 +209,16 @@ class Trainer(RunState):
         self.saver.wait()
         kept = latest_checkpoint(self.folder.path)
         held = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
-        with self.world.saying_once():
+        with self.ranks.saying_once():
             raise RunStopped(f"training stopped at update {self.update}: {failure}; {held}")
 
     def _save(self) -> None:
         """A checkpoint, unless a value since the last line is not finite: a good one is never replaced by a broken
         one."""
         self.window.pause_clock()
-        means = self.window.means(self.world.sum_)
+        means = self.window.means(self.ranks.sum_)
         self._stop_on(self.objective.find_failure({"step": 0, **means}, None))
-        if self.world.size > 1:
+        if self.ranks.size > 1:
             self._exchange_bad()
         self.saver.save(self.update, self.tensors(), self.texts(self.bad.state()))
         self.report.write_counts(self.bad)
@@ -230,30 +230,30 @@ class Trainer(RunState):
             self._save()
             self.saver.wait()
         code = exit_code(number)
-        if self.world.is_first:
+        if self.ranks.is_first:
             self.folder.mark_stopped(self.update, number, code)
             done = f"saved update {self.update} in {self.folder.path}; the same command resumes it"
             print(f"{signal.Signals(number).name}: {done if self.update else 'nothing to save yet'}", file=sys.stderr)
-        self.world.wait()
+        self.ranks.wait()
         raise SystemExit(code)
 
 
-def train(objective: Objective, world: World, folder: RunFolder, *, profile: int = 0) -> Path:
+def train(objective: Objective, ranks: Ranks, folder: RunFolder, *, profile: int = 0) -> Path:
     """Trains an objective to its last update, from the beginning or from the folder's checkpoint; returns the folder.
 
     Raises as `d2v.train.pretraining.pretrain` does.
     """
     batch = objective.config.data.global_batch
-    with world.saying_once():
-        if batch < world.size:
-            raise ValueError(f"data.global_batch: expected at least {world.size}, one for each rank, got {batch}")
-    trainer = Trainer(objective, world)
-    with lock_folder(folder.path) if world.is_first else contextlib.nullcontext():
-        with world.first_before_others():
-            if world.is_first:
+    with ranks.saying_once():
+        if batch < ranks.size:
+            raise ValueError(f"data.global_batch: expected at least {ranks.size}, one for each rank, got {batch}")
+    trainer = Trainer(objective, ranks)
+    with lock_folder(folder.path) if ranks.is_first else contextlib.nullcontext():
+        with ranks.first_before_others():
+            if ranks.is_first:
                 folder.begin(objective.config)
             for source in (s for s in (objective.source, objective.valid) if s is not None):
                 source.prepare(folder.path, fresh=folder.resumed is None and source is objective.source)
-        with StopRequest() as stop, Profiler(folder.path / "profile", profile if world.is_first else 0) as profiler:
+        with StopRequest() as stop, Profiler(folder.path / "profile", profile if ranks.is_first else 0) as profiler:
             trainer.run(folder, stop, profiler)
     return folder.path

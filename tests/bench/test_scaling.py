@@ -27,7 +27,7 @@ from d2v import recipes
 from d2v.model.data2vec import Data2Vec
 from d2v.model.transformer import Block
 from d2v.tools.dry_run import count_bytes
-from d2v.train.distributed import World, accumulating, parallelise
+from d2v.train.distributed import Ranks, accumulating, parallelise
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 8
@@ -110,11 +110,11 @@ class Sent(TorchDispatchMode):
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
+def ranks() -> Iterator[Ranks]:
     """Eight ranks of which seven are imaginary."""
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     try:
-        yield World(torch.device("cpu"), 0, RANKS, dist.group.WORLD)
+        yield Ranks(torch.device("cpu"), 0, RANKS, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
 
@@ -123,12 +123,12 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, Block)]
 
 
-def count_sent(world: World, parallel: Any, forwards: int) -> dict[str, int]:
+def count_sent(ranks: Ranks, parallel: Any, forwards: int) -> dict[str, int]:
     config = make_config(TINY, "fp32")
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, parallel=parallel))
     model = Data2Vec(config)
     inputs, masks = make_batch(TINY, config, model, 0)
-    network = parallelise(model, blocks_of(model), config.run, world)
+    network = parallelise(model, blocks_of(model), config.run, ranks)
     sent = Sent()
     if isinstance(network, DistributedDataParallel):
         network.register_comm_hook(None, lambda _, bucket: sent.take_bucket(bucket))
@@ -141,16 +141,16 @@ def count_sent(world: World, parallel: Any, forwards: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("forwards", [1, 2])
-def test_ddp_sends_every_gradient_once(world: World, forwards: int) -> None:
+def test_ddp_sends_every_gradient_once(ranks: Ranks, forwards: int) -> None:
     sizes = scaling.count_sizes("vision-tiny")
-    assert count_sent(world, "ddp", forwards) == {"gradients": 4 * sizes.trained}
+    assert count_sent(ranks, "ddp", forwards) == {"gradients": 4 * sizes.trained}
     expected = scaling.volumes(sizes, "ddp", RANKS, forwards, Cluster())
     assert expected == {"all-reduce": 2 * 7 / 8 * 4 * sizes.trained}
 
 
 @pytest.mark.parametrize("forwards", [1, 2])
-def test_fsdp_gathers_student_twice_and_teacher_once(world: World, forwards: int) -> None:
-    sizes, sent = scaling.count_sizes("vision-tiny"), count_sent(world, "fsdp", forwards)
+def test_fsdp_gathers_student_twice_and_teacher_once(ranks: Ranks, forwards: int) -> None:
+    sizes, sent = scaling.count_sizes("vision-tiny"), count_sent(ranks, "fsdp", forwards)
     expected = scaling.volumes(sizes, "fsdp", RANKS, forwards, Cluster())
     share = (RANKS - 1) / RANKS
     gathered = expected["all-gather, student"] + expected["all-gather, teacher"]
@@ -160,13 +160,13 @@ def test_fsdp_gathers_student_twice_and_teacher_once(world: World, forwards: int
     assert set(sent) == {"c10d::_allgather_base_", "c10d::_reduce_scatter_base_"}
 
 
-def test_casts_of_weights_stay_whole_with_sharding(world: World) -> None:
+def test_casts_of_weights_stay_whole_with_sharding(ranks: Ranks) -> None:
     """What a sharded model's forward keeps under autocast has all of its weights in bfloat16."""
     config = make_config(TINY, "fp32")
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, parallel="fsdp"))
     model = Data2Vec(config)
     inputs, masks = make_batch(TINY, config, model, 0)
-    network = parallelise(model, blocks_of(model), config.run, world)
+    network = parallelise(model, blocks_of(model), config.run, ranks)
     kept: list[Tensor] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
     with torch.autocast("cpu", torch.bfloat16), hooks:

@@ -15,7 +15,7 @@ pytest.importorskip("PIL", reason="Pillow is not installed: there are no images"
 from d2v import recipes
 from d2v.data.dataset import Batch
 from d2v.model.masking import make_mask_sampler
-from d2v.train.distributed import World
+from d2v.train.distributed import Ranks
 from d2v.train.pretraining import Pretraining
 from d2v.train.trainer import Trainer
 
@@ -41,7 +41,7 @@ def test_updates_do_not_wait(recipe: str, precision: Any, gpu: torch.device, ref
         run=dataclasses.replace(config.run, precision=precision, steps=100),
     )
     no_source: Any = None
-    trainer = Trainer(Pretraining(config, no_source, None, gpu), World(gpu))
+    trainer = Trainer(Pretraining(config, no_source, None, gpu), Ranks(gpu))
     shapes = {"vision": (8, 3, 32, 32), "text": (8, 40), "speech": (8, 9_000)}
     shape = shapes[config.stem.modality]
     text = config.stem.modality == "text"

@@ -28,9 +28,9 @@ from d2v.folder import (
 )
 from d2v.train import checkpoint as storage
 from d2v.train.checkpoint import Saver, load_into
-from d2v.train.distributed import World
+from d2v.train.distributed import Ranks
 
-WORLD = World(torch.device("cpu"))
+WORLD = Ranks(torch.device("cpu"))
 
 
 def save(folder: Path, step: int, metrics: dict[str, Any] | None = None, **run: Any) -> Path:

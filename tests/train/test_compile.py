@@ -24,7 +24,7 @@ from d2v.config import Config
 from d2v.config.finetune import FineTuneConfig
 from d2v.folder import list_checkpoints
 from d2v.model.data2vec import Data2Vec, Output
-from d2v.train.distributed import World, parallelise
+from d2v.train.distributed import Ranks, parallelise
 from d2v.train.pretraining import pretrain
 
 from .test_train import assert_same_run
@@ -200,7 +200,7 @@ def test_the_scope_decides_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     blocks = list(model.blocks.blocks)
     for run, expected in (({}, []), ({"compile": True}, blocks), (NETWORK, [model])):
         compiled.clear()
-        assert parallelise(model, blocks, shrink("vision-tiny", **run).run, World(torch.device("cpu"))) is model
+        assert parallelise(model, blocks, shrink("vision-tiny", **run).run, Ranks(torch.device("cpu"))) is model
         assert compiled == expected
 
 
@@ -213,7 +213,7 @@ def test_refusals(make_config: Make) -> None:
     for sections, expected in wrong:
         with pytest.raises(ValueError, match=f"run.compile_scope: expected {expected}, got network"):
             make_config(**sections)
-    ranks = World(torch.device("cpu"), 0, 2, control=cast(Any, "two ranks"))
+    ranks = Ranks(torch.device("cpu"), 0, 2, control=cast(Any, "two ranks"))
     with pytest.raises(ValueError, match=r"run\.compile_scope: expected blocks on 2 ranks, got network"):
         parallelise(torch.nn.Linear(1, 1), [], shrink("vision-tiny", **NETWORK).run, ranks)
     text = dataclasses.replace(shrink("text1-tiny"), published=frozenset({"masked-tokens-only-teacher"}))

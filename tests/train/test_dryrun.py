@@ -12,7 +12,7 @@ import torch
 from d2v.config import Config
 from d2v.data.loader import train_updates
 from d2v.tools.dry_run import MIB, count_bytes, count_static, dry_run
-from d2v.train.distributed import World
+from d2v.train.distributed import Ranks
 from d2v.train.pretraining import Pretraining, open_data
 from d2v.train.trainer import Trainer
 
@@ -32,7 +32,7 @@ def test_what_stays_in_memory(make_config: Make, precision: str) -> None:
     config = make_config(run={"precision": precision})
     objective = Pretraining(config, open_data(config)[0], None, CPU)
     model = objective.model
-    static = count_static(Trainer(objective, World(CPU)), objective)
+    static = count_static(Trainer(objective, Ranks(CPU)), objective)
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (static["weights"], static["gradients"], static["Adam moments"]) == (trained, trained, 2 * trained)
     averaged = sum(p.numel() for p in model.teacher.parameters())
@@ -77,7 +77,7 @@ def test_shares_of_ranks(make_config: Make, parallel: str, shards: Any) -> None:
     # Two samples at a time on 1 to 4 ranks: only sharding makes a difference.
     split = {"ddp": 1, "fsdp": 4}[parallel] if shards is None else shards
     objective = Pretraining(config, source, None, CPU)
-    static = sum(count_static(Trainer(objective, World(CPU)), objective).values()) / MIB
+    static = sum(count_static(Trainer(objective, Ranks(CPU)), objective).values()) / MIB
     assert memory[1] - memory[4] == pytest.approx(static * (1 - 1 / split), abs=0.11)
 
 

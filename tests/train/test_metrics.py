@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from d2v.runtime import format_seconds
-from d2v.train.logging import Board, MetricsFile, Progress, Window, describe_line, read_metrics
+from d2v.train.logging import Board, MetricsFile, MetricWindow, Progress, describe_line, read_metrics
 
 
 def test_window_means_and_resume() -> None:
-    window = Window()
+    window = MetricWindow()
     rows = [{"a": torch.tensor(float(i)), "b": torch.tensor(0.1 * i)} for i in range(5)]
     for row in rows[:2]:
         window.add(row)
-    again = Window()
+    again = MetricWindow()
     again.restore(json.loads(json.dumps(window.state())), window.tensors(), torch.device("cpu"))
     for row in rows[2:]:
         window.add(row)
@@ -33,7 +33,7 @@ def test_window_means_and_resume() -> None:
 
 def test_sums_of_all_ranks() -> None:
     """Every rank adds its part; what is reduced is the sum, and the window itself goes on."""
-    ranks = [Window(), Window()]
+    ranks = [MetricWindow(), MetricWindow()]
     for update in range(3):
         for rank, window in enumerate(ranks):
             window.add({"loss": torch.tensor(1.0 + update + 10 * rank)})
@@ -50,7 +50,7 @@ def test_sums_of_all_ranks() -> None:
     assert ranks[0].tensors(reduce)["metrics.sums"].tolist() == [42.0]
     # The first rank of a resumed run takes the sums; the others begin at 0, so that they count once.
     stored = ranks[0].tensors(reduce)
-    again = [Window(), Window()]
+    again = [MetricWindow(), MetricWindow()]
     for rank, window in enumerate(again):
         window.restore(ranks[0].state(), stored, torch.device("cpu"), main=rank == 0)
     assert [w.means()["loss"] for w in again] == [14.0, 0.0]
@@ -65,7 +65,7 @@ def test_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
             now[0] += 1.0
             yield i
 
-    window = Window()
+    window = MetricWindow()
     window.resume_clock()
     for _ in window.watch(late(4)):
         now[0] += 3.0

@@ -27,7 +27,7 @@ from d2v.data.sources import Source
 from d2v.model.masking import make_mask_sampler
 from d2v.model.stems import make_stem
 from d2v.runtime import RANGES, WARM_UP, Profiler, memory_bytes, resident_bytes, span
-from d2v.train.distributed import World
+from d2v.train.distributed import Ranks
 from d2v.train.logging import read_metrics
 from d2v.train.pretraining import Pretraining, pretrain
 from d2v.train.trainer import Trainer
@@ -182,7 +182,7 @@ class NoSource(Source):
 def make_trainer(recipe: str, **sections: dict[str, Any]) -> tuple[Trainer, Batch]:
     config = change(small(recipe, {}), data={"global_batch": 2}, run={"steps": 1000})
     config = change(config, **sections)
-    trainer = Trainer(Pretraining(config, NoSource(), None, CPU), World(CPU))
+    trainer = Trainer(Pretraining(config, NoSource(), None, CPU), Ranks(CPU))
     batch = make_batch(config, trainer.model)  # type: ignore[arg-type]
     keys = torch.arange(2 * config.mask.copies) if config.version == 2 else None
     # Batches of text always say how long their rows are.

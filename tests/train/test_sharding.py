@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from d2v import recipes
 from d2v.model.data2vec import Data2Vec
-from d2v.train.distributed import World, parallelise
+from d2v.train.distributed import Ranks, parallelise
 
 DEPTH = 3
 
@@ -35,7 +35,7 @@ def count_gathers(rank: int, port: int, folder: str) -> None:
     model = Data2Vec(config)
     teacher = model.teacher.get_submodule("blocks.blocks")
     blocks = [*model.blocks.blocks, *teacher.children()]
-    network = parallelise(model, blocks, config.run, World(torch.device("cpu"), rank, 2, dist.group.WORLD))
+    network = parallelise(model, blocks, config.run, Ranks(torch.device("cpu"), rank, 2, dist.group.WORLD))
     images = torch.randn(2, 3, config.stem.image_size, config.stem.image_size)
     counts = []
     for _ in range(2):

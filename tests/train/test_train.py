@@ -22,7 +22,7 @@ from d2v.config import Config
 from d2v.folder import latest_checkpoint, list_checkpoints, load_tensors
 from d2v.model.data2vec import build_model
 from d2v.train import pretraining
-from d2v.train.distributed import World
+from d2v.train.distributed import Ranks
 from d2v.train.logging import read_metrics
 from d2v.train.optim import learning_rate_at
 from d2v.train.pretraining import Pretraining, load_weights, open_data, pretrain
@@ -42,7 +42,7 @@ Make = Callable[..., Config]
 
 def make_trainer(config: Config) -> Trainer:
     source, valid = open_data(config)
-    return Trainer(Pretraining(config, source, valid, CPU), World(CPU))
+    return Trainer(Pretraining(config, source, valid, CPU), Ranks(CPU))
 
 
 def metrics_of(folder: Path | str) -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ def test_first_update_moves_nothing_but_the_moments(make_config: Make) -> None:
     config = make_config()
     trainer = make_trainer(config)
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    batches = trainer.objective.updates(0, trainer.world)
+    batches = trainer.objective.updates(0, trainer.ranks)
     trainer.run_update(next(batches))
     # Rate 0; and the teacher equals the student, so its average stays too.
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
@@ -100,7 +100,7 @@ def test_teacher_is_updated_once_per_update_with_the_scheduled_decay(
     trainer = make_trainer(config)
     decays: list[float] = []
     monkeypatch.setattr(trainer.model.get_submodule("teacher"), "update", decays.append)
-    for batches in trainer.objective.updates(0, trainer.world):
+    for batches in trainer.objective.updates(0, trainer.ranks):
         assert len(batches) == 2
         trainer.run_update(batches)
     assert decays == [config.ema.decay(u, 6) for u in range(1, 7)]
@@ -131,7 +131,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(
         trainer.optimiser.register_step_pre_hook(remember)
         prepare = objective.modality.prepare
         monkeypatch.setattr(objective.modality, "prepare", lambda x, prepare=prepare: prepare(x).double())
-        trainer.run_update(next(trainer.objective.updates(0, trainer.world)))
+        trainer.run_update(next(trainer.objective.updates(0, trainer.ranks)))
         gradients.append(kept)
         losses.append(trainer.window.means())
     assert gradients[0].keys() == gradients[1].keys()
@@ -334,7 +334,7 @@ def test_fp16_skips_updates_that_overflow(make_config: Make) -> None:
     """A loss scale that is far too large: weights and teacher stay until it has come down."""
     trainer = make_trainer(make_config(run={"precision": "fp16", "steps": 30}, optim={"warmup_steps": 1}))
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    updates = trainer.objective.updates(0, trainer.world)
+    updates = trainer.objective.updates(0, trainer.ranks)
     trainer.run_update(next(updates))
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     trainer.run_update(next(updates))
