@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = place / "text"
     stem = dataclasses.replace(config.stem, vocabulary=265, mask_token=264)
     export(dataclasses.replace(config, stem=stem), folder)
-    write_tokenizer(folder / "tokenizer", str(place / "text.txt"), vocabulary=265, gpt2=None)
+    write_tokenizer(place / "tokenizer", str(place / "text.txt"), vocabulary=265, gpt2=None)
+    shutil.copytree(place / "tokenizer", folder / "tokenizer")
     return folder
 
 
