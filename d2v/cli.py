@@ -27,6 +27,25 @@ from d2v.config.finetune import TASKS, read_config
 from d2v.config.model import take_architecture
 from d2v.options import UsageError, parse_options
 
+EXTRAS = {
+    "train": {
+        "tyro",
+        "PIL",
+        "webdataset",
+        "tensorboard",
+        "tqdm",
+        "matplotlib",
+        "sklearn",
+        "soundfile",
+        "scipy",
+        "tokenizers",
+    },
+    "finetune": {"jiwer", "flashlight"},
+    "quickstart": {"skimage"},
+    "interop": {"transformers"},
+}
+"""Optional dependencies by the extra of this package that brings them; `d2v --help` and `d2v info` need none."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
@@ -36,6 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dispatch(arguments)
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"d2v: {_one_sentence(error)}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        extra = next((extra for extra, names in EXTRAS.items() if missing in names), None)
+        if extra is None:
+            raise
+        print(f"d2v: this command needs {missing}: pip install 'd2v[{extra}]'", file=sys.stderr)
         return 2
     except RuntimeError as error:
         from d2v.train.trainer import RunStopped

@@ -13,8 +13,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import redirect_stderr
 from typing import Annotated, Any, Literal, NamedTuple
 
-import tyro
-
 from d2v.config import Config
 from d2v.config.fields import find_nearest
 
@@ -140,17 +138,12 @@ def parse_options(
         _check_names(prog.removeprefix("d2v "), option_names(kind), arguments)
     elif traits is not None:
         options = [o for o in options if o.only <= set(traits)]
-    text = io.StringIO()
-    declared, about = _declare(options, first), f"{inspect.getdoc(kind)}\n\n{note}".strip()
-    try:
-        with redirect_stderr(text):
-            omit = (tyro.conf.OmitArgPrefixes,)
-            parsed = tyro.cli(declared, args=arguments, prog=prog, description=about, config=omit)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UsageError(_sentence_of_box(text.getvalue())) from None
-    flat = {n: v for part in (parsed, *vars(parsed).values()) for n, v in getattr(part, "__dict__", {}).items()}
+    flags = {f"--{o.name}" for o in options if o.kind is bool and o.default is False}
+    if set(arguments) <= flags and all(o.default is not dataclasses.MISSING for o in options):
+        flat = {"__".join(o.path): f"--{o.name}" in arguments or o.default for o in options}
+    else:
+        about = f"{inspect.getdoc(kind)}\n\n{note}".strip()
+        flat = _parse(_declare(options, first), arguments, prog, about)
     values: dict[str, Any] = {} if default is None else dataclasses.asdict(default)
     for option in options:
         inner = values
@@ -160,8 +153,25 @@ def parse_options(
     return values
 
 
+def _parse(declared: Any, arguments: Sequence[str], prog: str, about: str) -> dict[str, Any]:
+    """Values of the options by the names of the declared fields."""
+    import tyro
+
+    text = io.StringIO()
+    try:
+        with redirect_stderr(text):
+            omit = (tyro.conf.OmitArgPrefixes,)
+            parsed = tyro.cli(declared, args=arguments, prog=prog, description=about, config=omit)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(_sentence_of_box(text.getvalue())) from None
+    return {n: v for part in (parsed, *vars(parsed).values()) for n, v in getattr(part, "__dict__", {}).items()}
+
+
 def _declare(options: list[Option], first: Sequence[str]) -> Any:
     """A dataclass for tyro with a section for each part of the help."""
+    import tyro
 
     def group(o: Option) -> str:
         return RARE if o.rare else "" if o.name in first or "." not in o.name else o.name.split(".")[0]

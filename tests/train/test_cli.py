@@ -275,3 +275,22 @@ def test_as_a_module() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["--help"], ["info", "--json"], ["recipes"]])
+def test_commands_without_options_need_no_extra(command: list[str]) -> None:
+    done = run_without_tyro(command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_a_missing_extra_is_named() -> None:
+    done = run_without_tyro(["features", "--help"])
+    assert done.returncode == 2
+    assert done.stderr == "d2v: this command needs tyro: pip install 'd2v[train]'\n"
+
+
+def run_without_tyro(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A process in which tyro is not installed."""
+    program = "import sys; sys.modules['tyro'] = None; from d2v.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, timeout=120)
