@@ -28,21 +28,10 @@ from d2v.config.model import take_architecture
 from d2v.options import UsageError, parse_options
 
 EXTRAS = {
-    "train": {
-        "tyro",
-        "PIL",
-        "webdataset",
-        "tensorboard",
-        "tqdm",
-        "matplotlib",
-        "sklearn",
-        "soundfile",
-        "scipy",
-        "tokenizers",
-    },
-    "finetune": {"jiwer", "flashlight"},
-    "quickstart": {"skimage"},
-    "interop": {"transformers"},
+    "train": "tyro PIL webdataset tensorboard tqdm matplotlib sklearn soundfile scipy tokenizers",
+    "finetune": "jiwer flashlight",
+    "quickstart": "skimage",
+    "interop": "transformers",
 }
 """Optional dependencies by the extra of this package that brings them; `d2v --help` and `d2v info` need none."""
 
@@ -58,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        extra = next((extra for extra, names in EXTRAS.items() if missing in names), None)
+        extra = next((extra for extra, names in EXTRAS.items() if missing in names.split()), None)
         if extra is None:
             raise
         print(f"d2v: this command needs {missing}: pip install 'd2v[{extra}]'", file=sys.stderr)

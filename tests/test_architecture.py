@@ -8,22 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from scripts import structure
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "d2v_kernels").rglob("*.py")) + sorted((ROOT / "d2v").rglob("*.py"))
 
 
-def imports(path: Path) -> set[str]:
-    """Absolute names of everything a module imports."""
-    package = path.relative_to(ROOT).with_suffix("").parts
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level] if node.level else ()
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {f"{module}.{alias.name}" for alias in node.names}
-    return found
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def uses(names: set[str], package: str) -> set[str]:
@@ -32,7 +24,7 @@ def uses(names: set[str], package: str) -> set[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_import_rules(path: Path) -> None:
-    names, where = imports(path), path.relative_to(ROOT).as_posix()
+    names, where = structure.imports(module_of(path), path), path.relative_to(ROOT).as_posix()
     for outside in ("benchmarks", "tests", "support"):
         assert not uses(names, outside)
     if where.startswith("d2v_kernels/"):
@@ -51,21 +43,6 @@ def test_import_rules(path: Path) -> None:
     if not where.startswith("d2v_kernels/triton/"):
         assert not uses(names, "triton")
     assert not uses(names, "pickle")
-
-
-def test_no_import_circle_in_kernels() -> None:
-    """Imports inside functions count too."""
-    paths = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES}
-    modules = {name.removesuffix(".__init__"): path for path, name in paths.items() if name.startswith("d2v_kernels")}
-
-    def needs(name: str) -> set[str]:
-        found = {m for n in imports(modules[name]) for m in (n, n.rsplit(".", 1)[0]) if m in modules}
-        return found - {name, "d2v_kernels"}
-
-    left = {name: needs(name) for name in modules if name != "d2v_kernels"}
-    while free := {name for name, wanted in left.items() if not wanted & left.keys()}:
-        left = {name: wanted for name, wanted in left.items() if name not in free}
-    assert not left
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
