@@ -25,7 +25,7 @@ from d2v.train.flops import count_flops, find_peak
 
 from .harness import report
 from .harness.record import RESULTS, answer, ask_child, limit_memory, machine_record, parse, store
-from .harness.timer import summarise, take_turns
+from .harness.timer import seconds_of, summarise, take_turns
 from .training.cases import CPU, DRY, GPU, Precision, StepCase, make_batch, make_config, shape_of, without_dropout
 from .training.forms import (
     FORMS,
@@ -85,10 +85,19 @@ def time_forms(forms: list[Form], batches: list[Any], rounds: int, budget_s: flo
     return timings
 
 
+def product_rate(precision: Precision, seconds: float = 1.0) -> float:
+    """FLOP a second of a square matrix product that lies in the caches, at the threads in use: the best of many."""
+    left, right = torch.randn(2, 1024, 1024, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    best, start = float("inf"), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        best = min(best, seconds_of(lambda: left @ right))
+    return 2 * 1024**3 / best
+
+
 def run_case(order: Row) -> Row:
     """One row of the case in `order`, in this process. quick: without comparing the forms, and without the profiler."""
     device, case = torch.device(order["device"]), StepCase(**order["case"])
-    precision: Precision = "bf16" if device.type == "cuda" else "fp32"
+    precision: Precision = case.precision or ("bf16" if device.type == "cuda" else "fp32")
     with settings(order["threads"]):
         errors = None if order["quick"] else compare_forms(case, precision, device)
         forms, batches = make_forms(case, order["forms"], device, precision)
@@ -98,13 +107,14 @@ def run_case(order: Row) -> Row:
                 timings[form.name] |= measure_operators(form, batches[0])
             if device.type == "cuda":
                 timings[form.name]["memory"] = measure_gpu_memory(form, batches[0])
+        rate = product_rate(precision) if device.type == "cpu" else None
     config, modality, (inputs, masks) = forms[0].config, case.modality, batches[0]
     return {
         "kind": "step", "case": case.name, "recipe": case.recipe, "device": device.type, "threads": order["threads"],
         "precision": precision, "samples": case.samples, "modality": modality,
         "audio_seconds": case.samples * case.length if modality == "speech" else None, "tuned_for": case.tuned_for,
         "errors": errors, "flops": count_flops(config, shape_of(config, masks, case.samples, inputs.shape[1])),
-        "peak": find_peak(torch.cuda.get_device_name()) if device.type == "cuda" else None, "forms": timings,
+        "peak": find_peak(torch.cuda.get_device_name()) if device.type == "cuda" else rate, "forms": timings,
         "rows": len(masks.mask), "parameters": sum(p.numel() for p in forms[0].parameters),
     }  # fmt: skip
 
@@ -120,7 +130,8 @@ def compare_forms(case: StepCase, precision: Precision, device: torch.device) ->
 def measure_memory(order: Row) -> int:
     """Peak resident bytes of a few steps of one form, from before its model was built; for a process of its own."""
     before = resident_bytes()
-    forms, batches = make_forms(StepCase(**order["case"]), order["forms"], torch.device(order["device"]), "fp32")
+    case = StepCase(**order["case"])
+    forms, batches = make_forms(case, order["forms"], torch.device(order["device"]), case.precision or "fp32")
     for batch in batches[: order["steps"]]:
         forms[0].step(*batch)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from ._device_table import DeviceTable
 from .registry import OPERATORS, Backend, Case
 
 LIB = Path(__file__).resolve().parent / "lib"
@@ -134,7 +135,8 @@ class NativePlan:
         """True when the memory of a tensor lies elsewhere than when the plan was made."""
         if device.type == "cuda":
             table = bytearray(self._plan.device_table())
-            self._table = torch.frombuffer(table, dtype=torch.uint8).to(device) if table else None
+            host = torch.frombuffer(table, dtype=torch.uint8) if table else None
+            self._table = None if host is None else DeviceTable("update_ema_", host, device)
 
     def step(self, weight: float, weight_tensor: Tensor | None) -> None:
         """One update; `weight_tensor`, a 0-D float64 tensor on the device, replaces `weight`."""
@@ -143,8 +145,8 @@ class NativePlan:
             self._plan.step(weight if weight_tensor is None else float(weight_tensor))
         elif self._table is not None:
             address = 0 if weight_tensor is None else weight_tensor.data_ptr()
-            stream = torch.cuda.current_stream(self._device).cuda_stream
-            self._plan.step_device(weight, self._table.data_ptr(), address, self._device.index, stream)
+            stream, table = torch.cuda.current_stream(self._device).cuda_stream, self._table.on_current_stream()
+            self._plan.step_device(weight, table.data_ptr(), address, self._device.index, stream)
 
 
 def make_ema_plan(

@@ -33,6 +33,8 @@ class StepCase:
     """False: a second shape of the same range, to show that nothing is tuned to the first."""
     settings: tuple[tuple[str, int], ...] = ()
     """Settings that differ from the recipe's, by their dotted names."""
+    precision: Precision | None = None
+    """None: float32 on a CPU, bfloat16 on a GPU."""
 
     @property
     def modality(self) -> str:
@@ -44,7 +46,7 @@ class StepCase:
         """Recipe and batch."""
         size = {"speech": f" x {self.length:g} s", "text": f" x {self.length:g} tokens", "vision": ""}[self.modality]
         changes = "".join(f", {name} {value}" for name, value in self.settings)
-        return f"{self.recipe} B={self.samples}{size}{changes}"
+        return f"{self.recipe} B={self.samples}{size}{changes}{f', {self.precision}' if self.precision else ''}"
 
 
 CPU = [
@@ -60,6 +62,7 @@ CPU = [
     StepCase("vision-tiny", 11, tuned_for=False),
     StepCase("speech-small", 1, 7.3, tuned_for=False),
 ]
+CPU += [dataclasses.replace(case, precision="bf16") for case in CPU if case.tuned_for]
 GPU = [
     StepCase("vision-base", 16),
     StepCase("speech-base", 3, 20.0),

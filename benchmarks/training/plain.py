@@ -4,13 +4,15 @@ It has the parameters and blocks of `d2v.Data2Vec` and gives the same loss and g
 published code has: clones of the features for every mask, index lists by argsort in the step, positions and decoder
 projections of all tokens, boolean selections, an attention bias of all pairs of tokens, one normalisation a teacher
 layer, all teacher blocks, an average tensor by tensor. It is no straw man: attention is
-`scaled_dot_product_attention`, optimiser and clipping are PyTorch's fused ones, and masks come from the loader.
+`scaled_dot_product_attention` or, on a CPU, products and a softmax where they are quicker, optimiser and clipping are
+PyTorch's fused ones, and masks come from the loader.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -27,6 +29,29 @@ from d2v.model.teacher import PARTS, evaluating
 from d2v.model.transformer import AttentionBias
 from d2v_kernels import Masks
 
+from ..harness.timer import seconds_of
+
+
+def compose_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Attention of (N,H,T,D) as two products and a softmax."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.mT
+    weights = (logits if mask is None else logits + mask).softmax(dim=-1)
+    return F.dropout(weights, dropout) @ v
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def composed_is_quicker(shape: tuple[int, ...], dtype: torch.dtype, masked: bool, dropout: float) -> bool:
+    """Forward and backward of both forms on random numbers of this shape, twice, the better time of each."""
+    q, k, v = torch.randn(3, *shape, dtype=dtype).requires_grad_().unbind()
+    mask = torch.randn(shape[0], shape[1], shape[2], shape[2], dtype=dtype) if masked else None
+
+    def seconds(form: Callable[..., Tensor]) -> float:
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            return min(seconds_of(lambda: form(q, k, v, mask, dropout).sum().backward()) for _ in range(2))
+
+    return seconds(compose_attention) < seconds(F.scaled_dot_product_attention)
+
 
 def mix_plain(q: Tensor, k: Tensor, v: Tensor, around: AttentionBias, index: int, dropout: float) -> Tensor:
     """Attention with its bias as a tensor (N,H,T,T), where there is one."""
@@ -38,7 +63,9 @@ def mix_plain(q: Tensor, k: Tensor, v: Tensor, around: AttentionBias, index: int
         bias = -bias[:, None, None] * around.distances[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = None if bias is None else bias.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2)
+    composed = q.device.type == "cpu" and composed_is_quicker(tuple(q.shape), q.dtype, mask is not None, dropout)
+    form = compose_attention if composed else F.scaled_dot_product_attention
+    return form(q, k, v, mask, dropout).transpose(1, 2)
 
 
 @contextlib.contextmanager

@@ -93,10 +93,11 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   return launch(kernel, LaunchShape{grid, block, shared_bytes, 1}, stream, args...);
 }
 
-// Lets a kernel have that much dynamic shared memory; beyond 48 KiB it must be asked for.
+// Lets a kernel have that much dynamic shared memory. Whether it must be asked for depends on the kernel's static
+// shared memory, too: without asking, both together may have 48 KiB.
 template <class... P>
 cudaError_t allow_shared(void (*kernel)(P...), int64_t bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
+  if (bytes == 0) return cudaSuccess;
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(bytes));
 }

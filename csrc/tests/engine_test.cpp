@@ -164,6 +164,15 @@ __global__ void take_too_much_shared(char* out) {
   out[0] = s[0];
 }
 
+// 48 KiB of dynamic shared memory alone need not be asked for; beside static ones they must be.
+constexpr int64_t kWithoutAsking = 48 * 1024;
+__global__ void take_both_kinds_of_shared(char* out) {
+  D2V_SHARED(char, s, [1024]);
+  D2V_DYNAMIC_SHARED(char, more);
+  s[threadIdx.x] = more[threadIdx.x] = 1;
+  if (threadIdx.x == 0) out[0] = static_cast<char>(s[0] + more[0]);
+}
+
 // Doubles STEPS rows of 32 numbers that pass through two buffers: while one is read, the next row arrives in the other.
 constexpr int kSteps = 5;
 __global__ void double_rows(const float* x, float* out, bool wait, bool read_before_copy, bool own_place) {
@@ -341,6 +350,8 @@ bool run_defect_of_the_launch(const std::string& name) {
     report_error([&] { launch(shuffle_groups, 1, 16, 0, nullptr, ints.get()); });
   } else if (name == "too-much-shared") {
     report_error([&] { launch(take_too_much_shared, 1, 32, 0, nullptr, bytes.get()); });
+  } else if (name == "shared-not-asked-for") {
+    report_error([&] { launch(take_both_kinds_of_shared, 1, 32, kWithoutAsking, nullptr, bytes.get()); });
   } else if (name == "too-many-threads") {
     report_error([&] { launch(barrier_in_one_branch, 1, 1025, 0, nullptr); });
   } else if (name == "copy-misaligned") {

@@ -28,8 +28,10 @@ constexpr Shape kShapes[] = {{5, 2, 37, 72, 0, 1, true},    {3, 1, 40, 40, 0, 10
                              {2, 2, 9, 33, 1, 1, true},     {1, 1, 1, 8, 0, 1, false},
                              {2, 5, 100, 16, 0, 1, true},   {5, 1, 130, 24, 0, 100, true},
                              {2, 1, 2, 1032, 0, 100, false}};
-// Time steps that take 512 threads, a cluster or, with fewer bytes, two passes; too long for ThreadSanitizer.
+// Time steps that take 512 threads, a cluster or, with fewer bytes, two passes, or 48 KiB of dynamic shared memory
+// beside the static one; too long for ThreadSanitizer.
 constexpr Shape kLongShapes[] = {{2, 1, 300, 64, 0, 1, true},
+                                 {2, 1, 128, 16, 0, 1, false},
                                  {2, 1, 600, 16, 0, 100, false},
                                  {2, 1, 900, 16, 0, 1, false},
                                  {2, 1, 2, 3080, 0, 1, false}};

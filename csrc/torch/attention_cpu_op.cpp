@@ -50,7 +50,7 @@ void describe_valid(const Call& call, const OptionalTensor& lengths, const Optio
   a->valid_stride = valid->stride(1);
 }
 
-void describe_dropout(const Call& call, const OptionalTensor& keys, double dropout, AttentionArgs* a) {
+void set_dropout(const Call& call, const OptionalTensor& keys, double dropout, AttentionArgs* a) {
   STD_TORCH_CHECK(dropout >= 0 && dropout < 1, call.op, ": dropout: expected 0 or more and less than 1, got ", dropout);
   a->rescale = 1.0 / (1.0 - dropout);
   if (dropout == 0) return;
@@ -77,7 +77,7 @@ AttentionArgs describe(const Call& call, const Tensor& query, const Tensor& key,
   a.scale = scale;
   describe_bias(call, slopes, positions, &a);
   describe_valid(call, lengths, valid, &a);
-  describe_dropout(call, dropout_keys, dropout, &a);
+  set_dropout(call, dropout_keys, dropout, &a);
   return a;
 }
 

@@ -49,7 +49,7 @@ inline void check_storage(const char* op, const char* name, const Tensor& t) {
     if (t.size(d) == 0) return;
     elements += (t.size(d) - 1) * t.stride(d);
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   const int64_t needed = (t.storage_offset() + elements) * static_cast<int64_t>(t.element_size());
   STD_TORCH_CHECK(needed <= bytes, op, ": storage of ", name, ": expected ", needed, " bytes, got ", bytes);
 }

@@ -94,7 +94,7 @@ namespace {
 
 const void* address_of(const Tensor& t) {
   void* address = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t.get(), &address));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t.get(), &address));
   return address;
 }
 

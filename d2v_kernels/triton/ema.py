@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks as check
-from .runtime import OPTIONS, TYPES, on_device, rounded, upload
+from .._device_table import DeviceTable
+from .runtime import OPTIONS, TYPES, on_device, rounded
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,7 @@ class TritonPlan:
             first_row += length
         if rows:
             table = np.concatenate([part for parts in rows.values() for part in parts])
-            self._table = upload("update_ema_", torch.from_numpy(table), self._device)
-            self._slices = [self._table[first : first + length] for _, first, length in self._groups]
-            if self._device.type == "cuda":
-                self._stream = torch.cuda.current_stream(self._device)
+            self._table = DeviceTable("update_ema_", torch.from_numpy(table), self._device)
 
     def _stand_in(self, t: Tensor, column: int) -> Tensor:
         """Contiguous memory, for tensors whose elements lie in different orders: two more passes over them."""
@@ -156,12 +154,9 @@ class TritonPlan:
         with on_device(self._anchor):
             for to, of in self._before:
                 to.copy_(of)
-            if self._groups and self._device.type == "cuda":
-                stream = torch.cuda.current_stream(self._device)
-                if stream != self._stream:
-                    self._table.record_stream(stream)
-            for (types, _, length), table in zip(self._groups, getattr(self, "_slices", ()), strict=True):
+            for types, first, length in self._groups:
                 average, source, copy = types
+                table = self._table.on_current_stream()[first : first + length]
                 _update_ema_kernel[(length,)](
                     table, weight, table if weight_tensor is None else weight_tensor,
                     AVERAGE=TYPES[average], SOURCE=TYPES[source], COPY=TYPES[average if copy is None else copy],

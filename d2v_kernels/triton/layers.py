@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import Tile, divide_up, merged_lanes, on_device, pick, power_of_two, rounded, standardised, upload, warps
+from .._device_table import upload
+from .runtime import Tile, divide_up, merged_lanes, on_device, pick, power_of_two, rounded, standardised, warps
 
 ONE_READ_TOKENS = 512  # longest sample that the one-read form of the instance norm takes
 

@@ -89,19 +89,6 @@ def on_device(x: Tensor):
     return contextlib.nullcontext()
 
 
-def upload(op: str, host: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device, without waiting for it.
-
-    Raises:
-        RuntimeError: during a graph capture, whose replays would read host memory that is long gone.
-    """
-    if device.type == "cpu":
-        return host
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{op}: expected nothing to upload during a graph capture, got a host tensor")
-    return host.pin_memory().to(device, non_blocking=True)
-
-
 def divide_up(a: int, b: int) -> int:
     """Ceiling of a / b."""
     return -(-a // b)

@@ -39,6 +39,7 @@ REFUSED = {
     "shuffle-at-two-places": "divergent warp collective: thread (16,0,0) in __shfl_xor_sync",
     "half-a-warp": "cannot go on: 0 of 16 threads have returned",
     "too-much-shared": "more shared memory than a block has",
+    "shared-not-asked-for": "invalid launch: 49152 bytes of dynamic and 1024 of static shared memory",
     "too-many-threads": "invalid launch: a grid of (1,1,1) blocks of 1025 threads",
     "copy-misaligned": "misaligned asynchronous copy",
     "grid-too-high": "invalid launch: a grid of (1,65536,1) blocks",

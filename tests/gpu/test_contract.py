@@ -64,6 +64,26 @@ def test_ema_runs_on_the_current_stream(gpu, backend) -> None:
         assert averages[0].eq(1.0).all()
 
 
+def test_ema_plan_on_another_stream_than_its_table_came_by(gpu, backend) -> None:
+    """The table is uploaded behind a slow kernel; the memory of a dropped plan is not reused while a step reads it."""
+    skip_unless("update_ema_", backend, gpu)
+    averages, sources = [torch.zeros(70001, device=gpu)], [torch.full((70001,), 2.0, device=gpu)]
+    slow, side = torch.cuda.Stream(gpu), torch.cuda.Stream(gpu)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(slow):
+        torch.cuda._sleep(SLEEP)
+        plan = EmaPlan(averages, sources)
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(SLEEP)
+        plan.step(0.5)
+    del plan
+    with torch.cuda.stream(slow):  # takes the table's memory, if it is free
+        for size in (32, 512, 4096):
+            torch.zeros(size, dtype=torch.uint8, device=gpu)
+    torch.cuda.synchronize()
+    assert averages[0].eq(1.0).all()
+
+
 @every_operator
 def test_never_waits_for_the_device(gpu, backend, op) -> None:
     skip_unless(op, backend, gpu)

@@ -139,6 +139,8 @@ class Block {
   void allocate_dynamic(size_t bytes) {
     if (bytes > 0) shared(&dynamic_key_, bytes, 128);
   }
+  // Bytes of all variables of the block that ran last, dynamic ones too.
+  size_t shared_bytes() const { return shared_bytes_; }
   [[noreturn]] void fail(const std::string& text);
   void cluster_barrier(const Site& site);
   Cluster* cluster() const { return cluster_; }
@@ -179,7 +181,7 @@ class Block {
   std::vector<Collective> collectives_;
   std::vector<Variable> variables_;
   unsigned char* arena_ = nullptr;
-  size_t arena_used_ = 0;
+  size_t arena_used_ = 0, shared_bytes_ = 0;
   Fiber launcher_;
   const std::function<void()>* body_ = nullptr;
   int size_ = 0, live_ = 0, waiting_ = 0;
@@ -239,7 +241,7 @@ inline void Block::reset(uint3 index, Cluster* cluster) {
   counting_ = votes_ = {};
   error_.clear();
   variables_.clear();
-  arena_used_ = 0;
+  arena_used_ = shared_bytes_ = 0;
 #if defined(__SANITIZE_THREAD__)
   launcher_.thread_state = __tsan_get_current_fiber();
   // Blocks are not ordered among themselves, so their shared memory must be new to ThreadSanitizer in each. (Mapping
@@ -432,6 +434,7 @@ inline void* Block::shared(const void* key, size_t bytes, size_t alignment) {
   const auto place = [&](Block& block) {
     unsigned char* const address = block.arena_ + begin;
     block.arena_used_ = begin + bytes;
+    block.shared_bytes_ += bytes;
     allow(address, bytes);
     std::memset(address, 0xff, bytes);  // NaN or -1: a read of what nobody wrote shows
     block.variables_.push_back({key, address});

@@ -1,7 +1,9 @@
 // A launch: the blocks of a grid one after the other, in an order that depends on the seed.
 #pragma once
 #include <algorithm>
+#include <map>
 #include <memory>
+#include <mutex>
 
 #include "bulk.h"
 
@@ -34,6 +36,30 @@ inline void check_launch(const LaunchShape& shape) {
                              " threads with " + std::to_string(shape.shared_bytes) +
                              " bytes of shared memory, in clusters of " + std::to_string(shape.cluster));
   }
+}
+
+// Dynamic shared memory that kernels were allowed, by their addresses.
+struct AllowedShared {
+  std::mutex mutex;
+  std::map<const void*, size_t> bytes;
+};
+inline AllowedShared& allowed_shared() {
+  static AllowedShared allowed;
+  return allowed;
+}
+
+// A kernel that was not allowed more has 48 KiB for static and dynamic variables together. What it declares is known
+// once a block has run.
+inline void check_shared(const void* kernel, size_t dynamic) {
+  const size_t total = this_thread_block().shared_bytes();
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  AllowedShared& allowed = allowed_shared();
+  const std::lock_guard<std::mutex> lock(allowed.mutex);
+  const auto found = allowed.bytes.find(kernel);
+  const bool fits = found == allowed.bytes.end() ? total <= kWithoutAsking : dynamic <= found->second;
+  if (fits) return;
+  throw std::runtime_error("invalid launch: " + std::to_string(dynamic) + " bytes of dynamic and " +
+                           std::to_string(total - dynamic) + " of static shared memory that were not asked for");
 }
 
 // The blocks of one cluster: one goes on until all of its threads wait, then another one, in an order that depends on
@@ -107,6 +133,7 @@ template <class... P>
 cudaError_t launch(void (*kernel)(P...), const LaunchShape& shape, cudaStream_t /*stream*/,
                    const typename AsIs<P>::type&... args) {
   run_grid(shape, [&] { kernel(args...); });
+  check_shared(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
   return cudaSuccess;
 }
 template <class... P>
@@ -122,7 +149,10 @@ struct DeviceScope {
 };
 
 template <class... P>
-cudaError_t allow_shared(void (*)(P...), int64_t) {
+cudaError_t allow_shared(void (*kernel)(P...), int64_t bytes) {
+  AllowedShared& allowed = allowed_shared();
+  const std::lock_guard<std::mutex> lock(allowed.mutex);
+  if (bytes > 0) allowed.bytes[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(bytes);
   return cudaSuccess;
 }
 
