@@ -368,7 +368,9 @@ def run_on_gpu(options: argparse.Namespace) -> None:
         emulator.install(None if options.emulated == "-" else Path(options.emulated))
     place, begin = Place(torch.device("cpu" if emulated else "cuda"), BACKENDS), time.perf_counter()
     common = {"emulated": emulated, "key": options.key, "machine": gpu_machine(emulated)}
-    cases = [c for c in (tiny_cases() if emulated else gpu_cases()) if options.only in f"{c.op} {c.name}"]
+    cases = [c for c in (tiny_cases() if emulated else gpu_cases()) if options.only in f"{c.op} {c.name}"][
+        : options.most
+    ]
     done = {(r["op"], r["case"], r["dtype"]) for r in read_rows(options.output)
             if r.get("kind") == "measurement" and r.get("key") == options.key}  # fmt: skip
     left = [c for c in cases if c.key not in done]
@@ -403,6 +405,7 @@ def main(arguments: list[str] | None = None) -> None:
         output=(RESULTS / "cpu.jsonl", "JSON lines file that keeps the rows"),
         key=("", "on a GPU: rows with this key count as done"),
         budget=(180.0, "on a GPU: seconds after which no further case begins"),
+        most=(10**9, "on a GPU: cases from the head of the list, where the most wanted stand"),
         emulated=(None, "tiny cases of the GPU on the CPU; LIBRARY: the CUDA sources built for it, or -"),
         child=(None, ""),
     )  # fmt: skip

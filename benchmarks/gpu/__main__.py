@@ -2,11 +2,13 @@
 
     python -m benchmarks.gpu [--output FOLDER] [--dry] [--stages ...]
 
-Builds the libraries in place for the GPU found, runs the GPU tests, compute-sanitizer, the CUDA graph tests, the
-benchmarks of operators and of whole training steps, and writes a report. Nothing is installed; what is missing is
-named, and what depends on it left out. Every stage has a time budget and its record on disk before the next one begins;
-the same command again goes on where the last one stopped, as long as sources, GPU and torch are the same (`--fresh`
-begins anew).
+Builds the libraries in place for the GPU found, runs the GPU tests, the benchmarks of the moving average, the layer
+average and the gathers, whole training steps, and then what is left: CUDA graphs, compute-sanitizer, all other cases.
+Nothing is installed; what is missing is named, and what depends on it left out. Every stage says how long it may take
+and has its record on disk before the next one begins. Records are kept in build/gpu-records and copied to the output
+folder after each stage, so that the same command again goes on where the last one was stopped, in the middle of a stage
+too, as long as sources, GPU and torch are the same (`--fresh` begins anew): three commands of nine minutes are enough.
+What to look at, and what to change then: docs/gpu-first-run.md.
 
 Results, at most six files: gpu.jsonl (all records), gpu-build.log, gpu-tests.log, gpu-sanitizer.log, gpu.md, gpu.png.
 
@@ -25,12 +27,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Seconds a stage may take; the whole run ends by TOTAL, the report included.
+# Seconds a stage may take, in the order of their worth; one command ends by TOTAL, the report included.
 BUDGETS = {
-    "build": 130.0, "tests": 130.0, "sanitizer": 80.0, "graphs": 45.0, "benchmarks": 200.0, "steps": 75.0,
-    "report": 25.0,
+    "build": 150.0, "tests": 150.0, "bandwidth": 100.0, "steps": 150.0, "graphs": 60.0, "sanitizer": 120.0,
+    "benchmarks": 400.0, "report": 25.0,
 }  # fmt: skip
 TOTAL = 510.0
+LEAST = 20.0
+"""Seconds without which no stage begins: the next command has more."""
 PACKAGES = {
     "triton": "the Triton operators",
     "pybind11": "the plan of the moving average and the mask sampler in C++",
@@ -56,8 +60,8 @@ def find_missing() -> dict[str, str]:
 
 def run_stage(work: Callable[..., dict[str, Any]], run: Any, limit: float, needed: bool) -> dict[str, Any]:
     """The record of a stage."""
-    if limit < 3.0 and not needed:
-        return {"status": "not reached", "reason": "the time for the whole run is used up"}
+    if limit < LEAST and not needed:
+        return {"status": "not reached", "reason": "the time of this command is used up; the same command goes on here"}
     try:
         return work(run, limit)
     except Exception as error:  # a stage that breaks must not take the others' results with it
@@ -76,13 +80,16 @@ def run_stages(run: Any, names: list[str], total_s: float, done: set[str]) -> li
             continue
         left, start = total_s - (time.monotonic() - begin), time.monotonic()
         reserve = BUDGETS["report"] if "report" in names[number + 1 :] else 0.0
-        record = run_stage(getattr(stages, name), run, min(BUDGETS[name], left - reserve), name == "report")
+        limit = min(BUDGETS[name], left - reserve)
+        print(f"{name:<11} begins, at most {max(limit, 0.0):.0f} s", flush=True)
+        record = run_stage(getattr(stages, name), run, limit, name == "report")
         seconds, reason = time.monotonic() - start, f": {record['reason']}" if "reason" in record else ""
         store(run.records, {
             "kind": "stage", "stage": name, **record, "seconds": seconds, "budget_s": BUDGETS[name],
             "missing": dict(run.missing), "gpu_state_after": {} if run.emulated else gpu_state(),
             "emulated": run.emulated, "key": run.key, "machine": gpu_machine(run.emulated),
         })  # fmt: skip
+        run.deliver()
         ends.append(record["status"])
         print(f"{name:<11} {record['status']} in {seconds:.0f} s{reason}", flush=True)
     return ends
@@ -94,11 +101,12 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from ..harness.record import RESULTS, keep_rows, parse, read_rows, run_key, write_rows
-    from .stages import Run
+    from .stages import KEPT, Run
 
     options = parse(
         "gpu", __doc__, arguments,
-        output=(RESULTS, "folder of the result files"),
+        output=(RESULTS, "folder that the result files are copied to after each stage"),
+        records=(KEPT, "folder in which they are made and kept from one command to the next"),
         dry=(False, "without a GPU: emulated, tiny shapes, no measurement"),
         stages=(list(BUDGETS), "stages to run"),
         only=("", "tests and benchmark cases with this text in their name"),
@@ -110,10 +118,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--stages: expected some of {', '.join(BUDGETS)}; got {unknown[0]!r}")
     if not options.dry and not torch.cuda.is_available():
         raise SystemExit(f"benchmarks.gpu: torch {torch.__version__} sees no NVIDIA GPU (`make gpu-dry` needs none)")
-    options.output.mkdir(parents=True, exist_ok=True)
     gpu = "emulated" if options.dry else torch.cuda.get_device_name(0)
     key, stem = run_key(gpu, torch.__version__), "gpu-dry" if options.dry else "gpu"
-    run = Run(options.output.resolve(), stem, key, options.dry, options.only, missing)
+    records = options.records.resolve() / stem
+    for folder in (options.output, records):
+        folder.mkdir(parents=True, exist_ok=True)
+    run = Run(records, options.output.resolve(), stem, key, options.dry, options.only, missing)
     for name, use in missing.items():
         print(f"missing: {name}; left out: {use}", flush=True)
     if not options.only and options.stages == list(BUDGETS):

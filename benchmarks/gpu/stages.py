@@ -18,9 +18,11 @@ import torch
 from ..harness import plots
 from ..harness import report as reports
 from ..harness.record import CUDA_BIN, ROOT, read_rows, run_child, store
+from ..training.cases import DRY, GPU
 from . import emulator
 
 TESTS = ROOT / "tests" / "gpu"
+KEPT = ROOT / "build" / "gpu-records"
 Outcome = dict[str, Any]
 
 
@@ -29,6 +31,9 @@ class Run:
     """Where results go, and how children run."""
 
     folder: Path
+    """Kept from one command to the next."""
+    output: Path
+    """Gets a copy of every file after each stage."""
     stem: str
     key: str
     emulated: bool
@@ -39,6 +44,16 @@ class Run:
     @property
     def records(self) -> Path:
         return self.folder / f"{self.stem}.jsonl"
+
+    def deliver(self) -> None:
+        """Copies what there is to the output folder."""
+        for path in self.folder.glob(f"{self.stem}*"):
+            shutil.copyfile(path, self.output / path.name)
+
+    def last(self, stage: str) -> Outcome:
+        """What an earlier command of the same run recorded of a stage; empty where it did not get to it."""
+        found = [r for r in read_rows(self.records) if r.get("stage") == stage and r.get("key") == self.key]
+        return found[-1] if found else {}
 
     def log(self, name: str) -> Path:
         return self.folder / f"{self.stem}-{name}.log"
@@ -111,18 +126,22 @@ def _build_commands() -> list[list[str]]:
 
 def tests(run: Run, limit_s: float) -> Outcome:
     """Correctness against float64, streams, no host waits, large tensors, torch.compile, a golden training step."""
-    files = [p for p in sorted(TESTS.glob("test_*.py")) if p.name not in ("test_graphs.py", "test_program.py")]
-    return _run_tests(run, files, limit_s, "tests", "w")
+    if "pytest" in run.missing:
+        return {"status": "skipped", "reason": "pytest is not installed"}
+    passed = run.last("tests").get("passed", [])
+    files = [p for p in sorted(TESTS.glob("test_*.py")) if p.name not in ("test_graphs.py", "test_program.py", *passed)]
+    found = _run_tests(run, files, limit_s, "tests", "a" if passed else "w")
+    return {**found, "passed": [*passed, *found["passed"]]}
 
 
 def graphs(run: Run, limit_s: float) -> Outcome:
     """Every operator captured in a CUDA graph and replayed."""
+    if "pytest" in run.missing:
+        return {"status": "skipped", "reason": "pytest is not installed"}
     return _run_tests(run, [TESTS / "test_graphs.py"], limit_s, "graphs", "a")
 
 
 def _run_tests(run: Run, files: list[Path], limit_s: float, title: str, mode: str) -> Outcome:
-    if "pytest" in run.missing:
-        return {"status": "skipped", "reason": "pytest is not installed"}
     deadline = time.monotonic() + limit_s
 
     def together(paths: list[Path]) -> tuple[str, int | None, str]:
@@ -148,7 +167,8 @@ def _run_tests(run: Run, files: list[Path], limit_s: float, title: str, mode: st
     failed = [name for _, _, text in done for name in re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)]
     worst = None if None in statuses else max(statuses, default=0)
     unfinished = [names for names, status, _ in done if status is None]
-    return outcome(worst, counts=counts, failed=failed, skip_reasons=reasons, unfinished=unfinished)
+    passed = [Path(names).name for names, status, _ in done if status == 0 and not run.only]
+    return outcome(worst, counts=counts, failed=failed, skip_reasons=reasons, unfinished=unfinished, passed=passed)
 
 
 def _count_tests(output: str, finished: bool) -> dict[str, int]:
@@ -223,10 +243,16 @@ def _sanitizer_outcome(status: int | None, output: str) -> Outcome:
 # ---- benchmarks
 
 
-def benchmarks(run: Run, limit_s: float) -> Outcome:
-    """Every case of a GPU; rows are in the records file before the next case begins."""
-    command = [sys.executable, "-m", "benchmarks.operators", "--device", "cuda", "--output", str(run.records), "--key",
-               run.key, "--budget", f"{max(limit_s - 25.0, 5.0):.0f}", "--only", run.only, *run.emulation]  # fmt: skip
+def bandwidth(run: Run, limit_s: float) -> Outcome:
+    """The most wanted operators: layer average, moving average, gather, restore, loss; none of PyTorch's compiler."""
+    return benchmarks(run, limit_s, most=8)
+
+
+def benchmarks(run: Run, limit_s: float, most: int = 1000) -> Outcome:
+    """The first cases of a GPU; rows are in the records file before the next case begins."""
+    command = [sys.executable, "-m", "benchmarks.operators", "--device", "cuda", "--output", str(run.records),
+               "--key", run.key, "--budget", f"{max(limit_s - 25.0, 5.0):.0f}", "--only", run.only, "--most", str(most),
+               *run.emulation]  # fmt: skip
     status, output = run_child(command, limit_s, run.environment())
     tail = output.strip().splitlines()[-3:]
     if status == 3:
@@ -239,17 +265,21 @@ def benchmarks(run: Run, limit_s: float) -> Outcome:
 
 def steps(run: Run, limit_s: float) -> Outcome:
     """Whole training steps of the base recipes, the plain form against this library; no compilation, for the time."""
-    rows = run.folder / f".{run.stem}-steps.jsonl"
-    rows.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.step", "--threads", "1", "--forms", "plain", "d2v", "--rounds", "12",
-               "--budget", "5", "--output", str(rows)]  # fmt: skip
-    command += ["--dry", "--rounds", "2"] if run.emulated else ["--device", "cuda", "--only=-base", "--most", "3"]
-    status, output = run_child(command, limit_s, run.environment())
-    measured = read_rows(rows)
-    rows.unlink(missing_ok=True)
-    store(run.records, *({**row, "emulated": run.emulated, "key": run.key} for row in measured))
-    more = {} if status == 0 else {"output": output.strip().splitlines()[-3:]}
-    return outcome(status, measured=len(measured), **more)
+    begin = time.monotonic()
+    done = {r["case"] for r in read_rows(run.records) if r.get("kind") == "step" and r.get("key") == run.key}
+    left = [name for name in (c.name for c in (DRY if run.emulated else GPU[:3])) if name not in done]
+    for name in left:
+        rows = run.folder / ".step.jsonl"
+        rows.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "benchmarks.step", "--threads", "1", "--forms", "plain", "d2v", "--most", "1",
+                   "--rounds", "12", "--budget", "5", "--output", str(rows), f"--only={name}"]  # fmt: skip
+        command += ["--dry", "--rounds", "2"] if run.emulated else ["--device", "cuda"]
+        status, output = run_child(command, limit_s - (time.monotonic() - begin), run.environment())
+        store(run.records, *({**row, "emulated": run.emulated, "key": run.key} for row in read_rows(rows)))
+        rows.unlink(missing_ok=True)
+        if status != 0:
+            return outcome(status, case=name, output=output.strip().splitlines()[-3:])
+    return outcome(0, measured=len(left))
 
 
 # ---- report

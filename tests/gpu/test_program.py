@@ -17,6 +17,7 @@ from benchmarks import operators, step, summary
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import stages
 from benchmarks.harness import plots, record, report
+from benchmarks.training.cases import DRY, GPU
 from d2v_kernels import _env
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,8 @@ def test_dry_run_writes_records_and_resumes(tmp_path) -> None:
         "--dry",
         "--output",
         str(tmp_path),
+        "--records",
+        str(tmp_path / "kept"),
         "--stages",
         "tests",
         "benchmarks",
@@ -63,8 +66,12 @@ def test_dry_run_writes_records_and_resumes(tmp_path) -> None:
         assert r["chosen"] in ("d2v native", "d2v triton")
         assert r["ratios"]["eager"] > 0
         assert r["host_seconds"]["d2v triton"] > 0
-    assert len(list(tmp_path.iterdir())) <= 6
-    words = (tmp_path / "gpu-dry.md").read_text()
+    results = [path for path in tmp_path.iterdir() if path.is_file()]
+    assert 3 <= len(results) <= 6
+    for path in results:
+        path.unlink()  # as a machine does that empties its output folder between two commands
+    assert first.stdout.count("begins, at most ") == 3
+    words = (tmp_path / "kept" / "gpu-dry" / "gpu-dry.md").read_text()
     assert "no measurement" in words
     assert " | ".join(report.COLUMNS["measurement"]) not in words
     again = program("gpu", *arguments)
@@ -103,7 +110,7 @@ def test_missing_pieces_are_named(monkeypatch, tmp_path) -> None:
     missing = gpu.find_missing()
     assert absent <= set(missing)
     assert missing["nvcc"] == "the CUDA operators"
-    run = stages.Run(tmp_path, "gpu", "k", False, missing=missing)
+    run = stages.Run(tmp_path, tmp_path, "gpu", "k", False, missing=missing)
     assert stages.tests(run, 10.0) == {"status": "skipped", "reason": "pytest is not installed"}
     monkeypatch.setattr(stages.shutil, "which", lambda name, path=None: None)
     assert stages.sanitizer(run, 10.0)["status"] == "skipped"
@@ -116,7 +123,7 @@ def test_missing_pieces_are_named(monkeypatch, tmp_path) -> None:
 def test_without_a_gpu_it_says_so(tmp_path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    done = program("gpu", "--output", str(tmp_path))
+    done = program("gpu", "--output", str(tmp_path), "--records", str(tmp_path))
     assert done.returncode == 1
     assert "sees no NVIDIA GPU (`make gpu-dry` needs none)" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -135,10 +142,32 @@ def test_a_child_is_stopped_at_its_limit() -> None:
 def test_step_takes_the_command_of_its_stage(monkeypatch, tmp_path, emulated: bool) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr(stages, "run_child", lambda command, *_: (asked.append(command) or 0, ""))
-    run = stages.Run(tmp_path, "gpu", "k", emulated)
-    assert stages.steps(run, 10.0) == {"status": "done", "measured": 0}
+    run = stages.Run(tmp_path, tmp_path, "gpu", "k", emulated)
+    cases = DRY if emulated else GPU[:3]
+    assert [case.recipe for case in GPU[:3]] == ["vision-base", "speech-base", "text-base"]
+    record.store(run.records, {"kind": "step", "case": cases[0].name, "key": "k"})
+    assert stages.steps(run, 10.0) == {"status": "done", "measured": len(cases) - 1}
+    assert len(asked) == len(cases) - 1, "what an earlier command measured is not measured again"
     options = step.parse_options(asked[0][3:])
-    assert (options.dry, options.only, options.forms) == (emulated, "" if emulated else "-base", ["plain", "d2v"])
+    assert (options.dry, options.only, options.forms) == (emulated, cases[1].name, ["plain", "d2v"])
+
+
+def test_tests_that_passed_are_not_run_again(monkeypatch, tmp_path) -> None:
+    asked: list[str] = []
+
+    def run_child(command, *_):
+        asked.append(next(part for part in command if part.startswith("tests/")))
+        return (None if "test_attention" in asked[-1] else 0), "== 2 passed in 1s =="
+
+    monkeypatch.setattr(stages, "run_child", run_child)
+    run = stages.Run(tmp_path, tmp_path, "gpu", "k", False)
+    first = stages.tests(run, 10.0)
+    assert first["status"] == "timed out"
+    record.store(run.records, {"kind": "stage", "stage": "tests", "key": "k", **first})
+    number = len(asked)
+    again = stages.tests(run, 10.0)
+    assert [Path(name).name for name in asked[number:]] == ["test_attention.py"]
+    assert sorted(again["passed"]) == sorted(first["passed"])
 
 
 def test_tests_are_counted_even_where_they_were_stopped() -> None:
