@@ -16,6 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 WARP = 32
+AMD = torch.version.hip is not None
+PRECISION = tl.constexpr("ieee" if AMD else "tf32x3")
+"""Of products of float32 operands, which are split in three tensor floats where a target has those."""
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -64,8 +67,8 @@ class Tile:
     @property
     def options(self) -> dict:
         """What a launch passes on for it."""
-        return {"BLOCK_R": self.rows, "BLOCK_C": self.channels, "num_warps": self.warps, "maxnreg": self.registers,
-                **OPTIONS}  # fmt: skip
+        limit = {} if AMD else {"maxnreg": self.registers}
+        return {"BLOCK_R": self.rows, "BLOCK_C": self.channels, "num_warps": self.warps, **limit, **OPTIONS}
 
 
 def power_of_two(n: int, low: int = 1) -> int:

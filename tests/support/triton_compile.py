@@ -3,7 +3,8 @@
 Run as `python -m support.triton_compile FOLDER ARCHITECTURE...` in a process of its own (another Triton on PYTHONPATH
 if wanted). The launchers are called with CPU tensors; what would be launched is compiled instead, with exactly the
 specialisation and the constants of that call. FOLDER gets report.json, and the PTX and the cubin of every kernel. With
-`count` for FOLDER it prints, as JSON, how many kernels each family compiles for one size and for many.
+`count` for FOLDER it prints, as JSON, how many kernels each family compiles for one size and for many; with `amd` and
+the names of AMD GPUs, how many bytes of local memory each kernel takes there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from d2v_kernels.triton import ema, gelu, layers, loss, tokens
+if sys.argv[1:2] == ["amd"]:
+    torch.version.hip = "7.0"  # what the launchers ask
+
+from d2v_kernels.triton import attention, ema, gelu, layers, loss, tokens
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -29,13 +33,15 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 class AbsentGpu:
     """As much of a driver as compilation asks for."""
 
-    def __init__(self, architecture: int) -> None:
+    def __init__(self, architecture: int | str) -> None:
         self.architecture = architecture
 
     def get_current_target(self) -> GPUTarget:
+        if isinstance(self.architecture, str):
+            return GPUTarget("hip", self.architecture, 64)
         return GPUTarget("cuda", self.architecture, 32)
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> int | str:
         return self.architecture  # the key of Triton's cache
 
     def get_current_stream(self, device: int) -> int:
@@ -45,7 +51,7 @@ class AbsentGpu:
 class Compilations:
     """What the launchers compiled, launch by launch, while this context is open."""
 
-    def __init__(self, architecture: int) -> None:
+    def __init__(self, architecture: int | str) -> None:
         self.gpu = AbsentGpu(architecture)
         self.launches: list[tuple[str, Any]] = []
 
@@ -212,8 +218,38 @@ def count_compilations() -> dict[str, tuple[int, int]]:
     return counts
 
 
+def attend(dtype: torch.dtype, alibi: bool, dropout: float) -> None:
+    q, k, v = rows(2, 500, 3, 12, 64, dtype=dtype).unbind(2)
+    keys = torch.zeros(2, dtype=torch.int64)
+    bias = (torch.zeros(12), torch.zeros(2, 500, dtype=torch.int32)) if alibi else (None, None)
+    rest = (*bias, keys, None, keys if dropout else None, dropout, 0.125)
+    out, log_sum = attention.attention(q, k, v, *rest)
+    attention.attention_backward(out, q, k, v, out, log_sum, *rest)
+
+
+ATTENTION: dict[str, Callable[[], object]] = {
+    "attention": lambda: attend(BF16, True, 0.1),
+    "attention, float32": lambda: attend(F32, False, 0.0),
+}
+
+
+def measure_amd(architectures: list[str]) -> list[tuple[str, str, str, int]]:
+    """Architecture, case, kernel and bytes of local memory (LDS) of everything that is compiled."""
+    found = []
+    for architecture in architectures:
+        for case, call in {**CASES, **ATTENTION}.items():
+            with Compilations(architecture) as done:
+                call()
+            for name, kernel in done.kernels.values():
+                assert kernel.asm["hsaco"], name
+                found.append((architecture, case, name, kernel.metadata.shared))
+    return found
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "count":
+    if sys.argv[1] == "amd":
+        print(json.dumps(measure_amd(sys.argv[2:])))
+    elif sys.argv[1] == "count":
         print(json.dumps(count_compilations()))
     else:
         write_report(Path(sys.argv[1]), [int(a) for a in sys.argv[2:]])
