@@ -72,4 +72,20 @@ struct AttentionKernels {
 };
 const AttentionKernels& attention_kernels();
 
+// Those for query, key, value and gradient in bf16, with bf16 products; null where the machine has no instructions for
+// them. Scratch in 32-bit words.
+const AttentionKernels* attention_bf16_kernels();
+
+struct AttentionBf16Sizes {
+  static constexpr int64_t kForwardQueries = 32, kBackwardQueries = 64;  // whose weights exist at once
+  static constexpr int64_t kChunk = 256;  // keys whose weights go through the first cache
+  int64_t width, keys;
+  explicit AttentionBf16Sizes(const AttentionArgs& a) : width((a.D + 31) / 32 * 32), keys((a.T + 31) / 32 * 32) {}
+  int64_t of_all() const { return 2 * (keys + 64) + keys + width * (keys / 2 + 16) + keys * width; }
+  int64_t forward() const { return of_all() + kForwardQueries * (3 * width + keys + kChunk / 2); }
+  int64_t backward() const {
+    return of_all() + 2 * width * keys + keys * width / 2 + kBackwardQueries * (5 * width + 7 * keys / 2);
+  }
+};
+
 }  // namespace d2v

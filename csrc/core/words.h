@@ -1,0 +1,152 @@
+// Rows of bf16 numbers as 32-bit words of two, and back: the operands of product_bf16.h.
+#pragma once
+#include "attention.h"
+#include "noise.h"
+#include "product_bf16.h"
+
+namespace d2v {
+namespace {
+
+D2V_INLINE int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// fp32 to bf16: to nearest, ties to even; NaN stays NaN. The instruction turns numbers below 2^-126 into 0, as the
+// products do in any case.
+D2V_INLINE VH to_bf16(VF v) {
+#if defined(__AVX512BF16__)
+  return bit_cast<VH>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+#else
+  return Convert<float, BF16>::round(v);
+#endif
+}
+
+// Words of the bf16 numbers of two vectors, `even` in the lower halves.
+D2V_INLINE VU pair_words(VH even, VH odd) {
+  return __builtin_convertvector(even, VU) | (__builtin_convertvector(odd, VU) << 16);
+}
+D2V_INLINE VU pair_words(VF even, VF odd) {
+#if defined(__AVX512BF16__)
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i order = _mm512_load_si512(kOrder);
+  const __m512i both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(odd), bit_cast<__m512>(even)));
+  return bit_cast<VU>(_mm512_permutexvar_epi16(order, both));
+#else
+  return pair_words(to_bf16(even), to_bf16(odd));
+#endif
+}
+
+// Bf16 numbers of one vector of words: the first n of them, 0 < n, then zeros.
+D2V_INLINE VU load_numbers(const uint16_t* p, int64_t n) {
+  constexpr int64_t kNumbers = 2 * kLanes<float>;
+#if defined(__AVX512BW__)
+  const __mmask32 first = n >= kNumbers ? ~__mmask32{0} : static_cast<__mmask32>((1u << n) - 1);
+  return bit_cast<VU>(_mm512_maskz_loadu_epi16(first, p));
+#else
+  VU v{};
+  memcpy(&v, p, static_cast<size_t>(n < kNumbers ? n : kNumbers) * 2);
+  return v;
+#endif
+}
+
+// Rows of D numbers, each with zeros up to the whole row of `out`, then rows of zeros up to `padded`. Row r is that of
+// token first + r, or of token at[first + r].
+void read_rows(const Heads& x, const int32_t* at, int64_t first, int64_t count, int64_t D, int64_t padded,
+               const WordRows& out) {
+  constexpr int L = kLanes<float>;
+  for (int64_t r = 0; r < padded; ++r) {
+    const int64_t token = r >= count ? 0 : at ? at[first + r] : first + r;
+    const uint16_t* const from = static_cast<const uint16_t*>(x.data) + token * x.token;
+    for (int64_t c = 0; c < out.row; c += L) {
+      store<float>(reinterpret_cast<float*>(out.data + r * out.row + c),
+                   bit_cast<VF>(r < count && 2 * c < D ? load_numbers(from + 2 * c, D - 2 * c) : VU{}));
+    }
+  }
+}
+
+// Two words' worth of a vector: numbers 0 on of a and b side by side.
+#if defined(__AVX512BW__)
+D2V_INLINE void pair_vectors(const uint32_t* a, const uint32_t* b, uint32_t* out) {
+  alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i even = _mm512_loadu_si512(a), odd = _mm512_loadu_si512(b), low = _mm512_load_si512(kLow);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(even, low, odd));
+  _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(even, high, odd));
+}
+#else
+D2V_INLINE void pair_vectors(const uint32_t* a, const uint32_t* b, uint32_t* out) {
+  for (int i = 0; i < kLanes<float>; ++i) {
+    out[2 * i] = (a[i] & 0xffffu) | b[i] << 16;
+    out[2 * i + 1] = a[i] >> 16 | (b[i] & 0xffff0000u);
+  }
+}
+#endif
+
+// Words of two rows each: word (r, c) has elements c of rows 2r and 2r + 1; twice as many in a row as x has.
+void pair_rows(const WordRows& x, int64_t rows, const WordRows& out) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    const uint32_t *const a = x.data + r * x.row, *const b = a + x.row;
+    uint32_t* const to = out.data + r / 2 * out.row;
+    for (int64_t c = 0; c < x.row; c += kLanes<float>) pair_vectors(a + c, b + c, to + 2 * c);
+  }
+}
+
+#if defined(__AVX512F__)
+D2V_INLINE void transpose_square(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * from_row);
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(to + i * to_row, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(to + (i + 8) * to_row, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    _mm512_storeu_si512(to + (i + 4) * to_row, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+    _mm512_storeu_si512(to + (i + 12) * to_row, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+  }
+}
+#else
+D2V_INLINE void transpose_square(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) to[j * to_row + i] = from[i * from_row + j];
+  }
+}
+#endif
+
+// 32-bit elements: out (columns, rows) from x (rows, columns), both multiples of 16.
+void transpose_words(const WordRows& x, int64_t rows, int64_t columns, const WordRows& out) {
+  for (int64_t r = 0; r < rows; r += 16) {
+    for (int64_t c = 0; c < columns; c += 16) {
+      transpose_square(x.data + r * x.row + c, x.row, out.data + c * out.row + r, out.row);
+    }
+  }
+}
+D2V_INLINE WordRows as_words(const Matrix<float>& x) { return {reinterpret_cast<uint32_t*>(x.data), x.row}; }
+
+// A row of fp32 numbers times `factor` as bf16.
+D2V_INLINE void write_row(const float* x, float factor, int64_t D, uint16_t* out) {
+  for_vectors<float>(D, [&](auto full, int64_t c, int lanes) {
+    const VH numbers = to_bf16(load<float>(x + c) * factor);
+    if (decltype(full)::value) {
+      memcpy(out + c, &numbers, sizeof(numbers));
+    } else {
+      memcpy(out + c, &numbers, static_cast<size_t>(lanes) * 2);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace d2v
