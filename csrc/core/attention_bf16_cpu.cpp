@@ -26,9 +26,14 @@ D2V_INLINE VF exp_weight(VF x) {
   p = p * r + 0x1.5557aep-3f;
   p = p * r + 0x1.fffdfcp-2f;
   p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)  // the same bits, with one comparison for both ends
+  const __mmask16 left = _mm512_cmp_ps_mask(bit_cast<__m512>(x), _mm512_set1_ps(-87.33f), _CMP_NLT_UQ);
+  return bit_cast<VF>(_mm512_maskz_scalef_ps(left, bit_cast<__m512>(p), bit_cast<__m512>(t - 0x1.8p23f)));
+#else
   const VF y = bit_cast<VF>(bit_cast<VU>(p) + (bit_cast<VU>(t) << 23));
   const VF positive = x < -87.33f ? VF{} : y;
   return x == x ? positive : x;
+#endif
 }
 
 // x, rounded to fp32: the compiler cannot take it into a fused operation. Forward and backward must agree in every
@@ -135,6 +140,16 @@ class Dropout {
   int64_t group_ = -1;
   uint32_t head_, last_;
 };
+
+// Rows of the same tokens of the next head.
+void prefetch_next(const AttentionArgs* a, const Head& head, int64_t first, int64_t rows, const Heads* grad) {
+  const int64_t unit = head.n * a->H + head.h + 1, n = unit / a->H, h = unit % a->H;
+  if (n == a->N) return;
+  const Heads* const tensors[] = {&a->key, &a->value, &a->query, grad};
+  for (const Heads* x : tensors) {
+    if (x) prefetch_rows(head_of(*x, n, h), first, rows, a->D);
+  }
+}
 
 // ---- columns of weights: one vector of queries, some keys ----
 
@@ -287,6 +302,7 @@ void attend_block(const AttentionArgs* a, const Head& head, int64_t first, int64
                   uint16_t* out, float* log_sum) {
   read_rows(head_of(a->query, head.n, head.h), nullptr, first, rows, a->D, up(rows, 16), f.query);
   transpose_words(f.query, up(rows, 16), up((a->D + 1) / 2, 16), f.query_t);
+  prefetch_next(a, head, first, rows, nullptr);
   float* const sums = log_sum + (head.n * a->H + head.h) * a->T + first;
   if (a->slopes) {
     a->drops ? soften_block<true, true>(a, head, first, rows, f, tiles, sums)
@@ -377,7 +393,7 @@ struct Backward {
 // One vector of queries. Logits `s` to weights, and the gradient `g` of dropped weights to that of weights; dropped
 // weights go to `weights`. Returns what softmax subtracts, summed over the keys as in attention_cpu.cpp.
 template <bool BIAS, bool DROPS>
-VF weigh(const AttentionArgs* a, const Head& head, int64_t query, VF log_sum, VF live, const Floats& s, const Floats& g,
+VF weigh(const AttentionArgs* a, const Head& head, int64_t query, VF log_sum, const Floats& s, const Floats& g,
          const WordRows& weights, int64_t at) {
   const float rescale = static_cast<float>(a->rescale);
   const Distances distances(head, BIAS ? query : 0);
@@ -385,8 +401,8 @@ VF weigh(const AttentionArgs* a, const Head& head, int64_t query, VF log_sum, VF
   VF sum{};
   for (int64_t j = 0; j < head.count; ++j) {
     float *const to = s.data + j * s.row, *const of = g.data + j * g.row;
-    VF p = exp_weight(logit_at<BIAS>(head, distances, to, j) - log_sum), upstream = load<float>(of);
-    p = live > 0.0f ? p : VF{}, upstream = live > 0.0f ? upstream : VF{};
+    const VF p = exp_weight(logit_at<BIAS>(head, distances, to, j) - log_sum);
+    VF upstream = load<float>(of);
     VF left = p;
     if (DROPS) {
       left = dropout.keep(p, head.at[j]) * rescale;
@@ -412,25 +428,29 @@ VF differentiate(const Head& head, int64_t query, VF delta, const Backward& b, i
     const VF y = two ? load<float>(p + b.s.row) * (load<float>(g + b.g.row) - delta) : VF{};
     if (BIAS) along += x * distances.from(head.at[j]);
     if (BIAS && two) along += y * distances.from(head.at[j + 1]);
-    const VH first = to_bf16(x), second = to_bf16(y);
-    uint32_t* const rows = b.slope.data + j * b.slope.row;
-    memcpy(reinterpret_cast<uint16_t*>(rows) + at, &first, sizeof(first));
-    memcpy(reinterpret_cast<uint16_t*>(rows + b.slope.row) + at, &second, sizeof(second));
-    const VU both = pair_words(first, second);
-    memcpy(b.slope_pairs.data + j / 2 * b.slope_pairs.row + at, &both, sizeof(both));
+    uint16_t* const rows = reinterpret_cast<uint16_t*>(b.slope.data + j * b.slope.row) + at;
+    store_two(x, y, rows, rows + 2 * b.slope.row, b.slope_pairs.data + j / 2 * b.slope_pairs.row + at);
   }
   return along;
+}
+
+// Columns from `first` to the next multiple of 16 become 0: beyond the last query a NaN or an infinity of a key would
+// not.
+void clear_columns(const Floats& x, int64_t rows, int64_t first) {
+  const size_t bytes = static_cast<size_t>(up(first, 16) - first) * sizeof(float);
+  for (int64_t r = 0; bytes && r < rows; ++r) memset(x.data + r * x.row + first, 0, bytes);
 }
 
 template <bool BIAS, bool DROPS>
 double differentiate_columns(const AttentionArgs* a, const Head& head, const LogSums& sums, int64_t first, int64_t rows,
                              const Backward& b) {
   const float* const log_sum = static_cast<const float*>(sums.data) + head.n * sums.row + head.h * sums.head;
-  float sum[kBackwardQueries] = {}, live[kBackwardQueries] = {};
-  for (int64_t r = 0; r < rows; ++r) sum[r] = log_sum[(first + r) * sums.token], live[r] = 1.0f;
+  float sum[kBackwardQueries] = {};
+  for (int64_t r = 0; r < rows; ++r) sum[r] = log_sum[(first + r) * sums.token];
+  clear_columns(b.s, head.count, rows), clear_columns(b.g, head.count, rows);
   double of_slope = 0;
   for (int64_t at = 0; at < up(rows, 16); at += L) {
-    const VF delta = weigh<BIAS, DROPS>(a, head, first + at, load<float>(sum + at), load<float>(live + at),
+    const VF delta = weigh<BIAS, DROPS>(a, head, first + at, load<float>(sum + at),
                                         {b.s.data + at, b.s.row}, {b.g.data + at, b.g.row}, b.weights, at);
     const VF along = differentiate<BIAS>(head, first + at, delta, b, at);
     for (int i = 0; BIAS && i < L; ++i) of_slope -= static_cast<double>(along[i]);
@@ -452,6 +472,7 @@ double differentiate_block(const AttentionArgs* a, const AttentionGradient* grad
   const int64_t D = a->D, count = head.count, width = up(rows, 16);
   read_queries(head_of(a->query, head.n, head.h), first, rows, D, b.query, b.query_t, b.query_pairs);
   read_queries(head_of(gradient->grad, head.n, head.h), first, rows, D, b.grad, b.grad_t, b.grad_pairs);
+  prefetch_next(a, head, first, rows, &gradient->grad);
   multiply_words(tiles, false, count, width, (D + 1) / 2, b.key, b.query_t, b.s);
   multiply_words(tiles, false, count, width, (D + 1) / 2, b.value, b.grad_t, b.g);
   const LogSums& sums = gradient->log_sum;

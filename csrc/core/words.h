@@ -19,21 +19,33 @@ D2V_INLINE VH to_bf16(VF v) {
 #endif
 }
 
-// Words of the bf16 numbers of two vectors, `even` in the lower halves.
-D2V_INLINE VU pair_words(VH even, VH odd) {
-  return __builtin_convertvector(even, VU) | (__builtin_convertvector(odd, VU) << 16);
-}
-D2V_INLINE VU pair_words(VF even, VF odd) {
+// Words of the bf16 numbers of two vectors, `even` in the lower halves; and these numbers vector by vector.
 #if defined(__AVX512BF16__)
+D2V_INLINE __m512i two_to_bf16(VF even, VF odd) {
+  return bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(odd), bit_cast<__m512>(even)));
+}
+D2V_INLINE VU interleave_halves(__m512i both) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i order = _mm512_load_si512(kOrder);
-  const __m512i both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(odd), bit_cast<__m512>(even)));
-  return bit_cast<VU>(_mm512_permutexvar_epi16(order, both));
-#else
-  return pair_words(to_bf16(even), to_bf16(odd));
-#endif
+  return bit_cast<VU>(_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
 }
+D2V_INLINE VU pair_words(VF even, VF odd) { return interleave_halves(two_to_bf16(even, odd)); }
+D2V_INLINE void store_two(VF even, VF odd, uint16_t* first, uint16_t* second, uint32_t* words) {
+  const __m512i both = two_to_bf16(even, odd);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(first), _mm512_castsi512_si256(both));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(second), _mm512_extracti64x4_epi64(both, 1));
+  _mm512_storeu_si512(words, bit_cast<__m512i>(interleave_halves(both)));
+}
+#else
+D2V_INLINE VU pair_words(VF even, VF odd) {
+  return __builtin_convertvector(to_bf16(even), VU) | (__builtin_convertvector(to_bf16(odd), VU) << 16);
+}
+D2V_INLINE void store_two(VF even, VF odd, uint16_t* first, uint16_t* second, uint32_t* words) {
+  const VH a = to_bf16(even), b = to_bf16(odd);
+  const VU both = pair_words(even, odd);
+  memcpy(first, &a, sizeof(a)), memcpy(second, &b, sizeof(b)), memcpy(words, &both, sizeof(both));
+}
+#endif
 
 // Bf16 numbers of one vector of words: the first n of them, 0 < n, then zeros.
 D2V_INLINE VU load_numbers(const uint16_t* p, int64_t n) {
@@ -81,6 +93,14 @@ D2V_INLINE void pair_vectors(const uint32_t* a, const uint32_t* b, uint32_t* out
   }
 }
 #endif
+
+// Asks for rows of D numbers that are read later: they lie far apart, where the processor does not look ahead by itself.
+D2V_INLINE void prefetch_rows(const Heads& x, int64_t first, int64_t count, int64_t D) {
+  for (int64_t r = first; r < first + count; ++r) {
+    const uint16_t* const row = static_cast<const uint16_t*>(x.data) + r * x.token;
+    for (int64_t c = 0; c < D; c += 32) prefetch(row + c);
+  }
+}
 
 // Words of two rows each: word (r, c) has elements c of rows 2r and 2r + 1; twice as many in a row as x has.
 void pair_rows(const WordRows& x, int64_t rows, const WordRows& out) {
@@ -138,6 +158,11 @@ D2V_INLINE WordRows as_words(const Matrix<float>& x) { return {reinterpret_cast<
 
 // A row of fp32 numbers times `factor` as bf16.
 D2V_INLINE void write_row(const float* x, float factor, int64_t D, uint16_t* out) {
+#if defined(__AVX512BF16__)
+  for (; D >= 2 * kLanes<float>; D -= 32, x += 32, out += 32) {  // whole cache lines
+    _mm512_storeu_si512(out, two_to_bf16(load<float>(x) * factor, load<float>(x + 16) * factor));
+  }
+#endif
   for_vectors<float>(D, [&](auto full, int64_t c, int lanes) {
     const VH numbers = to_bf16(load<float>(x + c) * factor);
     if (decltype(full)::value) {
