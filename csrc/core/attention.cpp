@@ -28,6 +28,11 @@ const AttentionKernels* bf16_kernels(const AttentionArgs& a, DType grad = kBFloa
   return fits && grad == kBFloat16 && !a.wide ? attention_bf16_kernels() : nullptr;
 }
 
+AttentionArgs with_stream(AttentionArgs a) {
+  a.stream = a.N * a.T * a.H * a.D * size_of(a.query.type) >= kStreamBytes;
+  return a;
+}
+
 // Heads that make a piece worth a thread, by their weights and by their rows.
 int64_t head_grain(const AttentionArgs& a) { return grain_of(8 * a.T * (a.T + a.D)); }
 
@@ -57,10 +62,11 @@ void attention(const AttentionArgs& a, void* out, void* log_sum, Parallel parall
   }
   const int64_t queries = queries_of_piece(a, parallel.threads), parts = (a.T + queries - 1) / queries;
   const AttentionKernels* const narrow = bf16_kernels(a);
+  const AttentionArgs b = with_stream(a);
   const int64_t bytes = narrow ? AttentionBf16Sizes(a).forward() * 4 : AttentionSizes(a).forward() * element_bytes(a);
   parallel_for(parallel, a.N * a.H * parts, head_grain(a), [&](int64_t begin, int64_t end) {
     Space space(bytes);
-    (narrow ? *narrow : attention_kernels()).forward(&a, out, log_sum, queries, begin, end, space.data());
+    (narrow ? *narrow : attention_kernels()).forward(&b, out, log_sum, queries, begin, end, space.data());
   });
 }
 
@@ -70,11 +76,12 @@ void attention_backward(const AttentionArgs& a, const AttentionGradient& gradien
     AttentionGradient g = gradient;
     g.of_slopes = a.slopes ? partial.data() : nullptr;
     const AttentionKernels* const narrow = bf16_kernels(a, g.grad.type);
+    const AttentionArgs b = with_stream(a);
     const int64_t bytes =
         narrow ? AttentionBf16Sizes(a).backward() * 4 : AttentionSizes(a).backward() * element_bytes(a);
     parallel_for(parallel, a.N * a.H, head_grain(a), [&](int64_t begin, int64_t end) {
       Space space(bytes);
-      (narrow ? *narrow : attention_kernels()).backward(&a, &g, begin, end, space.data());
+      (narrow ? *narrow : attention_kernels()).backward(&b, &g, begin, end, space.data());
     });
   }
   for (int64_t h = 0; a.slopes && h < a.H; ++h) {

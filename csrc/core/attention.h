@@ -28,6 +28,7 @@ struct AttentionArgs {
   uint32_t last_dropped;  // a weight is dropped where its number is not above this one
   double rescale;         // 1 / (1 - probability), of the weights that are left
   double scale;           // of the logits
+  bool stream;            // results leave the caches before anyone reads them; set by `attention` itself
 };
 
 // out (N, T, H, D) in query's type and log_sum (N, H, T), contiguous; log_sum is infinite where no key is valid.

@@ -5,8 +5,7 @@
 // logits, softmax, dropout and their gradient are fp32, weights and the logits' gradient are rounded to bf16 for the
 // products that follow. Numbers below 2^-126 count as 0 there. Keys that are not valid are left out from the start.
 #include "attention.h"
-#include "noise.h"
-#include "product_bf16.h"
+#include "attention_head.h"
 #include "simd.h"
 #include "words.h"
 
@@ -14,8 +13,6 @@ namespace d2v {
 namespace {
 
 typedef AttentionBf16Sizes Sizes;
-typedef Matrix<float> Floats;
-constexpr int L = kLanes<float>;
 
 // e^x for x that is hardly above 0: 2^n e^r, r within half of ln 2 of 0, by a polynomial of least relative error (1e-7
 // before rounding). 0 where the result would not be a normal number.
@@ -56,101 +53,6 @@ D2V_INLINE VF larger(VF x, VF y) {
 #endif
 }
 
-// ---- what belongs to one head ----
-
-struct Head {
-  int64_t n, h, count;  // keys
-  const int32_t* at;    // (count): their tokens
-  const float* place;   // (T): positions, 0 for an extra token
-  const float* placed;  // (T): 0 for an extra token, else 1
-  float scale, slope;   // of logits
-  uint64_t dropout_key;
-};
-
-D2V_INLINE int64_t integer_at(const Indices& index, int64_t row, int64_t column) {
-  const int64_t at = row * index.row_stride + column * index.stride;
-  return index.wide ? static_cast<const int64_t*>(index.data)[at] : static_cast<const int32_t*>(index.data)[at];
-}
-
-Head describe_head(const AttentionArgs* a, int64_t n, int64_t h, int32_t* at, const Floats& places) {
-  int64_t length = a->T, count = 0;
-  if (a->lengths.data) {
-    const int64_t wanted = integer_at(a->lengths, 0, n);
-    length = wanted < 0 ? 0 : wanted < length ? wanted : length;
-  }
-  for (int64_t j = 0; j < length; ++j) {
-    if (!a->valid || a->valid[n * a->valid_row + j * a->valid_stride]) at[count++] = static_cast<int32_t>(j);
-  }
-  float *const place = places.data, *const placed = place + places.row;
-  const int64_t extra = a->T - a->placed;
-  for (int64_t j = 0; a->slopes && j < a->T; ++j) {
-    place[j] = j < extra ? 0.0f : static_cast<float>(integer_at(a->positions, n, j - extra));
-    placed[j] = j < extra ? 0.0f : 1.0f;
-  }
-  const float slope = a->slopes ? static_cast<const float*>(a->slopes)[h * a->slope_stride] : 0.0f;
-  const float scale = static_cast<float>(a->scale);
-  const uint64_t key = a->drops ? static_cast<uint64_t>(a->keys[n * a->key_stride]) : 0;
-  return {n, h, count, at, place, placed, scale, slope, key};
-}
-
-D2V_INLINE Heads head_of(const Heads& x, int64_t n, int64_t h) {
-  const int64_t at = n * x.row + h * x.head;
-  return {static_cast<const uint16_t*>(x.data) + at, 0, x.token, 0, x.type};
-}
-
-// Distances of the queries of one vector from a key, 0 where either is an extra token.
-struct Distances {
-  const Head* head;
-  VF place, placed;
-  Distances(const Head& of, int64_t query) : head(&of) {
-    place = load<float>(of.place + query), placed = load<float>(of.placed + query);
-  }
-  D2V_INLINE VF from(int64_t token) const {
-    return magnitude(place - head->place[token]) * (placed * head->placed[token]);
-  }
-};
-
-// Dropout of the weights of one vector of queries: the words of four keys at once, word j % 4 of Philox at counter
-// (j / 4, query, head).
-class Dropout {
- public:
-  Dropout(const AttentionArgs* a, const Head& head, int64_t query)
-      : key_(head.dropout_key), head_(static_cast<uint32_t>(head.h)), last_(a->last_dropped) {
-    for (int i = 0; i < L / 2; ++i) queries_[i] = static_cast<uint64_t>(query + 2 * i);
-  }
-  // x where the weight to this token is kept, else 0; tokens ascend.
-  D2V_INLINE VF keep(VF x, int64_t token) {
-    if (token / 4 != group_) draw(token / 4);
-    return words_[token % 4] > last_ ? x : VF{};
-  }
-
- private:
-  D2V_INLINE void draw(int64_t group) {
-    group_ = group;
-    const VU64 counter = VU64{} + static_cast<uint64_t>(group);
-    const Words even = philox(counter, queries_, key_, head_), odd = philox(counter, queries_ + 1, key_, head_);
-    words_[0] = bit_cast<VU>((even.x0 & 0xffffffffu) | (odd.x0 << 32));
-    words_[1] = bit_cast<VU>((even.x1 & 0xffffffffu) | (odd.x1 << 32));
-    words_[2] = bit_cast<VU>((even.x2 & 0xffffffffu) | (odd.x2 << 32));
-    words_[3] = bit_cast<VU>((even.x3 & 0xffffffffu) | (odd.x3 << 32));
-  }
-  VU words_[4];
-  VU64 queries_{};
-  uint64_t key_;
-  int64_t group_ = -1;
-  uint32_t head_, last_;
-};
-
-// Rows of the same tokens of the next head.
-void prefetch_next(const AttentionArgs* a, const Head& head, int64_t first, int64_t rows, const Heads* grad) {
-  const int64_t unit = head.n * a->H + head.h + 1, n = unit / a->H, h = unit % a->H;
-  if (n == a->N) return;
-  const Heads* const tensors[] = {&a->key, &a->value, &a->query, grad};
-  for (const Heads* x : tensors) {
-    if (x) prefetch_rows(head_of(*x, n, h), first, rows, a->D);
-  }
-}
-
 // ---- columns of weights: one vector of queries, some keys ----
 
 template <bool BIAS>
@@ -161,7 +63,7 @@ D2V_INLINE VF logit_at(const Head& head, const Distances& distances, const float
 
 // Largest logit; with a bias `s` becomes the logits.
 template <bool BIAS>
-VF largest_of(const Head& head, const Distances& distances, const Floats& s, int64_t first, int64_t end, VF most) {
+VF largest_of(const Head& head, const Distances& distances, Floats s, int64_t first, int64_t end, VF most) {
   VF other = most;
   int64_t j = first;
   for (; j + 1 < end; j += 2) {
@@ -181,8 +83,8 @@ VF largest_of(const Head& head, const Distances& distances, const Floats& s, int
 // Weights, not yet divided by their sum, of keys [first, end) as words of two keys; dropped ones are 0. Adds to the
 // sum.
 template <bool BIAS, bool DROPS>
-VF soften(const Head& head, const Distances& distances, Dropout& dropout, const Floats& s, int64_t first, int64_t end,
-          VF most, uint32_t* words, int64_t row, VF sum) {
+VF soften(const Head& head, const Distances& distances, Dropout& dropout, Floats s, int64_t first, int64_t end, VF most,
+          uint32_t* words, int64_t row, VF sum) {
   // With a bias `s` has the logits already.
   const auto weight = [&](const float* at, int64_t j) {
     return exp_weight((BIAS ? load<float>(at) : logit_at<false>(head, distances, at, j)) - most);
@@ -203,7 +105,7 @@ VF soften(const Head& head, const Distances& distances, Dropout& dropout, const 
   return sum + other;
 }
 
-void clear_rows(const WordRows& x, int64_t first, int64_t end, int64_t bytes) {
+void clear_rows(WordRows x, int64_t first, int64_t end, int64_t bytes) {
   for (int64_t r = first; r < end; ++r) memset(x.data + r * x.row, 0, static_cast<size_t>(bytes));
 }
 
@@ -246,7 +148,7 @@ struct Forward {
 };
 
 // Rows of keys or values of one head as they are and, unless null, transposed (D, keys / 2), by way of pairs.
-void read_keys(const Heads& x, const Head& head, int64_t D, const WordRows& rows, const WordRows* pairs,
+void read_keys(const Heads& x, const Head& head, int64_t D, WordRows rows, const WordRows* pairs,
                const WordRows* transposed) {
   const int64_t padded = up(head.count, 32);
   read_rows(x, head.at, 0, head.count, D, padded, rows);
@@ -257,7 +159,7 @@ void read_keys(const Heads& x, const Head& head, int64_t D, const WordRows& rows
 
 template <bool BIAS, bool DROPS>
 void soften_block(const AttentionArgs* a, const Head& head, int64_t query, int64_t rows, const Forward& f, Tiles& tiles,
-                  float* log_sum) {
+                  float* factors, float* log_sum) {
   const int64_t count = head.count, width = up(rows, 16);
   VF most[kForwardVectors], sum[kForwardVectors];
   for (int v = 0; v < kForwardVectors; ++v) most[v] = splat(-__builtin_inff()), sum[v] = VF{};
@@ -282,7 +184,7 @@ void soften_block(const AttentionArgs* a, const Head& head, int64_t query, int64
     multiply_words(tiles, first > 0, a->D, width, words, {f.value_t.data + first / 2, f.value_t.row}, f.weights,
                    f.out_t);
   }
-  float factors[kForwardQueries], sums[kForwardQueries];
+  float sums[kForwardQueries];
   for (int64_t v = 0; v * L < width; ++v) {
     const VF natural = most[v] + log_vector(sum[v]);
     const VF safe = sum[v] == 0.0f ? splat(1.0f) : sum[v], factor = static_cast<float>(a->rescale) / safe;
@@ -292,10 +194,6 @@ void soften_block(const AttentionArgs* a, const Head& head, int64_t query, int64
   }
   transpose_words(as_words(f.out_t), up(a->D, 16), width, as_words(f.out));
   memcpy(log_sum, sums, static_cast<size_t>(rows) * sizeof(float));
-  for (int64_t r = 0; r < rows; ++r) {  // the rows of `out` are scaled in place
-    float* const row = f.out.data + r * f.out.row;
-    for (int64_t c = 0; c < f.out.row; c += L) store<float>(row + c, load<float>(row + c) * factors[r]);
-  }
 }
 
 void attend_block(const AttentionArgs* a, const Head& head, int64_t first, int64_t rows, const Forward& f, Tiles& tiles,
@@ -304,15 +202,17 @@ void attend_block(const AttentionArgs* a, const Head& head, int64_t first, int64
   transpose_words(f.query, up(rows, 16), up((a->D + 1) / 2, 16), f.query_t);
   prefetch_next(a, head, first, rows, nullptr);
   float* const sums = log_sum + (head.n * a->H + head.h) * a->T + first;
+  float factors[kForwardQueries];
   if (a->slopes) {
-    a->drops ? soften_block<true, true>(a, head, first, rows, f, tiles, sums)
-             : soften_block<true, false>(a, head, first, rows, f, tiles, sums);
+    a->drops ? soften_block<true, true>(a, head, first, rows, f, tiles, factors, sums)
+             : soften_block<true, false>(a, head, first, rows, f, tiles, factors, sums);
   } else {
-    a->drops ? soften_block<false, true>(a, head, first, rows, f, tiles, sums)
-             : soften_block<false, false>(a, head, first, rows, f, tiles, sums);
+    a->drops ? soften_block<false, true>(a, head, first, rows, f, tiles, factors, sums)
+             : soften_block<false, false>(a, head, first, rows, f, tiles, factors, sums);
   }
   uint16_t* to = out + ((head.n * a->T + first) * a->H + head.h) * a->D;
-  for (int64_t r = 0; r < rows; ++r, to += a->H * a->D) write_row(f.out.data + r * f.out.row, 1.0f, a->D, to);
+  for (int64_t r = 0; r < rows; ++r, to += a->H * a->D)
+    write_row(f.out.data + r * f.out.row, factors[r], a->D, a->stream, to);
 }
 
 // Results of queries that have no key.
@@ -348,6 +248,7 @@ void forward(const AttentionArgs* a, void* out, void* log_sum, int64_t queries, 
     }
   }
   tiles.end();
+  finish_streaming();
 }
 
 // ---- backward ----
@@ -393,8 +294,8 @@ struct Backward {
 // One vector of queries. Logits `s` to weights, and the gradient `g` of dropped weights to that of weights; dropped
 // weights go to `weights`. Returns what softmax subtracts, summed over the keys as in attention_cpu.cpp.
 template <bool BIAS, bool DROPS>
-VF weigh(const AttentionArgs* a, const Head& head, int64_t query, VF log_sum, const Floats& s, const Floats& g,
-         const WordRows& weights, int64_t at) {
+VF weigh(const AttentionArgs* a, const Head& head, int64_t query, VF log_sum, Floats s, Floats g, WordRows weights,
+         int64_t at) {
   const float rescale = static_cast<float>(a->rescale);
   const Distances distances(head, BIAS ? query : 0);
   Dropout dropout(a, head, query);
@@ -436,7 +337,7 @@ VF differentiate(const Head& head, int64_t query, VF delta, const Backward& b, i
 
 // Columns from `first` to the next multiple of 16 become 0: beyond the last query a NaN or an infinity of a key would
 // not.
-void clear_columns(const Floats& x, int64_t rows, int64_t first) {
+void clear_columns(Floats x, int64_t rows, int64_t first) {
   const size_t bytes = static_cast<size_t>(up(first, 16) - first) * sizeof(float);
   for (int64_t r = 0; bytes && r < rows; ++r) memset(x.data + r * x.row + first, 0, bytes);
 }
@@ -450,8 +351,8 @@ double differentiate_columns(const AttentionArgs* a, const Head& head, const Log
   clear_columns(b.s, head.count, rows), clear_columns(b.g, head.count, rows);
   double of_slope = 0;
   for (int64_t at = 0; at < up(rows, 16); at += L) {
-    const VF delta = weigh<BIAS, DROPS>(a, head, first + at, load<float>(sum + at),
-                                        {b.s.data + at, b.s.row}, {b.g.data + at, b.g.row}, b.weights, at);
+    const VF delta = weigh<BIAS, DROPS>(a, head, first + at, load<float>(sum + at), {b.s.data + at, b.s.row},
+                                        {b.g.data + at, b.g.row}, b.weights, at);
     const VF along = differentiate<BIAS>(head, first + at, delta, b, at);
     for (int i = 0; BIAS && i < L; ++i) of_slope -= static_cast<double>(along[i]);
   }
@@ -459,8 +360,8 @@ double differentiate_columns(const AttentionArgs* a, const Head& head, const Log
 }
 
 // Queries, or the gradient of their results: rows, words of two columns, words of two rows.
-void read_queries(const Heads& x, int64_t first, int64_t rows, int64_t D, const WordRows& whole,
-                  const WordRows& transposed, const WordRows& pairs) {
+void read_queries(const Heads& x, int64_t first, int64_t rows, int64_t D, WordRows whole, WordRows transposed,
+                  WordRows pairs) {
   read_rows(x, nullptr, first, rows, D, up(rows, 32), whole);
   transpose_words(whole, up(rows, 16), up((D + 1) / 2, 16), transposed);
   pair_rows(whole, up(rows, 32), pairs);
@@ -492,17 +393,17 @@ double differentiate_block(const AttentionArgs* a, const AttentionGradient* grad
   transpose_words(as_words(b.of_query_t), up(D, 16), width, as_words(b.of_query));
   uint16_t* to = static_cast<uint16_t*>(gradient->of_query) + ((head.n * a->T + first) * a->H + head.h) * D;
   for (int64_t r = 0; r < rows; ++r, to += a->H * D) {
-    write_row(b.of_query.data + r * b.of_query.row, static_cast<float>(a->scale), D, to);
+    write_row(b.of_query.data + r * b.of_query.row, static_cast<float>(a->scale), D, a->stream, to);
   }
   return of_slope;
 }
 
 // Gradients of keys or values; zeros for tokens that are no key.
-void write_keys(const AttentionArgs* a, const Head& head, const Floats& x, float factor, void* data) {
+void write_keys(const AttentionArgs* a, const Head& head, Floats x, float factor, void* data) {
   uint16_t* to = static_cast<uint16_t*>(data) + (head.n * a->T * a->H + head.h) * a->D;
   for (int64_t t = 0, j = 0; t < a->T; ++t, to += a->H * a->D) {
     if (j < head.count && head.at[j] == t) {
-      write_row(x.data + j++ * x.row, factor, a->D, to);
+      write_row(x.data + j++ * x.row, factor, a->D, a->stream, to);
     } else {
       memset(to, 0, static_cast<size_t>(a->D) * 2);
     }
@@ -533,6 +434,7 @@ void backward(const AttentionArgs* a, const AttentionGradient* gradient, int64_t
     write_keys(a, head, b.of_value, 1.0f, gradient->of_value);
   }
   tiles.end();
+  finish_streaming();
 }
 
 }  // namespace

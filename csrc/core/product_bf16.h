@@ -15,8 +15,7 @@ typedef Matrix<uint32_t> WordRows;
 
 // Registers 0 to 3: sums, 4 and 5: left, 6 and 7: right.
 template <int ROWS, int COLUMNS>
-D2V_INLINE void multiply_tiles(Tiles& tiles, bool add, int64_t K, const WordRows& left, const WordRows& right,
-                               const Matrix<float>& out) {
+D2V_INLINE void multiply_tiles(Tiles& tiles, bool add, int64_t K, WordRows left, WordRows right, Matrix<float> out) {
   const int64_t a_row = left.row * 4, b_row = right.row * 4, c_row = out.row * 4;
   float *const c0 = out.data, *const c1 = c0 + kTileSide * out.row;
   if (add) {
@@ -50,8 +49,8 @@ D2V_INLINE void multiply_tiles(Tiles& tiles, bool add, int64_t K, const WordRows
 // out = left * right, or out += left * right: M rows, N columns, K words. Rows and columns up to the next multiple of
 // 16 are read and written, too, and words up to the next multiple of 16 are read, where one operand must be 0 and the
 // other finite.
-__attribute__((noinline)) void multiply_words(Tiles& tiles, bool add, int64_t M, int64_t N, int64_t K,
-                                              const WordRows& left, const WordRows& right, const Matrix<float>& out) {
+__attribute__((noinline)) void multiply_words(Tiles& tiles, bool add, int64_t M, int64_t N, int64_t K, WordRows left,
+                                              WordRows right, Matrix<float> out) {
   for (int64_t n = 0; n < N; n += 2 * kTileSide) {
     const WordRows b{right.data + n, right.row};
     for (int64_t m = 0; m < M; m += 2 * kTileSide) {
@@ -81,8 +80,8 @@ struct Tiles {
 constexpr int kWordRows = 8, kWordVectors = 3;  // of 32 registers; 3 * 8 sums hide the instruction's latency
 
 template <int VECTORS>
-__attribute__((noinline)) void multiply_word_panel(bool add, int64_t M, int64_t K, const WordRows& left,
-                                                   const WordRows& right, const Matrix<float>& out) {
+__attribute__((noinline)) void multiply_word_panel(bool add, int64_t M, int64_t K, WordRows left, WordRows right,
+                                                   Matrix<float> out) {
   for (int64_t m = 0; m < M; m += kWordRows) {
     float* const c = out.data + m * out.row;
     __m512 sum[kWordRows][VECTORS];
@@ -107,8 +106,8 @@ __attribute__((noinline)) void multiply_word_panel(bool add, int64_t M, int64_t 
 }
 
 // As above; words beyond K are not read.
-void multiply_words(Tiles&, bool add, int64_t M, int64_t N, int64_t K, const WordRows& left, const WordRows& right,
-                    const Matrix<float>& out) {
+void multiply_words(Tiles&, bool add, int64_t M, int64_t N, int64_t K, WordRows left, WordRows right,
+                    Matrix<float> out) {
   const int64_t vectors = (N + 15) / 16;
   for (int64_t panels = (vectors + kWordVectors - 1) / kWordVectors, v = 0; panels > 0; --panels) {
     const int64_t share = (vectors - v + panels - 1) / panels;  // alike, as wide ones are quicker

@@ -63,16 +63,24 @@ D2V_INLINE VU load_numbers(const uint16_t* p, int64_t n) {
 // Rows of D numbers, each with zeros up to the whole row of `out`, then rows of zeros up to `padded`. Row r is that of
 // token first + r, or of token at[first + r].
 void read_rows(const Heads& x, const int32_t* at, int64_t first, int64_t count, int64_t D, int64_t padded,
-               const WordRows& out) {
-  constexpr int L = kLanes<float>;
-  for (int64_t r = 0; r < padded; ++r) {
-    const int64_t token = r >= count ? 0 : at ? at[first + r] : first + r;
-    const uint16_t* const from = static_cast<const uint16_t*>(x.data) + token * x.token;
-    for (int64_t c = 0; c < out.row; c += L) {
-      store<float>(reinterpret_cast<float*>(out.data + r * out.row + c),
-                   bit_cast<VF>(r < count && 2 * c < D ? load_numbers(from + 2 * c, D - 2 * c) : VU{}));
+               WordRows out) {
+  constexpr int64_t L = kLanes<float>;
+  const uint16_t* const data = static_cast<const uint16_t*>(x.data);
+  const int64_t stride = x.token, whole = D / (2 * L) * L, rest = D - 2 * whole;
+  for (int64_t r = 0; r < count; ++r) {
+    const uint16_t* const from = data + (at ? at[first + r] : first + r) * stride;
+    uint32_t* const to = out.data + r * out.row;
+    for (int64_t c = 0; c < whole; c += L) {
+      VU v;
+      memcpy(&v, from + 2 * c, sizeof(v));
+      memcpy(to + c, &v, sizeof(v));
+    }
+    for (int64_t c = whole; c < out.row; c += L) {
+      const VU v = c == whole && rest ? load_numbers(from + 2 * c, rest) : VU{};
+      memcpy(to + c, &v, sizeof(v));
     }
   }
+  if (count < padded) memset(out.data + count * out.row, 0, static_cast<size_t>((padded - count) * out.row) * 4);
 }
 
 // Two words' worth of a vector: numbers 0 on of a and b side by side.
@@ -94,7 +102,8 @@ D2V_INLINE void pair_vectors(const uint32_t* a, const uint32_t* b, uint32_t* out
 }
 #endif
 
-// Asks for rows of D numbers that are read later: they lie far apart, where the processor does not look ahead by itself.
+// Asks for rows of D numbers that are read later: they lie far apart, where the processor does not look ahead by
+// itself.
 D2V_INLINE void prefetch_rows(const Heads& x, int64_t first, int64_t count, int64_t D) {
   for (int64_t r = first; r < first + count; ++r) {
     const uint16_t* const row = static_cast<const uint16_t*>(x.data) + r * x.token;
@@ -103,7 +112,7 @@ D2V_INLINE void prefetch_rows(const Heads& x, int64_t first, int64_t count, int6
 }
 
 // Words of two rows each: word (r, c) has elements c of rows 2r and 2r + 1; twice as many in a row as x has.
-void pair_rows(const WordRows& x, int64_t rows, const WordRows& out) {
+void pair_rows(WordRows x, int64_t rows, WordRows out) {
   for (int64_t r = 0; r < rows; r += 2) {
     const uint32_t *const a = x.data + r * x.row, *const b = a + x.row;
     uint32_t* const to = out.data + r / 2 * out.row;
@@ -147,21 +156,27 @@ D2V_INLINE void transpose_square(const uint32_t* from, int64_t from_row, uint32_
 #endif
 
 // 32-bit elements: out (columns, rows) from x (rows, columns), both multiples of 16.
-void transpose_words(const WordRows& x, int64_t rows, int64_t columns, const WordRows& out) {
+void transpose_words(WordRows x, int64_t rows, int64_t columns, WordRows out) {
   for (int64_t r = 0; r < rows; r += 16) {
     for (int64_t c = 0; c < columns; c += 16) {
       transpose_square(x.data + r * x.row + c, x.row, out.data + c * out.row + r, out.row);
     }
   }
 }
-D2V_INLINE WordRows as_words(const Matrix<float>& x) { return {reinterpret_cast<uint32_t*>(x.data), x.row}; }
+D2V_INLINE WordRows as_words(Matrix<float> x) { return {reinterpret_cast<uint32_t*>(x.data), x.row}; }
 
-// A row of fp32 numbers times `factor` as bf16.
-D2V_INLINE void write_row(const float* x, float factor, int64_t D, uint16_t* out) {
+// A row of fp32 numbers times `factor` as bf16; stream: past the caches, until `finish_streaming`.
+D2V_INLINE void write_row(const float* x, float factor, int64_t D, bool stream, uint16_t* out) {
 #if defined(__AVX512BF16__)
-  for (; D >= 2 * kLanes<float>; D -= 32, x += 32, out += 32) {  // whole cache lines
+  for (; stream && D >= 32 && is_aligned(out, 64); D -= 32, x += 32, out += 32) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out),
+                        two_to_bf16(load<float>(x) * factor, load<float>(x + 16) * factor));
+  }
+  for (; D >= 32; D -= 32, x += 32, out += 32) {  // whole cache lines
     _mm512_storeu_si512(out, two_to_bf16(load<float>(x) * factor, load<float>(x + 16) * factor));
   }
+#else
+  (void)stream;
 #endif
   for_vectors<float>(D, [&](auto full, int64_t c, int lanes) {
     const VH numbers = to_bf16(load<float>(x + c) * factor);
