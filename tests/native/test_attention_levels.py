@@ -1,4 +1,4 @@
-"""Attention of bf16 tensors at every instruction level: which products run, errors beside PyTorch's, NaN, dropout, bits."""
+"""Attention of bf16 tensors at every instruction level: which products run, errors, NaN, dropout, bits."""
 
 from __future__ import annotations
 
