@@ -74,16 +74,18 @@ int highest_level() {
   return level;
 }
 
+#if defined(D2V_HAS_AVX512BF16)
 // A bit of cpuid's leaf 7; registers eax, ebx, ecx, edx.
 bool has_feature(unsigned subleaf, int which, int bit) {
   unsigned r[4] = {};
   return __get_cpuid_count(7, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[which] >> bit & 1u);
 }
 
+#if defined(D2V_HAS_AMX)
 // AMX for bf16: the processor has it, and the system saves its registers and lets this process use them (Linux wants
 // to be asked, once a process; it refuses where a thread's signal stack has no room for the registers).
 bool may_use_tiles() {
-#if defined(D2V_HAS_AMX) && defined(__linux__)
+#if defined(__linux__)
   unsigned a, b, c, d;
   if (!has_feature(0, 3, 22) || !has_feature(0, 3, 24)) return false;    // amx-bf16, amx-tile
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1u)) return false;  // xgetbv
@@ -96,6 +98,8 @@ bool may_use_tiles() {
   return false;
 #endif
 }
+#endif  // D2V_HAS_AMX
+#endif  // D2V_HAS_AVX512BF16
 #endif
 
 Tables pick() {
