@@ -1,7 +1,8 @@
 """The only place that reads the process environment at run time.
 
 `D2V_KERNELS_BACKEND` = auto | reference | native | triton: backend used where none is forced.
-`D2V_KERNELS_ISA` = base | avx2 | avx512: highest CPU instruction level (read by the native library; for tests).
+`D2V_KERNELS_ISA` = base | avx2 | avx512 | avx512bf16 | amx: highest CPU instruction level (read by the native library;
+for tests).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import os
 
 BACKEND_NAMES = ("auto", "reference", "native", "triton")
-ISA_NAMES = ("base", "avx2", "avx512")
+ISA_NAMES = ("base", "avx2", "avx512", "avx512bf16", "amx")
 
 
 def _choice(name: str, allowed: tuple[str, ...], default: str) -> str:
@@ -27,8 +28,8 @@ def default_backend() -> str:
 
 
 def highest_isa() -> str:
-    """Value of `D2V_KERNELS_ISA`, `avx512` when unset; `ValueError` for an unknown name."""
-    return _choice("D2V_KERNELS_ISA", ISA_NAMES, "avx512")
+    """Value of `D2V_KERNELS_ISA`, `amx` when unset; `ValueError` for an unknown name."""
+    return _choice("D2V_KERNELS_ISA", ISA_NAMES, "amx")
 
 
 def triton_interpreter() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import time
 from typing import Any
 
 import torch
@@ -67,6 +68,28 @@ def _why_not_engines(request: attention.Request, chosen: str) -> dict[str, str]:
     return why_not
 
 
+_TIMED_SHAPES = ((16, 40, 12, 64), (2, 250, 12, 64))  # few visible tokens; speech
+
+
+def attention_times() -> list[dict[str, Any]]:
+    """Milliseconds of forward and backward of plain attention by each engine of the CPU: minima of calls in turns."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        request = attention.Request("cpu", dtype, 64)
+        names = [name for name in ("native", "sdpa") if not attention.why_not_engine(name, request)]
+        for shape in _TIMED_SHAPES:
+            generator = torch.Generator().manual_seed(0)
+            inputs = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+            best = dict.fromkeys(names, float("inf"))
+            for name in names * 4:
+                start = time.perf_counter()
+                attention.attend(*inputs, engine=name).backward(inputs[0].detach())
+                best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+            row = {"dtype": str(dtype).removeprefix("torch."), "shape": shape, "milliseconds": best}
+            rows.append({**row, "chosen": attention.choose_engine(request)})
+    return rows
+
+
 def collect(probe: bool = False) -> dict[str, Any]:
     """Versions, build record, and for every operator, device, dtype and backend "chosen", "usable" or the reasons."""
     operators: list[dict[str, Any]] = []
@@ -96,12 +119,13 @@ def collect(probe: bool = False) -> dict[str, Any]:
         "not_loaded": _native.load_errors(),
         "operators": operators,
         "attention": attention_engines(),
+        "attention_times": attention_times() if probe else [],
     }
 
 
 def _print_text(report: dict[str, Any]) -> None:
     for key, value in report.items():
-        if key in ("operators", "attention"):
+        if key in ("operators", "attention", "attention_times"):
             continue
         if isinstance(value, dict):
             print(f"{key}:" + ("" if value else " -"))
@@ -120,6 +144,16 @@ def _print_text(report: dict[str, Any]) -> None:
         print(f"    {row['dtype']:<9}" + "  ".join(f"{name}: {row[name]}" for name in names))
 
     _print_attention(report["attention"])
+    _print_times(report["attention_times"])
+
+
+def _print_times(rows: list[dict[str, Any]]) -> None:
+    if rows:
+        print("attention on cpu, forward and backward (rows, tokens, heads, width):")
+    for row in rows:
+        quickest = min(row["milliseconds"].values())
+        times = (f"{name} {ms:.2f} ms ({ms / quickest:.2f} x)" for name, ms in row["milliseconds"].items())
+        print(f"  {row['dtype']:<9}{row['shape']}  {', '.join(times)}  chosen: {row['chosen']}")
 
 
 def _print_attention(rows: list[dict[str, Any]]) -> None:
@@ -140,7 +174,7 @@ def _print_attention(rows: list[dict[str, Any]]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Prints the report; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m d2v_kernels.info", description=__doc__)
-    parser.add_argument("--probe", action="store_true", help="run a tiny case of every usable operator")
+    parser.add_argument("--probe", action="store_true", help="run a tiny case of every usable operator; time attention")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args(arguments)
     report = collect(options.probe)

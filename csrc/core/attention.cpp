@@ -22,6 +22,17 @@ class Space {
 
 int64_t element_bytes(const AttentionArgs& a) { return a.wide ? 8 : 4; }
 
+// The kernels with bf16 products, where they take this.
+const AttentionKernels* bf16_kernels(const AttentionArgs& a, DType grad = kBFloat16) {
+  const bool fits = a.query.type == kBFloat16 && a.key.type == kBFloat16 && a.value.type == kBFloat16;
+  return fits && grad == kBFloat16 && !a.wide ? attention_bf16_kernels() : nullptr;
+}
+
+AttentionArgs with_stream(AttentionArgs a) {
+  a.stream = a.N * a.T * a.H * a.D * size_of(a.query.type) >= kStreamBytes;
+  return a;
+}
+
 // Heads that make a piece worth a thread, by their weights and by their rows.
 int64_t head_grain(const AttentionArgs& a) { return grain_of(8 * a.T * (a.T + a.D)); }
 
@@ -50,9 +61,12 @@ void attention(const AttentionArgs& a, void* out, void* log_sum, Parallel parall
     return;
   }
   const int64_t queries = queries_of_piece(a, parallel.threads), parts = (a.T + queries - 1) / queries;
+  const AttentionKernels* const narrow = bf16_kernels(a);
+  const AttentionArgs b = with_stream(a);
+  const int64_t bytes = narrow ? AttentionBf16Sizes(a).forward() * 4 : AttentionSizes(a).forward() * element_bytes(a);
   parallel_for(parallel, a.N * a.H * parts, head_grain(a), [&](int64_t begin, int64_t end) {
-    Space space(AttentionSizes(a).forward() * element_bytes(a));
-    attention_kernels().forward(&a, out, log_sum, queries, begin, end, space.data());
+    Space space(bytes);
+    (narrow ? *narrow : attention_kernels()).forward(&b, out, log_sum, queries, begin, end, space.data());
   });
 }
 
@@ -61,9 +75,13 @@ void attention_backward(const AttentionArgs& a, const AttentionGradient& gradien
   if (a.N * a.T * a.H * a.D > 0) {
     AttentionGradient g = gradient;
     g.of_slopes = a.slopes ? partial.data() : nullptr;
+    const AttentionKernels* const narrow = bf16_kernels(a, g.grad.type);
+    const AttentionArgs b = with_stream(a);
+    const int64_t bytes =
+        narrow ? AttentionBf16Sizes(a).backward() * 4 : AttentionSizes(a).backward() * element_bytes(a);
     parallel_for(parallel, a.N * a.H, head_grain(a), [&](int64_t begin, int64_t end) {
-      Space space(AttentionSizes(a).backward() * element_bytes(a));
-      attention_kernels().backward(&a, &g, begin, end, space.data());
+      Space space(bytes);
+      (narrow ? *narrow : attention_kernels()).backward(&b, &g, begin, end, space.data());
     });
   }
   for (int64_t h = 0; a.slopes && h < a.H; ++h) {

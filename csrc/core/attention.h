@@ -28,6 +28,7 @@ struct AttentionArgs {
   uint32_t last_dropped;  // a weight is dropped where its number is not above this one
   double rescale;         // 1 / (1 - probability), of the weights that are left
   double scale;           // of the logits
+  bool stream;            // results leave the caches before anyone reads them; set by `attention` itself
 };
 
 // out (N, T, H, D) in query's type and log_sum (N, H, T), contiguous; log_sum is infinite where no key is valid.
@@ -71,5 +72,21 @@ struct AttentionKernels {
                    void* space);
 };
 const AttentionKernels& attention_kernels();
+
+// Those for query, key, value and gradient in bf16, with bf16 products; null where the machine has no instructions for
+// them. Scratch in 32-bit words.
+const AttentionKernels* attention_bf16_kernels();
+
+struct AttentionBf16Sizes {
+  static constexpr int64_t kForwardQueries = 32, kBackwardQueries = 64;  // whose weights exist at once
+  static constexpr int64_t kChunk = 256;  // keys whose weights go through the first cache
+  int64_t width, keys;
+  explicit AttentionBf16Sizes(const AttentionArgs& a) : width((a.D + 31) / 32 * 32), keys((a.T + 31) / 32 * 32) {}
+  int64_t of_all() const { return 2 * (keys + 64) + keys + width * (keys / 2 + 16) + keys * width; }
+  int64_t forward() const { return of_all() + kForwardQueries * (3 * width + keys + kChunk / 2); }
+  int64_t backward() const {
+    return of_all() + 2 * width * keys + keys * width / 2 + kBackwardQueries * (5 * width + 7 * keys / 2);
+  }
+};
 
 }  // namespace d2v

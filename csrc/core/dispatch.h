@@ -3,7 +3,7 @@
 
 namespace d2v {
 
-// "base", "avx2" or "avx512": the highest that this machine and D2V_KERNELS_ISA allow.
+// "base", "avx2", "avx512", "avx512bf16" or "amx": the highest that this machine and D2V_KERNELS_ISA allow.
 const char* cpu_isa();
 
 }  // namespace d2v

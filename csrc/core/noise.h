@@ -24,8 +24,8 @@ struct Words {
   VU64 x0, x1, x2, x3;  // the low 32 bits of each lane count
 };
 
-D2V_INLINE Words philox(VU64 counter0, uint32_t counter1, uint64_t key, uint32_t counter2 = 0) {
-  Words w{counter0, VU64{} + counter1, VU64{} + counter2, VU64{}};
+D2V_INLINE Words philox(VU64 counter0, VU64 counter1, uint64_t key, uint32_t counter2 = 0) {
+  Words w{counter0, counter1, VU64{} + counter2, VU64{}};
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
     const VU64 p0 = multiply_low(w.x0, 0xD2511F53u), p1 = multiply_low(w.x2, 0xCD9E8D57u);
@@ -34,6 +34,9 @@ D2V_INLINE Words philox(VU64 counter0, uint32_t counter1, uint64_t key, uint32_t
     k1 += 0xBB67AE85u;
   }
   return w;
+}
+D2V_INLINE Words philox(VU64 counter0, uint32_t counter1, uint64_t key, uint32_t counter2 = 0) {
+  return philox(counter0, VU64{} + counter1, key, counter2);
 }
 
 // The words of 2 * kLanes<float> numbers in ascending order: number i has word i % 4 of counter i / 4, with counters as

@@ -1,6 +1,14 @@
 // The part of core_test.cpp that is attention.
+#include <algorithm>
+
 #include "../core/attention.h"
+#include "../core/dispatch.h"
 #include "core_support.h"
+
+namespace d2v {
+// The kernels for AMX with its tiles in plain C++: for every machine, and compiled as those for AMX are.
+extern const AttentionKernels attention_bf16_kernels_emulated, attention_bf16_kernels_emulated_amx;
+}  // namespace d2v
 
 using namespace d2v;
 using namespace test;
@@ -141,34 +149,96 @@ class Attention {
   std::vector<int64_t> lengths_, keys_;
 };
 
-std::vector<Buffer> run(const Attention& x, const AttentionCase& c, Parallel parallel) {
+std::vector<Buffer> results_of(const Attention& x, const AttentionCase& c) {
   const int64_t count = c.N * c.T * c.H * c.D;
   std::vector<Buffer> all;
   all.emplace_back(c.type, count, 1);
   all.emplace_back(x.computed(), c.N * c.H * c.T, 1);
   for (int i = 0; i < 3; ++i) all.emplace_back(c.type, count, 1);
   all.emplace_back(x.computed(), c.bias ? c.H : 0, 1);
-  const AttentionArgs a = x.args();
-  attention(a, all[0].data(), all[1].data(), parallel);
-  const LogSums sums{all[1].data(), c.H * c.T, c.T, 1};
-  const AttentionGradient g{x.whole(x.grad()), sums, all[2].data(), all[3].data(), all[4].data(), nullptr};
-  attention_backward(a, g, all[5].data(), parallel);
   return all;
 }
 
-void test_case(const AttentionCase& c) {
+AttentionGradient gradient_of(const Attention& x, const AttentionCase& c, std::vector<Buffer>& all, double* of_slopes) {
+  const LogSums sums{all[1].data(), c.H * c.T, c.T, 1};
+  return {x.whole(x.grad()), sums, all[2].data(), all[3].data(), all[4].data(), of_slopes};
+}
+
+std::vector<Buffer> run(const Attention& x, const AttentionCase& c, Parallel parallel) {
+  std::vector<Buffer> all = results_of(x, c);
+  const AttentionArgs a = x.args();
+  attention(a, all[0].data(), all[1].data(), parallel);
+  attention_backward(a, gradient_of(x, c, all, nullptr), all[5].data(), parallel);
+  return all;
+}
+
+// The same by given kernels for bf16, on one thread, `queries` of a head at once.
+std::vector<Buffer> run_kernels(const AttentionKernels& kernels, const Attention& x, const AttentionCase& c,
+                                int64_t queries) {
+  std::vector<Buffer> all = results_of(x, c);
+  const AttentionArgs a = x.args();
+  const AttentionBf16Sizes sizes(a);
+  const size_t words = static_cast<size_t>(std::max(sizes.forward(), sizes.backward())) + 16;
+  std::vector<uint32_t> space(words), more(words);
+  const auto aligned = [](std::vector<uint32_t>& s) {
+    return s.data() + (64 - reinterpret_cast<uintptr_t>(s.data()) % 64) % 64 / 4;
+  };
+  kernels.forward(&a, all[0].data(), all[1].data(), queries, 0, c.N * c.H * ((c.T + queries - 1) / queries),
+                  aligned(space));
+  Doubles of_slopes(static_cast<size_t>(c.N * c.H));
+  const AttentionGradient g = gradient_of(x, c, all, c.bias ? of_slopes.data() : nullptr);
+  kernels.backward(&a, &g, 0, c.N * c.H, aligned(more));
+  for (int64_t h = 0; c.bias && h < c.H; ++h) {
+    double total = 0;
+    for (int64_t n = 0; n < c.N; ++n) total += of_slopes[static_cast<size_t>(n * c.H + h)];
+    all[5].set(h, total);
+  }
+  return all;
+}
+
+void check_all(const std::string& where, const Attention& x, const AttentionCase& c, const std::vector<Buffer>& got) {
   static const char* const names[] = {"out", "log_sum", "query", "key", "value", "slopes"};
-  const std::string where = std::string("attention ") + name_of(c.type) + " T " + std::to_string(c.T) + " D " +
-                            std::to_string(c.D) + (c.dropout ? " dropout" : "") + (c.bias ? " bias " : " ");
-  const Attention x(c);
-  const std::vector<Buffer> serial = run(x, c, kSerial), threaded = run(x, c, kThreaded);
   std::vector<Doubles> truth = x.truth();
   if (!c.bias) truth[5].clear();
-  for (size_t i = 0; i < serial.size(); ++i) {
-    check(serial[i].same_bytes(threaded[i]), where + names[i], "threads changed the result");
+  for (size_t i = 0; i < got.size(); ++i) {
     const double size = i == 5 ? 40.0 * static_cast<double>(c.T) : 40.0;  // terms cancel
-    check_close(where + names[i], serial[i], truth[i], size * tolerance_of(x.computed(), serial[i].type()));
+    check_close(where + names[i], got[i], truth[i], size * tolerance_of(x.computed(), got[i].type()));
   }
+}
+
+std::string words_of(const AttentionCase& c) {
+  return std::string("attention ") + name_of(c.type) + " T " + std::to_string(c.T) + " D " + std::to_string(c.D) +
+         (c.dropout ? " dropout" : "") + (c.bias ? " bias " : " ");
+}
+
+void check_same(const std::string& where, const std::vector<Buffer>& a, const std::vector<Buffer>& b) {
+  for (size_t i = 0; i < a.size(); ++i) check(a[i].same_bytes(b[i]), where + std::to_string(i), "other bits");
+}
+
+void test_case(const AttentionCase& c) {
+  const Attention x(c);
+  const std::vector<Buffer> serial = run(x, c, kSerial);
+  check_same(words_of(c) + "threads ", serial, run(x, c, kThreaded));
+  check_all(words_of(c), x, c, serial);
+  if (c.type != kBFloat16 || c.N * c.T * c.D == 0) return;
+  const std::vector<Buffer> emulated = run_kernels(attention_bf16_kernels_emulated, x, c, 48);
+  check_all(words_of(c) + "emulated ", x, c, emulated);
+  check_same(words_of(c) + "queries ", emulated, run_kernels(attention_bf16_kernels_emulated, x, c, 96));
+#if defined(D2V_HAS_AMX)
+  if (std::strcmp(cpu_isa(), "amx") != 0) return;
+  // The processor's tiles against those in C++: every bit, as all else is compiled alike.
+  check_same(words_of(c) + "tiles ", serial, run_kernels(attention_bf16_kernels_emulated_amx, x, c, 48));
+#endif
+}
+
+// The kernels for bf16 must be those that run: their weights are rounded, so that results differ from fp32's bits.
+void test_that_bf16_has_its_own_kernels() {
+  const AttentionCase c{kBFloat16, 2, 70, 2, 64, 0, false, false, false, false};
+  const Attention x(c);
+  const AttentionKernels* const kernels = attention_bf16_kernels();
+  const bool higher = std::strcmp(cpu_isa(), "avx512bf16") == 0 || std::strcmp(cpu_isa(), "amx") == 0;
+  check((kernels != nullptr) == higher, "attention bf16", "kernels of another level");
+  if (kernels) check_same("attention bf16 kernels ", run(x, c, kSerial), run_kernels(*kernels, x, c, 48));
 }
 
 }  // namespace
@@ -182,6 +252,10 @@ void test_attention() {
     test_case({type, 2, 50, 1, 33, 0, false, false, false, false});
     test_case({type, 2, 1, 3, 4, 1, true, false, false, true});
   }
+  for (const int64_t T : {31, 40, 300}) {  // about a block, and more keys than go through the first cache at once
+    test_case({kBFloat16, 2, T, 1, T == 300 ? 40 : 64, 1, true, T == 40, T == 300, T != 40});
+  }
+  test_that_bf16_has_its_own_kernels();
   for (const int64_t D : {0, 3}) test_case({kFloat32, D == 0 ? 1 : 0, 4, 2, D, 0, true, false, false, false});
 }
 

@@ -11,7 +11,7 @@ from d2v_kernels import _native
 
 from .conftest import run_python
 
-LEVELS = ("base", "avx2", "avx512")
+LEVELS = ("base", "avx2", "avx512", "avx512bf16", "amx")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-12}
 
 _RUN_ALL = """

@@ -52,7 +52,9 @@ def test_needs_no_other_library(cpu_library: Path) -> None:
 def test_instruction_level_files_share_no_symbol(cpu_library: Path) -> None:
     """The linker keeps one copy of a weak function, which may be the AVX-512 one."""
     objects = [
-        p for level in ("base", "avx2", "avx512") for p in ROOT.glob(f"build/*/CMakeFiles/d2v_isa_{level}.dir/**/*.o")
+        path
+        for level in ("base", "avx2", "avx512", "avx512bf16", "amx")
+        for path in ROOT.glob(f"build/*/CMakeFiles/d2v_isa_{level}.dir/**/*.o")
     ]
     if not objects:
         pytest.skip("no object files of this build under build/")

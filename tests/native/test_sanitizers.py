@@ -68,7 +68,7 @@ def _start(program: Path, **environment: str) -> subprocess.CompletedProcess[str
 def test_no_memory_error_at_any_level(tmp_path: Path) -> None:
     program = _build(tmp_path, "address,undefined")
     ran = set()
-    for level in ("base", "avx2", "avx512"):
+    for level in ("base", "avx2", "avx512", "avx512bf16", "amx"):
         done = _start(program, D2V_KERNELS_ISA=level, ASAN_OPTIONS="", UBSAN_OPTIONS="print_stacktrace=1")
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         got, _, text = done.stdout.strip().partition(": ")

@@ -24,8 +24,11 @@ def test_choice_on_a_cpu() -> None:
     for traits in ({"alibi": True}, {"dropout": True, "dropout_keys": True}, {"packed": True, "dropout": True}):
         assert engines.choose_engine(request(**traits)) == "native"
     assert engines.choose_engine(request()) == "sdpa"
+    narrow = engines.Request("cpu", torch.bfloat16, 16)  # PyTorch's bfloat16 gradient is slow on CPUs
+    assert engines.choose_engine(narrow) == "native"
     with use_backend("reference"):
         assert engines.choose_engine(request()) == "sdpa"
+        assert engines.choose_engine(narrow) == "sdpa"
         assert engines.choose_engine(request(alibi=True)) == "reference"
 
 
@@ -83,6 +86,17 @@ def test_info_names_the_engine_and_the_reasons(capsys) -> None:
     printed = capsys.readouterr().out
     assert "chosen: sdpa" in printed
     assert "not xformers: runs on cuda, not on cpu" in printed
+
+
+@needs_native
+def test_info_times_the_engines(capsys) -> None:
+    rows = info.attention_times()
+    assert {(row["dtype"], row["chosen"]) for row in rows} == {("float32", "sdpa"), ("bfloat16", "native")}
+    assert all(set(row["milliseconds"]) == {"native", "sdpa"} for row in rows)
+    assert all(0.0 < ms < 60e3 for row in rows for ms in row["milliseconds"].values())
+    rows[0]["milliseconds"] = {"native": 3.0, "sdpa": 2.0}
+    info._print_times(rows[:1])
+    assert "native 3.00 ms (1.50 x), sdpa 2.00 ms (1.00 x)  chosen: sdpa" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
