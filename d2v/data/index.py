@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, features
 
-from d2v.data.cache import Found, IndexCache, NameTable, scan_files, stamp_of
+from d2v.data.cache import FileRecord, Found, IndexCache, NameTable, scan_files, stamps_of
 from d2v.data.shards import ShardSource, open_command
 from d2v.data.sources import (
     Kind,
@@ -102,6 +102,13 @@ class FileSource(Source):
         self.lines = np.arange(len(names))
         """Line of each sample in the list, without that of the root."""
         self._transcripts: list[str] | None = None
+        self.stamps = stamps_of([self._file_of(name) for name in names])
+
+    def file_path(self, number: int) -> str:
+        return self.describe(number)
+
+    def record_files(self, file: Path) -> FileRecord:
+        return FileRecord(file, self.names, self.stamps)
 
     def describe(self, index: int) -> str:
         name = self.names[index]
@@ -122,15 +129,24 @@ class FileSource(Source):
         path = self.root / name
         match = _STORED.fullmatch(name)
         if match is None or path.exists():
-            return open_regular(path)
+            return self._check(open_regular(path), index)
         offset, size = int(match[2]), int(match[3])
         check_size(size, "member")
-        with open_regular(self.root / match[1]) as archive:
+        with self._check(open_regular(self.root / match[1]), index) as archive:
             archive.seek(offset)
             data = archive.read(size)
         if len(data) != size:
             raise ValueError(f"cut off: the archive ends after {len(data)} of {size} bytes of this member")
         return io.BytesIO(data)
+
+    def _check(self, file: BinaryIO, index: int) -> BinaryIO:
+        """A file that was opened, unless it is not the one that was indexed."""
+        try:
+            self.check_unchanged(index, os.fstat(file.fileno()))
+        except ValueError:
+            file.close()
+            raise
+        return file
 
     def read_transcript(self, index: int) -> str:
         if self.file is None:
@@ -147,17 +163,18 @@ class FileSource(Source):
             report.add()
             return Found([["", "", -1, -1, -1, -1, measure_length(measure, lambda: self.open_file(index))]])
 
-        stamps, place = [self._stamp(name) for name in self.names], (self.file or self.root).absolute()
-        found = scan_files(self.names, stamps, scan, self.cache, ("lengths", place))
+        place = (self.file or self.root).absolute()
+        found = scan_files(self.names, [(s, t) for s, t in self.stamps.tolist()], scan, self.cache, ("lengths", place))
         report.finish()
         return self._note_damaged([one.samples[0][-1] for one in found])
 
-    def _stamp(self, name: str) -> tuple[int, int]:
+    def _file_of(self, name: str) -> str:
+        """Path of the file that holds a sample; "" for the output of a command."""
         if is_command(name):
-            return -1, -1
-        stamp = stamp_of(os.path.join(self.root, name))  # noqa: PTH118
-        match = _STORED.fullmatch(name) if stamp[0] < 0 else None
-        return stamp_of(self.root / match[1]) if match is not None else stamp
+            return ""
+        path = os.path.join(self.root, name)  # noqa: PTH118
+        match = _STORED.fullmatch(name)
+        return path if match is None or os.path.exists(path) else str(self.root / match[1])  # noqa: PTH110
 
 
 def is_command(name: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from d2v.data.cache import CACHE, IndexCache, NameTable
+from d2v.data.cache import CACHE, FileRecord, IndexCache, NameTable, describe_change
 from d2v.runtime import format_seconds
 
 INTERVAL = 5.0
@@ -165,6 +165,8 @@ class Source:
     lengths: np.ndarray | None = None
     shards: np.ndarray | None = None
     cache: IndexCache | None = None
+    stamps: np.ndarray = np.zeros((0, 2), np.int64)
+    """(files,2) int64: size (bytes) and time of change (ns) of each file when it was indexed; -1: unknown."""
     rejected: list[Rejected]
     left_out: dict[str, int]
     incomplete: Sequence[Rejected] = ()
@@ -201,6 +203,21 @@ class Source:
         """
         if self.cache is not None:
             self.cache.write(folder / CACHE)
+
+    def file_path(self, number: int) -> str:
+        """Path of a file, by its place in `stamps`, for messages."""
+        raise NotImplementedError
+
+    def record_files(self, file: Path) -> FileRecord:
+        """What a later start compares the files with, kept in `file`; data that was moved as a whole is the same."""
+        names = [os.path.basename(self.file_path(number)) for number in range(len(self.stamps))]  # noqa: PTH119
+        return FileRecord(file, NameTable(names), self.stamps)
+
+    def check_unchanged(self, number: int, status: os.stat_result) -> None:
+        """`ValueError` where the file of a number is not the one that was indexed."""
+        found = status.st_size, status.st_mtime_ns
+        if (text := describe_change(self.stamps[number].tolist(), found)) is not None:
+            raise ValueError(text)
 
     def digest(self) -> str:
         """Identity of the index: a resumed run must see the same samples in the same order."""
@@ -239,6 +256,12 @@ class Subset(Source):
 
     def prepare(self, folder: Path, fresh: bool) -> None:
         self.base.prepare(folder, fresh)
+
+    def file_path(self, number: int) -> str:
+        return self.base.file_path(number)
+
+    def record_files(self, file: Path) -> FileRecord:
+        return self.base.record_files(file)
 
     def digest(self) -> str:
         lengths = b"" if self.lengths is None else self.lengths.tobytes()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.data.cache import CACHE
+from d2v.data.cache import CACHE, stamps_of
 from d2v.data.dataset import Batch, Modality, Sample
 from d2v.data.sources import (
     Rejected,
@@ -175,7 +175,11 @@ class TextSource(Source):
     def __init__(self, files: list[Path], modality: Texts, option: str, left_out: dict[str, int] | None = None) -> None:
         self.files, self.modality, self.option = files, modality, option
         self.rejected, self.left_out = [], left_out or {}
+        self.stamps = stamps_of([str(file) for file in files])
         self.where = printable(str(files[0])) if len(files) == 1 else f"{len(files)} files"
+
+    def file_path(self, number: int) -> str:
+        return printable(str(self.files[number]))
 
     def block(self, index: int) -> np.ndarray:
         """int64 (tokens,) of a sample, `<s>` first."""
