@@ -29,6 +29,7 @@ from d2v.options import UsageError, parse_options
 
 EXTRAS = {
     "train": "tyro PIL webdataset tensorboard tqdm matplotlib sklearn soundfile scipy tokenizers",
+    "audio": "av",
     "finetune": "jiwer flashlight",
     "quickstart": "skimage",
     "interop": "transformers",

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, features
 
-from d2v.data.cache import FileRecord, Found, IndexCache, NameTable, scan_files, stamps_of
+from d2v.data.cache import FileRecord, Found, NameTable, scan_files, stamps_of
 from d2v.data.shards import ShardSource, open_command
 from d2v.data.sources import (
     Kind,
@@ -96,8 +96,9 @@ class FileSource(Source):
     counts: np.ndarray | None = None
     """Lengths (n,) as a list gives them."""
 
-    def __init__(self, root: Path, names: list[str], cache: IndexCache | None, file: Path | None = None) -> None:
-        self.root, self.names, self.cache, self.file = root, NameTable(names), cache, file
+    def __init__(self, root: Path, names: list[str], wanted: Wanted, file: Path | None = None) -> None:
+        self.root, self.names, self.cache, self.file = root, NameTable(names), wanted.cache, file
+        self._endings = " ".join(sorted(wanted.kind.suffixes))
         self.rejected, self.left_out = [], {}
         self.lines = np.arange(len(names))
         """Line of each sample in the list, without that of the root."""
@@ -164,7 +165,9 @@ class FileSource(Source):
             return Found([["", "", -1, -1, -1, -1, measure_length(measure, lambda: self.open_file(index))]])
 
         place = (self.file or self.root).absolute()
-        found = scan_files(self.names, [(s, t) for s, t in self.stamps.tolist()], scan, self.cache, ("lengths", place))
+        stamps = [(size, time) for size, time in self.stamps.tolist()]
+        # Another decoder may read what this one could not.
+        found = scan_files(self.names, stamps, scan, self.cache, ("lengths", self._endings, place))
         report.finish()
         return self._note_damaged([one.samples[0][-1] for one in found])
 
@@ -200,7 +203,7 @@ def _open_folder(root: Path, wanted: Wanted) -> FileSource:
     endings = [ending_of(name) for name in files]
     found = [name for name, ending in zip(files, endings, strict=True) if ending in kind.suffixes]
     left.update(e for e in endings if e not in kind.suffixes and e not in kind.beside)
-    left_out = count_endings(+left, "files")
+    left_out = count_endings(+left, "files", kind.readers)
     if not found:
         shards = left[".tar"]
         hint = f"; for its {shards} .tar shards pass {str(root / '*.tar')!r}" if shards else ""
@@ -209,7 +212,7 @@ def _open_folder(root: Path, wanted: Wanted) -> FileSource:
             f"{option}: expected {kind.noun} {place}, found none in {len(files)} files{list_left_out(left_out)}; "
             f"{kind.describe()}{hint}"
         )
-    source = FileSource(root, found, wanted.cache)
+    source = FileSource(root, found, wanted)
     source.left_out = left_out
     if wanted.labelled:
         if loose := [name for name in found if os.sep not in name]:
@@ -255,7 +258,7 @@ def _open_list(file: Path, wanted: Wanted) -> FileSource:
     if not rows:
         raise ValueError(f"{option}: expected {noun} in {str(file)!r}, found none")
     paths, values, numbers = (list(column) for column in zip(*rows, strict=True))
-    source = FileSource(file.parent / (lines[0].strip() if first else ""), paths, wanted.cache, file)
+    source = FileSource(file.parent / (lines[0].strip() if first else ""), paths, wanted, file)
     source.rejected, source.lines = rejected, np.array(numbers)
     source.left_out = {f"line of column names, {where}": 1 for where in headers}
     if wanted.labelled:

@@ -70,7 +70,8 @@ class ShardSource(Source):
         found = scan_files(paths, stamps, scan, wanted.cache, scope, SCANS)
         report.finish()
         self.rejected = [Rejected(*entry) for one in found for entry in one.rejected]
-        self.left_out = count_endings(sum((Counter(one.left_out) for one in found), Counter()), "members")
+        left = sum((Counter(one.left_out) for one in found), Counter())
+        self.left_out = count_endings(left, "members", wanted.kind.readers)
         rows = [(number, *sample) for number, one in enumerate(found) for sample in one.samples]
         if not rows:
             raise ValueError(

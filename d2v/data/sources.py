@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,17 +26,8 @@ MAX_ENCODED_BYTES = 256 << 20
 """Largest encoded sample that is read; a bigger file or tar member counts as a bad sample."""
 LISTED = 6
 """Endings that are counted by themselves; others are counted together."""
-HEADERS = (
-    "label",
-    "labels",
-    "class",
-    "target",
-    "category",
-    "score",
-    "similarity",
-    "sentiment",
-    "gold_label",
-    "quality",
+HEADERS = frozenset(
+    "label labels class target category score similarity sentiment gold_label quality".split()  # noqa: SIM905
 )
 """What the column of the labels is called in the first line of a table."""
 DISTINCT = 10
@@ -126,6 +117,8 @@ class Kind(NamedTuple):
     """Whether that may be a `.tsv` list."""
     beside: frozenset[str] = frozenset()
     """Endings of files that belong to the samples."""
+    readers: Mapping[str, str] = {}
+    """What would read files of other endings, in words, by ending."""
 
     def describe(self) -> str:
         """The endings that count."""
@@ -326,10 +319,15 @@ def ending_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122
 
 
-def count_endings(left: Counter[str], what: str) -> dict[str, int]:
-    """{reason: count} of files or members that are left out, by ending ("": none), or by another reason."""
+def count_endings(left: Counter[str], what: str, readers: Mapping[str, str] | None = None) -> dict[str, int]:
+    """{reason: count} of files or members that are left out, by ending ("": none), or by another reason. Endings that
+    something would read (`readers`) come first, together with it."""
+    readers = readers or {}
     reasons = {name: count for name, count in left.items() if name and not name.startswith(".")}
-    endings = sorted(((n, e) for e, n in left.items() if e not in reasons), key=lambda pair: (-pair[0], pair[1]))
+    for ending in sorted(left.keys() & readers):
+        reasons[f"{what} that end in {ending} ({readers[ending]})"] = left[ending]
+    endings = [(n, e) for e, n in left.items() if e not in reasons and e not in readers]
+    endings.sort(key=lambda pair: (-pair[0], pair[1]))
     for count, ending in endings[:LISTED]:
         reasons[f"{what} that end in {ending}" if ending else f"{what} without an ending"] = count
     if rest := sum(count for count, _ in endings[LISTED:]):

@@ -84,6 +84,7 @@ def test_bad_samples_are_counted_once_and_listed(image_folder: Path, tmp_path: P
     source = open_source(str(image_folder))
     broken = Path(source.describe(4))
     broken.write_bytes(b"nonsense")
+    source = open_source(str(image_folder))
     file = tmp_path / "bad.jsonl"
     bad = run_through(source, 0.2, file, steps=12)
     listed = [json.loads(line) for line in file.read_text().splitlines()]
