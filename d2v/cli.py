@@ -29,7 +29,7 @@ from d2v.options import UsageError, parse_options
 
 EXTRAS = {
     "train": "tyro PIL webdataset tensorboard tqdm matplotlib sklearn soundfile scipy tokenizers",
-    "audio": "av",
+    "av": "av",
     "finetune": "jiwer flashlight",
     "quickstart": "skimage",
     "interop": "transformers",

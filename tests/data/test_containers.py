@@ -142,15 +142,15 @@ def test_endings_are_named_with_what_would_read_them(tmp_path: Path) -> None:
             (tmp_path / f"{copy}.x{number}").write_bytes(b"x")
     (tmp_path / "a.M4A").write_bytes(b"x")
     (tmp_path / "b.amr").write_bytes(b"x")
-    hint = r"\(pip install 'd2v\[audio\]' reads them\)"
+    hint = r"\(pip install 'd2v\[av\]' reads them\)"
     with pytest.raises(ValueError, match=rf"1 files that end in \.amr {hint}, 1 files that end in \.m4a {hint}"):
         open_source(str(tmp_path), WITHOUT_AV)
     (tmp_path / "c.wav").write_bytes(encode_sound(make_sound(0, 0.5)))
     left = open_source(str(tmp_path), WITHOUT_AV).left_out
-    assert left["files that end in .m4a (pip install 'd2v[audio]' reads them)"] == 1
+    assert left["files that end in .m4a (pip install 'd2v[av]' reads them)"] == 1
     write_tar(tmp_path / "s.tar", {"c.wav": encode_sound(make_sound(0, 0.5)), "d.wma": b"x"})
     left = open_source(str(tmp_path / "s.tar"), WITHOUT_AV).left_out
-    assert left == {"members that end in .wma (pip install 'd2v[audio]' reads them)": 1}
+    assert left == {"members that end in .wma (pip install 'd2v[av]' reads them)": 1}
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,7 @@ def test_a_listed_file_says_what_is_missing(start: bytes, container: str, monkey
     data = start + bytes(200)
     assert find_container(data) == container
     for read in (decode_audio, lambda data: read_header(io.BytesIO(data))):
-        with pytest.raises(
-            ValueError, match=rf"^no decoder for '{container}' is installed: pip install 'd2v\[audio\]'"
-        ):
+        with pytest.raises(ValueError, match=rf"^no decoder for '{container}' is installed: pip install 'd2v\[av\]'"):
             read(data)
 
 

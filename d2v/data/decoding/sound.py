@@ -16,7 +16,7 @@ import numpy as np
 
 from d2v.model.stems.speech import SAMPLE_RATE
 
-AV_HINT = "pip install 'd2v[audio]' reads them"
+AV_HINT = "pip install 'd2v[av]' reads them"
 RATES = (1_000, 768_000)
 """Sample rates that speech can have; others count as damaged headers."""
 MAX_VALUES = 1 << 28
