@@ -228,7 +228,7 @@ def _finetune_defaults(task: str, arguments: list[str]) -> tuple[options.FineTun
     if checkpoint is not None:
         from d2v.finetune.run import read_defaults
 
-        config, sections = read_defaults(task, checkpoint)
+        config, sections = read_defaults(task, checkpoint, _value_of("--data.tokenizer", arguments))
     else:  # for the help
         from d2v.finetune.defaults import MODALITIES, default_sections
 

@@ -162,6 +162,8 @@ class Source:
     """(files,2) int64: size (bytes) and time of change (ns) of each file when it was indexed; -1: unknown."""
     rejected: list[Rejected]
     left_out: dict[str, int]
+    cut: Mapping[int, str] = {}
+    """What was cut when it was indexed, by sample."""
     incomplete: Sequence[Rejected] = ()
     """Those of `rejected` that could be read but have no text or no label."""
 

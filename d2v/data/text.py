@@ -262,12 +262,13 @@ class WholeTexts(TextSource):
 
     def __init__(self, files: list[Path], modality: Texts, option: str, left_out: dict[str, int] | None = None) -> None:
         super().__init__(files, modality, option, left_out)
-        reader = DocumentReader(files)
-        self._ids = [
-            np.array([START, *ids[: modality.config.stem.max_tokens - 2], END], dtype=np.int32)
-            for group in group_documents(reader)
-            for ids in modality.tokenizer.encode(group)
-        ]
+        reader, longest = DocumentReader(files), modality.config.stem.max_tokens
+        self._ids: list[np.ndarray] = []
+        self.cut = {}
+        for ids in (ids for group in group_documents(reader) for ids in modality.tokenizer.encode(group)):
+            if len(ids) > longest - 2:
+                self.cut[len(self._ids)] = f"cut to {longest} of {len(ids) + 2} tokens"
+            self._ids.append(np.array([START, *ids[: longest - 2], END], dtype=np.int32))
         self.rejected, self.documents = reader.rejected, len(self._ids)
         if not self._ids:
             raise ValueError(f"{option}: expected text in {len(files)} files, found none{for_example(self.rejected)}")

@@ -124,6 +124,7 @@ def test_conversions_are_counted_per_sample(image_folder: Path) -> None:
     source = open_source(str(image_folder))
     make_image(0, mode="P").save(source.describe(2))
     make_image(0, mode="RGBA").save(source.describe(8))
+    source = open_source(str(image_folder))
     assert run_through(source, 0.0, None, steps=10).converted == {"palette": 1, "alpha": 1}
 
 
