@@ -89,7 +89,7 @@ def test_stopping_anywhere_and_resuming_is_exact(recipe: str, make: Make, tmp_pa
     assert report["bad"] == 0
     expected = {"8000 Hz to 16000 Hz": 3, "44100 Hz to 16000 Hz": 3} if recipe.startswith("speech") else {}
     assert report["converted"] == expected
-    allowed = {".json", ".jsonl", ".safetensors", ".bin", ""}
+    allowed = {".files", ".json", ".jsonl", ".safetensors", ".bin", ""}
     assert {p.suffix for p in folder.rglob("*") if p.is_file() and "tensorboard" not in p.parts} <= allowed
 
 
