@@ -9,7 +9,7 @@ Environment variables:
 
 A missing tool (C++ compiler, CMake, Ninja, torch) does not fail the installation unless one of the two variables asks
 for it: it leaves the Python sources, which run on the reference backend, and a record that `python -m d2v_kernels.info`
-shows. An error of the compiler does fail.
+shows; the wheel is tagged py3-none-any, and the first use of an operator warns. An error of the compiler does fail.
 
 A wheel without the pybind11 module serves every Python: `pip wheel . -C--build-option=--python-tag=py3`.
 """
@@ -73,6 +73,7 @@ class CMakeBuild(build_ext):
     """Configures, builds and installs into d2v_kernels/lib."""
 
     def run(self) -> None:
+        check_environment()
         base = ROOT if self.editable_mode or self.inplace else Path(self.build_lib).resolve()
         lib = base / PACKAGE / "lib"
         lib.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,8 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         if archs := os.environ.get("D2V_CUDA_ARCHS"):
             arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={archs}")
-        subprocess.run([str(a) for a in arguments], check=True)
+        if subprocess.run([str(a) for a in arguments], check=False).returncode:
+            raise SystemExit("d2v: CMake could not configure the native build; it says why above")
         stamp.write_text(key)
         subprocess.run([cmake, "--build", str(build)], check=True)
         subprocess.run([cmake, "--install", str(build), "--prefix", str(lib)], check=True)
@@ -122,6 +124,14 @@ class CMakeBuild(build_ext):
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
+
+
+def check_environment() -> None:
+    """Ends the build for a value that would be passed over."""
+    for name, values in (("D2V_BUILD_CUDA", ("auto", "0", "1")), ("D2V_REQUIRE_NATIVE", ("0", "1"))):
+        value = os.environ.get(name)
+        if value and value not in values:
+            raise SystemExit(f"d2v: {name}: expected one of {', '.join(values)}, got {value!r}")
 
 
 def needs_native() -> bool:
@@ -153,11 +163,18 @@ def wants_portable_wheel(distribution: Distribution) -> bool:
 
 
 class PlatformWheel(bdist_wheel):
-    """Tags py3-none-<platform> without the pybind11 module: the libraries use no Python API."""
+    """Tags by what was built: py3-none-<platform> without the pybind11 module, as the libraries use no Python API;
+    py3-none-any without any native code."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
-        return ("py3", "none", platform) if wants_portable_wheel(self.distribution) else (python, abi, platform)
+        record = Path(self.get_finalized_command("build_py").build_lib) / PACKAGE / "lib" / "build.json"
+        built = json.loads(record.read_text())["built"] if record.is_file() else None
+        if built == []:
+            return "py3", "none", "any"
+        if wants_portable_wheel(self.distribution) or (built is not None and "_native" not in built):
+            return "py3", "none", platform
+        return python, abi, platform
 
 
 setup(

@@ -29,6 +29,7 @@ from d2v.options import UsageError, parse_options
 
 EXTRAS = {
     "train": "tyro PIL webdataset tensorboard tqdm matplotlib sklearn soundfile scipy tokenizers",
+    "av": "av",
     "finetune": "jiwer flashlight",
     "quickstart": "skimage",
     "interop": "transformers",
@@ -227,7 +228,7 @@ def _finetune_defaults(task: str, arguments: list[str]) -> tuple[options.FineTun
     if checkpoint is not None:
         from d2v.finetune.run import read_defaults
 
-        config, sections = read_defaults(task, checkpoint)
+        config, sections = read_defaults(task, checkpoint, _value_of("--data.tokenizer", arguments))
     else:  # for the help
         from d2v.finetune.defaults import MODALITIES, default_sections
 

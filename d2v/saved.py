@@ -65,5 +65,8 @@ def find_tokenizer(folder: Path, config: Config) -> str | None:
     found = next((p for p in places if (p / "tokenizer.json").is_file()), None)
     if found is None:
         listed = ", ".join(repr(str(p)) for p in places)
-        raise ValueError(f"checkpoint: expected its tokenizer in one of {listed}, found none; copy its folder there")
+        raise ValueError(
+            f"checkpoint: expected its tokenizer in one of {listed}, found none; copy its folder there (d2v finetune "
+            "takes it from --data.tokenizer, too)"
+        )
     return str(found)

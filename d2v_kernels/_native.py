@@ -219,7 +219,13 @@ def _limits(case: Case) -> list[str]:
     return reasons
 
 
+def _missing(device: str) -> list[str]:
+    """Parts that did not load, with the reasons, of those that run on a device type."""
+    parts = {"cpu": (CPU_LIBRARY, MODULE), "cuda": (CUDA_LIBRARY, MODULE)}.get(device, ())
+    return [f"{part}: {_errors[part]}" for part in parts if part in _errors]
+
+
 def backend() -> Backend:
     """The backend, for the operators defined so far; loads what there is."""
     load()
-    return Backend("native", {op: _body(op) for op in OPERATORS}, _limits, make_ema_plan)
+    return Backend("native", {op: _body(op) for op in OPERATORS}, _limits, make_ema_plan, _missing)

@@ -7,6 +7,7 @@ backend that cannot run raises with its reasons: nothing falls back silently.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,8 @@ class Backend:
     limits: Callable[[Case], list[str]] = field(repr=False)
     make_ema_plan: Callable[..., Any] | None = field(default=None, repr=False)
     """Tables for `EmaPlan` from averages, sources, copies and low halves that the operator has accepted, or None."""
+    missing: Callable[[str], list[str]] = field(default=lambda device: [], repr=False)
+    """Device type -> parts of the backend that are not there and would run on it, with reasons."""
 
     def why_not(self, case: Case) -> list[str]:
         """Reasons why this backend cannot run the case; empty when it can."""
@@ -52,6 +55,8 @@ class Backend:
 _backends: dict[str, Backend] = {}
 _chosen: dict[tuple[object, ...], Callable[..., Any]] = {}
 _forced = "auto"
+_warned: set[str] = set()
+"""Device types about which `_warn_of_missing` has spoken."""
 
 
 def register_backend(backend: Backend) -> None:
@@ -129,6 +134,24 @@ def implementation(
     key = (op, device, dtypes, traits, _forced)  # "auto" is the environment's choice, which a process makes once
     body = _chosen.get(key)
     if body is None:
+        _warn_of_missing(device)
         body = choose(Case(op, device, dtypes, traits)).implementations[op]
         _chosen[key] = body
     return body
+
+
+def _warn_of_missing(device: str) -> None:
+    """Warns, once for a device type, where a part of a backend was left out of the installation: what runs instead is
+    slower. A choice by name needs no warning."""
+    if device in _warned or forced_backend() != "auto":
+        return
+    _warned.add(device)
+    if missing := [text for backend in _backends.values() for text in backend.missing(device)]:
+        warnings.warn(
+            f"d2v_kernels runs slower on {device} than it could: {'; '.join(missing)}. To build it with a C++ compiler "
+            "(and nvcc for GPUs): pip install cmake ninja pybind11, then in the sources pip install "
+            "--no-build-isolation --no-deps --force-reinstall . ; `d2v info` shows what is there; "
+            "D2V_KERNELS_BACKEND=reference keeps this and says nothing",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -15,7 +15,7 @@ import numpy as np
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.data.speech import SAMPLE_RATE, decode_audio
+from d2v.data.decoding.sound import SAMPLE_RATE, decode_audio
 from d2v.tools.textures import write_textures
 
 from ..training.cases import change

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from d2v.files import write_atomically
+
 CACHE = "cache"
 """Folder inside a run folder."""
 FORMAT = 3
+LOOKS = 16
+"""Files that are looked at at the same time: that waits for the storage most of the time."""
 
 
 class NameTable(Sequence[str]):
@@ -109,6 +114,66 @@ def stamp_of(path: str | Path) -> tuple[int, int]:
     except (OSError, ValueError):  # ValueError: a name that no file has
         return -1, -1
     return status.st_size, status.st_mtime_ns
+
+
+def stamps_of(paths: Sequence[str]) -> np.ndarray:
+    """(n,2) int64: `stamp_of` each path; "": -1."""
+    step = max(1024, -(-len(paths) // LOOKS))
+    parts = [paths[start : start + step] for start in range(0, len(paths), step)]
+    with ThreadPoolExecutor(LOOKS) as pool:
+        found = pool.map(lambda part: [stamp_of(path) if path else (-1, -1) for path in part], parts)
+        return np.array([stamp for part in found for stamp in part], dtype=np.int64).reshape(-1, 2)
+
+
+def describe_change(expected: Sequence[int], found: Sequence[int]) -> str | None:
+    """How a file differs from what it was when it was indexed, by two stamps of it; None: not, or one is missing."""
+    if tuple(expected) == tuple(found) or min(*expected, *found) < 0:
+        return None
+    old, new = (f"{size} bytes of {_show_time(nanoseconds)}" for size, nanoseconds in (expected, found))
+    return f"changed since it was indexed: expected {old}, got {new}"
+
+
+def _show_time(nanoseconds: int) -> str:
+    seconds, rest = divmod(nanoseconds, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{rest:09d}"
+
+
+class Changed(NamedTuple):
+    """A file that is not as it was."""
+
+    number: int
+    resized: bool
+    text: str
+
+
+class FileRecord:
+    """Sizes and times of change of the files of one set as a run began with them, in a file of the run folder: the
+    SHA-256 of what follows it, then that of the names (32 bytes), then (n,2) int64."""
+
+    def __init__(self, file: Path, names: NameTable, stamps: np.ndarray) -> None:
+        self.file, self.names, self.stamps = file, names, stamps
+
+    def write(self) -> None:
+        """Keeps what is there now."""
+        data = bytes.fromhex(self.names.digest()) + self.stamps.astype("<i8").tobytes()
+        write_atomically(self.file, hashlib.sha256(data).digest() + data)
+
+    def find_changed(self) -> list[Changed]:
+        """The files that are not as the record says. Without a record of these names there is nothing to compare."""
+        try:
+            data = self.file.read_bytes()
+        except FileNotFoundError:  # of an earlier version
+            return []
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            print(f"note: {self.file} is damaged: whether files of the data changed is not known", file=sys.stderr)
+            return []
+        if data[32:64] != bytes.fromhex(self.names.digest()):
+            return []
+        before = np.frombuffer(data[64:], dtype="<i8").reshape(-1, 2)
+        rows = np.flatnonzero((before != self.stamps).any(axis=1)).tolist()
+        pairs = ((row, before[row].tolist(), self.stamps[row].tolist()) for row in rows)
+        changes = ((row, old[0] != new[0], describe_change(old, new)) for row, old, new in pairs)
+        return [Changed(row, resized, text) for row, resized, text in changes if text is not None]
 
 
 def scan_files(

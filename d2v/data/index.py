@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, features
 
-from d2v.data.cache import Found, IndexCache, NameTable, scan_files, stamp_of
+from d2v.data.cache import FileRecord, Found, NameTable, scan_files, stamps_of
 from d2v.data.shards import ShardSource, open_command
 from d2v.data.sources import (
     Kind,
@@ -96,12 +96,20 @@ class FileSource(Source):
     counts: np.ndarray | None = None
     """Lengths (n,) as a list gives them."""
 
-    def __init__(self, root: Path, names: list[str], cache: IndexCache | None, file: Path | None = None) -> None:
-        self.root, self.names, self.cache, self.file = root, NameTable(names), cache, file
+    def __init__(self, root: Path, names: list[str], wanted: Wanted, file: Path | None = None) -> None:
+        self.root, self.names, self.cache, self.file = root, NameTable(names), wanted.cache, file
+        self._endings = " ".join(sorted(wanted.kind.suffixes))
         self.rejected, self.left_out = [], {}
         self.lines = np.arange(len(names))
         """Line of each sample in the list, without that of the root."""
         self._transcripts: list[str] | None = None
+        self.stamps = stamps_of([self._file_of(name) for name in names])
+
+    def file_path(self, number: int) -> str:
+        return self.describe(number)
+
+    def record_files(self, file: Path) -> FileRecord:
+        return FileRecord(file, self.names, self.stamps)
 
     def describe(self, index: int) -> str:
         name = self.names[index]
@@ -122,15 +130,24 @@ class FileSource(Source):
         path = self.root / name
         match = _STORED.fullmatch(name)
         if match is None or path.exists():
-            return open_regular(path)
+            return self._check(open_regular(path), index)
         offset, size = int(match[2]), int(match[3])
         check_size(size, "member")
-        with open_regular(self.root / match[1]) as archive:
+        with self._check(open_regular(self.root / match[1]), index) as archive:
             archive.seek(offset)
             data = archive.read(size)
         if len(data) != size:
             raise ValueError(f"cut off: the archive ends after {len(data)} of {size} bytes of this member")
         return io.BytesIO(data)
+
+    def _check(self, file: BinaryIO, index: int) -> BinaryIO:
+        """A file that was opened, unless it is not the one that was indexed."""
+        try:
+            self.check_unchanged(index, os.fstat(file.fileno()))
+        except ValueError:
+            file.close()
+            raise
+        return file
 
     def read_transcript(self, index: int) -> str:
         if self.file is None:
@@ -147,17 +164,20 @@ class FileSource(Source):
             report.add()
             return Found([["", "", -1, -1, -1, -1, measure_length(measure, lambda: self.open_file(index))]])
 
-        stamps, place = [self._stamp(name) for name in self.names], (self.file or self.root).absolute()
-        found = scan_files(self.names, stamps, scan, self.cache, ("lengths", place))
+        place = (self.file or self.root).absolute()
+        stamps = [(size, time) for size, time in self.stamps.tolist()]
+        # Another decoder may read what this one could not.
+        found = scan_files(self.names, stamps, scan, self.cache, ("lengths", self._endings, place))
         report.finish()
         return self._note_damaged([one.samples[0][-1] for one in found])
 
-    def _stamp(self, name: str) -> tuple[int, int]:
+    def _file_of(self, name: str) -> str:
+        """Path of the file that holds a sample; "" for the output of a command."""
         if is_command(name):
-            return -1, -1
-        stamp = stamp_of(os.path.join(self.root, name))  # noqa: PTH118
-        match = _STORED.fullmatch(name) if stamp[0] < 0 else None
-        return stamp_of(self.root / match[1]) if match is not None else stamp
+            return ""
+        path = os.path.join(self.root, name)  # noqa: PTH118
+        match = _STORED.fullmatch(name)
+        return path if match is None or os.path.exists(path) else str(self.root / match[1])  # noqa: PTH110
 
 
 def is_command(name: str) -> bool:
@@ -183,7 +203,7 @@ def _open_folder(root: Path, wanted: Wanted) -> FileSource:
     endings = [ending_of(name) for name in files]
     found = [name for name, ending in zip(files, endings, strict=True) if ending in kind.suffixes]
     left.update(e for e in endings if e not in kind.suffixes and e not in kind.beside)
-    left_out = count_endings(+left, "files")
+    left_out = count_endings(+left, "files", kind.readers)
     if not found:
         shards = left[".tar"]
         hint = f"; for its {shards} .tar shards pass {str(root / '*.tar')!r}" if shards else ""
@@ -192,7 +212,7 @@ def _open_folder(root: Path, wanted: Wanted) -> FileSource:
             f"{option}: expected {kind.noun} {place}, found none in {len(files)} files{list_left_out(left_out)}; "
             f"{kind.describe()}{hint}"
         )
-    source = FileSource(root, found, wanted.cache)
+    source = FileSource(root, found, wanted)
     source.left_out = left_out
     if wanted.labelled:
         if loose := [name for name in found if os.sep not in name]:
@@ -238,7 +258,7 @@ def _open_list(file: Path, wanted: Wanted) -> FileSource:
     if not rows:
         raise ValueError(f"{option}: expected {noun} in {str(file)!r}, found none")
     paths, values, numbers = (list(column) for column in zip(*rows, strict=True))
-    source = FileSource(file.parent / (lines[0].strip() if first else ""), paths, wanted.cache, file)
+    source = FileSource(file.parent / (lines[0].strip() if first else ""), paths, wanted, file)
     source.rejected, source.lines = rejected, np.array(numbers)
     source.left_out = {f"line of column names, {where}": 1 for where in headers}
     if wanted.labelled:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from d2v.data.cache import Found, NameTable, scan_files, stamp_of
+from d2v.data.cache import Found, NameTable, scan_files, stamps_of
 from d2v.data.sources import (
     NoTranscript,
     Rejected,
@@ -62,13 +62,16 @@ class ShardSource(Source):
             report.add()
             return result
 
-        paths, stamps = [str(file.absolute()) for file in files], [stamp_of(file) for file in files]
+        paths = [str(file.absolute()) for file in files]
+        self.stamps = stamps_of(paths)
+        stamps = [(size, time) for size, time in self.stamps.tolist()]
         endings = " ".join(sorted(wanted.kind.suffixes))
         scope = ("shards", wanted.kind.noun, endings, wanted.labelled, wanted.measure is not None, *paths)
         found = scan_files(paths, stamps, scan, wanted.cache, scope, SCANS)
         report.finish()
         self.rejected = [Rejected(*entry) for one in found for entry in one.rejected]
-        self.left_out = count_endings(sum((Counter(one.left_out) for one in found), Counter()), "members")
+        left = sum((Counter(one.left_out) for one in found), Counter())
+        self.left_out = count_endings(left, "members", wanted.kind.readers)
         rows = [(number, *sample) for number, one in enumerate(found) for sample in one.samples]
         if not rows:
             raise ValueError(
@@ -76,13 +79,16 @@ class ShardSource(Source):
                 f"{list_left_out(self.left_out)}; {wanted.kind.describe()}"
             )
         numbers, names, labels, *places, lengths = zip(*rows, strict=True)
-        self.shards, self._sizes = np.array(numbers), [size for size, _ in stamps]
+        self.shards = np.array(numbers)
         self.names = NameTable(f"{files[number].name}:{name}" for number, name in zip(numbers, names, strict=True))
         self._places = np.array(places, dtype=np.int64).T
         if wanted.labelled:
             self.labels, self.classes = number_classes(labels)
         if wanted.measure is not None:
             self.lengths = self._note_damaged(lengths)
+
+    def file_path(self, number: int) -> str:
+        return printable(str(self.files[number]))
 
     def describe(self, index: int) -> str:
         assert self.shards is not None
@@ -110,6 +116,7 @@ class ShardSource(Source):
         assert self.shards is not None
         number = int(self.shards[index])
         descriptor = self._descriptor(number)
+        self._check(number, descriptor)
         if self._ahead:  # asks the system for whole blocks: the sample's neighbours are wanted next
             for block in range(offset // FETCH_BYTES, (offset + size - 1) // FETCH_BYTES + 1):
                 if (number, block) not in self._fetched:
@@ -127,19 +134,24 @@ class ShardSource(Source):
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        file, expected = self.files[number], self._sizes[number]
+        file = self.files[number]
         try:
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise ShardLost(f"the shard {file} cannot be opened: {error.strerror}") from None
-        size = os.fstat(descriptor).st_size
-        if size != expected:
-            os.close(descriptor)
-            raise ShardLost(f"the shard {file} has changed: {expected} bytes when it was indexed, now {size}")
         self._open[number] = descriptor
         if len(self._open) > MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1])
         return descriptor
+
+    def _check(self, number: int, descriptor: int) -> None:
+        """`ShardLost` where a shard has another size than when it was indexed; `ValueError`: a bad sample, for a shard
+        that was overwritten since."""
+        status, expected = os.fstat(descriptor), int(self.stamps[number, 0])
+        if status.st_size != expected >= 0:
+            file = self.files[number]
+            raise ShardLost(f"the shard {file} has changed: {expected} bytes when it was indexed, now {status.st_size}")
+        self.check_unchanged(number, status)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict(), "cache": None}
@@ -291,6 +303,7 @@ def open_command(path: str, wanted: Wanted) -> ShardSource:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    source.stamps[:] = -1  # of a file that every start makes anew
     weakref.finalize(source, _remove_folder, folder, os.getpid())
     return source
 

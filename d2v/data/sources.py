@@ -11,13 +11,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from d2v.data.cache import CACHE, IndexCache, NameTable
+from d2v.data.cache import CACHE, FileRecord, IndexCache, NameTable, describe_change
 from d2v.runtime import format_seconds
 
 INTERVAL = 5.0
@@ -26,17 +26,8 @@ MAX_ENCODED_BYTES = 256 << 20
 """Largest encoded sample that is read; a bigger file or tar member counts as a bad sample."""
 LISTED = 6
 """Endings that are counted by themselves; others are counted together."""
-HEADERS = (
-    "label",
-    "labels",
-    "class",
-    "target",
-    "category",
-    "score",
-    "similarity",
-    "sentiment",
-    "gold_label",
-    "quality",
+HEADERS = frozenset(
+    "label labels class target category score similarity sentiment gold_label quality".split()  # noqa: SIM905
 )
 """What the column of the labels is called in the first line of a table."""
 DISTINCT = 10
@@ -126,6 +117,8 @@ class Kind(NamedTuple):
     """Whether that may be a `.tsv` list."""
     beside: frozenset[str] = frozenset()
     """Endings of files that belong to the samples."""
+    readers: Mapping[str, str] = {}
+    """What would read files of other endings, in words, by ending."""
 
     def describe(self) -> str:
         """The endings that count."""
@@ -165,8 +158,12 @@ class Source:
     lengths: np.ndarray | None = None
     shards: np.ndarray | None = None
     cache: IndexCache | None = None
+    stamps: np.ndarray = np.zeros((0, 2), np.int64)
+    """(files,2) int64: size (bytes) and time of change (ns) of each file when it was indexed; -1: unknown."""
     rejected: list[Rejected]
     left_out: dict[str, int]
+    cut: Mapping[int, str] = {}
+    """What was cut when it was indexed, by sample."""
     incomplete: Sequence[Rejected] = ()
     """Those of `rejected` that could be read but have no text or no label."""
 
@@ -201,6 +198,21 @@ class Source:
         """
         if self.cache is not None:
             self.cache.write(folder / CACHE)
+
+    def file_path(self, number: int) -> str:
+        """Path of a file, by its place in `stamps`, for messages."""
+        raise NotImplementedError
+
+    def record_files(self, file: Path) -> FileRecord:
+        """What a later start compares the files with, kept in `file`; data that was moved as a whole is the same."""
+        names = [os.path.basename(self.file_path(number)) for number in range(len(self.stamps))]  # noqa: PTH119
+        return FileRecord(file, NameTable(names), self.stamps)
+
+    def check_unchanged(self, number: int, status: os.stat_result) -> None:
+        """`ValueError` where the file of a number is not the one that was indexed."""
+        found = status.st_size, status.st_mtime_ns
+        if (text := describe_change(self.stamps[number].tolist(), found)) is not None:
+            raise ValueError(text)
 
     def digest(self) -> str:
         """Identity of the index: a resumed run must see the same samples in the same order."""
@@ -239,6 +251,12 @@ class Subset(Source):
 
     def prepare(self, folder: Path, fresh: bool) -> None:
         self.base.prepare(folder, fresh)
+
+    def file_path(self, number: int) -> str:
+        return self.base.file_path(number)
+
+    def record_files(self, file: Path) -> FileRecord:
+        return self.base.record_files(file)
 
     def digest(self) -> str:
         lengths = b"" if self.lengths is None else self.lengths.tobytes()
@@ -303,10 +321,15 @@ def ending_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122
 
 
-def count_endings(left: Counter[str], what: str) -> dict[str, int]:
-    """{reason: count} of files or members that are left out, by ending ("": none), or by another reason."""
+def count_endings(left: Counter[str], what: str, readers: Mapping[str, str] | None = None) -> dict[str, int]:
+    """{reason: count} of files or members that are left out, by ending ("": none), or by another reason. Endings that
+    something would read (`readers`) come first, together with it."""
+    readers = readers or {}
     reasons = {name: count for name, count in left.items() if name and not name.startswith(".")}
-    endings = sorted(((n, e) for e, n in left.items() if e not in reasons), key=lambda pair: (-pair[0], pair[1]))
+    for ending in sorted(left.keys() & readers):
+        reasons[f"{what} that end in {ending} ({readers[ending]})"] = left[ending]
+    endings = [(n, e) for e, n in left.items() if e not in reasons and e not in readers]
+    endings.sort(key=lambda pair: (-pair[0], pair[1]))
     for count, ending in endings[:LISTED]:
         reasons[f"{what} that end in {ending}" if ending else f"{what} without an ending"] = count
     if rest := sum(count for count, _ in endings[LISTED:]):

@@ -1,17 +1,10 @@
-"""Speech: decoding, resampling to 16 kHz, normalisation, random speed, random crops or padding.
-
-Resampling is polyphase filtering (`scipy.signal.resample_poly`: a Kaiser-windowed low-pass, zero phase).
-"""
+"""Speech: recordings and their lengths, random speed, random crops or padding."""
 
 from __future__ import annotations
 
-import io
-import math
-import os
+import importlib.util
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -19,6 +12,7 @@ from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.dataset import STREAM_CROP, STREAM_SPEED, Batch, Modality, Sample, random_stream
+from d2v.data.decoding.sound import AV_HINT, decode_audio, normalise_waveform, read_header, resample
 from d2v.data.index import FileSource, is_command
 from d2v.data.sources import Kind, Source, Subset, for_example
 from d2v.model.stems import LogMelStem
@@ -40,175 +34,24 @@ def _audio_suffixes() -> frozenset[str]:
     return frozenset([".wav", ".flac", ".ogg", *" ".join(v for k, v in names.items() if k in formats).split()])
 
 
+AV_ENDINGS = frozenset({
+    ".3gp", ".aac", ".ac3", ".amr", ".ape", ".asf", ".awb", ".m4a", ".m4b", ".m4r", ".mka", ".mov", ".mp4", ".tta",
+    ".webm", ".wma", ".wmv", ".wv",
+})  # fmt: skip
+"""What PyAV (FFmpeg's libraries) decodes where it is installed; of videos their sound."""
+_HAS_AV = importlib.util.find_spec("av") is not None
+
 SPEECH = Kind(
-    "audio files", _audio_suffixes(), "a folder of audio files, a .tsv manifest or shards", lists=True,
-    beside=frozenset({".txt", ".tsv", ".ltr", ".wrd"}),
+    "audio files", _audio_suffixes() | (AV_ENDINGS if _HAS_AV else frozenset()),
+    "a folder of audio files, a .tsv manifest or shards", lists=True,
+    beside=frozenset({".txt", ".tsv", ".ltr", ".wrd"}), readers=dict.fromkeys(AV_ENDINGS, AV_HINT),
 )  # fmt: skip
-RATES = (1_000, 768_000)
-"""Sample rates that speech can have; others count as damaged headers."""
-MAX_VALUES = 1 << 28
-"""Frames times channels of the longest recording, and its samples at 16 kHz: 4.6 hours."""
-SURE_VALUES, VALUES_PER_BYTE = 1 << 25, 64
-"""So many values (35 minutes at 16 kHz) any file may have; more only at so many to a byte: speech never needs fewer
-bytes, but a file made to fill the memory does."""
-BLOCK = 1 << 16
-"""Frames that are decoded at a time where the header leaves their number open."""
-OPEN = 1 << 62
-"""libsndfile's number of frames, or more, where a header leaves it open."""
 MIN_TOKENS = 4
 """Shortest utterance in tokens of the stem, whatever data.min_seconds says: less cannot be masked."""
 PROBES = 8
 """Files whose headers are compared with what a manifest says."""
-SLACK = 16
-"""Bytes that a WAV header may promise too many: some writers do."""
-KAISER_BETA = 5.0
-"""Of the window of the resampling's low-pass."""
-KEPT_RATIO = 1_000
-"""Largest term of a resampling ratio whose low-pass is kept: 80 kB of coefficients."""
 NORMAL = 100
 """Percent: the speed of an utterance that is played as it was recorded."""
-_NORM_EPS = 1e-5
-_SIZES: tuple[tuple[bytes, int, int, Literal["big", "little"], int], ...] = (
-    (b"FORM", 4, 8, "big", 8), (b".snd", 8, 12, "big", 24), (b"RF64", 20, 28, "little", 8),
-    (b"riff\x2e\x91\xcf\x11", 16, 24, "little", 0),
-)  # fmt: skip
-"""Where AIFF, AU, RF64 and W64 say how long they are, and what that leaves out."""
-_UNKNOWN_SIZE = 0x7FFF_0000
-"""WAV files that were written to a pipe have such a size, or more, in their header."""
-
-
-def decode_audio(data: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Encoded bytes -> (float32 mono waveform at 16 kHz, what was converted).
-
-    Channels are averaged. Raises `ValueError` with the reason for what cannot be decoded: not audio, cut off, no
-    samples, samples that are not finite.
-    """
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            expected, rate = file.frames, file.samplerate
-            values = read_frames(file, len(data))
-    except soundfile.SoundFileError as error:
-        raise ValueError(_explain(error)) from None
-    if reason := find_cut(data) or (len(values) < expected < OPEN and f"cut off: {len(values)} of {expected} frames"):
-        raise ValueError(reason)
-    _check_header(len(values), rate, values.shape[1], len(data))
-    if not np.isfinite(values).all():
-        raise ValueError("samples that are not finite")
-    converted = []
-    if values.shape[1] > 1:
-        converted.append(f"{values.shape[1]} channels to mono")
-    if rate != SAMPLE_RATE:
-        converted.append(f"{rate} Hz to {SAMPLE_RATE} Hz")
-    return resample(values.mean(axis=1), rate), tuple(converted)
-
-
-def _explain(error: Exception) -> str:
-    text = str(error)
-    return text.split(">: ", 1)[-1] if ">: " in text else text
-
-
-def read_frames(file: Any, size: int) -> np.ndarray:
-    """All frames (S, channels) float32 of an open recording of `size` encoded bytes.
-
-    Where the header leaves the number of frames open (FLAC from a pipe), or the codec cannot be positioned (GSM), they
-    are read in blocks to their end.
-    """
-    import soundfile
-
-    known = file.frames < OPEN
-    _check_header(max(file.frames, 1) if known else 1, file.samplerate, file.channels, size)
-    if known and file.seekable():
-        return np.asarray(file.read(dtype="float32", always_2d=True))
-    blocks, frames = [np.zeros((0, file.channels), np.float32)], 0
-    while True:
-        block = np.full((BLOCK, file.channels), np.nan, dtype=np.float32)
-        try:
-            count = len(file.read(out=block))
-        except soundfile.SoundFileError:
-            # libsndfile calls the end that no header gave an error; what it had decoded is in the block.
-            count = int(np.isfinite(block).all(axis=1).cumprod().sum())
-            if known or not frames + count:
-                raise
-        blocks.append(block[:count])
-        frames += count
-        if count < BLOCK:
-            return np.concatenate(blocks)
-        _check_header(frames, file.samplerate, file.channels, size)
-
-
-def _check_header(frames: int, rate: int, channels: int, size: int) -> None:
-    """Refuses, before anything is allocated, what no recording of `size` bytes has."""
-    if not RATES[0] <= rate <= RATES[1]:
-        raise ValueError(f"sample rate {rate} Hz is not within {RATES[0]} to {RATES[1]}")
-    allowed = min(MAX_VALUES, max(SURE_VALUES, VALUES_PER_BYTE * size))
-    if max(frames * channels, count_resampled(frames, rate)) > allowed:
-        raise ValueError(
-            f"{frames} frames of {channels} channels at {rate} Hz in {size} bytes, expected at most {allowed} values "
-            f"and as many samples at {SAMPLE_RATE} Hz"
-        )
-    if frames < 1:
-        raise ValueError("no samples")
-
-
-def find_cut(data: bytes) -> str | None:
-    """Why an encoded file is cut off, where its decoder would not say so, or None."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
-        place = 12
-        while place + 8 <= len(data):
-            name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
-            if name == b"data":
-                missing = place + 8 + size - len(data)
-                return f"cut off: {missing} bytes are missing" if missing > SLACK and size < _UNKNOWN_SIZE else None
-            place += 8 + size + size % 2
-        return "cut off: no data chunk"
-    for magic, start, stop, order, more in _SIZES:
-        if data.startswith(magic):
-            size = int.from_bytes(data[start:stop], order) + more
-            missing = size - len(data)
-            return f"cut off: {missing} bytes are missing" if missing > SLACK and size < _UNKNOWN_SIZE else None
-    if data[:4] == b"OggS":
-        last = data.rfind(b"OggS")
-        if not data[last + 5 : last + 6] or not data[last + 5] & 4:
-            return "cut off: no last page"
-    return None
-
-
-def resample(values: np.ndarray, rate: int) -> np.ndarray:
-    """Waveform (S,) at `rate` Hz -> float32 waveform at 16 kHz, ceil(S * 16000 / rate) samples."""
-    if rate == SAMPLE_RATE:
-        return np.ascontiguousarray(values, dtype=np.float32)
-    from scipy.signal import resample_poly
-
-    factor = math.gcd(rate, SAMPLE_RATE)
-    up, down = SAMPLE_RATE // factor, rate // factor
-    # To design the low-pass takes longer than to apply it to a short utterance.
-    window = design_low_pass(up, down) if max(up, down) <= KEPT_RATIO else ("kaiser", KAISER_BETA)
-    return np.asarray(resample_poly(values, up, down, window=window), dtype=np.float32)
-
-
-@lru_cache(maxsize=512)
-def design_low_pass(up: int, down: int) -> np.ndarray:
-    """Coefficients, float32, of the filter that `scipy.signal.resample_poly` designs for a ratio."""
-    from scipy.signal import firwin
-
-    largest = max(up, down)
-    taps = firwin(2 * 10 * largest + 1, 1.0 / largest, window=("kaiser", KAISER_BETA)).astype(np.float32)
-    taps.setflags(write=False)
-    return np.asarray(taps)
-
-
-def count_resampled(frames: int, rate: int) -> int:
-    """Samples of `frames` frames after resampling."""
-    return -(-frames * SAMPLE_RATE // rate)
-
-
-def normalise_waveform(values: np.ndarray) -> np.ndarray:
-    """Zero mean and unit variance over the whole utterance, as published; silence stays 0."""
-    centred = values - values.mean(dtype=np.float64)
-    deviation = math.sqrt(float(np.mean(np.square(centred, dtype=np.float64))) + _NORM_EPS)
-    return (centred / deviation).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -391,23 +234,6 @@ class Speech(Modality):
             bands = self._mel.make_bands(waveform[None, :length])[0]
             rows.append(torch.cat([bands.mean(0), bands.std(0, correction=0)]))
         return torch.stack(rows)
-
-
-def read_header(file: BinaryIO) -> int:
-    """Samples at 16 kHz by the header of a recording; `ValueError` where it has none."""
-    import soundfile
-
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    try:
-        with soundfile.SoundFile(file) as header:
-            frames, rate, channels = header.frames, header.samplerate, header.channels
-            if frames >= OPEN:
-                frames = len(read_frames(header, size))
-    except soundfile.SoundFileError as error:
-        raise ValueError(_explain(error)) from None
-    _check_header(frames, rate, channels, size)
-    return count_resampled(frames, rate)
 
 
 def trust_counts(source: FileSource) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.data.cache import CACHE
+from d2v.data.cache import CACHE, stamps_of
 from d2v.data.dataset import Batch, Modality, Sample
 from d2v.data.sources import (
     Rejected,
@@ -175,7 +175,11 @@ class TextSource(Source):
     def __init__(self, files: list[Path], modality: Texts, option: str, left_out: dict[str, int] | None = None) -> None:
         self.files, self.modality, self.option = files, modality, option
         self.rejected, self.left_out = [], left_out or {}
+        self.stamps = stamps_of([str(file) for file in files])
         self.where = printable(str(files[0])) if len(files) == 1 else f"{len(files)} files"
+
+    def file_path(self, number: int) -> str:
+        return printable(str(self.files[number]))
 
     def block(self, index: int) -> np.ndarray:
         """int64 (tokens,) of a sample, `<s>` first."""
@@ -258,12 +262,13 @@ class WholeTexts(TextSource):
 
     def __init__(self, files: list[Path], modality: Texts, option: str, left_out: dict[str, int] | None = None) -> None:
         super().__init__(files, modality, option, left_out)
-        reader = DocumentReader(files)
-        self._ids = [
-            np.array([START, *ids[: modality.config.stem.max_tokens - 2], END], dtype=np.int32)
-            for group in group_documents(reader)
-            for ids in modality.tokenizer.encode(group)
-        ]
+        reader, longest = DocumentReader(files), modality.config.stem.max_tokens
+        self._ids: list[np.ndarray] = []
+        self.cut = {}
+        for ids in (ids for group in group_documents(reader) for ids in modality.tokenizer.encode(group)):
+            if len(ids) > longest - 2:
+                self.cut[len(self._ids)] = f"cut to {longest} of {len(ids) + 2} tokens"
+            self._ids.append(np.array([START, *ids[: longest - 2], END], dtype=np.int32))
         self.rejected, self.documents = reader.rejected, len(self._ids)
         if not self._ids:
             raise ValueError(f"{option}: expected text in {len(files)} files, found none{for_example(self.rejected)}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.dataset import Batch, Modality, Sample
+from d2v.data.decoding.colour import describe_loss, find_depth, read_colour
 from d2v.data.index import IMAGES
 from d2v.data.sources import Source
 
@@ -57,8 +58,12 @@ def read_image(data: bytes, scale: Range = "auto") -> tuple[Image.Image, tuple[s
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             pages = _count_pages(image)
             raw = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
+            depth = find_depth(image, data)
+            values = read_colour(image, data) if depth > 8 else None
+            loss = describe_loss(image, depth) if depth > 8 and values is None else None
             image.load()
-            rgb, kind = _to_rgb(image, raw, scale)
+            rgb, kind = _to_rgb(image, raw, scale) if values is None else _scale_colour(values, scale)
+            kind = loss or kind
         except MemoryError:
             raise ValueError(f"not enough memory for {len(data)} bytes") from None
         except Exception as error:  # a decoder fed with damaged bytes may raise anything
@@ -87,19 +92,35 @@ def _to_rgb(image: Image.Image, raw: str, scale: Range) -> tuple[Image.Image, st
         if mode != "F" and isinstance(key, int):
             values = np.where(np.asarray(image) == key, np.uint8(255), values)
         return Image.fromarray(values).convert("RGB"), kind
-    deep = "16-bit colour to its upper 8 bits" if re.search(r"(RGB|RGBA|RGBX|LA|CMYK).*;16", raw) else None
     if mode == "RGB" and key is None:
-        return image, deep
+        return image, None
     if isinstance(key, int) and (match := re.search(r"\bL;([24])\b", raw)):
         image.info["transparency"] = key * (255 // (2 ** int(match[1]) - 1))  # as the grey values have been scaled
-    if isinstance(key, tuple) and deep is not None:
+    if isinstance(key, tuple) and ";16" in raw:
         image.info["transparency"] = tuple(value >> 8 for value in key)
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or key is not None:
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB"), deep or ("palette" if mode == "P" else "alpha")
+        return _lay_over_white(rgba), "palette" if mode == "P" else "alpha"
     kinds = {"L": "grey", "1": "grey", "P": "palette", "CMYK": "CMYK"}
-    return image.convert("RGB"), deep or kinds.get(mode, mode)
+    return image.convert("RGB"), kinds.get(mode, mode)
+
+
+def _lay_over_white(rgba: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def _scale_colour(values: np.ndarray, scale: Range) -> tuple[Image.Image, str]:
+    """16-bit colour (H,W,c), all channels by one range; c = 2 and 4: the last is alpha."""
+    colours = values.shape[2] - (values.shape[2] % 2 == 0)
+    scaled, how = scale_values(values[:, :, :colours], scale)
+    if colours == 1:
+        scaled = scaled.repeat(3, axis=2)
+    how = how.replace("16-bit", "16-bit colour", 1)
+    if colours == values.shape[2]:
+        return Image.fromarray(scaled), how
+    alpha = np.rint(values[:, :, colours:] * (255.0 / 65535.0)).astype(np.uint8)
+    return _lay_over_white(Image.fromarray(np.concatenate([scaled, alpha], axis=2))), how
 
 
 def scale_values(values: np.ndarray, scale: Range) -> tuple[np.ndarray, str]:

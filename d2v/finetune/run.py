@@ -66,11 +66,16 @@ class Sets:
     spelling: Spelling | None
 
 
-def read_defaults(task: str, checkpoint: str) -> tuple[Config, tuple[Optim, Data, Run, TaskOptions]]:
-    """Configuration of the pre-trained model, and the sections that a run of the task starts from."""
+def read_defaults(
+    task: str, checkpoint: str, tokenizer: str | None = None
+) -> tuple[Config, tuple[Optim, Data, Run, TaskOptions]]:
+    """Configuration of the pre-trained model, and the sections that a run of the task starts from.
+
+    tokenizer: the folder of the one that is given; None: it has to be with the checkpoint.
+    """
     folder = find_model(checkpoint)
     config = read_config(folder / "config.json")
-    config = replace(config, data=replace(config.data, tokenizer=find_tokenizer(folder, config)))
+    config = replace(config, data=replace(config.data, tokenizer=tokenizer or find_tokenizer(folder, config)))
     return config, default_sections(task, config)
 
 
@@ -85,7 +90,7 @@ def finetune(
     """
     if task == "speech-ctc":
         require_jiwer()
-    base, _ = read_defaults(task, checkpoint)
+    base, _ = read_defaults(task, checkpoint, data.tokenizer)
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     encoder = _encoder_config(base, replace(data, path=train_path), run, optim, options)

@@ -150,8 +150,10 @@ class Data2Vec(nn.Module):
             noise_keys: int64 (N,), keys of the drawn noise; None: drawn with torch's generator. 2.0 only.
 
         Raises:
-            ValueError, TypeError: inputs, lengths, masks or noise that do not fit.
+            ValueError, TypeError: inputs, lengths, masks or noise that do not fit; a model without the parts that only
+                pre-training uses.
         """
+        self._check_parts()
         tokens, valid = self.stem.measure(inputs, lengths)
         batch = inputs.shape[0]
         rows = resolve_masks(self.config, masks, batch, tokens, valid, self._drawn)
@@ -339,6 +341,16 @@ class Data2Vec(nn.Module):
         # The projection is per token: only the rows that enter the loss are projected.
         selected = gather_tokens(hidden.reshape(1, count * tokens, hidden.shape[-1]), masks.rows[None])
         return self.decoder.project(selected[0])
+
+    def _check_parts(self) -> None:
+        """`ValueError` for a model that `strip_pretraining` has been at."""
+        missing = [] if self.decoder is not None or self.head is not None else ["decoder or head"]
+        missing += [] if self.teacher.owned else ["the teacher's averages"]
+        if missing:
+            raise ValueError(
+                f"forward: expected a model that can be pre-trained, got one without {', '.join(missing)} (an imported "
+                "or fine-tuned encoder); encode() and features() need neither"
+            )
 
     def _check_noise(self, noise: Tensor, masks: Masks) -> None:
         if masks.keep is None or self.decoder is None:

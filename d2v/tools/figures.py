@@ -5,6 +5,7 @@ All functions draw into matplotlib's (sub)figures; `take_pictures` makes what th
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config, Stem
-from d2v.data.dataset import Batch, Collate, EvaluationSamples, MaskingCollate, Modality
-from d2v.data.sources import Source
+from d2v.data.dataset import Batch, Collate, MaskingCollate, Modality, Sample
+from d2v.data.sources import Rejected, Source, describe_error
+from d2v.evaluate.pieces import list_entries
 from d2v.model.stems import LogMelStem
 from d2v.model.stems.speech import SAMPLE_RATE
 
@@ -63,22 +65,32 @@ def take_pictures(
     masks: bool = False,
     layer: int | None = None,
 ) -> list[Picture]:
-    """Pictures of `count` samples spread over the source; those that cannot be decoded, or masked, are left out.
+    """Pictures of `count` samples spread over the source; those that cannot be decoded, or masked, are left out. What
+    is left out or cut is named on standard error.
 
     encoder: a model, or its teacher.
     """
-    samples = EvaluationSamples(source, modality)
+    notes: dict[str, list[Rejected]] = {"left out": [], "cut": []}
     collate = MaskingCollate(config, modality, training=False) if masks else Collate(modality)
     pictures = []
     for index in np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)).tolist():
-        sample = samples[index]
-        if any(note.kind == "bad" for note in sample.notes):
-            continue
+        name = source.describe(index)
         try:
-            batch = collate([sample])
-        except ValueError:  # too short to be masked
+            value, _ = modality.load(source, index)
+            shown = modality.eval_transform(value)
+            batch = collate([Sample(index, 0, shown, ())])
+        except Exception as error:  # cannot be decoded, or is too short to be masked
+            notes["left out"].append(Rejected(name, describe_error(error)))
             continue
-        pictures.append(_take(config, modality, source.describe(index), batch, encoder, device, layer))
+        if config.stem.modality == "speech" and len(shown) < len(value):
+            text = f"cut to {len(shown) / SAMPLE_RATE:g} of {len(value) / SAMPLE_RATE:g} s"
+            notes["cut"].append(Rejected(name, text))
+        elif index in source.cut:
+            notes["cut"].append(Rejected(name, source.cut[index]))
+        pictures.append(_take(config, modality, name, batch, encoder, device, layer))
+    for what, found in notes.items():
+        if found:
+            print(f"pictures: {what} {list_entries(found)}", file=sys.stderr)
     return pictures
 
 

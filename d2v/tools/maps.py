@@ -6,6 +6,7 @@ maps.png: samples with their masks and the similarity of their features; embeddi
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,8 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.data import make_modality
 from d2v.data.dataset import Batch, Collate, EvaluationSamples, Modality
-from d2v.data.sources import Source
-from d2v.evaluate.pieces import Uncut
+from d2v.data.sources import Rejected, Source
+from d2v.evaluate.pieces import Uncut, list_entries
 from d2v.evaluate.probe import encode_batch, standardise_features
 from d2v.saved import load_model
 from d2v.tools.figures import (
@@ -225,13 +226,17 @@ def collect_features(
     assert source.labels is not None
     samples = EvaluationSamples(source, modality)
     collate = Collate(modality) if uncut is None else partial(uncut.collate, rows=size)
-    features, kept = [], []
+    features, kept, bad = [], list[int](), list[Rejected]()
     for start in range(0, len(rows), size):
         read = [samples[int(row)] for row in rows[start : start + size]]
+        notes = [note for sample in read for note in sample.notes if note.kind == "bad"]
+        bad += [Rejected(source.describe(note.sample_id), note.text) for note in notes]
         read = [sample for sample in read if not any(note.kind == "bad" for note in sample.notes)]
         if read:
             features.append(encode(collate(read)).numpy())
             kept += [sample.sample_id for sample in read]
+    if bad:
+        print(f"labelled: left out {list_entries(bad)}", file=sys.stderr)
     if len(kept) < 3:
         raise ValueError(f"labelled: expected at least 3 {modality.noun} that can be decoded, got {len(kept)}")
     return np.concatenate(features), source.labels[kept]

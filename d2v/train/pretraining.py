@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from d2v.config.model import architecture
 from d2v.data import make_modality
 from d2v.data.dataset import Batch
 from d2v.data.loader import train_updates, validation_batches
-from d2v.data.sources import Source
+from d2v.data.sources import Source, for_example
 from d2v.folder import CONFIG, MODEL, copy_into, describe_mismatch, find_checkpoint, load_tensors
 from d2v.model.data2vec import Data2Vec, Output, build_model
 from d2v.runtime import span
@@ -84,6 +85,8 @@ class Pretraining(Objective):
         self.config, self.source, self.valid = config, source, valid
         self.modality = make_modality(config)
         self.noun = self.modality.noun
+        self._said: set[int] | None = None
+        """Held-out samples that `_say_unread` has spoken about; None: it was not called yet."""
         self.model = build_model(config, device)
         if config.run.teacher_graph:
             if device.type != "cuda":
@@ -158,15 +161,33 @@ class Pretraining(Objective):
         if len(self.valid) < ranks.size:
             raise ValueError(f"data.valid: expected a sample for each of {ranks.size} ranks, got {len(self.valid)}")
         held_out = validation_batches(self.config, self.valid, ranks.device, ranks.rank, ranks.size)
+        bad: dict[int, str] = {}
         self.model.eval()
         with torch.no_grad(), contextlib.closing(held_out):
             for batch, counted in ranks.in_step(held_out):
                 out = self.run_model(self.model, batch, ranks.device)
+                bad |= {note.sample_id: note.text for note in batch.notes if note.kind == "bad"}
                 if counted:
                     sums[0] += torch.stack(list(out.losses.values())).sum()
                     sums[1] += out.sample_size
+        self._say_unread({row: text for part in ranks.gather(bad) for row, text in part.items()}, ranks)
         total, masked = ranks.sum_(sums).tolist()
         return {"valid_loss": total / max(masked, 1.0)}
+
+    def _say_unread(self, bad: Mapping[int, str], ranks: Ranks) -> None:
+        """Says what of the held-out samples the loss does not see, each once: the trainer reports training samples."""
+        assert self.valid is not None
+        texts = []
+        if self._said is None:
+            texts = [f"left out {count} {reason}" for reason, count in self.valid.left_out.items()]
+            if rejected := self.valid.rejected:
+                texts += [f"{len(rejected)} of {self.valid.indexed} cannot be used{for_example(rejected)}"]
+        new, self._said = sorted(bad.keys() - (self._said or set())), (self._said or set()) | bad.keys()
+        if new:
+            example = f"for example {self.valid.describe(new[0])}: {bad[new[0]]}"
+            texts += [f"{len(new)} of {len(self.valid)} cannot be read and count as blank samples, {example}"]
+        for text in texts if ranks.is_first else ():
+            print(f"note: data.valid: {text}", file=sys.stderr)
 
     def find_failure(self, line: Mapping[str, Any], batch: Batch | None) -> str | None:
         """A value that is not finite, or collapse."""

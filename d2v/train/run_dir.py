@@ -18,6 +18,7 @@ import torch
 
 from d2v.config import Config
 from d2v.config.finetune import SECTION
+from d2v.data.sources import Source
 from d2v.files import PARTIAL, write_atomically
 from d2v.folder import CONFIG, check_layers, clean_folder, damaged, latest_checkpoint, load_json, read_index, step_of
 from d2v.train.distributed import Ranks
@@ -63,6 +64,28 @@ class RunFolder:
         clean_folder(self.path / "checkpoints")
         (self.path / REQUEUE).unlink(missing_ok=True)
         write_atomically(self.path / CONFIG, config.to_json())
+
+    def compare_files(self, source: Source, option: str, allowed: float) -> None:
+        """Rank 0: keeps sizes and times of the files that a run begins with; of one that goes on, says which changed.
+
+        `ValueError` where more than the `allowed` share has another size: the run would go on with other data.
+        """
+        record = source.record_files(self.path / f"{option}.files")
+        if self.resumed is None:
+            record.write()
+            return
+        if not (changed := record.find_changed()):
+            return
+        resized = [one for one in changed if one.resized]
+        first = (resized or changed)[0]
+        example = f"for example {source.file_path(first.number)} {first.text}"
+        if len(resized) > allowed * len(record.names):
+            raise ValueError(
+                f"{option}: expected the files that the run in {str(self.path)!r} began with, got {len(resized)} of "
+                f"{len(record.names)} of another size, {example}; put them back or begin a run in another run.dir"
+            )
+        count = f"{len(changed)} of {len(record.names)} files"
+        print(f"note: {option}: {count} changed since the run began, {example}", file=sys.stderr)
 
     def describe_resume(self, state: Mapping[str, Any], config: Any, ranks: Ranks) -> None:
         """Says where the run goes on and what is different now."""

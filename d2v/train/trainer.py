@@ -252,7 +252,11 @@ def train(objective: Objective, ranks: Ranks, folder: RunFolder, *, profile: int
         with ranks.first_before_others():
             if ranks.is_first:
                 folder.begin(objective.config)
-            for source in (s for s in (objective.source, objective.valid) if s is not None):
+            for option, source in (("data.path", objective.source), ("data.valid", objective.valid)):
+                if source is None:
+                    continue
+                if ranks.is_first:
+                    folder.compare_files(source, option, objective.config.data.bad_fraction)
                 source.prepare(folder.path, fresh=folder.resumed is None and source is objective.source)
         with StopRequest() as stop, Profiler(folder.path / "profile", profile if ranks.is_first else 0) as profiler:
             trainer.run(folder, stop, profiler)

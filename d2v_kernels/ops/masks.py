@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -179,8 +180,7 @@ class MaskSampler:
     def noise_keys(self, sample_ids: Sequence[int] | Tensor, epoch: int, *, copies: int = 1) -> Tensor:
         """Keys (samples * copies,) int64 for `Noise`, functions of (seed, epoch, sample id, copy)."""
         ids, epoch, copies = self._check_draw(sample_ids, epoch, copies)
-        keys = [_row_state(self.rule.seed, epoch, i, ~c) for i in ids.tolist() for c in range(copies)]
-        return torch.tensor([k - (1 << 64) if k >> 63 else k for k in keys], dtype=torch.int64)
+        return torch.from_numpy(_noise_states(self.rule.seed, epoch, ids.numpy(), copies).view(np.int64))
 
     def _check_draw(self, sample_ids: Sequence[int] | Tensor, epoch: int, copies: int) -> tuple[Tensor, int, int]:
         op = "MaskSampler.draw"
@@ -262,6 +262,18 @@ def _mix(z: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _LOW64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _LOW64
     return z ^ (z >> 31)
+
+
+def _noise_states(seed: int, epoch: int, ids: np.ndarray, copies: int) -> np.ndarray:
+    """uint64 (samples * copies,): `_row_state(seed, epoch, id, ~copy)` of all rows at once; uint64 wraps."""
+    first = np.array([[seed & _LOW64], [epoch & _LOW64]], dtype=np.uint64)
+    state = np.zeros((len(ids), copies), dtype=np.uint64)
+    for word in (*first, ids.astype(np.uint64)[:, None], ~np.arange(copies, dtype=np.uint64)):
+        z = (state ^ word) + np.uint64(_STEP)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = z ^ (z >> np.uint64(31))
+    return state.reshape(-1)
 
 
 def _row_state(seed: int, epoch: int, sample_id: int, copy: int) -> int:

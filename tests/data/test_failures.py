@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.images import encode, make_image, write_tar
+from support.sounds import encode_sound, make_sound
 
 from d2v import recipes
 from d2v.config import Config
@@ -21,6 +23,7 @@ from d2v.data.dataset import Sample, TrainSamples
 from d2v.data.index import open_source
 from d2v.data.loader import BadSamples, evaluation_batches, train_updates, validation_batches
 from d2v.data.sources import Source
+from d2v.data.speech import SPEECH
 
 CPU = torch.device("cpu")
 
@@ -83,6 +86,67 @@ def test_a_shard_that_is_overwritten_is_a_shard_of_bad_samples(shards: list[Path
     with pytest.raises(ValueError, match=r"expected at most 20\.0%.*got 6 of 18 .*0\.tar:.*\.png"):
         bad.check(400)
     assert len(bad.entries) == 6
+
+
+CHANGE = (
+    r"^changed since it was indexed: expected \d+ bytes of [-\d]+ [:\d]+\.\d{9}, got \d+ bytes of [-\d]+ [:\d]+\.\d{9}$"
+)
+
+
+def replace_file(path: Path, how: str) -> None:
+    """Another file under the same name: of another size, or of the same and another time of change."""
+    data = path.read_bytes()
+    before = path.stat().st_mtime_ns
+    path.write_bytes(data + b"\0" if how == "size" else data[::-1])
+    os.utime(path, ns=(before, before + (1 if how == "time" else 0)))
+
+
+@pytest.mark.parametrize("how", ["size", "time"])
+@pytest.mark.parametrize("kind", ["folder", "list", "stored member"])
+def test_a_file_that_is_replaced_is_a_bad_sample_by_its_name(tmp_path: Path, kind: str, how: str) -> None:
+    for i in range(4):
+        (tmp_path / f"{i}.wav").write_bytes(encode_sound(make_sound(i, 0.5)))
+    names, path = [f"{i}.wav" for i in range(4)], tmp_path
+    if kind == "stored member":
+        data = [(tmp_path / name).read_bytes() for name in names]
+        for i, part in enumerate(data):
+            (tmp_path / f"{i}.zip").write_bytes(b"x" * 7 + part)
+        names = [f"{i}.zip:7:{len(part)}" for i, part in enumerate(data)]
+    if kind != "folder":
+        path = tmp_path / "list.tsv"
+        path.write_text("\n".join([str(tmp_path), *(f"{name}\t8000" for name in names)]) + "\n")
+    source = open_source(str(path), SPEECH)
+    target = tmp_path / ("2.zip" if kind == "stored member" else "2.wav")
+    whole = [source.read(i) for i in range(4)]
+    replace_file(target, how)
+    assert [source.read(i) for i in (0, 1, 3)] == [whole[i] for i in (0, 1, 3)]
+    with pytest.raises(ValueError, match=CHANGE):
+        source.read(2)
+    assert open_source(str(path), SPEECH).read(2) != whole[2] or kind == "stored member"  # a new index takes it
+
+
+@pytest.mark.parametrize("how", ["size", "time"])
+def test_a_replaced_image_is_listed_and_the_run_goes_on(image_folder: Path, how: str, tmp_path: Path) -> None:
+    source = open_source(str(image_folder))
+    replace_file(image_folder / source.names[1], how)
+    bad = BadSamples(source, 0.5, tmp_path / "bad.jsonl")
+    for batches in train_updates(config(), source, 0, CPU):
+        bad.add(tuple(note for batch in batches for note in batch.notes))
+    (entry,) = bad.entries
+    assert entry["path"] == str(image_folder / source.names[1])
+    assert re.match(CHANGE, entry["reason"])
+
+
+def test_a_shard_that_is_replaced_by_one_of_the_same_size(shards: list[Path]) -> None:
+    source = open_shards(shards)
+    first = source.read(0)
+    replace_file(shards[1], "time")  # its file is not open yet
+    assert source.read(0) == first
+    with pytest.raises(ValueError, match=CHANGE):
+        source.read(7)
+    replace_file(shards[0], "time")  # overwritten while it is open
+    with pytest.raises(ValueError, match=CHANGE):
+        source.read(1)
 
 
 def test_a_worker_that_dies_ends_the_run_by_its_number(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

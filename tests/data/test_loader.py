@@ -84,6 +84,7 @@ def test_bad_samples_are_counted_once_and_listed(image_folder: Path, tmp_path: P
     source = open_source(str(image_folder))
     broken = Path(source.describe(4))
     broken.write_bytes(b"nonsense")
+    source = open_source(str(image_folder))
     file = tmp_path / "bad.jsonl"
     bad = run_through(source, 0.2, file, steps=12)
     listed = [json.loads(line) for line in file.read_text().splitlines()]
@@ -123,6 +124,7 @@ def test_conversions_are_counted_per_sample(image_folder: Path) -> None:
     source = open_source(str(image_folder))
     make_image(0, mode="P").save(source.describe(2))
     make_image(0, mode="RGBA").save(source.describe(8))
+    source = open_source(str(image_folder))
     assert run_through(source, 0.0, None, steps=10).converted == {"palette": 1, "alpha": 1}
 
 

@@ -13,8 +13,9 @@ from support.sounds import encode_sound, make_sound
 
 from d2v import recipes
 from d2v.config import Config
+from d2v.data.decoding.sound import decode_audio
 from d2v.data.index import open_source
-from d2v.data.speech import Speech, decode_audio
+from d2v.data.speech import Speech
 
 
 def config(**data: object) -> Config:

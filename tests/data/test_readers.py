@@ -22,14 +22,16 @@ from support.sounds import encode_sound, make_sound
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.data import dataset, shards, speech
+from d2v.data import dataset, shards
 from d2v.data.cache import IndexCache
 from d2v.data.dataset import EvaluationSamples, TrainSamples
+from d2v.data.decoding import sound
+from d2v.data.decoding.sound import decode_audio, read_header
 from d2v.data.index import IMAGES, open_source
 from d2v.data.loader import BadSamples
 from d2v.data.pack import PackSettings, pack
 from d2v.data.sources import count_endings, decode_text, find_files, printable
-from d2v.data.speech import SPEECH, Speech, decode_audio, read_header
+from d2v.data.speech import SPEECH, Speech
 from d2v.data.tokenizer import find_texts
 
 
@@ -70,13 +72,13 @@ def test_many_endings_are_summed_up() -> None:
 
 def test_an_empty_result_says_what_counts_and_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "f").mkdir()
-    (tmp_path / "f" / "a.m4a").write_bytes(b"x")
+    (tmp_path / "f" / "a.xyz").write_bytes(b"x")
     write_tar(tmp_path / "s.tar", {"a.heic": b"x", "a.json": b"{}"})
-    with pytest.raises(ValueError, match=r"in 1 files, 1 files that end in \.m4a; audio files end in \..*\.wav"):
+    with pytest.raises(ValueError, match=r"in 1 files, 1 files that end in \.xyz; audio files end in \..*\.wav"):
         open_source(str(tmp_path / "f"), SPEECH)
     with pytest.raises(ValueError, match=r"found none, 1 members that end in \.heic, .*images end in .*\.jpg"):
         open_source(str(tmp_path / "s.tar"))
-    with pytest.raises(ValueError, match=r"found none in 1 files under .* 1 files that end in \.m4a"):
+    with pytest.raises(ValueError, match=r"found none in 1 files under .* 1 files that end in \.xyz"):
         find_texts(str(tmp_path / "f"), "data.path")
 
 
@@ -198,13 +200,13 @@ def test_open_length(samples: int) -> None:
 def test_claims_are_checked_before_anything_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short file may have many samples, but not after resampling, and none beyond what any speech has."""
     slow = encode_sound(np.zeros((4096 * 64, 1), np.float32), 1_000, "FLAC")
-    monkeypatch.setattr(speech, "SURE_VALUES", 4096 * 64)
+    monkeypatch.setattr(sound, "SURE_VALUES", 4096 * 64)
     monkeypatch.setattr(soundfile.SoundFile, "read", lambda *_, **__: pytest.fail("decoded"))
     for read in (decode_audio, lambda data: read_header(io.BytesIO(data))):
         with pytest.raises(ValueError, match=r"262144 frames of 1 channels at 1000 Hz in \d+ bytes, expected at most"):
             read(slow)
     monkeypatch.undo()
-    monkeypatch.setattr(speech, "SURE_VALUES", 4096 * 64 - 1)
+    monkeypatch.setattr(sound, "SURE_VALUES", 4096 * 64 - 1)
     with pytest.raises(ValueError, match="frames"):
         decode_audio(open_length(encode_sound(np.zeros((4096 * 64, 1), np.float32), 16_000, "FLAC")))
 
@@ -320,9 +322,9 @@ def test_packing_does_not_lose_transcripts_without_a_word(tmp_path: Path) -> Non
         (tmp_path / "in" / f"{name}.wav").write_bytes(encode_sound(make_sound(0, 0.5)))
     (tmp_path / "in" / "a.txt").write_bytes("text".encode("utf-16"))
     (tmp_path / "in" / "b.txt").write_text("text")
-    (tmp_path / "in" / "d.m4a").write_bytes(b"x")
+    (tmp_path / "in" / "d.xyz").write_bytes(b"x")
     text = pack(str(tmp_path / "in"), tmp_path / "out", PackSettings("speech"))
-    assert "2 samples" in text and "UTF-16" in text and "1 files that end in .m4a" in text
+    assert "2 samples" in text and "UTF-16" in text and "1 files that end in .xyz" in text
 
 
 def test_a_length_that_cannot_be_packed() -> None:

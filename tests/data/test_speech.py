@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from support.sounds import encode_sound, make_sound, write_sounds
 from d2v import recipes
 from d2v.config import Config
 from d2v.data.dataset import Batch, Collate, EvaluationSamples, cut_to_smallest
+from d2v.data.decoding import sound
+from d2v.data.decoding.sound import count_resampled, decode_audio, find_cut, normalise_waveform, resample
 from d2v.data.loader import BadSamples, train_updates, validation_batches
 from d2v.data.sampler import UpdateSampler
-from d2v.data.speech import Speech, count_resampled, decode_audio, find_cut, normalise_waveform, resample
+from d2v.data.speech import Speech
 
 CPU = torch.device("cpu")
 
@@ -206,6 +209,7 @@ def test_files_that_break_later_are_replaced_and_listed(sounds: Path) -> None:
     source = Speech(settings).open(str(sounds))
     for index, data in ((2, b""), (5, encode_sound(np.full(9_000, np.nan, np.float32), subtype="FLOAT"))):
         Path(source.describe(index)).write_bytes(data)
+    source.base.stamps[:] = -1  # type: ignore[attr-defined]  # what a file is, not that it changed
     bad = BadSamples(source, 0.5, None)
     news = []
     for batches in train_updates(settings, source, 0, CPU):
@@ -216,6 +220,32 @@ def test_files_that_break_later_are_replaced_and_listed(sounds: Path) -> None:
     assert {e["reason"] for e in bad.entries} == {"Format not recognised.", "samples that are not finite"}
     assert len(news) == len(bad.converted) == 2, "each kind of conversion is said once"
     assert news[0].startswith("converted: ")
+
+
+@pytest.mark.parametrize("samples", [1, 999, 1000, 1001, 5432])
+def test_long_recordings_are_normalised_in_pieces(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = make_sound(0, 0.5)[:samples] + np.float32(0.3)
+    wide = values.astype(np.float64)
+    expected = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-5)
+    whole = normalise_waveform(values)
+    assert np.array_equal(whole, expected.astype(np.float32))
+    monkeypatch.setattr(sound, "PIECE", 1000)
+    assert np.allclose(normalise_waveform(values), expected, rtol=2e-7, atol=0)
+    if samples <= 1000:
+        assert np.array_equal(normalise_waveform(values), whole)
+
+
+def test_memory_of_a_long_recording() -> None:
+    """Normalising takes the result and one piece, not several copies in float64."""
+    values = np.zeros(20_000_000, np.float32)
+    values[::7] = 1.0
+    tracemalloc.start()
+    try:
+        normalise_waveform(values)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < values.nbytes + 4 * 8 * sound.PIECE
 
 
 def test_features_of_a_sample_do_not_depend_on_its_batch(sounds: Path) -> None:
@@ -305,6 +335,7 @@ def test_a_sample_shorter_than_the_index_says_is_replaced_by_one_that_is_not(sou
     assert source.lengths is not None
     longest = int(source.lengths.argmax())
     Path(source.describe(longest)).write_bytes(encode_sound(make_sound(0, 0.2), kind="FLAC"))
+    source.base.stamps[:] = -1  # type: ignore[attr-defined]  # what a file is, not that it changed
     bad = BadSamples(source, 0.5, None)
     widths = []
     for batches in train_updates(settings, source, 0, CPU):

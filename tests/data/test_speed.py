@@ -14,10 +14,11 @@ from support.sounds import write_sounds
 from d2v import recipes
 from d2v.config import Config
 from d2v.data.dataset import Batch, EvaluationSamples, Group, SampleRef, TrainSamples
+from d2v.data.decoding.sound import normalise_waveform, resample
 from d2v.data.loader import evaluation_batches, train_updates, validation_batches
 from d2v.data.sampler import BUCKET_RATIO, UpdateSampler
 from d2v.data.sources import Source
-from d2v.data.speech import RandomSpeed, Speech, normalise_waveform, resample
+from d2v.data.speech import RandomSpeed, Speech
 from d2v.finetune.data import Labelled, LabelledSource, open_classes
 
 CPU = torch.device("cpu")

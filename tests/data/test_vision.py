@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from d2v import recipes
 from d2v.config import Config
 from d2v.data import vision
 from d2v.data.dataset import MaskingCollate, TrainSamples, random_stream
+from d2v.data.decoding.colour import find_depth
 from d2v.data.index import IMAGES, open_source
 from d2v.data.loader import BadSamples
 from d2v.data.vision import (
@@ -145,7 +148,6 @@ def png(depth: int, colour: int, row: bytes, key: bytes) -> bytes:
         (png(2, 0, b"\x60", b"\0\x01"), 2 * 85),
         (png(16, 0, b"\x03\xe8\x08\0", b"\x03\xe8"), 128),
         (png(8, 2, bytes(range(6)), bytes([0, 0, 0, 1, 0, 2])), 3),
-        (png(16, 2, bytes(range(12)), bytes(range(6))), 6),
     ],
 )
 def test_transparent_colours_are_laid_over_white(data: bytes, second: int) -> None:
@@ -154,9 +156,125 @@ def test_transparent_colours_are_laid_over_white(data: bytes, second: int) -> No
     assert np.asarray(image)[0, 1, 0] == second
 
 
-def test_deep_colour_is_said() -> None:
-    _, notes = read_image(png(16, 2, bytes(range(12)), bytes(6)))
-    assert notes == ("16-bit colour to its upper 8 bits",)
+# ---- 16-bit colour --------------------------------------------------------------------------------------------------
+
+DEEP = np.random.default_rng(0).integers(0, 1 << 16, (5, 7, 4)).astype(np.uint16)
+
+
+def deep_png(values: np.ndarray, key: bytes | None = None) -> bytes:
+    """(H,W,c) uint16 as PNG; c = 2 and 4: the last is alpha."""
+    height, width, channels = values.shape
+    rows = [b"\0" + row.astype(">u2").tobytes() for row in values]
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = [(b"IHDR", head), *([(b"tRNS", key)] if key else []), (b"IDAT", zlib.compress(b"".join(rows)))]
+    parts = [
+        struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in [*chunks, (b"IEND", b"")]
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def deep_tiff(values: np.ndarray, **options: Any) -> bytes:
+    tifffile = pytest.importorskip("tifffile", reason="tifffile is not installed")
+    file = io.BytesIO()
+    if options.get("planarconfig") == "separate":
+        values = np.ascontiguousarray(values.transpose(2, 0, 1))
+    tifffile.imwrite(file, values, photometric="rgb", **options)
+    return file.getvalue()
+
+
+def expected_colour(values: np.ndarray) -> np.ndarray:
+    """RGB over white of values with the whole range of 16 bits."""
+    colours = values[:, :, :3].astype(np.uint32) if values.shape[2] > 2 else values[:, :, :1].repeat(3, 2)
+    colours = (colours.astype(np.uint32) * 255 // 65535).astype(np.float64)
+    if values.shape[2] % 2:
+        return colours
+    alpha = values[:, :, -1:] / 65535.0
+    return colours * alpha + 255.0 * (1.0 - alpha)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_16_bit_png_keeps_its_range(channels: int) -> None:
+    pytest.importorskip("av", reason="PyAV is not installed")
+    values = DEEP[:, :, :channels].copy()
+    values[0, 0] = 65535
+    image, notes = read_image(deep_png(values))
+    assert notes == ("16-bit colour",)
+    assert np.abs(np.asarray(image) - expected_colour(values)).max() <= (0 if channels == 3 else 2)
+    # 12 bits in the file: all of 0 to 255, where the upper 8 bits would leave 16 grey levels.
+    colours = channels - (channels % 2 == 0)
+    values[:, :, :colours] >>= 4
+    values[:, :, colours:] = 65535
+    image, notes = read_image(deep_png(values))
+    assert notes == ("16-bit colour as 12-bit (--data.image-range)",)
+    assert np.array_equal(np.asarray(image)[:, :, 0], np.rint(values[:, :, 0] * (255.0 / 4095.0)))
+    image, _ = read_image(deep_png(values), (0.0, 1000.0))
+    assert np.array_equal(np.asarray(image)[:, :, 0], np.rint(values[:, :, 0].clip(0, 1000) * 0.255))
+    with pytest.raises(ValueError, match="truncated"):
+        read_image(deep_png(values)[:-40])
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"byteorder": ">"}, {"planarconfig": "separate"}])
+def test_16_bit_tiff_keeps_its_range(options: dict[str, Any]) -> None:
+    pytest.importorskip("av", reason="PyAV is not installed")
+    values = DEEP[:, :, :3].copy()
+    values[0, 0] = 65535
+    image, notes = read_image(deep_tiff(values, **options))
+    assert notes == ("16-bit colour",)
+    assert np.array_equal(np.asarray(image), expected_colour(values))
+
+
+@pytest.mark.parametrize("largest", [65535, 4095, 1000])
+def test_deep_pnm_keeps_its_range(largest: int) -> None:
+    values = (DEEP[:, :, :3].astype(np.uint32) % (largest + 1)).astype(np.uint16)
+    values[0, 0] = largest
+    image, _ = read_image(b"P6\n7 5\n%d\n" % largest + values.astype(">u2").tobytes())
+    full = 2 ** largest.bit_length() - 1
+    assert np.abs(np.asarray(image) - values * (255.0 / full)).max() < 1.0
+    plain = b"P3\n1 1\n%d\n%d 0 0\n" % (largest, largest)
+    assert read_image(plain)[1] == (f"{largest.bit_length()}-bit colour to 8 bits",)
+
+
+def test_what_loses_range_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    hint = r" \(pip install 'd2v\[av\]' keeps their range\)"
+    for data in (deep_png(DEEP[:, :, :3]), deep_png(DEEP), deep_tiff(DEEP[:, :, :3])):
+        image, (note,) = read_image(data)
+        assert re.fullmatch(rf"16-bit colour to 8 bits({hint})?", note)
+        assert np.asarray(image).shape == (5, 7, 3)
+    # Pillow would take every other byte for a value.
+    with pytest.raises(ValueError, match="16-bit colour in separate planes"):
+        read_image(deep_tiff(DEEP[:, :, :3], planarconfig="separate"))
+
+
+def test_depth_of_other_formats() -> None:
+    def depth(data: bytes) -> int:
+        return find_depth(Image.open(io.BytesIO(data)), data)
+
+    for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000"):
+        file = io.BytesIO()
+        Image.fromarray((DEEP[:, :, :3] >> 8).astype(np.uint8)).resize((32, 32)).save(file, kind)
+        data = file.getvalue()
+        assert depth(data) == 8, kind
+        if kind == "AVIF":
+            place = data.index(b"av1C") + 6
+            for flags, bits in ((0x40, 10), (0x60, 12)):
+                changed = data[:place] + bytes([data[place] | flags]) + data[place + 1 :]
+                assert find_depth(Image.open(io.BytesIO(data)), changed) == bits
+        if kind == "JPEG2000":
+            place = data.index(b"\xff\x4f\xff\x51") + 42
+            assert find_depth(Image.open(io.BytesIO(data)), data[:place] + b"\x0f" + data[place + 1 :]) == 16
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_transparent_deep_colour_is_laid_over_white(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if installed:
+        pytest.importorskip("av", reason="PyAV is not installed")
+    else:
+        monkeypatch.setitem(sys.modules, "av", None)
+    values = np.array([[[1, 515, 1029], [60_000, 30_000, 6_000]]], np.uint16)
+    image, _ = read_image(deep_png(values, values[0, 0].astype(">u2").tobytes()))
+    assert np.asarray(image)[0, 0].tolist() == [255] * 3
+    assert np.abs(np.asarray(image)[0, 1] - values[0, 1] / 257.0).max() <= 1.0
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from support.images import write_tar
 from d2v.cli import main
 from d2v.config.finetune import HeadSettings
 from d2v.data.sources import is_header, read_transcripts
+from d2v.data.tokenizer import write_tokenizer
 from d2v.model.data2vec import Data2Vec, strip_pretraining
 from d2v.model.finetuned import FineTuned
 from d2v.model.saving import write_folder
@@ -201,6 +203,31 @@ def test_a_line_of_column_names_is_no_sample(
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["classes"] == 3 and result["samples"] == 12
     assert not is_header(["a good film", "label"]) and not is_header(["sentence", "yes"])
+
+
+@pytest.mark.parametrize("written", ["--data.tokenizer FOLDER", "--data.tokenizer=FOLDER"])
+def test_a_given_tokenizer_is_the_one_that_is_checked(
+    tmp_path: Path, text_model: Path, capsys: pytest.CaptureFixture[str], written: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(text_model, model)
+    given = shutil.move(model / "tokenizer", tmp_path / "elsewhere")
+    table = write_table(tmp_path / "train.tsv", 24, 0)
+    command = ["text-classify", "--checkpoint", str(model), "--train", str(table), "--run.steps", "1"]
+    command += ["--data.workers", "0", "--data.global-batch", "4"]
+    said = refuse(capsys, tmp_path / "run", *command)
+    assert "checkpoint: expected its tokenizer in one of" in said and "--data.tokenizer" in said
+    options = written.replace("FOLDER", str(given)).split(" ")
+    assert main(["finetune", *command, *options, "--run.dir", str(tmp_path / "run")]) == 0
+    kept = tmp_path / "run" / "best" / "tokenizer" / "tokenizer.json"
+    assert kept.read_bytes() == (tmp_path / "elsewhere" / "tokenizer.json").read_bytes()
+    capsys.readouterr()
+    # One that does not fit the model is refused, though a fitting one lies beside the weights.
+    (tmp_path / "text.txt").write_text(" ".join(f"word{i} and {i * i}" for i in range(400)))
+    write_tokenizer(tmp_path / "larger", str(tmp_path / "text.txt"), vocabulary=300, gpt2=None)
+    command[2] = str(text_model)
+    said = refuse(capsys, tmp_path / "other", *command, "--data.tokenizer", str(tmp_path / "larger"))
+    assert "stem.vocabulary: expected at least 300" in said
 
 
 def test_one_sample_of_a_class_is_said(tmp_path: Path, text_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,3 +177,15 @@ def test_parameters_have_bounds(options) -> None:
 def test_draws_have_bounds(options) -> None:
     with pytest.raises(ValueError, match=r"expected .* got"):
         MaskSampler("block", tokens=40, ratio=0.5).draw([0], **{"epoch": 0, **options})
+
+
+def test_noise_keys_are_those_of_one_row_at_a_time() -> None:
+    """The keys of all rows at once are the stream states of the rule, for any 64-bit words."""
+    from d2v_kernels.ops.masks import _row_state
+
+    for seed, epoch, ids in ((0, 0, [0]), (-1, 3, [5, 5, 2**62]), (2**63, -(2**62), [-1, -(2**63)]), (7, 1, [])):
+        sampler = MaskSampler("random", tokens=8, ratio=0.5, seed=seed)
+        keys = sampler.noise_keys(torch.tensor(ids, dtype=torch.int64), epoch, copies=3)
+        expected = [_row_state(seed, epoch, i, ~copy) for i in ids for copy in range(3)]
+        assert [int(key) % (1 << 64) for key in keys] == expected
+        assert keys.dtype == torch.int64 and keys.shape == (3 * len(ids),)

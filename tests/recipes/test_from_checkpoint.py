@@ -47,6 +47,21 @@ def test_run_folder_and_its_checkpoint(tmp_path: Path) -> None:
     assert not torch.equal(newest.stem.proj.weight, older.stem.proj.weight)
 
 
+@pytest.mark.parametrize("name", ["vision-base", "speech1-tiny", "text1-tiny"])
+def test_a_model_without_parts_says_so(name: str) -> None:
+    model = make_model(make_config(name))
+    inputs = torch.randn(2, 3, 32, 32)
+    if model.config.stem.modality != "vision":
+        inputs, _ = make_batch(model.config, (38, 38) if "text" in name else (2_000, 2_000))
+    assert torch.isfinite(model(inputs).loss)
+    for decoder, teacher, what in ((False, True, "the teacher's averages"), (True, False, "decoder or head")):
+        bare = strip_pretraining(make_model(make_config(name)), decoder=decoder, teacher=teacher)
+        refused = rf"^forward: expected a model that can be pre-trained, got one without {what} .*encode\(\)"
+        with pytest.raises(ValueError, match=refused):
+            bare(inputs)
+        assert torch.isfinite(bare.encode(inputs).features).all()
+
+
 @pytest.mark.parametrize("stripped", [True, False])
 def test_encoder_of_a_fine_tuned_model(stripped: bool, tmp_path: Path) -> None:
     """The head of a pre-norm encoder took its final norm over; parts of the pre-training may be left out."""

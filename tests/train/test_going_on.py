@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.images import encode, make_image, write_tar
+from support.sounds import write_text
 
+from d2v import recipes
 from d2v.cli import main
 from d2v.config import Config, Optim
 from d2v.config.model import architecture
@@ -163,6 +168,79 @@ def test_a_first_start_that_died_can_be_given_again(left: list[str], make_config
         (tmp_path / "run" / name).write_text(config.to_json() if name == "config.json" else "")
     pretrain(config)
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 1
+
+
+def first_file(folder: Path) -> Path:
+    return sorted(path for path in folder.rglob("*.*") if path.is_file())[0]
+
+
+def test_a_resumed_run_says_what_changed(
+    make_config: Make, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = shutil.copytree(images, tmp_path / "held-out")
+    data = {"path": str(images), "valid": str(held_out)}
+    pretrain(make_config(run={"steps": 6}, data=data))
+    capsys.readouterr()
+    pretrain(make_config(run={"steps": 6}, data=data))
+    assert "changed" not in capsys.readouterr().err
+    file = first_file(images)
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    pretrain(make_config(run={"steps": 6}, data=data))
+    count = sum(1 for path in images.rglob("*.*") if path.is_file())
+    said = capsys.readouterr().err
+    assert f"note: data.path: 1 of {count} files changed since the run began, for example {file} changed" in said
+    assert "data.valid" not in said
+
+    other = first_file(held_out)
+    other.write_bytes(other.read_bytes() + b"\0")
+    pretrain(make_config(run={"steps": 6}, data={**data, "bad_fraction": 0.5}))
+    assert f"note: data.valid: 1 of {count} files changed since the run began, for example {other}" in (
+        capsys.readouterr().err
+    )
+    file.write_bytes(file.read_bytes() + b"\0")
+    refused = rf"^data.path: expected the files that the run in .* began with, got 1 of {count} of another size, for "
+    with pytest.raises(ValueError, match=rf"{refused}example {re.escape(str(file))} changed since.*; put them back"):
+        pretrain(make_config(run={"steps": 6}, data={**data, "bad_fraction": 0.0}))
+    pretrain(make_config(run={"steps": 6, "dir": str(tmp_path / "other")}, data=data))  # a new run takes what is there
+
+
+@pytest.mark.parametrize("kind", ["shards", "text"])
+def test_other_kinds_of_data_that_changed(
+    kind: str, images: Path, make_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "shards":
+        for s in range(2):
+            write_tar(tmp_path / f"{s}.tar", {f"{i}.png": encode(make_image(10 * s + i)) for i in range(6)})
+        config, file = make_config(data={"path": str(tmp_path / "*.tar")}), tmp_path / "1.tar"
+    else:
+        file = write_text(tmp_path / "text" / "a.txt")
+        base = recipes.text_tiny()
+        small = {"stem": {"vocabulary": 512}, "data": {"path": str(file), "global_batch": 2, "workers": 0}}
+        run = {"dir": str(tmp_path / "run"), "steps": 1, "device": "cpu"}
+        config = base.change(**small, run=run)
+    pretrain(config)
+    data = file.read_bytes()
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
+    capsys.readouterr()
+    pretrain(config)
+    assert f"files changed since the run began, for example {file} changed since it was" in capsys.readouterr().err
+    file.write_bytes(data + bytes(1024) if kind == "shards" else data.replace(b"a", b"aa"))
+    with pytest.raises(ValueError, match=rf"^data.path: .*another size, for example {re.escape(str(file))} changed"):
+        pretrain(config)
+
+
+def test_without_a_record_of_files_a_run_goes_on(
+    make_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(make_config(run={"steps": 3}))
+    record = tmp_path / "run" / "data.path.files"
+    for damage in (b"", b"x" * 80, record.read_bytes()[:-1]):
+        record.write_bytes(damage)
+        pretrain(make_config(run={"steps": 3}))
+        assert f"note: {record} is damaged" in capsys.readouterr().err
+    record.unlink()  # a run of an earlier version
+    pretrain(make_config(run={"steps": 3}))
+    assert "note" not in capsys.readouterr().err
 
 
 def test_a_folder_that_changed_since_it_was_looked_at(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.sounds import write_sounds, write_text
+from support.sounds import encode_sound, make_sound, write_sounds, write_text
 
 from d2v.cli import main
 from d2v.config import Config
@@ -60,6 +60,39 @@ def test_sequences(recipe: str, tmp_path: Path) -> None:
     assert shape_of(output / "maps.png")[1] > 500
 
 
+@pytest.mark.parametrize("recipe", ["speech-tiny", "text-tiny"])
+def test_what_is_cut_or_left_out_is_named(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    speech = recipe.startswith("speech")
+    path = write_sounds(tmp_path / "sounds") if speech else write_text(tmp_path / "text.txt")
+    config = small(recipe, path, tmp_path / "run")
+    run = str(pretrain(config))
+    if speech:
+        longest, wrong = config.data.max_seconds, tmp_path / "long" / "b.wav"
+        wrong.parent.mkdir()
+        (wrong.parent / "a.wav").write_bytes(encode_sound(make_sound(0, longest + 1.5)))
+        (wrong.parent / "c.wav").write_bytes(encode_sound(make_sound(0, min(longest, 1.0))))
+        wrong.write_bytes(encode_sound(np.full(16_000, np.nan, np.float32), subtype="FLOAT"))
+        data, cut = (
+            wrong.parent,
+            f"pictures: cut 1: {wrong.parent / 'a.wav'}: cut to {longest:g} of {longest + 1.5:g} s",
+        )
+    else:
+        tokens = config.stem.max_tokens
+        data = tmp_path / "long.txt"
+        data.write_text("a short text of some words\n\n" + "kan sota meer " * tokens + "\n")
+        cut = f"pictures: cut 1: document 2 of {data}: cut to {tokens} of "
+    capsys.readouterr()
+    draw_maps(run, str(tmp_path / "maps"), input=str(data), count=3, device="cpu")
+    said = capsys.readouterr().err
+    assert cut in said
+    assert ("pictures: left out 1: " in said) == speech
+    if not speech:
+        path = tmp_path / "short.txt"
+        path.write_text("kan sota meer\n\ntor lis\n")
+    draw_maps(run, str(tmp_path / "maps"), input=str(path), count=2, device="cpu")
+    assert "pictures:" not in capsys.readouterr().err
+
+
 def test_refusals(make_config: Make, images: Path, tmp_path: Path) -> None:
     run, output = str(pretrain(make_config())), tmp_path / "maps"
     cases: list[tuple[dict[str, Any], str]] = [
@@ -81,7 +114,7 @@ def test_refusals(make_config: Make, images: Path, tmp_path: Path) -> None:
         draw_maps(run, str(output), input=str(images), device="cpu")
 
 
-def test_features_are_those_of_the_model(make_config: Make, images: Path) -> None:
+def test_features_are_those_of_the_model(make_config: Make, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(pretrain(make_config()))
     model, config, place = load_model(run, "cpu")
     modality = make_modality(config)
@@ -94,6 +127,7 @@ def test_features_are_those_of_the_model(make_config: Make, images: Path) -> Non
     rows = np.array([1, 3, 4, 10])
     assert source.labels is not None
     features, labels = collect_features(source, rows, modality, encode, 2)
+    assert f"labelled: left out 1: {source.describe(3)}: " in capsys.readouterr().err
     alone = [collect_features(source, np.array([i] * 3), modality, encode, 1)[0][0] for i in (1, 4, 10)]
     np.testing.assert_allclose(features, np.stack(alone), rtol=1e-5, atol=1e-6)
     assert labels.tolist() == source.labels[[1, 4, 10]].tolist()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.sounds import write_sounds, write_text
+from support.sounds import encode_sound, write_sounds, write_text
 
 from d2v import recipes
 from d2v.cli import main
@@ -89,7 +89,7 @@ def test_stopping_anywhere_and_resuming_is_exact(recipe: str, make: Make, tmp_pa
     assert report["bad"] == 0
     expected = {"8000 Hz to 16000 Hz": 3, "44100 Hz to 16000 Hz": 3} if recipe.startswith("speech") else {}
     assert report["converted"] == expected
-    allowed = {".json", ".jsonl", ".safetensors", ".bin", ""}
+    allowed = {".files", ".json", ".jsonl", ".safetensors", ".bin", ""}
     assert {p.suffix for p in folder.rglob("*") if p.is_file() and "tensorboard" not in p.parts} <= allowed
 
 
@@ -142,8 +142,25 @@ def test_other_data_is_not_taken_for_the_same_run(make: Make, tmp_path: Path) ->
     sounds[0].write_bytes(sounds[1].read_bytes())
     write_text(tmp_path / "text.txt", seed=9)
     for recipe in ("speech-tiny", "text-tiny"):
-        with pytest.raises(ValueError, match=r"data\.path: expected the \d+ samples that .* was trained on"):
+        with pytest.raises(ValueError, match=r"data\.path: expected the files that .* got 1 of \d+ of another size"):
             pretrain(make(recipe, recipe, run={"steps": 2}))
+
+
+def test_what_of_the_held_out_data_is_not_seen_is_said(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = write_sounds(tmp_path / "held-out")
+    broken, damaged = held_out / "ant" / "00.wav", held_out / "bee" / "x.wav"
+    broken.write_bytes(encode_sound(np.full(9_000, np.nan, np.float32), subtype="FLOAT"))
+    damaged.write_bytes(b"nothing")
+    (held_out / "bee" / "notes.pdf").write_bytes(b"x")
+    capsys.readouterr()
+    pretrain(make("speech-tiny", "run", data={"valid": str(held_out)}, run={"steps": 6, "checkpoint_every": 2}))
+    said = [line for line in capsys.readouterr().err.splitlines() if "data.valid" in line]
+    assert said[0] == "note: data.valid: left out 1 files that end in .pdf"
+    assert said[1].startswith(f"note: data.valid: 1 of 13 cannot be used, for example {damaged}: ")
+    cannot = "1 of 12 cannot be read and count as blank samples, for example"
+    assert said[2:] == [f"note: data.valid: {cannot} {broken}: samples that are not finite"]
 
 
 def test_nothing_is_written_for_input_that_cannot_be_used(make: Make, tmp_path: Path) -> None:
