@@ -219,9 +219,9 @@ void backward_of(const NormBackwardArgs* a, int64_t begin, int64_t end, Acc<T>* 
     memset(chunk, 0, static_cast<size_t>(2 * C) * sizeof(Acc<T>));
     for (; i < stop; ++i, at.advance(a->T)) {
       if (DROP) draw_row(a->dropout, at.n, at.t, C, factors);
-      const GradientRow<B, T> row{at.in(a->grad_normed, T{}),         at.in(a->grad_total, T{}),
-                                  at.in(a->total, T{}),               at.in(a->grad_copy, B{}),
-                                  row_of<B>(a->grad_branch, i, C), row_of<T>(a->grad_residual, i, C)};
+      const GradientRow<B, T> row{
+          at.in(a->grad_normed, T{}), at.in(a->grad_total, T{}),       at.in(a->total, T{}),
+          at.in(a->grad_copy, B{}),   row_of<B>(a->grad_branch, i, C), row_of<T>(a->grad_residual, i, C)};
       backward_row<B, T, DROP>(row, C, static_cast<const Acc<T>*>(a->weight), a->eps, factors, chunk, chunk + C);
     }
     for (int64_t c = 0; c < 2 * C; ++c) sums[c] += chunk[c];

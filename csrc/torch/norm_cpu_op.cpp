@@ -117,9 +117,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backward_cpu(
   return run_backward(call, a, total, weight, rows_or_none(total, dropout != 0, total.scalar_type()));
 }
 
-std::tuple<Tensor, Tensor, Tensor> dropout_add_layer_norm_mixed_cpu(
-    const Tensor& branch, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& keys, double dropout, double eps, bool wide, bool copy) {
+std::tuple<Tensor, Tensor, Tensor> dropout_add_layer_norm_mixed_cpu(const Tensor& branch, const Tensor& residual,
+                                                                    const OptionalTensor& weight,
+                                                                    const OptionalTensor& bias,
+                                                                    const OptionalTensor& keys, double dropout,
+                                                                    double eps, bool wide, bool copy) {
   const Call call = host_call("dropout_add_layer_norm_mixed");
   NormArgs a = forward_args(call, branch, residual, keys, dropout, eps, ScalarType::Float);
   a.half = half_type(call, branch.scalar_type());

@@ -45,8 +45,8 @@ def dropout_add_layer_norm(
     Returns:
         normed and total with the shape of branch and the dtype of residual, contiguous; then the copy, if asked for,
         which is normed itself where that has the dtype of branch. Arithmetic in float32 (float64 for float64);
-        normed is the norm of total as it is returned, rounded once. Differentiable in branch, residual, weight and bias;
-        gradients are bitwise repeatable. A NaN of a dropped element stays NaN.
+        normed is the norm of total as it is returned, rounded once. Differentiable in branch, residual, weight and
+        bias; gradients are bitwise repeatable. A NaN of a dropped element stays NaN.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, strides, keys, dropout or eps that do not fit.

@@ -28,7 +28,9 @@ def leaves_of(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.detach().requires_grad_() for t in tensors]
 
 
-def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor | None], grads: tuple[Tensor | None, ...]) -> list[Tensor]:
+def gradients(
+    outputs: tuple[Tensor, ...], leaves: list[Tensor | None], grads: tuple[Tensor | None, ...]
+) -> list[Tensor]:
     pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [t for t in leaves if t is not None]
     return list(torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs]))
@@ -45,7 +47,9 @@ def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor | None], grads: t
 def test_bits_of_the_float32_operator(backend, n, t, c, half, layout, has_weight, has_bias, dropout, which, seed):
     """Whose accuracy test_norm.py has: the same arithmetic on a widened branch."""
     branch, of_copy = (in_layout(random_rows((n, t, c), half, seed + i), layout) for i in range(2))
-    residual, of_normed, of_total = (in_layout(random_rows((n, t, c), torch.float32, seed + i), layout) for i in (2, 3, 4))
+    residual, of_normed, of_total = (
+        in_layout(random_rows((n, t, c), torch.float32, seed + i), layout) for i in (2, 3, 4)
+    )
     weight = random_rows((c,), torch.float32, seed + 5) if has_weight else None
     bias = random_rows((c,), half, seed + 6) if has_bias else None
     keys = make_keys(n) if dropout else None
