@@ -135,7 +135,7 @@ class _StridedConvolution(torch.autograd.Function):
                     _add_product(sums[part].view(-1, outputs), window, rows)
             of_weight = sums.permute(2, 1, 0)
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            of_bias = grad.sum((0, 1), dtype=weight.dtype)
+            of_bias = grad.sum((0, 1)).to(weight.dtype)
         return of_x, of_weight, of_bias, None
 
 
