@@ -4,6 +4,7 @@ of a few updates of a run."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,30 @@ def choose_device(device: str) -> torch.device:
         raise ValueError(f"run.device: expected a GPU for local rank {local}, got {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def prepare_process(threads: int | None, keep_pages: bool) -> None:
+    """Threads and memory of a process that trains: `run.threads` and `run.keep_pages`."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if keep_pages:
+        keep_freed_pages()
+
+
+def keep_freed_pages() -> bool:
+    """Has malloc keep what is freed: large tensors come from the heap, and the heap does not shrink.
+
+    By default glibc gives a large tensor back to the system as soon as it is freed, and the next one costs a page fault
+    for every 4 KiB of it. Returns whether this malloc knows the two settings; another one is left alone.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library; no C library by this name
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def memory_bytes(device: torch.device) -> int:

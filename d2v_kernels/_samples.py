@@ -42,6 +42,10 @@ def sample(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "dropout_add_layer_norm": (x, x, x[0, 0], None, keys, 0.5, 1e-5),
         "dropout_add_layer_norm_backward": (x, x, x, x[0, 0], keys, 0.5, 1e-5),
     }
+    half = x if x.itemsize == 2 else x.bfloat16()
+    samples["dropout_add_layer_norm_mixed"] = (half, x.float(), x[0, 0], None, keys, 0.5, 1e-5, True, True)
+    mixed_backward = (x.float(), half, None, x.float(), x[0, 0], keys, 0.5, 1e-5, half.dtype)
+    samples["dropout_add_layer_norm_mixed_backward"] = mixed_backward
     assert set(samples) == set(OPERATORS)
     return samples[op]
 

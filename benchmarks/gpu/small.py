@@ -65,6 +65,12 @@ def make_calls(device: torch.device, rows: int = 64, width: int = 256) -> dict[s
         "dropout_add_layer_norm_backward": lambda: ops.dropout_add_layer_norm_backward(
             full, full, full, y[0], keys, 0.1, 1e-5
         ),
+        "dropout_add_layer_norm_mixed": lambda: ops.dropout_add_layer_norm_mixed(
+            full.bfloat16(), full.float(), y[0], y[1], keys, 0.1, 1e-5, True, True
+        ),
+        "dropout_add_layer_norm_mixed_backward": lambda: ops.dropout_add_layer_norm_mixed_backward(
+            full.float(), full.bfloat16(), None, full.float(), y[0], keys, 0.1, 1e-5, torch.bfloat16
+        ),
         "attention": lambda: ops.attention(*heads, *attention),
         "attention_backward": lambda: ops.attention_backward(out, *heads, out, log_sum, *attention),
     }

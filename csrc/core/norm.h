@@ -21,21 +21,24 @@ struct NormArgs {
   Rows3 branch, residual;
   int64_t N, T, C;
   DType type;
+  DType half = kNone;  // of branch and copy, 16 bits beside rows of fp32; kNone: they have `type`, and no copy is made
   const void *weight, *bias;  // C of A, or null
   DropoutArgs dropout;
   double eps;
-  void *normed, *total;  // (N, T, C) contiguous
+  void *normed, *total, *copy;  // (N, T, C) contiguous; with `half`, normed or copy may be null
 };
 void dropout_add_layer_norm(const NormArgs& args, Parallel parallel);
 
 struct NormBackwardArgs {
-  Rows3 grad_normed, grad_total, total;  // grad_total.data null: 0
+  // grad_total.data null: 0; with `half` the same holds for grad_normed and grad_copy.
+  Rows3 grad_normed, grad_copy, grad_total, total;
   int64_t N, T, C;
   DType type;
+  DType half = kNone;  // of grad_copy and grad_branch
   const void* weight;  // C of A, or null
   DropoutArgs dropout;
   double eps;
-  void *grad_branch, *grad_residual;  // (N, T, C) contiguous; grad_branch null: it is grad_residual
+  void *grad_branch, *grad_residual;  // (N, T, C) contiguous; grad_branch null (not with `half`): it is grad_residual
   void *grad_weight, *grad_bias;      // C of A
 };
 void dropout_add_layer_norm_backward(const NormBackwardArgs& args, Parallel parallel);

@@ -128,9 +128,70 @@ void test_case(const NormCase& c) {
   check_backward(where + " backward", c, in, b);
 }
 
+// Rows of fp32 beside a branch of 16 bits: what the kernels of one type make of the widened branch, rounded once.
+void test_two_types(DType half, int64_t C, double dropout) {
+  const std::string where = std::string("dropout_add_layer_norm fp32 and ") + name_of(half) + " C " + std::to_string(C);
+  const int64_t N = 2, T = 67, size = N * T * C;
+  Buffer branch(half, size), of_copy(half, size), wide_branch(kFloat32, size), wide_grad(kFloat32, size);
+  Buffer residual(kFloat32, size), of_normed(kFloat32, size), of_total(kFloat32, size), weight(kFloat32, C);
+  for (Buffer* b : {&branch, &of_copy, &residual, &of_normed, &of_total, &weight}) fill_random(*b);
+  for (int64_t i = 0; i < size; ++i) {
+    wide_branch.set(i, branch.get(i));
+    wide_grad.set(i, static_cast<float>(of_normed.get(i)) + static_cast<float>(of_copy.get(i)));
+  }
+  const std::vector<int64_t> keys = {5, -6};
+  const auto view = [&](const Buffer& b) { return Rows3{b.data(), T * C, C}; };
+  const auto forward = [&](DType type, const Buffer& from, void* total, void* normed, void* copy) {
+    NormArgs a{};
+    a.branch = view(from), a.residual = view(residual);
+    a.N = N, a.T = T, a.C = C, a.type = kFloat32, a.half = type, a.weight = weight.data(), a.eps = 1e-5;
+    a.dropout = describe_dropout(keys.data(), 1, dropout);
+    a.total = total, a.normed = normed, a.copy = copy;
+    dropout_add_layer_norm(a, kThreaded);
+  };
+  Buffer total(kFloat32, size), normed(kFloat32, size), copy(half, size), alone(half, size), again(kFloat32, size);
+  Buffer expected_total(kFloat32, size), expected(kFloat32, size);
+  forward(half, branch, total.data(), normed.data(), copy.data());
+  forward(half, branch, again.data(), nullptr, alone.data());
+  forward(kNone, wide_branch, expected_total.data(), expected.data(), nullptr);
+  const auto backward = [&](DType type, const Buffer& grad, void* of_branch, void* of_residual, void* sums) {
+    NormBackwardArgs b{};
+    b.grad_normed = view(grad), b.grad_total = view(of_total), b.total = view(total);
+    if (type != kNone) b.grad_copy = view(of_copy);
+    b.N = N, b.T = T, b.C = C, b.type = kFloat32, b.half = type, b.weight = weight.data(), b.eps = 1e-5;
+    b.dropout = describe_dropout(keys.data(), 1, dropout);
+    b.grad_branch = of_branch, b.grad_residual = of_residual;
+    b.grad_weight = sums, b.grad_bias = static_cast<float*>(sums) + C;
+    dropout_add_layer_norm_backward(b, kThreaded);
+  };
+  Buffer of_branch(half, size), of_residual(kFloat32, size), sums(kFloat32, 2 * C);
+  Buffer wide_of_branch(kFloat32, size), wide_of_residual(kFloat32, size), wide_sums(kFloat32, 2 * C);
+  backward(half, of_normed, of_branch.data(), of_residual.data(), sums.data());
+  backward(kNone, wide_grad, wide_of_branch.data(), wide_of_residual.data(), wide_sums.data());
+  const Buffer& unscaled = dropout == 0 ? wide_of_residual : wide_of_branch;
+  bool equal = true;
+  std::vector<double> residuals, branches, vectors;
+  for (int64_t i = 0; i < size; ++i) {
+    equal = equal && total.get(i) == expected_total.get(i) && again.get(i) == total.get(i);
+    equal = equal && normed.get(i) == expected.get(i) && copy.get(i) == round_to_type(half, expected.get(i));
+    equal = equal && alone.get(i) == copy.get(i);
+    residuals.push_back(wide_of_residual.get(i));
+    branches.push_back(unscaled.get(i));
+  }
+  check(equal, where, "not the bits of one type");
+  // Compilers may form other fused multiply-adds.
+  for (int64_t i = 0; i < 2 * C; ++i) vectors.push_back(wide_sums.get(i));
+  check_close(where + " residual", of_residual, residuals, 4 * tolerance_of(kFloat32, kFloat32));
+  check_close(where + " branch", of_branch, branches, tolerance_of(kFloat32, half));
+  check_close(where + " weight and bias", sums, vectors, 4 * tolerance_of(kFloat32, kFloat32));
+}
+
 }  // namespace
 
 void test::test_norm() {
+  for (const DType half : {kBFloat16, kFloat16}) {
+    for (const int64_t C : kWidths) test_two_types(half, C, 0.0), test_two_types(half, C, 0.3);
+  }
   int turn = 0;
   for (const DType type : kTypes) {
     for (const int64_t C : kWidths) {

@@ -158,5 +158,14 @@ std::tuple<Tensor, Tensor> dropout_add_layer_norm_cpu(const Tensor& branch, cons
 std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backward_cpu(
     const Tensor& grad_normed, const OptionalTensor& grad_total, const Tensor& total, const OptionalTensor& weight,
     const OptionalTensor& keys, double dropout, double eps);
+std::tuple<Tensor, Tensor, Tensor> dropout_add_layer_norm_mixed_cpu(const Tensor& branch, const Tensor& residual,
+                                                                    const OptionalTensor& weight,
+                                                                    const OptionalTensor& bias,
+                                                                    const OptionalTensor& keys, double dropout,
+                                                                    double eps, bool wide, bool copy);
+std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_mixed_backward_cpu(
+    const OptionalTensor& grad_normed, const OptionalTensor& grad_copy, const OptionalTensor& grad_total,
+    const Tensor& total, const OptionalTensor& weight, const OptionalTensor& keys, double dropout, double eps,
+    ScalarType branch_dtype);
 
 }  // namespace d2v

@@ -55,6 +55,8 @@ STABLE_TORCH_LIBRARY(d2v_native, m) {
   m.def(d2v::kGeluBackwardInPlace);
   m.def(d2v::kDropoutAddLayerNorm);
   m.def(d2v::kDropoutAddLayerNormBackward);
+  m.def(d2v::kDropoutAddLayerNormMixed);
+  m.def(d2v::kDropoutAddLayerNormMixedBackward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d2v_native, CPU, m) {
@@ -76,4 +78,6 @@ STABLE_TORCH_LIBRARY_IMPL(d2v_native, CPU, m) {
   m.impl("gelu_backward_", TORCH_BOX(&d2v::gelu_backward_in_place_cpu));
   m.impl("dropout_add_layer_norm", TORCH_BOX(&d2v::dropout_add_layer_norm_cpu));
   m.impl("dropout_add_layer_norm_backward", TORCH_BOX(&d2v::dropout_add_layer_norm_backward_cpu));
+  m.impl("dropout_add_layer_norm_mixed", TORCH_BOX(&d2v::dropout_add_layer_norm_mixed_cpu));
+  m.impl("dropout_add_layer_norm_mixed_backward", TORCH_BOX(&d2v::dropout_add_layer_norm_mixed_backward_cpu));
 }

@@ -46,6 +46,13 @@ constexpr const char* kDropoutAddLayerNorm =
 constexpr const char* kDropoutAddLayerNormBackward =
     "dropout_add_layer_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor? weight,"
     " Tensor? keys, float dropout, float eps) -> (Tensor, Tensor, Tensor, Tensor)";
+constexpr const char* kDropoutAddLayerNormMixed =
+    "dropout_add_layer_norm_mixed(Tensor branch, Tensor residual, Tensor? weight, Tensor? bias, Tensor? keys,"
+    " float dropout, float eps, bool wide, bool copy) -> (Tensor, Tensor, Tensor)";
+constexpr const char* kDropoutAddLayerNormMixedBackward =
+    "dropout_add_layer_norm_mixed_backward(Tensor? grad_normed, Tensor? grad_copy, Tensor? grad_total, Tensor total,"
+    " Tensor? weight, Tensor? keys, float dropout, float eps, ScalarType branch_dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)";
 
 // Those that CUDA kernels exist for.
 constexpr const char* kCudaSchemas[] = {kAverageLayers,        kUpdateEma,     kUpdateSplitEma,       kGatherTokens,

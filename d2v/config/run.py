@@ -176,6 +176,9 @@ class Run:
     """Compute the student's blocks a second time in the backward pass in place of keeping their activations."""
     threads: int | None = setting(None, low=1, free=True, rare=True)
     """CPU threads of PyTorch; unset: its default."""
+    keep_pages: bool = setting(True, free=True, rare=True)
+    """Keep freed memory in the process rather than give it back to the system and ask again at every update; false
+    leaves malloc as it is. Only with glibc's malloc."""
     device: Literal["auto", "cpu", "cuda"] = setting("auto", free=True)
     """auto: a GPU when there is one."""
     collapse_after: int = setting(5_000, free=True, rare=True)

@@ -41,6 +41,7 @@ from d2v.model.data2vec import Data2Vec, strip_pretraining
 from d2v.model.finetuned import FineTuned
 from d2v.model.saving import write_folder
 from d2v.model.task_heads import make_head
+from d2v.runtime import prepare_process
 from d2v.saved import find_tokenizer, load_any
 from d2v.train.checkpoint import find_best
 from d2v.train.distributed import Ranks, open_ranks
@@ -91,8 +92,7 @@ def finetune(
     if task == "speech-ctc":
         require_jiwer()
     base, _ = read_defaults(task, checkpoint, data.tokenizer)
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
+    prepare_process(run.threads, run.keep_pages)
     encoder = _encoder_config(base, replace(data, path=train_path), run, optim, options)
     sets = open_sets(task, encoder, test_path, options)
     config = make_config(task, encoder, sets, options)

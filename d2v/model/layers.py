@@ -48,20 +48,27 @@ def check_lengths(lengths: Tensor | None, batch: int, longest: int, shortest: in
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """A convolution over (B,T,C) with the result in the same layout; an even kernel's surplus position is cut."""
     if _suits_products(conv, x):
-        return _StridedConvolution.apply(x.contiguous(), conv.weight, conv.bias, conv.stride[0])
+        x = x.to(_product_dtype(x)).contiguous()
+        return _StridedConvolution.apply(x, conv.weight, conv.bias, conv.stride[0])
     y = conv(x.transpose(1, 2)).transpose(1, 2)
     surplus = conv.kernel_size[0] % 2 == 0 and conv.padding[0] != 0
     return (y[:, :-1] if surplus else y).contiguous()
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of matrix products of x on a CPU: under autocast its own, but for float64, which it leaves alone."""
+    cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    return torch.get_autocast_dtype("cpu") if cast else x.dtype
 
 
 def _suits_products(conv: nn.Conv1d, x: Tensor) -> bool:
     """Whether matrix products of the processor are the better way: the library wants channels first and copies."""
     stride, kernel = conv.stride[0], conv.kernel_size[0]
     plain = conv.padding == (0,) and conv.groups == 1 and conv.dilation == (1,)
-    return (
-        x.device.type == "cpu" and plain and stride <= kernel <= 2 * stride and conv.in_channels >= _LEAST_CHANNELS
-        and x.dtype == conv.weight.dtype and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-    )  # fmt: skip
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not plain or conv.in_channels < _LEAST_CHANNELS:
+        return False
+    dtype, own = _product_dtype(x), conv.weight.dtype
+    return stride <= kernel <= 2 * stride and (dtype == own or (dtype == torch.bfloat16 and own == torch.float32))
 
 
 def _windows(x: Tensor, kernel: int, stride: int, count: int) -> Iterator[tuple[slice, Tensor]]:
@@ -75,7 +82,10 @@ def _windows(x: Tensor, kernel: int, stride: int, count: int) -> Iterator[tuple[
 
 
 class _StridedConvolution(torch.autograd.Function):
-    """A convolution as products of views of the input: nothing is copied or transposed but the weight."""
+    """A convolution as products of views of the input: nothing is copied or transposed but the weight.
+
+    Computes in the dtype of the input, which under autocast is not that of the parameters; their gradients have theirs.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -84,12 +94,16 @@ class _StridedConvolution(torch.autograd.Function):
         ctx.stride, ctx.has_bias = stride, bias is not None
         outputs, _, kernel = weight.shape
         count = (x.shape[1] - kernel) // stride + 1
-        taps = weight.permute(2, 1, 0).contiguous()  # (k,C,D)
+        taps = weight.to(x.dtype).permute(2, 1, 0).contiguous()  # (k,C,D)
+        bias = None if bias is None else bias.to(x.dtype)
         y = x.new_empty(x.shape[0], count, outputs)
         for sample, result in zip(x, y, strict=True):
-            for part, window in _windows(sample, kernel, stride, count):
+            windows = list(_windows(sample, kernel, stride, count))
+            if x.itemsize == 2:  # what is rounded to 16 bits and added to should be small: the shorter part
+                windows.reverse()
+            for number, (part, window) in enumerate(windows):
                 product = taps[part].flatten(0, 1)
-                if part.start > 0:
+                if number > 0:
                     result.addmm_(window, product)
                 elif bias is None:
                     torch.mm(window, product, out=result)
@@ -106,7 +120,7 @@ class _StridedConvolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = torch.empty_like(x)
             of_x[:, count * stride :] = 0.0
-            taps = weight.permute(0, 2, 1).contiguous()  # (D,k,C)
+            taps = weight.to(x.dtype).permute(0, 2, 1).contiguous()  # (D,k,C)
             for rows, result in zip(grad, of_x, strict=True):
                 for part, window in _windows(result, kernel, stride, count):
                     product = taps[:, part].flatten(1)
@@ -118,8 +132,16 @@ class _StridedConvolution(torch.autograd.Function):
             sums = weight.new_zeros(kernel, channels, outputs)
             for rows, sample in zip(grad, x, strict=True):
                 for part, window in _windows(sample, kernel, stride, count):
-                    sums[part].view(-1, outputs).addmm_(window.mT, rows)
+                    _add_product(sums[part].view(-1, outputs), window, rows)
             of_weight = sums.permute(2, 1, 0)
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            of_bias = grad.sum((0, 1))
+            of_bias = grad.sum((0, 1)).to(weight.dtype)
         return of_x, of_weight, of_bias, None
+
+
+def _add_product(sums: Tensor, x: Tensor, y: Tensor) -> None:
+    """sums (C,D) += x^T y of x (n,C) and y (n,D). A sum in their 16 bits would round every part's addition."""
+    if sums.dtype == x.dtype:
+        sums.addmm_(x.mT, y)
+    else:
+        sums.add_((y.mT @ x).mT)  # in this order the library need not transpose the longer operand

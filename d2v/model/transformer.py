@@ -118,24 +118,41 @@ def make_norm(config: Encoder) -> nn.LayerNorm:
     return nn.LayerNorm(config.width, eps=config.norm_eps, elementwise_affine=config.norm_affine)
 
 
-def add_and_norm(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float) -> tuple[Tensor, Tensor]:
+def add_and_norm(
+    branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, narrow: bool = False, copy: bool = False
+) -> tuple[Tensor, ...]:
     """norm(total) and total = residual + dropout(branch), all (N,T,C); the dropped elements come from drawn row keys.
 
-    With dropout on a CPU in one pass, which neither draws with PyTorch's slow generator nor keeps what it drew. Without
-    dropout PyTorch's steps are as quick; compiled, `torch.compile` fuses them.
+    narrow: under autocast the norm may have the dtype of its matrix products; copy: it is given back once more, in that
+    dtype where it may. On a CPU in one pass with dropout, which neither draws with PyTorch's slow generator nor keeps
+    what it drew, and where autocast mixes dtypes. Else PyTorch's steps are as quick; compiled, `torch.compile` fuses
+    them.
     """
-    one_pass = dropout > 0.0 and branch.device.type == "cpu" and branch.dtype == residual.dtype
-    if not one_pass or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return add_and_norm_plain(branch, residual, norm, dropout)
-    keys = torch.randint(0, 2**62, (branch.shape[0],))
+    if not _in_one_pass(branch, residual, dropout):
+        return add_and_norm_plain(branch, residual, norm, dropout, narrow, copy)
+    keys = torch.randint(0, 2**62, (branch.shape[0],)) if dropout > 0.0 else None
     branch, residual = (x if x.stride(-1) == 1 else x.contiguous() for x in (branch, residual))
-    return dropout_add_layer_norm(branch, residual, norm.weight, norm.bias, dropout=dropout, keys=keys, eps=norm.eps)
+    return dropout_add_layer_norm(
+        branch, residual, norm.weight, norm.bias, dropout=dropout, keys=keys, eps=norm.eps,
+        normed_dtype=branch.dtype if narrow else None, copy=copy,
+    )  # fmt: skip
 
 
-def add_and_norm_plain(branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float) -> tuple[Tensor, Tensor]:
+def _in_one_pass(branch: Tensor, residual: Tensor, dropout: float) -> bool:
+    if branch.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if branch.dtype == residual.dtype:
+        return dropout > 0.0
+    return residual.dtype == torch.float32 and branch.itemsize == 2
+
+
+def add_and_norm_plain(
+    branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: float, narrow: bool = False, copy: bool = False
+) -> tuple[Tensor, ...]:
     """`add_and_norm` by PyTorch's own operators."""
     total = residual + F.dropout(branch, dropout)
-    return norm(total), total
+    normed = norm(total)
+    return (normed, total, normed) if copy else (normed, total)
 
 
 class BlockOutput(NamedTuple):
@@ -175,8 +192,10 @@ class Block(nn.Module):
         attended = self.attn(self.norm1(x) if self.pre_norm else x, bias, index)
         if self.scale1 is not None:
             attended = self.scale1 * attended
-        normed, total = self.add_and_norm(attended, x, self.norm2 if self.pre_norm else self.norm1)
-        u = total if self.pre_norm else normed
+        if self.pre_norm:
+            normed, u = self.add_and_norm(attended, x, self.norm2, narrow=True)
+        else:
+            u, _, normed = self.add_and_norm(attended, x, self.norm1, copy=True)
         f = self.mlp(normed)
         if self.scale2 is not None:
             f = self.scale2 * f
@@ -193,11 +212,13 @@ class Block(nn.Module):
         branch = self.dropout(branch)
         return drop_samples(branch, self.drop_path) if self.training and self.drop_path > 0.0 else branch
 
-    def add_and_norm(self, branch: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """norm(total) and total = residual + branch after dropout and drop path; all (N,T,C)."""
+    def add_and_norm(
+        self, branch: Tensor, residual: Tensor, norm: nn.LayerNorm, narrow: bool = False, copy: bool = False
+    ) -> tuple[Tensor, ...]:
+        """norm(total) and total = residual + branch after dropout and drop path; all (N,T,C); as `add_and_norm`."""
         if self.training and self.drop_path > 0.0:
-            return add_and_norm_plain(self.drop(branch), residual, norm, 0.0)
-        return add_and_norm(branch, residual, norm, self.dropout.p if self.training else 0.0)
+            return add_and_norm(self.drop(branch), residual, norm, 0.0, narrow, copy)
+        return add_and_norm(branch, residual, norm, self.dropout.p if self.training else 0.0, narrow, copy)
 
     def forward(self, x: Tensor, bias: AttentionBias = NO_BIAS, index: int = 0, output: bool = True) -> BlockOutput:
         """(N,T,C) to (N,T,C); `output` False: the block's output is not needed, and x comes back in its place.

@@ -16,7 +16,7 @@ from d2v.data.dataset import Batch
 from d2v.data.loader import BadSamples, train_updates
 from d2v.data.sampler import UpdateSampler
 from d2v.data.sources import Source
-from d2v.runtime import choose_device, memory_bytes
+from d2v.runtime import choose_device, memory_bytes, prepare_process
 from d2v.train.distributed import Ranks
 from d2v.train.flops import count_work
 from d2v.train.pretraining import Pretraining, load_weights, open_data
@@ -32,8 +32,7 @@ def dry_run(config: Config, *, init: str | None = None) -> str:
     memory, length of the run, and the share of a rank for several numbers of ranks. Leaves nothing behind."""
     source, valid = open_data(config)
     device = choose_device(config.run.device)
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
+    prepare_process(config.run.threads, config.run.keep_pages)
     objective = Pretraining(config, source, valid, device)
     if init is not None:
         load_weights(objective.model, init, "model.init")

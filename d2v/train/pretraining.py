@@ -20,7 +20,7 @@ from d2v.data.loader import train_updates, validation_batches
 from d2v.data.sources import Source, for_example
 from d2v.folder import CONFIG, MODEL, copy_into, describe_mismatch, find_checkpoint, load_tensors
 from d2v.model.data2vec import Data2Vec, Output, build_model
-from d2v.runtime import span
+from d2v.runtime import prepare_process, span
 from d2v.train.distributed import Ranks, open_ranks
 from d2v.train.flops import count_work, describe_rates
 from d2v.train.monitors import find_failure, measure
@@ -44,8 +44,7 @@ def pretrain(config: Config, *, init: str | None = None, profile: int = 0) -> Pa
         RunStopped: a loss that is not finite, or collapse.
         SystemExit: 75 after SIGTERM and SIGUSR1, 130 after SIGINT, once a checkpoint is saved.
     """
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
+    prepare_process(config.run.threads, config.run.keep_pages)
     with open_ranks(config.run) as ranks:
         folder = RunFolder(config, ranks)
         # With a cache of the index, one rank fills it and the others read it.

@@ -22,7 +22,9 @@ def dropout_add_layer_norm(
     dropout: float = 0.0,
     keys: Tensor | None = None,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+    normed_dtype: torch.dtype | None = None,
+    copy: bool = False,
+) -> tuple[Tensor, ...]:
     """total = residual + kept * branch / (1 - dropout), and normed = layer_norm(total) * weight + bias.
 
     Dropout as in Srivastava et al. 2014, layer norm as in Ba et al. 2016: mean and biased variance over the channels of
@@ -31,31 +33,47 @@ def dropout_add_layer_norm(
     Nothing of it is stored; the backward pass draws again.
 
     Args:
-        branch, residual: (N,T,C) of one floating dtype, last stride 1.
+        branch, residual: (N,T,C) of one floating dtype, last stride 1; or a bfloat16 or float16 branch beside a float32
+            residual, as under autocast.
         weight, bias: (C,) floating in any dtype, or None for 1 and 0.
         dropout: probability in [0, 1) that an element of branch is dropped; pass 0 in evaluation.
         keys: int64 (N,), one a sample; needed where dropout is above 0.
         eps: added to the variance.
+        normed_dtype: of normed: that of residual (None) or that of branch.
+        copy: give back normed in the dtype of branch, too.
 
     Returns:
-        normed and total, both with shape and dtype of branch, contiguous. Arithmetic in float32 (float64 for float64);
-        normed is the norm of total as it is returned. Differentiable in branch, residual, weight and bias; gradients
-        are bitwise repeatable. A NaN of a dropped element stays NaN.
+        normed and total with the shape of branch and the dtype of residual, contiguous; then the copy, if asked for,
+        which is normed itself where that has the dtype of branch. Arithmetic in float32 (float64 for float64);
+        normed is the norm of total as it is returned, rounded once. Differentiable in branch, residual, weight and
+        bias; gradients are bitwise repeatable. A NaN of a dropped element stays NaN.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, strides, keys, dropout or eps that do not fit.
     """
-    return _dropout_add_layer_norm(branch, residual, weight, bias, keys, dropout, eps)
+    if normed_dtype not in (None, residual.dtype, branch.dtype):
+        names = " or ".join(check.dtype_name(x.dtype) for x in (residual, branch))
+        raise TypeError(f"dropout_add_layer_norm: normed_dtype: expected {names}, got {check.dtype_name(normed_dtype)}")
+    if branch.dtype not in _HALVES or residual.dtype != torch.float32:
+        normed, total = _dropout_add_layer_norm(branch, residual, weight, bias, keys, dropout, eps)
+        return (normed, total, normed) if copy else (normed, total)
+    wide = normed_dtype != branch.dtype
+    normed, copied, total = _dropout_add_layer_norm_mixed(
+        branch, residual, weight, bias, keys, dropout, eps, wide, copy or not wide
+    )
+    normed = normed if wide else copied
+    return (normed, total, copied) if copy else (normed, total)
 
 
 def _shape(
     op: str, branch: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, keys: Tensor | None,
-    dropout: float, eps: float, names: tuple[str, str] = ("branch", "residual"),
+    dropout: float, eps: float, names: tuple[str, str] = ("branch", "residual"), mixed: bool = False,
 ) -> Call:  # fmt: skip
     for name, x in zip(names, (branch, residual), strict=True):
         check.rows(op, name, x, "N, T, C")
     check.shape(op, names[1], residual, branch.shape)
-    check.dtype(op, names[1], residual, branch.dtype)
+    if not mixed:
+        check.dtype(op, names[1], residual, branch.dtype)
     check.device(op, names[1], residual, branch)
     check.vector(op, "weight", weight, branch)
     check.vector(op, "bias", bias, branch)
@@ -79,6 +97,35 @@ def _backward_shape(
     vector = (total.shape[2:], check.compute_dtype(total.dtype))
     of_branch = (total.shape if dropout > 0.0 else (0,), total.dtype)
     return Call(total, check.dtypes_of(total, weight), (of_branch, total, vector, vector))
+
+
+def _mixed_shape(
+    op: str, branch: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, keys: Tensor | None,
+    dropout: float, eps: float, wide: bool, copy: bool,
+) -> Call:  # fmt: skip
+    """Normed (shape (0,) if not `wide`), the copy of it (or shape (0,)), and the total."""
+    check.dtype(op, "branch", branch, _HALVES)
+    check.dtype(op, "residual", residual, torch.float32)
+    _shape(op, branch, residual, weight, bias, keys, dropout, eps, mixed=True)
+    outputs = ((branch.shape if wanted else (0,), like.dtype) for wanted, like in ((wide, residual), (copy, branch)))
+    return Call(branch, check.dtypes_of(branch, residual, weight, bias), (*outputs, residual))
+
+
+def _mixed_backward_shape(
+    op: str, grad_normed: Tensor | None, grad_copy: Tensor | None, grad_total: Tensor | None, total: Tensor,
+    weight: Tensor | None, keys: Tensor | None, dropout: float, eps: float, branch_dtype: torch.dtype,
+) -> Call:  # fmt: skip
+    """Gradients of branch, residual, weight and bias; the latter two in float32."""
+    check.dtype(op, "total", total, torch.float32)
+    check.require(branch_dtype in _HALVES, op, "branch_dtype", "bfloat16 or float16", branch_dtype)
+    _shape(op, total, total, weight, None, keys, dropout, eps, ("total", "total"))
+    for name, grad in (("grad_normed", grad_normed), ("grad_total", grad_total), ("grad_copy", grad_copy)):
+        if grad is not None:
+            check.dtype(op, name, grad, branch_dtype if name == "grad_copy" else torch.float32)
+            _shape(op, total, grad, weight, None, keys, dropout, eps, ("total", name), mixed=True)
+    vector = (total.shape[2:], torch.float32)
+    dtypes = dict.fromkeys((branch_dtype, *check.dtypes_of(total, weight)))
+    return Call(total, tuple(dtypes), ((total.shape, branch_dtype), total, vector, vector))
 
 
 def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -109,6 +156,10 @@ def _dropout_factors(keys: Tensor | None, x: Tensor, dropout: float) -> Tensor:
     return kept.to(x.dtype) * (1.0 / (1.0 - dropout))
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+"""Of a branch beside a float32 residual."""
+
+
 def _reference(
     branch: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, keys: Tensor | None, dropout: float,
     eps: float,
@@ -136,6 +187,25 @@ def _backward_reference(
     return of_branch, of_total.to(total.dtype, copy=True, memory_format=torch.contiguous_format), of_weight, of_bias
 
 
+def _mixed_reference(
+    branch: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, keys: Tensor | None, dropout: float,
+    eps: float, wide: bool, copy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    normed, total = _reference(branch.float(), residual, weight, bias, keys, dropout, eps)
+    copied = normed.to(branch.dtype) if copy else branch.new_empty((0,))
+    return normed if wide else residual.new_empty((0,)), copied, total
+
+
+def _mixed_backward_reference(
+    grad_normed: Tensor | None, grad_copy: Tensor | None, grad_total: Tensor | None, total: Tensor,
+    weight: Tensor | None, keys: Tensor | None, dropout: float, eps: float, branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = [g.float() for g in (grad_normed, grad_copy) if g is not None]
+    grad = sum(grads[1:], grads[0]) if grads else torch.zeros_like(total)
+    of_branch, of_residual, *rest = _backward_reference(grad, grad_total, total, weight, keys, dropout, eps)
+    return (of_branch if dropout > 0.0 else of_residual).to(branch_dtype), of_residual, rest[0], rest[1]
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, _, weight, bias, keys, ctx.dropout, ctx.eps = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -153,9 +223,35 @@ def _gradient(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple
         grad, grad_total, total, weight, keys, ctx.dropout, ctx.eps
     )
     of_branch = of_residual if ctx.dropout == 0.0 else of_branch
-    dtypes = (None if weight is None else weight.dtype, ctx.bias_dtype)
-    of_affine = [None if dtype is None else g.to(dtype) for g, dtype in zip(affine, dtypes, strict=True)]
-    return of_branch, of_residual, *of_affine, None, None, None
+    return of_branch, of_residual, *_affine_gradients(affine, weight, ctx.bias_dtype), None, None, None
+
+
+def _setup_mixed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    branch, _, weight, bias, keys, ctx.dropout, ctx.eps, *_ = inputs
+    ctx.bias_dtype, ctx.branch_dtype = None if bias is None else bias.dtype, branch.dtype
+    ctx.save_for_backward(output[2], weight, keys)
+    ctx.set_materialize_grads(False)
+
+
+def _mixed_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    total, weight, keys = ctx.saved_tensors
+    if all(grad is None for grad in grads):
+        return (None,) * 9
+    grad, grad_copy, grad_total = (
+        None if g is None or g.shape != total.shape else check.with_unit_stride(g) for g in grads
+    )
+    of_branch, of_residual, *affine = _dropout_add_layer_norm_mixed_backward(
+        grad, grad_copy, grad_total, total, weight, keys, ctx.dropout, ctx.eps, ctx.branch_dtype
+    )
+    return of_branch, of_residual, *_affine_gradients(affine, weight, ctx.bias_dtype), *(None,) * 5
+
+
+def _affine_gradients(
+    found: list[Tensor], weight: Tensor | None, bias_dtype: torch.dtype | None
+) -> list[Tensor | None]:
+    """In the dtypes of weight and bias, None for those that there are not."""
+    dtypes = (None if weight is None else weight.dtype, bias_dtype)
+    return [None if dtype is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
 
 
 _dropout_add_layer_norm = define(
@@ -167,4 +263,15 @@ _dropout_add_layer_norm_backward = define(
     "dropout_add_layer_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor? weight,"
     " Tensor? keys, float dropout, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_shape, _backward_reference,
+)  # fmt: skip
+_dropout_add_layer_norm_mixed = define(
+    "dropout_add_layer_norm_mixed(Tensor branch, Tensor residual, Tensor? weight, Tensor? bias, Tensor? keys,"
+    " float dropout, float eps, bool wide, bool copy) -> (Tensor, Tensor, Tensor)",
+    _mixed_shape, _mixed_reference, Gradient(_mixed_gradient, _setup_mixed),
+)  # fmt: skip
+_dropout_add_layer_norm_mixed_backward = define(
+    "dropout_add_layer_norm_mixed_backward(Tensor? grad_normed, Tensor? grad_copy, Tensor? grad_total, Tensor total,"
+    " Tensor? weight, Tensor? keys, float dropout, float eps, ScalarType branch_dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _mixed_backward_shape, _mixed_backward_reference,
 )  # fmt: skip

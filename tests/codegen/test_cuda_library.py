@@ -26,6 +26,8 @@ WITHOUT_CUDA = {
     "attention_backward",
     "dropout_add_layer_norm",
     "dropout_add_layer_norm_backward",
+    "dropout_add_layer_norm_mixed",
+    "dropout_add_layer_norm_mixed_backward",
     "gelu",
     "gelu_backward",
     "gelu_backward_",

@@ -114,6 +114,22 @@ CASES: dict[str, tuple[Callable[[], object], str]] = {
         "channels of weight: expected 4, got 5",
     ),
     "norm dtype": (lambda: op.dropout_add_layer_norm(X, HALF, None, None, None, 0.0, 1e-5), "dtype of residual"),
+    "norm of two dtypes": (
+        lambda: op.dropout_add_layer_norm_mixed(HALF, HALF, None, None, None, 0.0, 1e-5, True, True),
+        "dtype of residual",
+    ),
+    "norm of one dtype": (
+        lambda: op.dropout_add_layer_norm_mixed(X, X, None, None, None, 0.0, 1e-5, True, True),
+        "dtype of branch: expected bfloat16 or float16",
+    ),
+    "norm copy": (
+        lambda: op.dropout_add_layer_norm_mixed_backward(X, X, None, X, None, None, 0.0, 1e-5, torch.half),
+        "dtype of grad_copy",
+    ),
+    "norm total": (
+        lambda: op.dropout_add_layer_norm_mixed_backward(None, HALF, None, HALF, None, None, 0.0, 1e-5, HALF.dtype),
+        "dtype of total: expected float32",
+    ),
     "norm keys": (
         lambda: op.dropout_add_layer_norm(X, X, None, None, INDEX[0], 0.1, 1e-5),
         "number of keys: expected 2, got 3",

@@ -66,6 +66,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             more = op.dropout_add_layer_norm_backward(layers[2], layers[3], layers[1], weight, keys, dropout, 1e-5)
             for i, t in enumerate((*results, *more)):
                 out["norm", i, dropout, dtype, channels] = t
+            if dtype.itemsize == 2:
+                wide, rest = layers[1].float(), (weight, keys, dropout, 1e-5)
+                results = op.dropout_add_layer_norm_mixed(layers[0], wide, weight, *rest, True, True)
+                more = op.dropout_add_layer_norm_mixed_backward(wide, layers[2], None, wide, *rest, dtype)
+                for i, t in enumerate((*results, *more)):
+                    out["norm of two dtypes", i, dropout, dtype, channels] = t
 print(_native.build_record()["isa"])
 torch.save(out, {path!r})
 """

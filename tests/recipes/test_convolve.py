@@ -53,10 +53,61 @@ def test_others_go_to_the_library(conv: nn.Conv1d) -> None:
     torch.testing.assert_close(convolve(conv, x), conv(x.transpose(1, 2)).transpose(1, 2))
 
 
-def test_autocast_keeps_its_precision() -> None:
-    conv, x = nn.Conv1d(16, 8, 3, 2), torch.randn(2, 20, 16)
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    return float((x.detach().double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("case", [(2, 401, 64, 48, 3, 2), (5, 200, 32, 64, 2, 2), (3, 301, 17, 40, 5, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("around", [True, False])
+def test_autocast_errs_as_the_library_does(case, dtype, around) -> None:
+    """around: the backward pass is inside the autocast, too."""
+    samples, length, inputs, outputs, kernel, stride = case
+    torch.manual_seed(0)
+    conv, exact = (nn.Conv1d(inputs, outputs, kernel, stride) for _ in range(2))
+    exact.load_state_dict({name: t.bfloat16().float() for name, t in conv.state_dict().items()})
+    x = torch.randn(samples, length, inputs).bfloat16().to(dtype).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    y = exact.double()(wide.mT).mT
+    grad = torch.randn(y.shape).bfloat16()
+    truth = (y.detach(), *torch.autograd.grad(y, [wide, *exact.parameters()], grad.double()))
+    found = []
+    for plain in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert module._suits_products(conv, x)
+            y = conv(x.mT).mT if plain else convolve(conv, x)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+            found.append((y, *torch.autograd.grad(y, [x, *conv.parameters()], grad)))
+    for mine, library, true in zip(*found, truth, strict=True):
+        assert mine.dtype == library.dtype
+        assert relative_error(mine, true) <= 1.5 * relative_error(library, true)
+
+
+def test_what_autocast_leaves_alone() -> None:
+    x = torch.randn(2, 20, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert convolve(conv, x).dtype == torch.bfloat16
+        assert convolve(nn.Conv1d(16, 8, 3, 2).double(), x.double()).dtype == torch.float64
+        assert not module._suits_products(nn.Conv1d(16, 8, 3, 2), x.double())
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert not module._suits_products(nn.Conv1d(16, 8, 3, 2), x)
+
+
+def test_autocast_gives_nan_to_the_windows_that_hold_it_alone_and_the_same_bits_again() -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv1d(64, 48, 3, 2), torch.randn(2, 301, 64)
+    x[1, 100] = float("nan")
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = convolve(conv, x)
+            runs.append([y, *torch.autograd.grad(y[0].float().square().sum(), [*conv.parameters()])])
+    finally:
+        torch.set_num_threads(before)
+    assert y.isnan().any(2).nonzero().tolist() == [[1, 49], [1, 50]]
+    assert y.isnan().all(2).sum() == 2
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(runs[0], runs[2], strict=True))
 
 
 def test_memory_is_the_input_only() -> None:
@@ -70,3 +121,7 @@ def test_memory_is_the_input_only() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         convolve(conv, x)
     assert {t.data_ptr() for t in kept} == {x.data_ptr(), conv.weight.data_ptr()}
+    kept.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        convolve(conv, x)
+    assert [t.dtype for t in kept if t.data_ptr() != conv.weight.data_ptr()] == [torch.bfloat16]

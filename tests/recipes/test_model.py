@@ -228,7 +228,7 @@ def test_one_pass_block_equals_the_plain_one(order, affine, layer_scale, monkeyp
     torch.testing.assert_close(got, run_for_gradients(block), rtol=1e-4, atol=1e-4)
 
 
-def test_block_uses_the_operator_on_a_cpu_only_uncompiled_and_without_autocast(monkeypatch) -> None:
+def test_block_uses_the_operator_on_a_cpu_with_dropout_or_two_dtypes(monkeypatch) -> None:
     calls: list[float] = []
     operator = encoder.dropout_add_layer_norm
     monkeypatch.setattr(
@@ -237,11 +237,30 @@ def test_block_uses_the_operator_on_a_cpu_only_uncompiled_and_without_autocast(m
     block, x = make_block("post", 0.25), torch.randn(2, 3, 64)
     block(x)
     assert calls == [0.25, 0.25]
-    with torch.autocast("cpu", torch.bfloat16):
-        block(x)
-    block.to("meta")(x.to("meta"))
     make_block("post", 0.25).eval()(x)  # without dropout PyTorch's own steps are as quick
     assert len(calls) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        block(x)
+        block(x.bfloat16())
+        block.eval()(x)
+        block(x.bfloat16())
+    assert calls[2:] == [0.25, 0.25, 0.25, 0.25, 0.0, 0.0]
+    block.to("meta").train()(x.to("meta"))
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_block_under_autocast_equals_the_plain_one(order, drop_path, monkeypatch) -> None:
+    block = make_block(order, 0.0)
+    block.drop_path = drop_path
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run_for_gradients(block)
+        monkeypatch.setattr(encoder, "add_and_norm", add_and_norm_plain)
+        want = run_for_gradients(block)
+    assert [x.dtype for x in got] == [x.dtype for x in want]
+    for x, y in zip(got, want, strict=True):
+        assert (x - y).norm() <= 0.02 * y.norm()
 
 
 @pytest.mark.parametrize("order", ["pre", "post"])
