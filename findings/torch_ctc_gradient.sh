@@ -2,8 +2,8 @@
 # torch 2.13.0 on the CPU: the gradient of ctc_loss is not that of its argument.
 #
 # `torch.nn.functional.ctc_loss` takes log-probabilities. Seen here, in float64, against central differences:
-#   for any log-probabilities the gradient that it gives is off by about 1 and more: what it gives is the gradient of
-#   logits, as if a log_softmax had been applied; it is exp(log_probs) too large, and gradcheck fails;
+#   for any log-probabilities the gradient that it gives is off by up to 0.7: what it gives is the gradient of
+#   logits, as if a log_softmax had been applied; it is too large by exp(log_probs), and gradcheck fails;
 #   with a log_softmax in front, differences and gradient agree to 1e-7: it takes out what is too much.
 # Whoever adds something between log_softmax and the loss (a language model's scores, a temperature, a penalty of blanks)
 # trains with a wrong gradient, and the loss still falls.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 
 from d2v.config import Config
@@ -57,8 +57,9 @@ def read_image(data: bytes, scale: Range = "auto") -> tuple[Image.Image, tuple[s
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             pages = _count_pages(image)
             raw = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
+            negative = _check_tiff(image, raw)
             image.load()
-            rgb, kind = _to_rgb(image, raw, scale)
+            rgb, kind = _to_rgb(image, raw, scale, negative)
         except MemoryError:
             raise ValueError(f"not enough memory for {len(data)} bytes") from None
         except Exception as error:  # a decoder fed with damaged bytes may raise anything
@@ -78,14 +79,32 @@ def _count_pages(image: Image.Image) -> int:
         image.seek(0)
 
 
-def _to_rgb(image: Image.Image, raw: str, scale: Range) -> tuple[Image.Image, str | None]:
-    """`raw` names how values are stored in the file."""
+def _check_tiff(image: Image.Image, raw: str) -> bool:
+    """Whether 0 is white in a TIFF and stays so when Pillow reads it, as with more than 8 bits; `ValueError` for values
+    that Pillow reads wrongly without an error. `raw` names how values are stored in the file."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return False
+    tags = image.tag_v2
+    bits, stored = max(tags.get(258, (1,))), [tile[0] for tile in image.tile]
+    if tags.get(284) == 2 and tags.get(277, 1) > 1 and bits > 8 and "raw" in stored:
+        raise ValueError(f"{bits}-bit colour in separate planes: expected it by pixel, or compressed")
+    if bits == 8 and 2 in tags.get(339, (1,)):
+        raise ValueError("signed 8-bit values: expected unsigned ones, or 16 bits")
+    return tags.get(262) == 0 and not re.search(r";\d?I", raw)
+
+
+def _to_rgb(image: Image.Image, raw: str, scale: Range, negative: bool) -> tuple[Image.Image, str | None]:
+    """`raw` names how values are stored in the file; `negative`: dark and light are to be exchanged."""
+    if negative and image.mode in ("1", "L"):
+        image = ImageOps.invert(image.convert("L"))
     mode = image.mode
     key = image.info.get("transparency")
     if mode == "F" or mode.startswith("I"):
         values, kind = scale_values(np.asarray(image), scale)
         if mode != "F" and isinstance(key, int):
             values = np.where(np.asarray(image) == key, np.uint8(255), values)
+        if negative:
+            values, kind = 255 - values, f"{kind}, 0 is white"
         return Image.fromarray(values).convert("RGB"), kind
     deep = "16-bit colour to its upper 8 bits" if re.search(r"(RGB|RGBA|RGBX|LA|CMYK).*;16", raw) else None
     if mode == "RGB" and key is None:
