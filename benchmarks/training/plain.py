@@ -22,6 +22,7 @@ from torch import Tensor
 
 from d2v.model import transformer as encoder
 from d2v.model.data2vec import Data2Vec, Output
+from d2v.model.layers import LayerNorm
 from d2v.model.stems.positions import ConvPositions, grid_distances
 from d2v.model.stems.speech import WaveformStem
 from d2v.model.stems.vision import PatchStem
@@ -82,6 +83,7 @@ def plain_blocks() -> Iterator[None]:
         plain_attention(),
         mock.patch.object(encoder, "add_and_norm", encoder.add_and_norm_plain),
         mock.patch.object(encoder.Mlp, "forward", encoder.Mlp.forward_plain),
+        mock.patch.object(LayerNorm, "forward", torch.nn.LayerNorm.forward),
     ):
         yield
 

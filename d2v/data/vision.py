@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 import re
@@ -10,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.dataset import Batch, Modality, Sample
-from d2v.data.decoding.colour import describe_loss, find_depth, read_colour
+from d2v.data.decoding.colour import AV_HINT, describe_loss, find_depth, read_colour
 from d2v.data.index import IMAGES
 from d2v.data.sources import Source
 
@@ -60,9 +61,10 @@ def read_image(data: bytes, scale: Range = "auto") -> tuple[Image.Image, tuple[s
             raw = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
             depth = find_depth(image, data)
             values = read_colour(image, data) if depth > 8 else None
+            negative = values is None and _check_tiff(image, raw)
             loss = describe_loss(image, depth) if depth > 8 and values is None else None
             image.load()
-            rgb, kind = _to_rgb(image, raw, scale) if values is None else _scale_colour(values, scale)
+            rgb, kind = _to_rgb(image, raw, scale, negative) if values is None else _scale_colour(values, scale)
             kind = loss or kind
         except MemoryError:
             raise ValueError(f"not enough memory for {len(data)} bytes") from None
@@ -83,14 +85,33 @@ def _count_pages(image: Image.Image) -> int:
         image.seek(0)
 
 
-def _to_rgb(image: Image.Image, raw: str, scale: Range) -> tuple[Image.Image, str | None]:
-    """`raw` names how values are stored in the file."""
+def _check_tiff(image: Image.Image, raw: str) -> bool:
+    """Whether 0 is white in a TIFF and stays so when Pillow reads it, as with more than 8 bits; `ValueError` for values
+    that Pillow reads wrongly without an error. `raw` names how values are stored in the file."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return False
+    tags = image.tag_v2
+    bits, stored = max(tags.get(258, (1,))), [tile[0] for tile in image.tile]
+    if tags.get(284) == 2 and tags.get(277, 1) > 1 and bits > 8 and "raw" in stored:
+        hint = "" if importlib.util.find_spec("av") else f" ({AV_HINT})"
+        raise ValueError(f"{bits}-bit colour in separate planes: expected it by pixel, or compressed{hint}")
+    if bits == 8 and 2 in tags.get(339, (1,)):
+        raise ValueError("signed 8-bit values: expected unsigned ones, or 16 bits")
+    return tags.get(262) == 0 and not re.search(r";\d?I", raw)
+
+
+def _to_rgb(image: Image.Image, raw: str, scale: Range, negative: bool) -> tuple[Image.Image, str | None]:
+    """`raw` names how values are stored in the file; `negative`: dark and light are to be exchanged."""
+    if negative and image.mode in ("1", "L"):
+        image = ImageOps.invert(image.convert("L"))
     mode = image.mode
     key = image.info.get("transparency")
     if mode == "F" or mode.startswith("I"):
         values, kind = scale_values(np.asarray(image), scale)
         if mode != "F" and isinstance(key, int):
             values = np.where(np.asarray(image) == key, np.uint8(255), values)
+        if negative:
+            values, kind = 255 - values, f"{kind}, 0 is white"
         return Image.fromarray(values).convert("RGB"), kind
     if mode == "RGB" and key is None:
         return image, None

@@ -15,6 +15,21 @@ _LEAST_CHANNELS = 16
 """Input channels below which a product over the channels of a few samples is too short to be fast."""
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over C whose gradients are summed in float32.
+
+    PyTorch's on the CPU sums those of weight and bias in the type of its input, also under autocast: in bfloat16 such a
+    sum of ones stops at 256, whatever the number of tokens.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...,C) -> (...,C) in the type of x."""
+        narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+        if not narrow or self.weight is None or self.weight.dtype != torch.float32:
+            return super().forward(x)
+        return super().forward(x.float()).to(x.dtype)
+
+
 def norm_gelu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """GELU of a layer norm of x (..., C) over C, with gain and bias (C,) or without, in one pass."""
     return layer_norm_gelu(x.contiguous(), weight, bias, eps=NORM_EPS)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v.config.finetune import HeadSettings
+from d2v.model.layers import LayerNorm
 
 _KINDS = ("tokens", "pooled", "sentence", "votes", "vocabulary")
 
@@ -34,7 +35,7 @@ class Head(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
         self.dense = _linear(width, hidden) if has_dense else nn.Identity()
         has_norm = kind in ("pooled", "vocabulary") and eps is not None
-        self.norm = nn.LayerNorm(hidden, eps=eps) if has_norm else nn.Identity()  # type: ignore[arg-type]
+        self.norm = LayerNorm(hidden, eps=eps) if has_norm else nn.Identity()  # type: ignore[arg-type]
         self.out = _linear(hidden, settings.outputs)
 
     def forward(self, encoded: Tensor, extra: int, valid: Tensor | None) -> Tensor:

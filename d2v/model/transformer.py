@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from d2v.config import Encoder
+from d2v.model.layers import LayerNorm
 from d2v_kernels import Alibi, attend, dropout_add_layer_norm, gelu_linear
 
 
@@ -115,7 +116,7 @@ def drop_samples(x: Tensor, probability: float) -> Tensor:
 
 def make_norm(config: Encoder) -> nn.LayerNorm:
     """Layer norm over C as configured."""
-    return nn.LayerNorm(config.width, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+    return LayerNorm(config.width, eps=config.norm_eps, elementwise_affine=config.norm_affine)
 
 
 def add_and_norm(

@@ -56,10 +56,16 @@ from d2v.train.distributed import Ranks
 from d2v.train.logging import MetricWindow
 from d2v.train.optim import PREFIX, make_state, optimiser_tensors
 
-_RANK_SEEDS = 0x9E3779B97F4A7C15
+_RANK_SEEDS, _UPDATE_SEEDS = 0x9E3779B97F4A7C15, 0x9E3779B1
 _FLAT = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 # One process is no mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+
+def mix_seed(seed: int, update: int, rank: int) -> int:
+    """Seed of a rank's own random numbers from an update on. Ranks and updates differ also in the lower 32 bits, as
+    torch's generator on the CPU drops the others."""
+    return (seed * _RANK_SEEDS + update * _UPDATE_SEEDS + rank) % (1 << 63)
 
 
 class RunState:
@@ -82,8 +88,7 @@ class RunState:
 
     def _seed_rank(self) -> None:
         """Dropout has a stream for each rank; weights were drawn alike."""
-        mixed = (self.config.run.seed * _RANK_SEEDS + (self.update << 20) + self.ranks.rank) % (1 << 63)
-        torch.manual_seed(mixed)
+        torch.manual_seed(mix_seed(self.config.run.seed, self.update, self.ranks.rank))
 
     def _model_tensors(self) -> dict[str, Tensor]:
         """The model's tensors, in place, by their names in a checkpoint."""

@@ -182,6 +182,14 @@ def test_cut_recordings_are_refused(kind: str) -> None:
         decode_audio(data[: len(data) // 2])
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_ogg_streams_behind_the_first_are_not_lost_silently(subtype: str) -> None:
+    one, two = (encode_sound(make_sound(i, 1.0), kind="OGG", subtype=subtype) for i in range(2))
+    assert len(decode_audio(one)[0]) == 16_000
+    with pytest.raises(ValueError, match="2 Ogg streams one after the other, of which only the first"):
+        decode_audio(one + two)
+
+
 def open_length(data: bytes) -> bytes:
     """A FLAC file whose header leaves its number of samples open, as an encoder writes it into a pipe."""
     number = int.from_bytes(data[18:26], "big") >> 36 << 36

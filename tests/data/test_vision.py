@@ -130,6 +130,49 @@ def test_ranges() -> None:
             parse_range(bad)
 
 
+def tiff(values: np.ndarray, meaning: int, sign: int = 1, order: int = 2) -> bytes:
+    """A TIFF of grey values (H, W), or of colour by plane (3, H, W), not compressed."""
+    planes = values.reshape(-1, *values.shape[-2:])
+    count, height, width = planes.shape
+    tags = {
+        256: [width], 257: [height], 258: [8 * values.itemsize] * count, 259: [1], 262: [meaning], 273: [0] * count,
+        277: [count], 278: [height], 279: [planes[0].nbytes] * count, 284: [order], 339: [sign] * count,
+    }  # fmt: skip
+    more = 8 + 2 + 12 * len(tags) + 4
+    tags[273] = [more + 12 * len(tags) + i * planes[0].nbytes for i in range(count)]
+    fields, lists = b"", b""
+    for tag, numbers in tags.items():
+        content = struct.pack(f"<{len(numbers)}L", *numbers)
+        place = content if len(numbers) == 1 else struct.pack("<L", more + len(lists))
+        fields += struct.pack("<HHL", tag, 4, len(numbers)) + place
+        lists += content.ljust(12, b"\0") if len(numbers) > 1 else b""
+    lists = lists.ljust(12 * len(tags), b"\0")
+    return b"II*\0" + struct.pack("<LH", 8, len(tags)) + fields + bytes(4) + lists + planes.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sign", "order"), [(np.uint8, 1, 1), (np.uint8, 1, 2), (np.uint16, 1, 1), (np.float32, 3, 1)]
+)
+def test_zero_is_white_where_a_tiff_says_so(kind: type, sign: int, order: int) -> None:
+    values = np.array([[0.0, 0.25, 1.0]] * 2)
+    stored = values.astype(kind) if sign == 3 else np.rint(values * np.iinfo(kind).max).astype(kind)
+    black, white = (np.asarray(read_image(tiff(stored, meaning, sign, order))[0]) for meaning in (1, 0))
+    assert black[0, :, 0].tolist() in ([0, 64, 255], [0, 63, 255])
+    assert np.array_equal(white, 255 - black)
+    assert ("0 is white" in str(read_image(tiff(stored, 0, sign, order))[1])) == (kind is not np.uint8)
+
+
+def test_tiffs_that_pillow_reads_wrongly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    colour = np.arange(3 * 4 * 5, dtype=np.uint16).reshape(3, 4, 5) * 1000
+    with pytest.raises(ValueError, match="16-bit colour in separate planes: expected it by pixel"):
+        read_image(tiff(colour, 2))
+    plain = (colour >> 8).astype(np.uint8)
+    assert np.array_equal(np.asarray(read_image(tiff(plain, 2))[0]), plain.transpose(1, 2, 0))
+    with pytest.raises(ValueError, match="signed 8-bit values"):
+        read_image(tiff(np.array([[-1, 0, 1]], np.int8), 1, 2))
+
+
 def png(depth: int, colour: int, row: bytes, key: bytes) -> bytes:
     """A PNG of one row of two pixels with a transparent colour."""
 

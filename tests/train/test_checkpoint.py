@@ -27,7 +27,7 @@ from d2v.folder import (
     step_of,
 )
 from d2v.train import checkpoint as storage
-from d2v.train.checkpoint import Saver, load_into
+from d2v.train.checkpoint import Saver, load_into, mix_seed
 from d2v.train.distributed import Ranks
 
 WORLD = Ranks(torch.device("cpu"))
@@ -197,3 +197,11 @@ def test_config_is_written_with_the_run(tmp_path: Path, make_config: Callable[..
     (tmp_path / "config.json").write_text(config.to_json())
     assert Config.from_json((tmp_path / CONFIG).read_text()) == config
     assert read_config(tmp_path / CONFIG) == forget_places(config)
+
+
+def test_ranks_and_updates_have_streams_of_their_own() -> None:
+    """The CPU's generator drops the upper 32 bits of a seed."""
+    seeds = [mix_seed(3, update, rank) for update in range(0, 400_000, 64) for rank in range(8)]
+    assert len({seed % (1 << 32) for seed in seeds}) == len(seeds)
+    drawn = {torch.rand(4, generator=torch.Generator().manual_seed(mix_seed(0, u, 1))).sum().item() for u in (0, 4096)}
+    assert len(drawn) == 2

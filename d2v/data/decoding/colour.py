@@ -38,11 +38,8 @@ def find_depth(image: Any, data: bytes) -> int:
 
 
 def describe_loss(image: Any, depth: int) -> str:
-    """What becomes of an image that `read_colour` did not read, and what to do about it; `ValueError` where Pillow
-    would take half of the bytes for the values."""
+    """What becomes of an image that `read_colour` did not read, and what to do about it."""
     hint = "" if image.format not in _FORMATS or importlib.util.find_spec("av") else f" ({AV_HINT})"
-    if depth == 16 and len(image.tile) > 1 and {str(tile[3][0]) for tile in image.tile} == {"R", "G", "B"}:
-        raise ValueError(f"16-bit colour in separate planes{hint}")
     return f"{depth}-bit colour to 8 bits{hint}"
 
 

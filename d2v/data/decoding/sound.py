@@ -214,7 +214,22 @@ def find_cut(data: bytes) -> str | None:
         last = data.rfind(b"OggS")
         if not data[last + 5 : last + 6] or not data[last + 5] & 4:
             return "cut off: no last page"
+        if (links := _count_links(data)) > 1:
+            return f"{links} Ogg streams one after the other, of which only the first can be read: expected one"
     return None
+
+
+def _count_links(data: bytes) -> int:
+    """Ogg streams that follow one another (RFC 3533, "chaining"); libsndfile reads the first and says nothing of the
+    others. Streams that begin together count once."""
+    links, beginning, place = 0, False, 0
+    while data[place : place + 4] == b"OggS" and place + 27 <= len(data):
+        first = bool(data[place + 5] & 2)
+        links += first and not beginning
+        beginning = first
+        segments = data[place + 26]
+        place += 27 + segments + sum(data[place + 27 : place + 27 + segments])
+    return links
 
 
 def resample(values: np.ndarray, rate: int) -> np.ndarray:

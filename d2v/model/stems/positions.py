@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v.config import Encoder, Stem
-from d2v.model.layers import NORM_EPS, convolve, norm_gelu, valid_positions
+from d2v.model.layers import NORM_EPS, LayerNorm, convolve, norm_gelu, valid_positions
 from d2v.model.transformer import AttentionBias
 from d2v_kernels import Alibi, Masks, alibi_slopes, gather_tokens
 
@@ -246,7 +246,7 @@ class ConvPositions(Positions):
             raise ValueError(f"stem.position_groups: expected a divisor of encoder.width {width}, got {groups}")
         kernel = max(3, stem.position_width // stem.position_layers)
         self.zero_input, self.zero_between = zero_input, zero_between
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if stem.position_norm else None
+        self.norm = LayerNorm(width, eps=NORM_EPS) if stem.position_norm else None
         self.convs = nn.ModuleList(
             nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups) for _ in range(stem.position_layers)
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config import Stem
-from d2v.model.layers import check_lengths, valid_positions
+from d2v.model.layers import LayerNorm, check_lengths, valid_positions
 
 PADDING = 1
 """Id of the padding token; position ids start behind it, at 2."""
@@ -29,7 +29,7 @@ class TextStem(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocabulary, width, PADDING)
         learned = config.learned_positions
         self.embed_positions = nn.Embedding(config.max_tokens + PADDING + 1, width, PADDING) if learned else None
-        self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.embedding_norm else None
+        self.norm = LayerNorm(width, eps=config.norm_eps) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.dropout)
         for embedding in (self.embed_tokens, self.embed_positions):
             if embedding is not None:
