@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from d2v_kernels import layer_norm_gelu
 
@@ -24,10 +26,10 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(...,C) -> (...,C) in the type of x."""
-        narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-        if not narrow or self.weight is None or self.weight.dtype != torch.float32:
+        if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16) or self.weight is None:
             return super().forward(x)
-        return super().forward(x.float()).to(x.dtype)
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps).to(x.dtype)
 
 
 def norm_gelu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -82,6 +84,8 @@ def _suits_products(conv: nn.Conv1d, x: Tensor) -> bool:
     plain = conv.padding == (0,) and conv.groups == 1 and conv.dilation == (1,)
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not plain or conv.in_channels < _LEAST_CHANNELS:
         return False
+    if x.shape[1] < kernel:  # PyTorch says what is wrong
+        return False
     dtype, own = _product_dtype(x), conv.weight.dtype
     return stride <= kernel <= 2 * stride and (dtype == own or (dtype == torch.bfloat16 and own == torch.float32))
 
@@ -127,6 +131,7 @@ class _StridedConvolution(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad, (outputs, channels, kernel), stride = gradients[0].contiguous(), weight.shape, ctx.stride

@@ -178,7 +178,7 @@ def _backward_reference(
         part.cut(results[1]).copy_(torch.matmul(of_s.mT, q) * part.scale)
         if slopes is not None:
             of_slopes[rows, heads] = -(of_s * part.distances()).sum((2, 3))
-    totals = of_slopes[0, :0] if slopes is None else of_slopes.sum(0).to(slopes.dtype)
+    totals = of_slopes.new_empty(0) if slopes is None else of_slopes.sum(0).to(slopes.dtype)
     return results[0], results[1], results[2], totals.clone()
 
 

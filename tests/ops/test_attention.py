@@ -240,6 +240,10 @@ def test_empty_tensors(backend) -> None:
         assert out.shape == (n, t, h, d)
         assert log_sum.eq(math.inf).all()
         assert not gradients[3].any()
+    with use_backend(backend):  # without a bias
+        q = torch.randn(0, 3, 2, 16, requires_grad=True)
+        attend(q, q, q, engine=backend).sum().backward()
+    assert q.grad.shape == q.shape
 
 
 def test_gradcheck() -> None:

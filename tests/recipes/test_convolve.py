@@ -110,6 +110,12 @@ def test_autocast_gives_nan_to_the_windows_that_hold_it_alone_and_the_same_bits_
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(runs[0], runs[2], strict=True))
 
 
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_an_input_that_is_shorter_than_the_kernel_is_refused(length: int) -> None:
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        convolve(nn.Conv1d(16, 4, 3, 2), torch.randn(1, length, 16))
+
+
 def test_memory_is_the_input_only() -> None:
     conv, x = nn.Conv1d(16, 8, 3, 2, bias=False), torch.randn(2, 21, 16, requires_grad=True)
     kept: list[Tensor] = []

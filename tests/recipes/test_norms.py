@@ -21,7 +21,10 @@ def test_gradients_of_bfloat16_inputs_are_summed_in_float32() -> None:
     assert norm.weight.grad.round().tolist() == [5_000.0, -5_000.0, 5_000.0, -5_000.0]
     assert torch.equal(norm(x), nn.functional.layer_norm(x.float(), (4,)).bfloat16())
     assert torch.equal(norm(x.float()), nn.functional.layer_norm(x.float(), (4,), norm.weight, norm.bias))
-    assert norm.bfloat16()(x).dtype == torch.bfloat16
+    norm.bfloat16().zero_grad()
+    norm(x).backward(torch.ones_like(x))
+    assert norm.bias.grad.dtype == torch.bfloat16
+    assert norm.bias.grad.tolist() == [4_992.0] * 4  # the nearest that there is below 5,000
 
 
 def test_every_norm_that_is_called_is_one_of_those() -> None:
