@@ -19,11 +19,10 @@ import importlib.util
 import sys
 import time
 import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -54,7 +53,7 @@ COMPILED = ("fairseq.data.data_utils_fast", "fairseq.data.token_block_utils_fast
 class _Empty(types.ModuleType):
     """A module in which every name is something that does nothing."""
 
-    __path__: typing.ClassVar[list[str]] = []
+    __path__: ClassVar[list[str]] = []
     __version__ = "0"
 
     def __getattr__(self, name: str) -> Any:

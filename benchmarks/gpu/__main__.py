@@ -7,7 +7,7 @@ average and the gathers, whole training steps, and then what is left: CUDA graph
 Nothing is installed; what is missing is named, and what depends on it left out. Every stage says how long it may take
 and has its record on disk before the next one begins. Records are kept in build/gpu-records and copied to the output
 folder after each stage, so that the same command again goes on where the last one was stopped, in the middle of a stage
-too, as long as sources, GPU and torch are the same (`--fresh` begins anew): three commands of nine minutes are enough.
+too, as long as sources, GPU and torch are the same (`--fresh` begins anew). Three commands should be enough (estimate).
 What to look at, and what to change then: docs/gpu-first-run.md.
 
 Results, at most six files: gpu.jsonl (all records), gpu-build.log, gpu-tests.log, gpu-sanitizer.log, gpu.md, gpu.png.
