@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import _checks as check
 from ._device_table import DeviceTable
+from ._env import highest_isa
 from .registry import OPERATORS, Backend, Case
 
 LIB = Path(__file__).resolve().parent / "lib"
@@ -48,6 +49,7 @@ _module: Module | None = None
 def load() -> None:
     """Loads what there is; called once, when the package is imported."""
     global _module
+    highest_isa()  # refuses names that the library would take for its highest level
     _errors.clear()
     _load_library(CPU_LIBRARY)
     if torch.version.cuda is None:

@@ -67,8 +67,8 @@ class SampleRef(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What the loader has to say about a sample. `kind`: "bad", "converted", or one after which no run goes on: "fatal"
-    (no sample of many can be decoded), "lost" (a shard is gone)."""
+    """What the loader has to say about a sample. `kind`: "bad", "converted", "cut", or one after which no run goes on:
+    "fatal" (no sample of many can be decoded), "lost" (a shard is gone)."""
 
     sample_id: int
     epoch: int
@@ -206,6 +206,10 @@ class Modality:
         """A decoded sample as evaluation sees it, nothing random; by default as it is."""
         return np.asarray(value)
 
+    def describe_cut(self, value: Any) -> str | None:
+        """What `eval_transform` leaves out of a decoded sample; None: nothing."""
+        return None
+
     def placeholder(self) -> np.ndarray:
         """What stands for a sample that cannot be decoded, so that shapes stay as they are."""
         raise NotImplementedError
@@ -300,7 +304,9 @@ class EvaluationSamples(torch.utils.data.Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         try:
             value, _ = self.modality.load(self.source, index)
-            return Sample(index, 0, self.modality.eval_transform(value), ())
+            text = self.modality.describe_cut(value)
+            notes = () if text is None else (Note(index, 0, "cut", text),)
+            return Sample(index, 0, self.modality.eval_transform(value), notes)
         except Exception as error:  # whatever is wrong with one sample stays with it
             kind = "lost" if isinstance(error, ShardLost) else "bad"
             return Sample(index, 0, self.modality.placeholder(), (Note(index, 0, kind, describe_error(error)),))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 
 from d2v.config import Config
@@ -72,7 +72,16 @@ def read_image(data: bytes, scale: Range = "auto") -> tuple[Image.Image, tuple[s
             text = str(error) or type(error).__name__
             raise ValueError(text.replace("<_io.BytesIO object at ", "<").split("<", 1)[0].strip() or text) from None
     left = f"{pages - 1} pages or frames behind the first, not read" if pages > 1 else None
-    return rgb, tuple(note for note in (kind, left) if note)
+    return rgb, tuple(note for note in (kind, left, _describe_turn(image)) if note)
+
+
+def _describe_turn(image: Image.Image) -> str | None:
+    """Says where a viewer would turn or mirror the image."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # damaged EXIF of a whole image
+        return None
+    return "EXIF orientation, not applied" if turned else None
 
 
 def _count_pages(image: Image.Image) -> int:
@@ -312,6 +321,12 @@ class Images(Modality):
     def eval_transform(self, value: Image.Image) -> np.ndarray:
         """Centre crop."""
         return centre_image(value, self.settings)
+
+    def describe_cut(self, value: Image.Image) -> str | None:
+        """What the centre crop leaves out."""
+        width, height = value.size
+        side = min(width, height)
+        return None if width == height else f"cut to the middle {side} x {side} of {width} x {height}"
 
     def placeholder(self) -> np.ndarray:
         """Zeros."""

@@ -77,6 +77,10 @@ class Labelled(Modality):
         """(value as evaluation sees it, target)."""
         return self.inner.eval_transform(value[0]), value[1]
 
+    def describe_cut(self, value: Any) -> str | None:
+        """As the modality."""
+        return self.inner.describe_cut(value[0])
+
     def placeholder(self) -> Any:
         """(blank value, no target)."""
         return self.inner.placeholder(), None

@@ -50,6 +50,17 @@ def small(**data: object) -> Config:
     return dataclasses.replace(changed, stem=dataclasses.replace(changed.stem, image_size=16))
 
 
+def test_an_orientation_that_is_not_applied_is_said() -> None:
+    image, exif = make_image(3, (8, 6)), Image.Exif()
+    for orientation, notes in ((1, ()), (6, ("EXIF orientation, not applied",))):
+        exif[0x0112] = orientation
+        for kind in ("JPEG", "PNG", "WEBP"):
+            buffer = io.BytesIO()
+            image.save(buffer, kind, exif=exif)
+            read, said = read_image(buffer.getvalue())
+            assert read.size == (8, 6) and said == notes
+
+
 def test_every_mode_becomes_rgb() -> None:
     rgb = make_image(3, (8, 6))
     cases = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -109,3 +110,13 @@ def test_bad_environment_is_named(name, monkeypatch) -> None:
     monkeypatch.setenv(name, "fastest")
     with pytest.raises(ValueError, match=f"{name}: expected one of .*got 'fastest'"):
         info.collect()
+
+
+def test_a_misspelt_instruction_level_is_refused_at_import() -> None:
+    """The library would take it for its highest one."""
+    code = "import d2v_kernels"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "D2V_KERNELS_ISA": "avx"}, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert run.stderr.endswith("expected one of base, avx2, avx512, avx512bf16, amx, got 'avx'\n"), run.stderr

@@ -67,7 +67,8 @@ def kill_and_resume(
     counts = {"writing": 0, "training": 0, "runs": 0, "tensors": 0}
     number, done, run = 0, 0, folder / "killed-0"
     while done < kills:
-        moment = ("training", "writing")[done % 2]
+        # A kill that was meant for a checkpoint may come after it: the next one is, too.
+        moment = "writing" if counts["writing"] <= counts["training"] else "training"
         with running(command(run), folder / "logs" / f"{run.name}-{number}.log", ranks=ranks) as job:
             hit = wait_and_kill(job, run, moment, rng)
             number += 1

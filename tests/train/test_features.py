@@ -135,6 +135,14 @@ def test_cut_where_asked_for(tmp_path: Path) -> None:
         extract(model, str(tmp_path / "in"), str(tmp_path / "g.npy"), max_seconds=-1.0)
 
 
+def test_what_the_centre_crop_leaves_out_is_said(setting: tuple[str, str], tmp_path: Path) -> None:
+    Path(setting[1], "3.png").write_bytes(encode(make_image(3, (36, 36))))
+    said = extract(*setting, str(tmp_path / "f.npy"))
+    assert "; cut 3: " in said and "0.png: cut to the middle 36 x 36 of 40 x 36" in said
+    notes = [line[3] for line in read_index(tmp_path / "f.npy.index.tsv")]
+    assert sum(note.startswith("cut to the middle") for note in notes) == 3 and notes.count("") == 1
+
+
 def test_a_long_text_has_all_its_tokens(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" ".join(f"word{i}" for i in range(60)) + "\n\nshort one\n")
     shown = []
