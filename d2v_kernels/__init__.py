@@ -16,6 +16,8 @@ register_backend(_native.backend())
 register_backend(_triton.backend())
 register_backend(_define.REFERENCE)
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Alibi",
     "EmaPlan",
@@ -24,6 +26,7 @@ __all__ = [
     "Noise",
     "Packed",
     "RegressionLoss",
+    "__version__",
     "alibi_slopes",
     "attend",
     "average_layers",

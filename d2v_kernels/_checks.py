@@ -6,6 +6,7 @@ Messages begin with the operator's name and give expected and got.
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -161,6 +162,22 @@ def lies_flat(*tensors: Tensor) -> bool:
             return False
         expected *= size
     return all(st == other for t in tensors for st, other, n in zip(strides, t.stride(), sizes, strict=True) if n > 1)
+
+
+_noted: set[tuple[str, str]] = set()
+
+
+def side_by_side(op: str, name: str, t: Tensor) -> Tensor:
+    """An input of a public function; one whose channels do not lie side by side is copied, with a warning the first
+    time: its caller would have to write the same copy."""
+    if t.layout != torch.strided or t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1 or t.numel() == 0:
+        return t
+    if not torch.compiler.is_compiling() and (op, name) not in _noted:
+        _noted.add((op, name))
+        text = f"{op}: {name} has strides {t.stride()}; it is copied, here and from now on, as numbers of the last"
+        warnings.warn(f"{text} dimension have to lie side by side", UserWarning, stacklevel=3)
+    storage(op, [t])  # before it is read
+    return t.contiguous()
 
 
 def with_unit_stride(t: Tensor) -> Tensor:

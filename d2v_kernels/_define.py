@@ -2,7 +2,8 @@
 
 A shape function checks what can be known without reading device values and returns a `Call`. The real body checks with
 it, asks the registry for a backend and makes one call; the fake kernel makes empty tensors of what it returns. Native
-code registers the same argument lists under `d2v_native` (a test compares them). Double backward is refused.
+code registers the same argument lists under `d2v_native` (a test compares them). Double backward is refused;
+`torch.func.vmap` calls the operator once an entry.
 """
 
 from __future__ import annotations
@@ -116,11 +117,21 @@ def define(
         results = [_empty(call.first, output) for output in call.outputs]
         return tuple(results) if len(results) > 1 else results[0] if results else None
 
+    def batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        """Right, not fast: one call after the other."""
+        if written:
+            raise NotImplementedError(f"{op}: expected tensors that are written without vmap, got them under it")
+        calls = [operator(*_select(arguments, in_dims, i)) for i in range(info.batch_size)]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
+
     _library.define(schema)
     _library.impl(op, body, "CompositeExplicitAutograd")
     if written:
         _library.impl(op, lazily_negated, "Negative")
     torch.library.register_fake(f"d2v::{op}", fake, lib=_library)
+    torch.library.register_vmap(f"d2v::{op}", batched, lib=_library)
     if gradient is None and op.endswith("_backward"):
         gradient = refuse(op.removesuffix("_backward"), "double backward is not supported")
     if gradient is not None:
@@ -151,6 +162,13 @@ def case(op: str, device: str, arguments: tuple[Any, ...]) -> registry.Case:
     """What the registry is asked when the operator is called with these arguments on a device."""
     call = _shapes[op](op, *arguments)
     return registry.Case(op, device, call.dtypes, call.traits)
+
+
+def _select(argument: Any, dims: Any, i: int) -> Any:
+    """Arguments of call i under vmap, whose tensors have the batch at these dimensions, or None."""
+    if isinstance(argument, list | tuple) and isinstance(dims, list | tuple):
+        return [_select(a, d, i) for a, d in zip(argument, dims, strict=True)]
+    return argument if dims is None else argument.select(dims, i)
 
 
 def _empty(first: Tensor | None, output: Output) -> Tensor:

@@ -92,6 +92,12 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: unknown name. An operator that the forced backend cannot run raises `NotImplementedError` with
             the reasons when it is called. Operators of which a backend has no version at all are not its to run: for
             them the registry chooses as ever.
+
+    Example:
+        >>> from d2v_kernels import gelu
+        >>> with use_backend("reference"):  # plain PyTorch, for comparison
+        ...     gelu(torch.zeros(3))
+        tensor([0., 0., 0.])
     """
     if name not in _env.BACKEND_NAMES:
         raise ValueError(f"use_backend: expected one of {', '.join(_env.BACKEND_NAMES)}, got {name!r}")

@@ -71,7 +71,14 @@ class Request:
 
 
 def pack_lengths(lengths: Sequence[int] | Tensor, device: torch.device | str) -> Packed:
-    """Packed layout of sequences of these lengths (host numbers, or an integer tensor on the host)."""
+    """Packed layout of sequences of these lengths (host numbers, or an integer tensor on the host).
+
+    Example:
+        >>> packed = pack_lengths([3, 5], "cpu")
+        >>> x = torch.randn(8, 4, 16)  # the 3 tokens of the first sequence, then the 5 of the second
+        >>> attend(x, x, x, packed=packed).shape
+        torch.Size([8, 4, 16])
+    """
     if isinstance(lengths, Tensor):
         check.require(lengths.device.type == "cpu", "pack_lengths", "device of lengths", "cpu", lengths.device)
         check.dtype("pack_lengths", "lengths", lengths, check.INDICES)
@@ -89,6 +96,11 @@ def alibi_slopes(heads: int, device: torch.device | str = "cpu") -> Tensor:
     """(heads,) float32: 2^(-8 (h+1) / heads) for a power of two, else as published (Press et al. 2022, code).
 
     Otherwise with P the largest power of two below: the P slopes of P heads, then every second one of 2P heads.
+
+    Example:
+        >>> x, positions = torch.randn(1, 6, 4, 8), torch.arange(6)[None]
+        >>> attend(x, x, x, alibi=Alibi(alibi_slopes(4), positions)).shape
+        torch.Size([1, 6, 4, 8])
     """
     heads = check.whole("alibi_slopes", "heads", heads, 1, 1 << 16)
     power = 1 << (heads.bit_length() - 1)
@@ -113,7 +125,8 @@ def attend(
     """Self-attention softmax(scale * q k^T + bias) v of each head (Vaswani et al. 2017, 3.2), softmax in float32.
 
     Args:
-        query, key, value: (N,T,H,D), or (total,H,D) where `packed`; one floating dtype, last stride 1.
+        query, key, value: (N,T,H,D), or (total,H,D) where `packed` (`scaled_dot_product_attention` takes (N,H,T,D));
+            one floating dtype; copied where the last stride is not 1.
         scale: of the logits; None: D^-0.5.
         valid: keys that count: (N,T) bool, or (N,) integer lengths of the valid beginnings; on the tensors' device.
             None: all. Not with `packed`. A query whose row has no valid key gives 0, and lends no gradient.
@@ -129,7 +142,14 @@ def attend(
 
     Raises:
         ValueError, TypeError: what does not fit. NotImplementedError: the engine cannot run this; lists the reasons.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 10, 4, 8)  # 2 rows of 10 tokens, 4 heads of width 8
+        >>> attend(q, k, v, valid=torch.tensor([10, 7])).shape
+        torch.Size([2, 10, 4, 8])
     """
+    names = {"query": query, "key": key, "value": value}
+    query, key, value = (check.side_by_side("attend", name, x) for name, x in names.items())
     _check(query, key, value, valid, packed, alibi, dropout, dropout_keys)
     drops = 1 if dropout > 0.0 else 0  # a branch: under `torch.compile` the comparison itself may be symbolic
     name = _choose(
@@ -167,6 +187,8 @@ def _check(
         total = sum(packed.lengths)
         check.require(total == query.shape[0], op, "total of packed lengths", query.shape[0], total)
         query, key, value = (x[None] for x in (query, key, value))  # one row, for the checks below
+    else:
+        _check_layout(query, valid, alibi)
     lengths, mask = (None, valid) if valid is not None and valid.dim() == 2 else (valid, None)
     check_inputs(op, query, key, value, lengths=lengths, valid=mask)
     check.dropout(op, dropout, "dropout keys", query)  # without keys they are drawn
@@ -185,6 +207,16 @@ def _check(
         place = tuple(alibi.positions.shape)
         fits = len(place) == 2 and place[0] == rows and place[1] <= tokens
         check.require(fits, op, "shape of positions", f"({rows}, at most {tokens})", place)
+
+
+def _check_layout(query: Tensor, valid: Tensor | None, alibi: Alibi | None) -> None:
+    """Refuses (N,H,T,D) where other arguments tell tokens from heads."""
+    _, tokens, heads, _ = query.shape
+    by_valid = valid is not None and valid.shape[1:] == (heads,)
+    by_slopes = alibi is not None and alibi.slopes.shape == (tokens,)
+    if tokens != heads and (by_valid or by_slopes):
+        got = f"{tuple(query.shape)}, which fits as (N, H, T, D): transpose(1, 2)"
+        check.fail("attend", "query", "(N, T, H, D)", got)
 
 
 # ---- choice

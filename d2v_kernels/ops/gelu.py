@@ -26,6 +26,11 @@ def gelu(x: Tensor) -> Tensor:
 
     Raises:
         TypeError: x is not floating.
+
+    Example:
+        >>> x = torch.randn(4, 3)
+        >>> torch.allclose(gelu(x), F.gelu(x), atol=1e-6)
+        True
     """
     check.strided("gelu", x)
     return _gelu(x.contiguous())
@@ -49,6 +54,12 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
         RuntimeError: second derivative.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 5, 64, requires_grad=True), torch.randn(16, 64, requires_grad=True)
+        >>> gelu_linear(hidden, weight).sum().backward()
+        >>> hidden.grad.shape, weight.grad.shape
+        (torch.Size([2, 5, 64]), torch.Size([16, 64]))
     """
     place = x.device.type
     if torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place):
@@ -104,7 +115,7 @@ def layer_norm_gelu(
     convolutions of data2vec's speech encoder (wav2vec 2.0, Baevski et al. 2020, section 2) end in it.
 
     Args:
-        x: (..., C) floating, channels last with stride 1, viewed as (rows, C).
+        x: (..., C) floating, channels last, viewed as (rows, C); copied where the last stride is not 1.
         weight: (C,) floating in any dtype, or None for 1.
         bias: (C,) floating in any dtype, or None for 0.
         eps: added to the variance.
@@ -115,10 +126,16 @@ def layer_norm_gelu(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, strides or eps that do not fit.
+
+    Example:
+        >>> frames, weight, bias = torch.randn(2, 100, 512), torch.ones(512), torch.zeros(512)
+        >>> layer_norm_gelu(frames, weight, bias).shape
+        torch.Size([2, 100, 512])
     """
     if x.dim() < 1:
         raise ValueError("layer_norm_gelu: x: expected shape (..., C), got a 0-D tensor")
     check.strided("layer_norm_gelu", x)
+    x = check.side_by_side("layer_norm_gelu", "x", x)
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return _layer_norm_gelu(rows, weight, bias, eps).view(x.shape)
 

@@ -32,7 +32,7 @@ def average_layers(
 
     Args:
         layers: K tensors (B,T,C) of one shape, dtype (float32, bfloat16, float16, float64) and device, or one tensor
-            (K,B,T,C); any strides with the last one 1.
+            (K,B,T,C); any strides, copied where the last one is not 1.
         norm: axes of each layer's statistics: "none", "layer" (over C for each b, t), "instance" (over T for each
             b, c), "batch" (over B, T for each c), "group" (over T, C for each b); a tuple is applied in order.
             Tuples and "group" run on the reference backend.
@@ -47,10 +47,17 @@ def average_layers(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, strides, lengths or names that do not fit.
         NotImplementedError: a layer requires grad, or the forced backend cannot run the case.
+
+    Example:
+        >>> layers = torch.randn(8, 2, 50, 16).bfloat16()  # the last 8 blocks of a teacher
+        >>> target = average_layers(layers, norm="instance", out_norm="layer")
+        >>> target.shape, target.dtype
+        (torch.Size([2, 50, 16]), torch.float32)
     """
     if isinstance(layers, Tensor):
         check.dims("average_layers", "layers", layers, "K, B, T, C")
         layers = layers.unbind()
+    layers = [check.side_by_side("average_layers", "layers", layer) for layer in layers]
     if torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
         raise NotImplementedError("average_layers: expected layers without grad, got one that requires grad; detach it")
     if out_dtype is None:

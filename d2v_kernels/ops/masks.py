@@ -39,6 +39,10 @@ class Masks(NamedTuple):
     rows: Tensor
     """(P,) int64: numbers r * T + t of the masked positions, ascending."""
 
+    def __repr__(self) -> str:
+        rows, tokens = self.mask.shape
+        return f"Masks({rows} rows of {tokens} tokens, {len(self.rows)} masked, {self.mask.device})"
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Masks:
         """The same masks on a device."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
@@ -83,6 +87,12 @@ class MaskSampler:
             int(ratio*T) masked; `inverse` draws the visible blocks [speech .5, adjust .05, span 5; vision .8, adjust
             .07, span 3, inverse].
         "random": 2.0 text: T - int((1-ratio)*T) positions, uniformly [.48].
+
+    Example:
+        >>> sampler = MaskSampler("block", grid=(14, 14), ratio=0.8, adjust=0.07, span=3, inverse=True)
+        >>> masks = sampler.draw([17, 4], epoch=0, copies=8)
+        >>> masks.keep.shape  # the 39 patches that each of 8 masks of 2 images leaves
+        torch.Size([16, 39])
     """
 
     __slots__ = ("_native", "rule")  # what is set by mistake is refused
@@ -133,6 +143,12 @@ class MaskSampler:
             kind, height, width, float(ratio), span, float(adjust), bool(inverse), bool(equal_counts), seed
         )
         self._native: Any = None
+
+    def __repr__(self) -> str:
+        rule = self.rule
+        place = f"grid=({rule.height}, {rule.width})" if rule.height else f"tokens={rule.width}"
+        names = ("ratio", "span", "adjust", "inverse", "equal_counts", "seed")
+        return f"MaskSampler({rule.kind!r}, {place}, {', '.join(f'{n}={getattr(rule, n)!r}' for n in names)})"
 
     @property
     def tokens(self) -> int:
@@ -230,7 +246,12 @@ class MaskSampler:
 
 
 def masks_from_bool(mask: Tensor) -> Masks:
-    """`Masks` of a given bool tensor (N,T) on the host; keep and restore are None where counts differ."""
+    """`Masks` of a given bool tensor (N,T) on the host; keep and restore are None where counts differ.
+
+    Example:
+        >>> masks_from_bool(torch.tensor([[False, True, False, True]])).restore.tolist()
+        [[0, 2, 1, 3]]
+    """
     if mask.dim() != 2 or mask.dtype != torch.bool or mask.device.type != "cpu":
         raise ValueError(f"masks_from_bool: expected bool (N, T) on the host, got {mask.dtype} {tuple(mask.shape)}")
     return _list_python(mask)

@@ -33,8 +33,8 @@ def dropout_add_layer_norm(
     Nothing of it is stored; the backward pass draws again.
 
     Args:
-        branch, residual: (N,T,C) of one floating dtype, last stride 1; or a bfloat16 or float16 branch beside a float32
-            residual, as under autocast.
+        branch, residual: (N,T,C) of one floating dtype; or a bfloat16 or float16 branch beside a float32 residual, as
+            under autocast; copied where the last stride is not 1.
         weight, bias: (C,) floating in any dtype, or None for 1 and 0.
         dropout: probability in [0, 1) that an element of branch is dropped; pass 0 in evaluation.
         keys: int64 (N,), one a sample; needed where dropout is above 0.
@@ -50,10 +50,19 @@ def dropout_add_layer_norm(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, strides, keys, dropout or eps that do not fit.
+
+    Example:
+        >>> branch, residual = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+        >>> weight, bias, keys = torch.ones(16), torch.zeros(16), torch.tensor([11, 12])  # a key of each sample
+        >>> normed, total = dropout_add_layer_norm(branch, residual, weight, bias, dropout=0.1, keys=keys)
+        >>> torch.allclose(normed, torch.nn.functional.layer_norm(total, (16,)), atol=1e-5)
+        True
     """
     if normed_dtype not in (None, residual.dtype, branch.dtype):
         names = " or ".join(check.dtype_name(x.dtype) for x in (residual, branch))
         raise TypeError(f"dropout_add_layer_norm: normed_dtype: expected {names}, got {check.dtype_name(normed_dtype)}")
+    branch = check.side_by_side("dropout_add_layer_norm", "branch", branch)
+    residual = check.side_by_side("dropout_add_layer_norm", "residual", residual)
     if branch.dtype not in _HALVES or residual.dtype != torch.float32:
         normed, total = _dropout_add_layer_norm(branch, residual, weight, bias, keys, dropout, eps)
         return (normed, total, normed) if copy else (normed, total)

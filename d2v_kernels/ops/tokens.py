@@ -32,7 +32,7 @@ def gather_tokens(x: Tensor, index: Tensor, *, clones: int = 1) -> Tensor:
     Replaces `repeat_interleave(clones)` followed by `gather` (data2vec 2.0, section 3.2, multi-mask training).
 
     Args:
-        x: (B,T,C) floating, last stride 1.
+        x: (B,T,C) floating; copied where its last stride is not 1.
         index: (B*clones, n) int32 or int64; values may repeat within a row. Out of range raises on the CPU.
         clones: rows of index per sample.
 
@@ -42,15 +42,20 @@ def gather_tokens(x: Tensor, index: Tensor, *, clones: int = 1) -> Tensor:
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit.
+
+    Example:
+        >>> x = torch.arange(6.0).view(1, 3, 2)  # one sample of three tokens
+        >>> gather_tokens(x, torch.tensor([[0, 2], [1, 2]]), clones=2).tolist()  # what two masks leave of it
+        [[[0.0, 1.0], [4.0, 5.0]], [[2.0, 3.0], [4.0, 5.0]]]
     """
-    return _gather_tokens(x, index, clones)
+    return _gather_tokens(check.side_by_side("gather_tokens", "x", x), index, clones)
 
 
 def restore_tokens(kept: Tensor, restore: Tensor, *, fill: Tensor | Noise) -> Tensor:
     """Full sequences from kept rows: position t takes kept row restore[r, t], or a fill row when that is >= V.
 
     Args:
-        kept: (N,V,C) floating, last stride 1.
+        kept: (N,V,C) floating; copied, as a tensor fill is, where its last stride is not 1.
         restore: (N,T) int32 or int64, values >= 0.
         fill: tensor (C,): one mask token for every value >= V; tensor (N,F,C): fill row restore - V; `Noise`: fresh
             noise row restore - V. Tensors have kept's dtype.
@@ -60,11 +65,19 @@ def restore_tokens(kept: Tensor, restore: Tensor, *, fill: Tensor | Noise) -> Te
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or values that do not fit.
+
+    Example:
+        >>> kept, restore = torch.ones(1, 2, 3), torch.tensor([[0, 2, 1]])  # the second of three tokens is masked
+        >>> restore_tokens(kept, restore, fill=torch.zeros(3))[0, :, 0].tolist()
+        [1.0, 0.0, 1.0]
+        >>> restore_tokens(kept, restore, fill=Noise(0.01, torch.tensor([7]))).shape
+        torch.Size([1, 3, 3])
     """
     vector, keys, std = (None, fill.keys, fill.std) if isinstance(fill, Noise) else (fill, None, 0.0)
     if vector is not None and not isinstance(vector, Tensor):
         raise TypeError(f"restore_tokens: fill: expected a tensor or Noise, got {type(fill).__name__}")
-    return _restore_tokens(kept, restore, vector, keys, std)
+    vector = None if vector is None else check.side_by_side("restore_tokens", "fill", vector)
+    return _restore_tokens(check.side_by_side("restore_tokens", "kept", kept), restore, vector, keys, std)
 
 
 # ---- gather_tokens

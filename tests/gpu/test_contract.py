@@ -148,7 +148,7 @@ def test_errors_name_the_operator(gpu, backend) -> None:
     with pytest.raises(ValueError, match=r"gather_tokens: device of index: expected cuda:\d, got cpu"):
         gather_tokens(x, index)
     with pytest.raises(ValueError, match="average_layers: last stride of"):
-        average_layers([x.transpose(1, 2)])
+        torch.ops.d2v.average_layers([x.transpose(1, 2)], "none", "none", None, 1e-5, torch.float32)
     with pytest.raises(ValueError, match=r"update_ema_: device of sources\[0\]: expected cuda:\d, got cpu"):
         update_ema_([x], [x.cpu()], 0.5)
     with pytest.raises(TypeError, match="restore_tokens: dtype of restore"):

@@ -186,7 +186,6 @@ def test_compiles_whole(backend) -> None:
         ([torch.ones(2, 3, 4), torch.ones(2, 3, 5)], {}, ValueError, r"layers\[1\].*\(2, 3, 4\).*\(2, 3, 5\)"),
         ([torch.ones(2, 3, 4), torch.ones(2, 3, 4).half()], {}, TypeError, "float32, got float16"),
         ([torch.ones(2, 3, 4).long()], {}, TypeError, "got int64"),
-        ([torch.ones(2, 4, 3).mT], {}, ValueError, "last stride"),
         ([torch.ones(2, 3, 4)], {"norm": "time"}, ValueError, "norm: expected one of none"),
         ([torch.ones(2, 3, 4)], {"lengths": torch.tensor([1])}, ValueError, "shape of lengths"),
         ([torch.ones(2, 3, 4)], {"lengths": torch.tensor([1, 4])}, ValueError, "0 to 3, got 1 to 4"),

@@ -310,7 +310,6 @@ X, KEYS = torch.ones(2, 3, 4), torch.tensor([1, 2])
         ((X, X, torch.ones(5)), {}, ValueError, r"shape of weight: expected \(4,\), got \(5,\)"),
         ((X, X, None, torch.ones(1, 4)), {}, ValueError, "shape of bias"),
         ((X, X, X[0, 0].int()), {}, TypeError, "dtype of weight.*got int32"),
-        ((X, torch.ones(2, 4, 3).mT), {}, ValueError, "last stride of residual"),
         ((X, X, torch.ones(4, device="meta")), {}, ValueError, "device of weight"),
         ((X, X), {"eps": 0.0}, ValueError, "eps: expected above 0, got 0.0"),
         ((X, X), {"dropout": 1.0}, ValueError, "dropout: expected 0 or more and less than 1, got 1.0"),

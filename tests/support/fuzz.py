@@ -36,7 +36,7 @@ class Operator:
     run: Callable[..., Any]
     build: Callable[[random.Random, torch.dtype], Arguments]
     rows: tuple[str, ...] = ()
-    """Floating tensors whose last stride is 1."""
+    """Floating tensors of rows, of any strides but where they are written or a vector (weight, bias)."""
     tensors: tuple[str, ...] = ()
     """Other tensors, whose dtype is fixed."""
     fitted: tuple[str, ...] = ()
@@ -367,7 +367,7 @@ def spoil(r: random.Random, op: Operator, a: Arguments) -> str:
     """Makes arguments invalid; returns how, or nothing where the way that was drawn does not apply."""
     ways = [("number", n) for n in op.numbers] + [("extra", k) for k in range(len(op.extra))]
     ways += [(way, n) for n in (*op.rows, *op.tensors) for way in ("dtype", "complex", "freed", "cut", "sparse")]
-    ways += [(way, n) for n in op.rows for way in ("dims", "stride")]
+    ways += [("dims", n) for n in op.rows]
     ways += [(way, n) for n in op.fitted for way in ("longer", "meta")] + [("range", n) for n in op.ranges]
     way, name = r.choice(ways)
     if way == "number":
@@ -387,7 +387,7 @@ def spoil(r: random.Random, op: Operator, a: Arguments) -> str:
     if op.run is run_moved_plan and t.numel() == 0:
         return ""  # has no address to compare, and nothing to read
     changed = spoil_tensor(r, way, t) if isinstance(t, Tensor) else None
-    if changed is None or (way == "stride" and ("averages" in a or name in ("weight", "bias"))):
+    if changed is None:
         return ""
     if way in ("dims", "longer") and k >= 0 and len(given) == 1 and "averages" not in a:
         return ""  # a single layer may have any shape
@@ -400,6 +400,16 @@ def spoil(r: random.Random, op: Operator, a: Arguments) -> str:
     else:
         a[name] = changed
     return f"{way} of {name}"
+
+
+def spread(op: Operator, a: Arguments) -> None:
+    """Rows whose numbers do not lie side by side."""
+    for name in set(op.rows) - {"weight", "bias"}:
+        given = a.get(name)
+        if isinstance(given, list) and given:
+            given[-1] = torch.stack([given[-1]] * 2, -1)[..., 0]
+        elif isinstance(given, Tensor):
+            a[name] = torch.stack([given] * 2, -1)[..., 0]
 
 
 def spoil_tensor(r: random.Random, way: str, t: Tensor) -> Tensor | None:
@@ -420,8 +430,6 @@ def spoil_tensor(r: random.Random, way: str, t: Tensor) -> Tensor | None:
         return None
     if way == "sparse":
         return t.to_sparse() if t.dim() else None
-    if way == "stride":
-        return torch.stack([t, t], -1)[..., 0] if t.dim() and t.shape[-1] > 1 else None
     t = t.resolve_neg().clone(memory_format=torch.contiguous_format)
     t.untyped_storage().resize_(0 if way == "freed" else t.nbytes - 1)
     return t
@@ -487,7 +495,7 @@ def check(name: str, seed: int) -> list[str]:
     op, problems = OPERATORS[name], []
     r = random.Random(seed)
     dtype, invalid, holes = r.choice(FLOATS), r.random() < 0.65, r.random() < 0.1
-    gradients = not holes
+    gradients, spaced = not holes, r.random() < 0.2
 
     def arguments() -> tuple[Arguments, str]:
         again = random.Random(seed + 1)
@@ -498,6 +506,8 @@ def check(name: str, seed: int) -> list[str]:
             # A weight that is NaN and dropped counts or does not: no contract says which.
             if x.numel() and not (name == "attend" and a["dropout"]):
                 x[(0,) * x.dim()] = NAN
+        if spaced and not invalid and "averages" not in a:
+            spread(op, a)
         return a, spoil(again, op, a) if invalid else ""
 
     how = arguments()[1]

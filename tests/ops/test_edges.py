@@ -1,0 +1,122 @@
+"""Inputs as other people's code has them: other strides, dynamic shapes, vmap."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from d2v_kernels import (
+    Alibi,
+    Masks,
+    MaskSampler,
+    _checks,
+    alibi_slopes,
+    attend,
+    average_layers,
+    dropout_add_layer_norm,
+    gather_tokens,
+    gelu,
+    gelu_linear,
+    layer_norm_gelu,
+    masked_regression_loss,
+    masks_from_bool,
+    restore_tokens,
+    update_ema_,
+)
+
+INDEX = torch.tensor([[0, 2, 1], [3, 1, 1]])
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of (2,T,8)
+    "average_layers": lambda x: average_layers([x.detach(), x.detach()], norm="layer"),
+    "gather_tokens": lambda x: gather_tokens(x, INDEX),
+    "restore_tokens": lambda x: restore_tokens(x, INDEX, fill=torch.zeros(8)),
+    "restore_tokens fill": lambda x: restore_tokens(torch.ones(2, 1, 8), INDEX, fill=x),
+    "dropout_add_layer_norm branch": lambda x: dropout_add_layer_norm(x, torch.ones_like(x))[0],
+    "dropout_add_layer_norm residual": lambda x: dropout_add_layer_norm(torch.ones_like(x).contiguous(), x)[1],
+    "gelu": gelu,
+    "gelu_linear": lambda x: gelu_linear(x, torch.ones(3, 8)),
+    "layer_norm_gelu": layer_norm_gelu,
+    "masked_regression_loss": lambda x: masked_regression_loss(x, torch.ones_like(x).contiguous()).loss,
+    "attend": lambda x: attend(x[:, :, None], x[:, :, None], x[:, :, None]),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_channels_that_do_not_lie_side_by_side(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a convolution's output: copied with one warning, values and gradients as of the copy."""
+    monkeypatch.setattr(_checks, "_noted", set())
+    run, first = FUNCTIONS[name], torch.randn(2, 8, 5).requires_grad_()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        results = [run(x) for x in (first.mT, first.mT, first.mT.contiguous())]
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[2])
+    texts = [str(warning.message) for warning in said]
+    silent = name in ("gelu", "gelu_linear")  # of any strides, as documented
+    assert len(set(texts)) == len(texts) and all("has strides (40, 1" in text for text in texts)
+    assert bool(texts) != silent
+    if results[0].requires_grad:
+        grads = [torch.autograd.grad(out.square().sum(), first)[0] for out in (results[0], results[2])]
+        assert torch.equal(*grads)
+
+
+def test_the_operators_themselves_refuse_them() -> None:
+    with pytest.raises(ValueError, match="gather_tokens: last stride of x: expected 1, got strides"):
+        torch.ops.d2v.gather_tokens(torch.ones(2, 8, 5).mT, INDEX, 1)
+    x = torch.ones(2, 8, 5).mT
+    x.untyped_storage().resize_(16)
+    with pytest.raises(ValueError, match="gather_tokens: storage of a tensor"):
+        gather_tokens(x, INDEX)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_dynamic_shapes(name: str) -> None:
+    """One graph for all lengths, eager values."""
+    torch.compiler.reset()
+    run = FUNCTIONS[name]
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(run, dynamic=True, fullgraph=True, backend=count)
+    for tokens in (5, 9, 23):
+        x = torch.randn(2, tokens, 8)
+        assert torch.equal(compiled(x), run(x))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("at", [0, 2])
+def test_vmap_is_one_call_after_the_other(name: str, at: int) -> None:
+    run = FUNCTIONS[name]
+    x = torch.randn(3, 2, 5, 8)
+    out = torch.func.vmap(run, in_dims=at)(x.movedim(0, at).contiguous())
+    assert torch.allclose(out, torch.stack([run(one) for one in x]), atol=1e-6)
+
+
+def test_vmap_never_writes() -> None:
+    with pytest.raises(NotImplementedError, match="update_ema_: expected tensors that are written without vmap"):
+        torch.func.vmap(lambda a: update_ema_([a], [a], 0.5))(torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("clue", ["valid", "slopes"])
+def test_the_layout_of_other_attention_functions_is_refused(clue: str) -> None:
+    x = torch.randn(2, 4, 9, 8)  # (N, H, T, D)
+    positions = torch.arange(9).expand(2, 9)
+    options = {"valid": torch.ones(2, 9).bool()} if clue == "valid" else {"alibi": Alibi(alibi_slopes(4), positions)}
+    with pytest.raises(ValueError, match=r"expected \(N, T, H, D\), got \(2, 4, 9, 8\), which fits as \(N, H, T, D\)"):
+        attend(x, x, x, **options)
+    x = x.transpose(1, 2)
+    assert attend(x, x, x, **options).shape == (2, 9, 4, 8)
+
+
+def test_what_is_printed_fits_a_line() -> None:
+    sampler = MaskSampler("block", grid=(14, 14), ratio=0.8, span=3, inverse=True)
+    assert eval(repr(sampler)).rule == sampler.rule
+    masks = masks_from_bool(torch.tensor([[True, False, True]]))
+    assert repr(masks) == "Masks(1 rows of 3 tokens, 2 masked, cpu)" and isinstance(masks, Masks)
