@@ -1,15 +1,21 @@
-"""The device and the memory of a process, durations for people; named ranges for profilers, and `--profile`: a trace
-of a few updates of a run."""
+"""The device and the memory of a process, how far long work is; named ranges for profilers, and `--profile`: a trace of
+a few updates of a run."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+INTERVAL = 5.0
+"""Seconds between two lines about long work."""
 
 
 def format_seconds(seconds: float) -> str:
@@ -19,6 +25,41 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Reporter:
+    """Says on standard error, every few seconds, how far work is; nothing about quick work."""
+
+    def __init__(self, what: str, total: float, unit: str) -> None:
+        """As in "tokenising: 3 of 20 MB"."""
+        self.what, self.total, self.unit = what, total, unit
+        self.start = self.said = time.monotonic()
+        self.done = 0.0
+        self._lock = threading.Lock()
+
+    def add(self, done: float = 1) -> None:
+        """Counts more work as done, by any thread."""
+        with self._lock:
+            self.show(self.done + done)
+
+    def show(self, done: float) -> None:
+        """Says how much is done, unless it just did."""
+        self.done, now = done, time.monotonic()
+        if now - self.said >= INTERVAL:
+            self.said = now
+            rate = done / (now - self.start)
+            left = format_seconds((self.total - done) / rate) if rate else "?"
+            self._print(f"{done:,.0f} of {self.total:,.0f} {self.unit}, {rate:,.1f} {self.unit}/s, {left} left")
+
+    def finish(self) -> None:
+        """Says how long it took, where anything was said before."""
+        if self.said != self.start:
+            seconds = time.monotonic() - self.start
+            rate = self.done / max(seconds, 1e-9)
+            self._print(f"{self.done:,.0f} {self.unit} in {format_seconds(seconds)}, {rate:,.1f} {self.unit}/s")
+
+    def _print(self, text: str) -> None:
+        print(f"{self.what}: {text}", file=sys.stderr, flush=True)
 
 
 def choose_device(device: str) -> torch.device:

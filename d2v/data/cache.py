@@ -23,7 +23,7 @@ from d2v.files import write_atomically
 
 CACHE = "cache"
 """Folder inside a run folder."""
-FORMAT = 3
+FORMAT = 4
 LOOKS = 16
 """Files that are looked at at the same time: that waits for the storage most of the time."""
 
@@ -56,8 +56,8 @@ class Found(NamedTuple):
     """What is in one file; JSON values."""
 
     samples: list[list[Any]]
-    """Of each sample: name, label ("": none), offset and size, offset and size of its transcript (-1: none), length or
-    why it has none."""
+    """Of each sample: name, label ("": none), offset and size, offset and size of its transcript (-1: none), length, or
+    a list that begins with it, or why it has none."""
     rejected: Sequence[Sequence[str]] = ()
     """(name, reason) of what cannot be used."""
     left_out: Mapping[str, int] = {}

@@ -198,6 +198,11 @@ class Modality:
         """Greatest length that `speed_perturb` gives samples of at most this length by the index."""
         return length
 
+    def read_crop(self, value: Any, rng: np.random.Generator, length: int | None) -> Any:
+        """The part that training sees of a sample that `load` left for later because it is long (its group's crop, or
+        None: as long as may be); other samples as they are."""
+        return value
+
     def train_transform(self, value: Any, rng: np.random.Generator) -> np.ndarray:
         """A decoded sample, after `speed_perturb`, as training sees it; by default as it is."""
         return np.asarray(value)
@@ -266,6 +271,8 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
                 value = self.modality.speed_perturb(value, epoch, candidate)
                 if length is not None and len(value) < length:
                     raise ValueError(f"shorter than the index says: {len(value)}, needed {length}")
+                rng = random_stream(self.seed, epoch, sample_id, STREAM_CROP)
+                value = self.modality.read_crop(value, rng, length)
             except ShardLost as error:
                 notes.append(Note(candidate, epoch, "lost", str(error)))
                 break
@@ -275,7 +282,6 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
                 candidate = self._pick(picks, length, epoch)
                 continue
             notes.extend(Note(candidate, epoch, "converted", *_count_of(text)) for text in converted)
-            rng = random_stream(self.seed, epoch, sample_id, STREAM_CROP)
             return Sample(sample_id, epoch, self.modality.train_transform(value, rng), tuple(notes), group, place)
         else:
             notes.append(Note(sample_id, epoch, "fatal", f"{ATTEMPTS} samples in a row cannot be decoded"))

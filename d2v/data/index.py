@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,6 @@ from d2v.data.sources import (
     Kind,
     Measure,
     Rejected,
-    Reporter,
     Source,
     Wanted,
     check_size,
@@ -41,6 +41,7 @@ from d2v.data.sources import (
     read_transcripts,
     walk_files,
 )
+from d2v.runtime import Reporter
 
 
 def _image_suffixes() -> frozenset[str]:
@@ -55,6 +56,8 @@ def _image_suffixes() -> frozenset[str]:
 IMAGES = Kind("images", _image_suffixes(), "a folder of images or .tar shards")
 MAX_DIGITS = 19
 """A count with more of them is none."""
+MEASURED = 4
+"""Files that are measured at the same time, some of which are decoded."""
 _STORED = re.compile(r"(.+\.(?:zip|tar)):(\d+):(\d+)")
 """archive:offset:length, an uncompressed member of an archive."""
 
@@ -156,20 +159,25 @@ class FileSource(Source):
             self._transcripts = read_transcripts(self.file)
         return self._transcripts[int(self.lines[index])]
 
-    def read_lengths(self, measure: Measure) -> np.ndarray:
-        """(n,) int64: lengths by the headers; -1 where a header is damaged, which goes to `rejected`."""
-        report = Reporter("reading headers", len(self), "files")
+    def read_lengths(self, measure: Measure, rows: Sequence[int] | None = None) -> np.ndarray:
+        """(n,) int64: lengths of the samples `rows` (None: all) by their files; -1 where one is damaged, which goes to
+        `rejected`."""
+        part = "" if rows is None else "long"
+        rows = range(len(self)) if rows is None else rows
+        report = Reporter("measuring", len(rows), "files")
 
-        def scan(index: int) -> Found:
+        def scan(number: int) -> Found:
+            result = measure_length(measure, lambda: self.open_file(rows[number]))
             report.add()
-            return Found([["", "", -1, -1, -1, -1, measure_length(measure, lambda: self.open_file(index))]])
+            return Found([["", "", -1, -1, -1, -1, result]])
 
         place = (self.file or self.root).absolute()
-        stamps = [(size, time) for size, time in self.stamps.tolist()]
+        stamps = [(size, time) for size, time in self.stamps[rows].tolist()]
         # Another decoder may read what this one could not.
-        found = scan_files(self.names, stamps, scan, self.cache, ("lengths", self._endings, place))
+        scope = ("lengths", self._endings, place, part)
+        found = scan_files([self.names[row] for row in rows], stamps, scan, self.cache, scope, MEASURED)
         report.finish()
-        return self._note_damaged([one.samples[0][-1] for one in found])
+        return self._note_measured([one.samples[0][-1] for one in found], rows)
 
     def _file_of(self, name: str) -> str:
         """Path of the file that holds a sample; "" for the output of a command."""

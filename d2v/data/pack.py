@@ -26,14 +26,15 @@ import numpy as np
 
 from d2v.data.decoding.sound import decode_audio
 from d2v.data.index import IMAGES, open_source
-from d2v.data.shards import ShardSource
-from d2v.data.sources import NoTranscript, Reporter, ShardLost, Source, check_output, describe_error, list_left_out
+from d2v.data.shards import RECORD, ShardSource
+from d2v.data.sources import NoTranscript, ShardLost, Source, check_output, describe_error, list_left_out
 from d2v.data.speech import SPEECH
 from d2v.data.tokenizer import DocumentReader, find_texts
 from d2v.data.vision import decode_image
 from d2v.files import PARTIAL, flush, write_atomically
+from d2v.runtime import Reporter
 
-RECORD, CONTENTS = "pack.json", "contents.jsonl"
+CONTENTS = "contents.jsonl"
 FORMAT = 1
 AHEAD = 8
 """Samples that each thread may be ahead of the shard that is written."""

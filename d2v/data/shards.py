@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -21,7 +22,6 @@ from d2v.data.cache import Found, NameTable, scan_files, stamps_of
 from d2v.data.sources import (
     NoTranscript,
     Rejected,
-    Reporter,
     ShardLost,
     Source,
     Wanted,
@@ -34,7 +34,10 @@ from d2v.data.sources import (
     number_classes,
     printable,
 )
+from d2v.runtime import Reporter
 
+RECORD = "pack.json"
+"""What `d2v data pack` writes beside its shards."""
 MAX_LABEL_BYTES = 4096
 MAX_TAR_HEADER_BYTES = 1 << 20
 MAX_OPEN_SHARDS = 32
@@ -70,6 +73,7 @@ class ShardSource(Source):
         found = scan_files(paths, stamps, scan, wanted.cache, scope, SCANS)
         report.finish()
         self.rejected = [Rejected(*entry) for one in found for entry in one.rejected]
+        self.rejected += _find_short(files, found)
         left = sum((Counter(one.left_out) for one in found), Counter())
         self.left_out = count_endings(left, "members", wanted.kind.readers)
         rows = [(number, *sample) for number, one in enumerate(found) for sample in one.samples]
@@ -85,7 +89,7 @@ class ShardSource(Source):
         if wanted.labelled:
             self.labels, self.classes = number_classes(labels)
         if wanted.measure is not None:
-            self.lengths = self._note_damaged(lengths)
+            self.lengths = self._note_measured(lengths, range(len(lengths)))
 
     def file_path(self, number: int) -> str:
         return printable(str(self.files[number]))
@@ -159,6 +163,20 @@ class ShardSource(Source):
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():
             os.close(descriptor)
+
+
+def _find_short(files: Sequence[Path], found: Sequence[Found]) -> Iterator[Rejected]:
+    """Shards with fewer samples than the record of their pack lists."""
+    known: dict[Path, dict[str, int]] = {}
+    for file, one in zip(files, found, strict=True):
+        if file.parent not in known:
+            try:
+                listed = json.loads((file.parent / RECORD).read_text(encoding="utf-8"))["shards"]
+                known[file.parent] = {shard["name"]: int(shard["samples"]) for shard in listed}
+            except (OSError, ValueError, KeyError, TypeError):  # none, or a file of something else
+                known[file.parent] = {}
+        if len(one.samples) < (count := known[file.parent].get(file.name, 0)):
+            yield Rejected(str(file), f"holds {len(one.samples)} of the {count} samples that {RECORD} lists")
 
 
 def scan_shard(shard: Path, wanted: Wanted) -> Found:
@@ -243,9 +261,13 @@ def _field(key: str, member: tarfile.TarInfo) -> str:
 def _members(
     shard: Path, descriptor: int, archive: tarfile.TarFile, rejected: list[list[str]]
 ) -> Iterator[tarfile.TarInfo]:
-    """Regular, whole, unpacked members; what is cut off or damaged goes to `rejected`."""
+    """Regular, whole, unpacked members; what is cut off or damaged goes to `rejected`.
+
+    An archive ends with blocks of zeros. tarfile, like webdataset, takes the end of the file, and a part of a header,
+    for as good an end: without these blocks nobody knows what is missing.
+    """
     total, before = os.fstat(descriptor).st_size, -1
-    reason = None
+    reason, cut = None, False
     while True:
         try:
             member = archive.next()
@@ -266,9 +288,13 @@ def _members(
                 rejected.append([f"{shard}:{member.name}", "not a regular file"])
         elif member.offset_data + member.size > total:
             rejected.append([f"{shard}:{member.name}", "cut off: the shard ends inside this member"])
+            cut = True
         else:
             yield member
-    if reason or (archive.offset < total and os.pread(descriptor, tarfile.BLOCKSIZE, archive.offset).strip(b"\0")):
+    end = os.pread(descriptor, tarfile.BLOCKSIZE, archive.offset) if archive.offset < total else b""
+    if not reason and not end and not cut:
+        rejected.append([str(shard), f"cut off: the shard ends at byte {total} without the zeros that end an archive"])
+    elif reason or end.strip(b"\0"):
         rejected.append([str(shard), f"damaged from byte {archive.offset}: {reason or 'what follows is not read'}"])
 
 

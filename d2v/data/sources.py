@@ -1,27 +1,22 @@
-"""What all sources of encoded samples share, the paths that name them, and how far long work on them is."""
+"""What all sources of encoded samples share, and the paths that name them."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import os
 import re
 import stat
-import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from d2v.data.cache import CACHE, FileRecord, IndexCache, NameTable, describe_change
-from d2v.runtime import format_seconds
 
-INTERVAL = 5.0
-"""Seconds between two lines about long work."""
 MAX_ENCODED_BYTES = 256 << 20
 """Largest encoded sample that is read; a bigger file or tar member counts as a bad sample."""
 LISTED = 6
@@ -69,41 +64,6 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-class Reporter:
-    """Says on standard error, every few seconds, how far work on data is; nothing about quick work."""
-
-    def __init__(self, what: str, total: float, unit: str) -> None:
-        """As in "tokenising: 3 of 20 MB"."""
-        self.what, self.total, self.unit = what, total, unit
-        self.start = self.said = time.monotonic()
-        self.done = 0.0
-        self._lock = threading.Lock()
-
-    def add(self, done: float = 1) -> None:
-        """Counts more work as done, by any thread."""
-        with self._lock:
-            self.show(self.done + done)
-
-    def show(self, done: float) -> None:
-        """Says how much is done, unless it just did."""
-        self.done, now = done, time.monotonic()
-        if now - self.said >= INTERVAL:
-            self.said = now
-            rate = done / (now - self.start)
-            left = format_seconds((self.total - done) / rate) if rate else "?"
-            self._print(f"{done:,.0f} of {self.total:,.0f} {self.unit}, {rate:,.1f} {self.unit}/s, {left} left")
-
-    def finish(self) -> None:
-        """Says how long it took, where anything was said before."""
-        if self.said != self.start:
-            seconds = time.monotonic() - self.start
-            rate = self.done / max(seconds, 1e-9)
-            self._print(f"{self.done:,.0f} {self.unit} in {format_seconds(seconds)}, {rate:,.1f} {self.unit}/s")
-
-    def _print(self, text: str) -> None:
-        print(f"{self.what}: {text}", file=sys.stderr, flush=True)
-
-
 class Kind(NamedTuple):
     """What files of a kind of data look like."""
 
@@ -125,8 +85,8 @@ class Kind(NamedTuple):
         return f"{self.noun} end in {', '.join(sorted(self.suffixes))}"
 
 
-Measure = Callable[[BinaryIO], int]
-"""Length of a sample by the header of its file; `ValueError` or `OSError` where it has none."""
+Measure = Callable[[BinaryIO], int | Sequence[Any]]
+"""Length of a sample of a file, or that and more JSON values; `ValueError` or `OSError` where it has none."""
 
 
 class Wanted(NamedTuple):
@@ -158,6 +118,8 @@ class Source:
     lengths: np.ndarray | None = None
     shards: np.ndarray | None = None
     cache: IndexCache | None = None
+    measured: Mapping[int, Sequence[Any]] = {}
+    """What is known of samples besides their length, which comes first."""
     stamps: np.ndarray = np.zeros((0, 2), np.int64)
     """(files,2) int64: size (bytes) and time of change (ns) of each file when it was indexed; -1: unknown."""
     rejected: list[Rejected]
@@ -177,6 +139,10 @@ class Source:
     def read(self, index: int) -> bytes:
         """Encoded bytes of a sample; `OSError` or `ValueError` where they cannot be had."""
         raise NotImplementedError
+
+    def open_file(self, index: int) -> BinaryIO:
+        """The same as a file."""
+        return io.BytesIO(self.read(index))
 
     def read_ahead(self) -> None:
         """Samples will be read with their neighbours: what lies around one that is read may be fetched, too."""
@@ -218,11 +184,18 @@ class Source:
         """Identity of the index: a resumed run must see the same samples in the same order."""
         return self.names.digest()
 
-    def _note_damaged(self, lengths: Sequence[int | str]) -> np.ndarray:
-        """Lengths (n,) int64 of lengths, or reasons why there are none: those are -1 and go to `rejected`."""
-        reasons = ((i, length) for i, length in enumerate(lengths) if isinstance(length, str))
-        self.rejected += [Rejected(self.describe(i), reason) for i, reason in reasons]
-        return np.array([-1 if isinstance(n, str) else n for n in lengths], dtype=np.int64)
+    def _note_measured(self, found: Iterable[int | str | Sequence[Any]], rows: Iterable[int]) -> np.ndarray:
+        """Lengths (n,) int64 of the samples `rows`, of what `measure_length` found. Reasons go to `rejected`, and -1
+        stands for them; what else is known goes to `measured`."""
+        lengths, known = [], dict(self.measured)
+        for row, one in zip(rows, found, strict=True):
+            if isinstance(one, str):
+                self.rejected.append(Rejected(self.describe(row), one))
+            elif not isinstance(one, int):
+                known[row] = one
+            lengths.append(-1 if isinstance(one, str) else one if isinstance(one, int) else one[0])
+        self.measured = known
+        return np.array(lengths, dtype=np.int64)
 
 
 class Subset(Source):
@@ -233,6 +206,8 @@ class Subset(Source):
         self.rejected, self.left_out, self.classes = base.rejected, base.left_out, base.classes
         columns = (base.labels, base.lengths, base.shards)
         self.labels, self.lengths, self.shards = (None if c is None else c[rows] for c in columns)
+        if base.measured:
+            self.measured = {i: base.measured[r] for i, r in enumerate(rows.tolist()) if r in base.measured}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -242,6 +217,9 @@ class Subset(Source):
 
     def read(self, index: int) -> bytes:
         return self.base.read(int(self.rows[index]))
+
+    def open_file(self, index: int) -> BinaryIO:
+        return self.base.open_file(int(self.rows[index]))
 
     def read_ahead(self) -> None:
         self.base.read_ahead()
@@ -281,8 +259,8 @@ def check_size(size: int, what: str) -> None:
         raise ValueError(f"{what} of {size} bytes is larger than {MAX_ENCODED_BYTES}")
 
 
-def measure_length(measure: Measure, open_file: Callable[[], Any]) -> int | str:
-    """The length of a sample, or why it has none."""
+def measure_length(measure: Measure, open_file: Callable[[], Any]) -> int | str | Sequence[Any]:
+    """What `measure` finds of a sample, or why it has no length."""
     try:
         with open_file() as file:
             return measure(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.dataset import STREAM_CROP, STREAM_SPEED, Batch, Modality, Sample, random_stream
-from d2v.data.decoding.sound import AV_HINT, decode_audio, normalise_waveform, read_header, resample
+from d2v.data.decoding.recording import LONG, Level, Recording, measure_recording
+from d2v.data.decoding.sound import AV_HINT, decode_audio, describe_conversion, normalise_waveform, resample
 from d2v.data.index import FileSource, is_command
 from d2v.data.sources import Kind, Source, Subset, for_example
 from d2v.model.stems import LogMelStem
@@ -49,7 +51,7 @@ SPEECH = Kind(
 MIN_TOKENS = 4
 """Shortest utterance in tokens of the stem, whatever data.min_seconds says: less cannot be masked."""
 PROBES = 8
-"""Files whose headers are compared with what a manifest says."""
+"""Files whose lengths are compared with what a manifest says."""
 NORMAL = 100
 """Percent: the speed of an utterance that is played as it was recorded."""
 
@@ -153,12 +155,17 @@ class Speech(Modality):
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
         """A folder of audio files, of class folders, a `.tsv` manifest, or .tar shards.
 
-        Headers are read for lengths; a manifest gives its own, unless a few headers say otherwise. What has a damaged
-        header is rejected, what is too short is left out and counted.
+        Files are measured for lengths; a manifest gives its own, unless a few files say otherwise, and only long ones
+        are measured. What is damaged is rejected, what is too short is left out and counted.
         """
-        source = self.open_encoded(path, SPEECH, labelled, option, measure=read_header)
-        if isinstance(source, FileSource):
-            source.lengths = source.counts if trust_counts(source) else source.read_lengths(read_header)
+        source = self.open_encoded(path, SPEECH, labelled, option, measure=measure_recording)
+        if isinstance(source, FileSource) and not trust_counts(source):
+            source.lengths = source.read_lengths(measure_recording)
+        elif isinstance(source, FileSource):
+            assert source.counts is not None
+            source.lengths = source.counts.copy()
+            if long := np.flatnonzero(source.counts > LONG).tolist():
+                source.lengths[long] = source.read_lengths(measure_recording, long)
         lengths = source.lengths
         assert lengths is not None
         damaged, short = lengths < 0, (lengths >= 0) & (lengths < self.shortest)
@@ -173,21 +180,25 @@ class Speech(Modality):
         source.lengths = np.minimum(lengths, self.longest if self.speed is None else self.speed.recorded)
         return Subset(source, rows)
 
-    def load(self, source: Source, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
-        """A normalised waveform (S,) at 16 kHz."""
+    def load(self, source: Source, index: int) -> tuple[np.ndarray | Recording, tuple[str, ...]]:
+        """A normalised waveform (S,) at 16 kHz; of more than a minute one that is decoded where it is sliced."""
+        if (known := source.measured.get(index)) is not None:
+            level = Level(*known)
+            opened = functools.partial(source.open_file, index)
+            return Recording(opened, level), describe_conversion(level.channels, level.rate)
         values, converted = decode_audio(source.read(index))
         if len(values) < self.shortest:
             raise ValueError(f"{len(values) / SAMPLE_RATE:.3f} s, expected at least {self.shortest / SAMPLE_RATE:g}")
         return normalise_waveform(values), converted
 
-    def speed_perturb(self, value: np.ndarray, epoch: int, sample_id: int) -> np.ndarray:
+    def speed_perturb(self, value: np.ndarray | Recording, epoch: int, sample_id: int) -> np.ndarray | Recording:
         """Played at a random speed (data.speed), normalised again: what is played faster loses its highest tones."""
         if self.speed is None:
             return value
         percent = int(self.speed.percents(np.array([len(value)]), epoch, sample_id)[0])
         if percent == NORMAL:
             return value
-        return normalise_waveform(resample(value, SAMPLE_RATE * percent // NORMAL))
+        return normalise_waveform(resample(value[:], SAMPLE_RATE * percent // NORMAL))
 
     def perturbed_lengths(self, lengths: np.ndarray, epoch: int) -> np.ndarray:
         """Samples at 16 kHz of the played utterances, at most those of the longest crop."""
@@ -197,7 +208,15 @@ class Speech(Modality):
         """Samples at 16 kHz, at most those of the longest crop."""
         return length if self.speed is None else self.speed.longest_of(length)
 
-    def eval_transform(self, value: np.ndarray) -> np.ndarray:
+    def read_crop(self, value: np.ndarray | Recording, rng: np.random.Generator, length: int | None) -> np.ndarray:
+        """Of a long recording what `stack` would crop it to; what is short is cropped there."""
+        if isinstance(value, np.ndarray):
+            return value
+        length = min(len(value), self.longest if length is None else length)
+        start = int(rng.integers(len(value) - length + 1))
+        return value[start : start + length]
+
+    def eval_transform(self, value: np.ndarray | Recording) -> np.ndarray:
         """The first data.max_seconds."""
         return value[: self.longest]
 
@@ -239,8 +258,8 @@ class Speech(Modality):
 def trust_counts(source: FileSource) -> bool:
     """Whether the lengths of a list are used.
 
-    Manifests count frames at the rate of the file. Where the headers of a few files tell other lengths at 16 kHz, the
-    counts are of no use: what is cropped together must have the length that the index says.
+    Manifests count frames at the rate of the file, and by its header. Where a few files have other lengths at 16 kHz,
+    the counts are of no use: what is cropped together must have the length that the index says.
     """
     if source.counts is None:
         return False
@@ -249,7 +268,8 @@ def trust_counts(source: FileSource) -> bool:
             continue
         try:
             with source.open_file(index) as file:
-                found = read_header(file)
+                measured = measure_recording(file)
+                found = measured if isinstance(measured, int) else measured.samples
         except Exception:  # said where the sample is read
             continue
         if found != source.counts[index]:

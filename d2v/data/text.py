@@ -28,7 +28,6 @@ from d2v.data.cache import CACHE, stamps_of
 from d2v.data.dataset import Batch, Modality, Sample
 from d2v.data.sources import (
     Rejected,
-    Reporter,
     Source,
     find_files,
     for_example,
@@ -51,6 +50,7 @@ from d2v.data.tokenizer import (
 )
 from d2v.files import PARTIAL, write_atomically
 from d2v.folder import clean_folder, latest_checkpoint
+from d2v.runtime import Reporter
 
 TOKENIZER = "tokenizer"
 """Folder inside a run folder."""

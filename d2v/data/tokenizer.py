@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 
 from d2v.data.sources import (
     Rejected,
-    Reporter,
     check_encoding,
     check_output,
     count_endings,
@@ -33,6 +32,7 @@ from d2v.data.sources import (
     walk_files,
 )
 from d2v.files import write_atomically
+from d2v.runtime import Reporter
 
 FILE = "tokenizer.json"
 START, PADDING, END, UNKNOWN = 0, 1, 2, 3

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v.data.sources import Rejected, Reporter, for_example
+from d2v.data.sources import Rejected, for_example
 from d2v.evaluate.pieces import Uncut, list_entries, list_missing, passed_over
 from d2v.evaluate.probe import encode_pieces
 from d2v.files import write_atomically
+from d2v.runtime import Reporter
 from d2v.saved import load_model
 from d2v.train.objective import autocast
 

@@ -69,6 +69,10 @@ class Labelled(Modality):
         """As the modality."""
         return self.inner.perturbed_lengths(lengths, epoch)
 
+    def read_crop(self, value: Any, rng: np.random.Generator, length: int | None) -> Any:
+        """(part of a long value, target)."""
+        return self.inner.read_crop(value[0], rng, length), value[1]
+
     def train_transform(self, value: Any, rng: np.random.Generator) -> Any:
         """(augmented value, target)."""
         return self.inner.train_transform(value[0], rng), value[1]

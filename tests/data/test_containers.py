@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from support.images import write_tar
-from support.sounds import encode_sound, make_sound
+from support.sounds import encode_by_av, encode_sound, make_sound
 
 from d2v import recipes
 from d2v.config import Config
 from d2v.data import speech
 from d2v.data.dataset import TrainSamples
 from d2v.data.decoding import sound
-from d2v.data.decoding.sound import decode_audio, find_container, normalise_waveform, read_header
+from d2v.data.decoding.recording import measure_recording
+from d2v.data.decoding.sound import decode_audio, find_container, normalise_waveform
 from d2v.data.index import open_source
 from d2v.data.loader import train_updates
 from d2v.data.speech import AV_ENDINGS, SPEECH, Speech
@@ -35,24 +36,7 @@ WITHOUT_AV = SPEECH._replace(suffixes=SPEECH.suffixes - AV_ENDINGS)
 
 def encode(values: np.ndarray, rate: int, ending: str) -> bytes:
     """float32 (S,C) as a recording of that kind."""
-    av = pytest.importorskip("av", reason="PyAV is not installed")
-    form, codec, values_as = CODECS[ending]
-    if codec not in av.codecs_available:
-        pytest.skip(f"this PyAV has no {codec}")
-    file, layout = io.BytesIO(), {1: "mono", 2: "stereo"}[values.shape[1]]
-    with av.open(file, "w", format=form) as container:
-        stream = container.add_stream(codec, rate=rate, layout=layout, format=values_as, bit_rate=64_000)
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(values.T), format="fltp", layout=layout)
-        frame.sample_rate = rate
-        resampler = av.AudioResampler(values_as, layout, rate)
-        fifo = av.AudioFifo()
-        for part in resampler.resample(frame):
-            fifo.write(part)
-        size = stream.codec_context.frame_size or 1024
-        while (part := fifo.read(size, partial=True)) is not None:
-            container.mux(stream.encode(part))
-        container.mux(stream.encode(None))
-    return file.getvalue()
+    return encode_by_av(values, rate, *CODECS[ending])
 
 
 def tones(seconds: float, rate: int, channels: int = 1) -> np.ndarray:
@@ -69,7 +53,7 @@ def test_formats_of_pyav_are_read(ending: str, rate: int, channels: int) -> None
     found, converted = decode_audio(data)
     assert abs(len(found) - 24_000) < 2_100  # codecs fill their first and last block
     assert converted == (("2 channels to mono", "48000 Hz to 16000 Hz") if channels == 2 else ())
-    assert read_header(io.BytesIO(data)) == len(found)
+    assert measure_recording(io.BytesIO(data)) == len(found)
     expected = sound.resample(values.mean(axis=1), rate)
     spectra = [np.abs(np.fft.rfft(v, 32_768))[100:6_000] for v in (found, expected)]
     assert np.corrcoef(*spectra)[0, 1] > 0.98
@@ -164,7 +148,7 @@ def test_a_listed_file_says_what_is_missing(start: bytes, container: str, monkey
     monkeypatch.setitem(sys.modules, "av", None)
     data = start + bytes(200)
     assert find_container(data) == container
-    for read in (decode_audio, lambda data: read_header(io.BytesIO(data))):
+    for read in (decode_audio, lambda data: measure_recording(io.BytesIO(data))):
         with pytest.raises(ValueError, match=rf"^no decoder for '{container}' is installed: pip install 'd2v\[av\]'"):
             read(data)
 
@@ -195,7 +179,7 @@ def test_another_decoder_is_another_index(tmp_path: Path, monkeypatch: pytest.Mo
 
     def lengths(kind: Any) -> list[int]:
         source: Any = open_source(str(tmp_path / "m.tsv"), kind, cache=cache)
-        found: list[int] = source.read_lengths(read_header).tolist()
+        found: list[int] = source.read_lengths(measure_recording).tolist()
         return found
 
     with monkeypatch.context() as patch:

@@ -49,7 +49,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, name, call)
 
     watch(shards, "scan_shard", lambda shard, *_: shard.name)
-    watch(speech, "read_header", lambda file: Path(file.name).name)
+    watch(speech, "measure_recording", lambda file: Path(file.name).name)
     return done
 
 

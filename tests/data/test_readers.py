@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 from support.images import encode, make_image, write_tar
-from support.sounds import encode_sound, make_sound
+from support.sounds import encode_sound, make_sound, open_length
 
 from d2v import recipes
 from d2v.config import Config
@@ -26,7 +26,8 @@ from d2v.data import dataset, shards
 from d2v.data.cache import IndexCache
 from d2v.data.dataset import EvaluationSamples, TrainSamples
 from d2v.data.decoding import sound
-from d2v.data.decoding.sound import decode_audio, read_header
+from d2v.data.decoding.recording import measure_recording
+from d2v.data.decoding.sound import decode_audio
 from d2v.data.index import IMAGES, open_source
 from d2v.data.loader import BadSamples
 from d2v.data.pack import PackSettings, pack
@@ -149,7 +150,7 @@ def test_pipes_in_lists_and_beside_samples_do_not_block(tmp_path: Path) -> None:
     for index, reason in ((1, "not a regular file"), (2, "null byte")):
         with pytest.raises(ValueError, match=reason):
             source.read(index)
-    lengths = source.read_lengths(read_header)  # type: ignore[attr-defined]
+    lengths = source.read_lengths(measure_recording)  # type: ignore[attr-defined]
     assert lengths.tolist() == [8000, -1, -1]
     with pytest.raises(ValueError, match="not a regular file"):
         open_source(str(tmp_path), SPEECH).read_transcript(0)
@@ -172,7 +173,7 @@ def test_formats_of_the_decoder_are_read(kind: str, subtype: str | None, rate: i
     data = encode_sound(make_sound(0, 1.0, rate), rate, kind, subtype)
     values, _ = decode_audio(data)
     assert 16_000 <= len(values) < 16_800  # codecs fill their last block
-    assert read_header(io.BytesIO(data)) == len(values)
+    assert measure_recording(io.BytesIO(data)) == len(values)
 
 
 @pytest.mark.parametrize("kind", ["AIFF", "AU", "W64", "RF64", "MP3", "CAF"])
@@ -190,19 +191,13 @@ def test_ogg_streams_behind_the_first_are_not_lost_silently(subtype: str) -> Non
         decode_audio(one + two)
 
 
-def open_length(data: bytes) -> bytes:
-    """A FLAC file whose header leaves its number of samples open, as an encoder writes it into a pipe."""
-    number = int.from_bytes(data[18:26], "big") >> 36 << 36
-    return data[:18] + number.to_bytes(8, "big") + data[26:]
-
-
 @pytest.mark.parametrize("samples", [16_000, 4096 * 4, 100_000])
 def test_open_length(samples: int) -> None:
     sound = make_sound(0, samples / 16_000)
     whole = encode_sound(sound, kind="FLAC")
     values, _ = decode_audio(open_length(whole))
     assert np.array_equal(values, decode_audio(whole)[0])
-    assert read_header(io.BytesIO(open_length(whole))) == samples
+    assert measure_recording(io.BytesIO(open_length(whole))) == samples
 
 
 def test_claims_are_checked_before_anything_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +205,7 @@ def test_claims_are_checked_before_anything_is_decoded(monkeypatch: pytest.Monke
     slow = encode_sound(np.zeros((4096 * 64, 1), np.float32), 1_000, "FLAC")
     monkeypatch.setattr(sound, "SURE_VALUES", 4096 * 64)
     monkeypatch.setattr(soundfile.SoundFile, "read", lambda *_, **__: pytest.fail("decoded"))
-    for read in (decode_audio, lambda data: read_header(io.BytesIO(data))):
+    for read in (decode_audio, lambda data: measure_recording(io.BytesIO(data))):
         with pytest.raises(ValueError, match=r"262144 frames of 1 channels at 1000 Hz in \d+ bytes, expected at most"):
             read(slow)
     monkeypatch.undo()

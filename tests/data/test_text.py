@@ -13,9 +13,8 @@ import pytest
 import torch
 from support.sounds import write_text
 
-from d2v import recipes
+from d2v import recipes, runtime
 from d2v.config import Config
-from d2v.data import sources
 from d2v.data import tokenizer as documents
 from d2v.data.dataset import Collate, EvaluationSamples
 from d2v.data.loader import train_updates
@@ -140,7 +139,7 @@ def test_long_work_says_how_far_it_is(
 ) -> None:
     open_tokens([text], BytePairs(tokenizer), tmp_path / "quick")
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sources, "INTERVAL", 0.0)
+    monkeypatch.setattr(runtime, "INTERVAL", 0.0)
     open_tokens([text], BytePairs(tokenizer), tmp_path / "cache")
     first, last = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"tokenising: 0 of 0 MB, [\d.]+ MB/s, 0:00 left", first)

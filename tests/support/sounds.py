@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
 
 
@@ -31,6 +32,36 @@ def encode_sound(values: np.ndarray, rate: int = 16_000, kind: str = "WAV", subt
     buffer = io.BytesIO()
     soundfile.write(buffer, values, rate, format=kind, subtype=subtype)
     return buffer.getvalue()
+
+
+def encode_by_av(
+    values: np.ndarray, rate: int, form: str, codec: str, sample_format: str, *, quality: float | None = None,
+    options: dict[str, str] | None = None,
+) -> bytes:  # fmt: skip
+    """float32 (S,C) as FFmpeg's `form` encodes it; `quality`: of a variable bit rate. Skips where PyAV lacks it."""
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    file, layout = io.BytesIO(), {1: "mono", 2: "stereo"}[values.shape[1]]
+    with av.open(file, "w", format=form, options=options or {}) as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout, format=sample_format, bit_rate=64_000)
+        if quality is not None:
+            stream.codec_context.qscale, stream.codec_context.global_quality = True, round(118 * quality)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(values.T), format="fltp", layout=layout)
+        frame.sample_rate = rate
+        fifo = av.AudioFifo()
+        for part in av.AudioResampler(sample_format, layout, rate).resample(frame):
+            fifo.write(part)
+        while (part := fifo.read(stream.codec_context.frame_size or 1024, partial=True)) is not None:
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def open_length(data: bytes) -> bytes:
+    """A FLAC file whose header leaves its number of samples open, as an encoder writes it into a pipe."""
+    number = int.from_bytes(data[18:26], "big") >> 36 << 36
+    return data[:18] + number.to_bytes(8, "big") + data[26:]
 
 
 def write_sounds(root: Path, count: int = 12, shortest: float = 0.3, longest: float = 0.9) -> Path:

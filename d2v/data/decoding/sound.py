@@ -6,9 +6,13 @@ libsndfile (soundfile) decodes; what it does not know, PyAV where it is installe
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
+import re
+import struct
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, BinaryIO, Literal
 
@@ -27,13 +31,18 @@ bytes, but a file made to fill the memory does."""
 PIECE = 1 << 22
 """Samples that are normalised at a time, 4 minutes: 34 MB in float64."""
 BLOCK = 1 << 16
-"""Frames that are decoded at a time where the header leaves their number open."""
+"""Frames that are decoded at a time where their number is open, or where they are passed over."""
 OPEN = 1 << 62
 """libsndfile's number of frames, or more, where a header leaves it open."""
+PLAIN = frozenset({"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"})
+"""libsndfile's names of codes whose headers give the number of frames, and which can be read from any frame on; FLAC is
+called by its number of bits."""
 SLACK = 16
 """Bytes that a WAV header may promise too many: some writers do."""
 KAISER_BETA = 5.0
 """Of the window of the resampling's low-pass."""
+REACH = 10
+"""Of that window to each side, in samples of the lower of the two rates."""
 KEPT_RATIO = 1_000
 """Largest term of a resampling ratio whose low-pass is kept: 80 kB of coefficients."""
 _NORM_EPS = 1e-5
@@ -51,6 +60,13 @@ _CONTAINERS: tuple[tuple[int, bytes, bytes, str], ...] = (
 )  # fmt: skip
 """(place, bytes, mask, FFmpeg's name) of what begins a file for PyAV. FFmpeg is told the name: left to guess, it would
 take a list of other files, or of addresses, for a recording, and open them."""
+_RATES = b"".join(re.escape(bytes([byte])) for byte in range(0x10, 0xF0) if byte & 0b1100 != 0b1100)
+_MPEG_FRAME = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][" + _RATES + rb"].", re.DOTALL)
+"""Beginning of an MP3 frame: eleven bits of ones, a version, the third layer, a bit rate and a sample rate."""
+_TAG_BYTES = 64
+"""The header of an MP3's length begins, and says how many frames there are, within so many bytes of its first frame."""
+_SHORTEST_MPEG = 24
+"""Bytes of the shortest MP3 frame: 8 kbit/s at 24 kHz."""
 _CUT_SECONDS = 0.25
 """What a recording may lack of the duration that its container says: codecs begin and end with parts of frames."""
 _UNKNOWN_SIZE = 0x7FFF_0000
@@ -63,34 +79,58 @@ def decode_audio(data: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
     Channels are averaged. Raises `ValueError` with the reason for what cannot be decoded: not audio, cut off, no
     samples, samples that are not finite.
     """
-    values, rate = _decode(data)
+    values, rate = read_whole(data)
+    return to_waveform(values, rate), describe_conversion(values.shape[1], rate)
+
+
+def read_whole(data: bytes) -> tuple[np.ndarray, int]:
+    """Encoded bytes -> (all frames (S, channels) float32, their rate); `ValueError` as from `decode_audio`."""
+    values, rate = read_frames(io.BytesIO(data))
+    if reason := find_cut(data):
+        raise ValueError(reason)
     _check_header(len(values), rate, values.shape[1], len(data))
     if not all(np.isfinite(values[start : start + PIECE]).all() for start in range(0, len(values), PIECE)):
         raise ValueError("samples that are not finite")
-    converted = []
-    if values.shape[1] > 1:
-        converted.append(f"{values.shape[1]} channels to mono")
-    if rate != SAMPLE_RATE:
-        converted.append(f"{rate} Hz to {SAMPLE_RATE} Hz")
-    mono = values[:, 0] if values.shape[1] == 1 else values.mean(axis=1)
-    return resample(mono, rate), tuple(converted)
+    return values, rate
 
 
-def _decode(data: bytes) -> tuple[np.ndarray, int]:
-    """Encoded bytes -> (all frames (S, channels) float32, their rate)."""
+def to_waveform(values: np.ndarray, rate: int) -> np.ndarray:
+    """Frames (S, channels) -> the mean of their channels at 16 kHz, float32."""
+    return resample(values[:, 0] if values.shape[1] == 1 else values.mean(axis=1), rate)
+
+
+def describe_conversion(channels: int, rate: int) -> tuple[str, ...]:
+    """What `to_waveform` changes."""
+    mono = (f"{channels} channels to mono",) if channels > 1 else ()
+    return (*mono, f"{rate} Hz to {SAMPLE_RATE} Hz") if rate != SAMPLE_RATE else mono
+
+
+def read_frames(file: BinaryIO, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, int]:
+    """Frames `start` to `stop` of an encoded file (None: to its end) -> ((S, channels) float32, their rate).
+
+    The same bits as that slice of the whole. What libsndfile can read from any frame on is read there (`PLAIN`);
+    everything else is decoded from its beginning, a block at a time, because decoders of lossy codecs give other values
+    behind a seek, and some the wrong place.
+    """
     import soundfile
 
-    if (container := find_container(data)) is not None:
-        return read_container(io.BytesIO(data), container, len(data))
+    size, container = _look_at(file)
+    if container is not None:
+        return read_container(file, container, size, start, stop)
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            expected, rate = file.frames, file.samplerate
-            values = read_frames(file, len(data))
+        with _open_sound(file) as (sound, frames):
+            return _read_sound(sound, frames, size, start, stop), sound.samplerate
     except soundfile.SoundFileError as error:
         raise ValueError(_explain(error)) from None
-    if reason := find_cut(data) or (len(values) < expected < OPEN and f"cut off: {len(values)} of {expected} frames"):
-        raise ValueError(reason)
-    return values, rate
+
+
+def _look_at(file: BinaryIO) -> tuple[int, str | None]:
+    """Bytes of a file, which is then at its beginning, and what `find_container` says."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    container = find_container(file.read(16))
+    file.seek(0)
+    return size, container
 
 
 def find_container(data: bytes) -> str | None:
@@ -102,8 +142,11 @@ def find_container(data: bytes) -> str | None:
     return None
 
 
-def read_container(file: BinaryIO, container: str, size: int) -> tuple[np.ndarray, int]:
-    """All frames (S, channels) float32 of the first audio stream, and their rate; `size` in encoded bytes."""
+def read_container(
+    file: BinaryIO, container: str, size: int, start: int = 0, stop: int | None = None
+) -> tuple[np.ndarray, int]:
+    """Frames `start` to `stop` (S, channels) float32 of the first audio stream, and their rate; `size` in encoded
+    bytes."""
     try:
         import av
     except ImportError:
@@ -119,9 +162,12 @@ def read_container(file: BinaryIO, container: str, size: int) -> tuple[np.ndarra
                 form = form if frames else (frame.sample_rate, len(frame.layout.channels))
                 if form != (frame.sample_rate, len(frame.layout.channels)):
                     raise ValueError("rate or channels change within it")
-                frames += frame.samples
+                skipped, frames = max(start - frames, 0), frames + frame.samples
                 _check_header(frames, *form, size)
-                blocks.append(_frame_values(frame))
+                if frames > start:
+                    blocks.append(_frame_values(frame)[skipped:])
+                if stop is not None and frames >= stop:
+                    return np.concatenate(blocks)[: stop - start], form[0]
             seconds = 0.0
             if stream.duration and container == "mov":
                 seconds = float(stream.duration * stream.time_base)
@@ -129,7 +175,7 @@ def read_container(file: BinaryIO, container: str, size: int) -> tuple[np.ndarra
                 seconds = (opened.duration or 0) / 1e6
     except av.FFmpegError as error:
         raise ValueError(str(error.strerror or error)) from None
-    if not frames:
+    if not blocks:
         raise ValueError("no samples")
     if frames / form[0] < seconds - _CUT_SECONDS:
         raise ValueError(f"cut off: {frames / form[0]:.2f} of {seconds:.2f} s")
@@ -151,33 +197,73 @@ def _explain(error: Exception) -> str:
     return text.split(">: ", 1)[-1] if ">: " in text else text
 
 
-def read_frames(file: Any, size: int) -> np.ndarray:
-    """All frames (S, channels) float32 of an open recording of `size` encoded bytes.
-
-    Where the header leaves the number of frames open (FLAC from a pipe), or the codec cannot be positioned (GSM), they
-    are read in blocks to their end.
-    """
+@contextlib.contextmanager
+def _open_sound(file: BinaryIO) -> Iterator[tuple[Any, int | None]]:
+    """A recording for libsndfile, and its number of frames; None: only its end tells."""
     import soundfile
 
-    known = file.frames < OPEN
-    _check_header(max(file.frames, 1) if known else 1, file.samplerate, file.channels, size)
-    if known and file.seekable():
-        return np.asarray(file.read(dtype="float32", always_2d=True))
-    blocks, frames = [np.zeros((0, file.channels), np.float32)], 0
-    while True:
-        block = np.full((BLOCK, file.channels), np.nan, dtype=np.float32)
-        try:
-            count = len(file.read(out=block))
-        except soundfile.SoundFileError:
-            # libsndfile calls the end that no header gave an error; what it had decoded is in the block.
-            count = int(np.isfinite(block).all(axis=1).cumprod().sum())
-            if known or not frames + count:
-                raise
-        blocks.append(block[:count])
-        frames += count
-        if count < BLOCK:
-            return np.concatenate(blocks)
-        _check_header(frames, file.samplerate, file.channels, size)
+    with soundfile.SoundFile(file) as sound:
+        if not sound.subtype.startswith("MPEG_LAYER_"):
+            yield sound, sound.frames if sound.frames < OPEN else None
+            return
+        kind, layer = sound.format, sound.subtype
+    file.seek(0)
+    data = file.read()
+    if kind == "WAV":  # nothing but MPEG frames in its data chunk, behind no header of their number
+        data = next((data[start : start + n] for name, start, n in _chunks(data) if name == b"data"), data)
+    tagged = tag_mpeg(data) if layer == "MPEG_LAYER_III" else None
+    with soundfile.SoundFile(io.BytesIO(tagged or data)) as sound:
+        known = tagged is None and layer == "MPEG_LAYER_III"
+        yield sound, sound.frames if known else None
+
+
+def tag_mpeg(data: bytes) -> bytes | None:
+    """MP3 that does not say how many frames it has, with a header that promises more than it can have; None: it says.
+
+    libsndfile stops reading at the number of frames, and estimates that by the bit rate of the first ones: of a
+    variable rate that begins loudly most would be lost. The header is that of Xing: a frame without sound.
+    """
+    place = 0
+    while data[place : place + 3] == b"ID3":  # its size has 7 bits to a byte
+        place += 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(data[place + 6 : place + 10]))
+    if (found := _MPEG_FRAME.search(data, place)) is None:
+        return None
+    place, head = found.start(), found[0]
+    first, mono = head[1] >> 3 & 3 == 3, head[3] >> 6 == 3
+    tag = re.search(rb"(?:Xing|Info)...(.)(....)", data[place : place + _TAG_BYTES], re.DOTALL)
+    if tag is not None and tag[1][0] & 1 and tag[2].strip(b"\0"):
+        return None
+    rate = (44_100, 48_000, 32_000)[head[2] >> 2 & 3] >> {3: 0, 2: 1, 0: 2}[head[1] >> 3 & 3]
+    size, index = (144 * 128_000 // rate, 9) if first else (72 * 64_000 // rate, 8)
+    side = (17 if mono else 32) if first else (9 if mono else 17)
+    header = bytes([255, head[1] | 1, index << 4 | head[2] & 0b1100, head[3]])
+    most = len(data) // _SHORTEST_MPEG + 1
+    return (header + bytes(side) + b"Xing" + struct.pack(">II", 1, most)).ljust(size, b"\0") + data[place:]
+
+
+def _read_sound(sound: Any, frames: int | None, size: int, start: int, stop: int | None) -> np.ndarray:
+    """Frames `start` to `stop` (S, channels) float32 of an open recording of `size` encoded bytes and, None: an open
+    number of, frames."""
+    _check_header(1 if frames is None else max(frames, 1), sound.samplerate, sound.channels, size)
+    place = 0
+    if start and frames is not None and sound.subtype in PLAIN:
+        place = sound.seek(start)
+    # soundfile seeks behind every read: MP3 has other values behind that, FLAC of unknown length and GSM an error.
+    sound.seekable = lambda: False
+    while place < start and (count := len(sound.read(min(BLOCK, start - place), dtype="float32"))):
+        place += count
+    if stop is not None or frames is not None:
+        expected = max(min(n for n in (stop, frames) if n is not None) - start, 0)
+        values: np.ndarray = sound.read(expected, dtype="float32", always_2d=True)
+        if stop is None and len(values) < expected:
+            raise ValueError(f"cut off: {len(values)} of {expected} frames")
+        return values
+    blocks = [np.zeros((0, sound.channels), np.float32)]
+    while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
+        blocks.append(block)
+        place += len(block)
+        _check_header(place, sound.samplerate, sound.channels, size)
+    return np.concatenate(blocks)
 
 
 def _check_header(frames: int, rate: int, channels: int, size: int) -> None:
@@ -197,13 +283,10 @@ def _check_header(frames: int, rate: int, channels: int, size: int) -> None:
 def find_cut(data: bytes) -> str | None:
     """Why an encoded file is cut off, where its decoder would not say so, or None."""
     if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
-        place = 12
-        while place + 8 <= len(data):
-            name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        for name, place, size in _chunks(data):
             if name == b"data":
-                missing = place + 8 + size - len(data)
+                missing = place + size - len(data)
                 return f"cut off: {missing} bytes are missing" if missing > SLACK and size < _UNKNOWN_SIZE else None
-            place += 8 + size + size % 2
         return "cut off: no data chunk"
     for magic, start, stop, order, more in _SIZES:
         if data.startswith(magic):
@@ -217,6 +300,15 @@ def find_cut(data: bytes) -> str | None:
         if (links := _count_links(data)) > 1:
             return f"{links} Ogg streams one after the other, of which only the first can be read: expected one"
     return None
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, place and size of the content of each chunk of a WAV file, as far as it goes."""
+    place = 12
+    while place + 8 <= len(data):
+        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        yield name, place + 8, size
+        place += 8 + size + size % 2
 
 
 def _count_links(data: bytes) -> int:
@@ -251,7 +343,7 @@ def design_low_pass(up: int, down: int) -> np.ndarray:
     from scipy.signal import firwin
 
     largest = max(up, down)
-    taps = firwin(2 * 10 * largest + 1, 1.0 / largest, window=("kaiser", KAISER_BETA)).astype(np.float32)
+    taps = firwin(2 * REACH * largest + 1, 1.0 / largest, window=("kaiser", KAISER_BETA)).astype(np.float32)
     taps.setflags(write=False)
     return np.asarray(taps)
 
@@ -261,37 +353,39 @@ def count_resampled(frames: int, rate: int) -> int:
     return -(-frames * SAMPLE_RATE // rate)
 
 
-def normalise_waveform(values: np.ndarray) -> np.ndarray:
-    """Zero mean and unit variance over the whole utterance, as published; silence stays 0.
+def find_level(values: np.ndarray) -> tuple[float, float]:
+    """Mean and deviation of an utterance; the deviation is that of a signal with 1e-5 more variance, as published.
 
     In float64, a piece of a long recording at a time.
     """
     mean = values.mean(dtype=np.float64)
-    pieces = [slice(start, start + PIECE) for start in range(0, len(values), PIECE)]
-    squares = sum(float(np.square(values[piece] - mean).sum()) for piece in pieces)
-    deviation = math.sqrt(squares / max(len(values), 1) + _NORM_EPS)
+    squares = sum(float(np.square(values[p : p + PIECE] - mean).sum()) for p in range(0, len(values), PIECE))
+    return float(mean), math.sqrt(squares / max(len(values), 1) + _NORM_EPS)
+
+
+def normalise_waveform(values: np.ndarray, level: tuple[float, float] | None = None) -> np.ndarray:
+    """Zero mean and unit variance over the whole utterance, as published; silence stays 0. `level`: of the whole that
+    the values (S,) are a part of."""
+    mean, deviation = find_level(values) if level is None else level
     result = np.empty(len(values), dtype=np.float32)
-    for piece in pieces:
-        result[piece] = (values[piece] - mean) / deviation
+    for start in range(0, len(values), PIECE):  # in float64
+        result[start : start + PIECE] = (values[start : start + PIECE] - np.float64(mean)) / deviation
     return result
 
 
-def read_header(file: BinaryIO) -> int:
-    """Samples at 16 kHz by the header of a recording; `ValueError` where it has none."""
+def read_header(file: BinaryIO) -> int | None:
+    """Samples at 16 kHz by the header of a recording, where that is certain: see `PLAIN`; None elsewhere. `ValueError`
+    for what is no recording."""
     import soundfile
 
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    start = file.read(16)
-    file.seek(0)
-    if (container := find_container(start)) is not None:  # none of them says it to the sample
-        values, rate = read_container(file, container, size)
-        return count_resampled(len(values), rate)
+    size, container = _look_at(file)
+    if container is not None:
+        return None
     try:
         with soundfile.SoundFile(file) as header:
             frames, rate, channels = header.frames, header.samplerate, header.channels
-            if frames >= OPEN:
-                frames = len(read_frames(header, size))
+            if frames >= OPEN or header.subtype not in PLAIN:
+                return None
     except soundfile.SoundFileError as error:
         raise ValueError(_explain(error)) from None
     _check_header(frames, rate, channels, size)
