@@ -212,6 +212,26 @@ def test_soundfile_by_blocks_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> N
     assert not np.array_equal(blocks, whole)
 
 
+def test_titles_around_an_mp3_are_no_sound() -> None:
+    front = b"ID3\x03\0\0" + bytes([0, 0, 2, 10]) + b"\xff\xfb\x90\x00" * 66 + b"ab"  # with what looks like frames
+    for name in ("MP3, variable rate", "MP3, no length, loud first"):
+        data = make(name, 16_000, 1)
+        expected, _ = decode_audio(data)
+        assert np.array_equal(decode_audio(front + data + b"TAG" + b"title".ljust(125, b"\0"))[0], expected)
+
+
+@pytest.mark.parametrize("between", [b"", b"TAG" + bytes(125), b"ID3\x03\0\0" + bytes(4)])
+def test_of_several_mp3s_in_one_file_all_are_read(between: bytes) -> None:
+    data = make("MP3, variable rate", 16_000, 1)
+    with soundfile.SoundFile(io.BytesIO(data + between + data)) as file:
+        assert file.frames == SECONDS * 16_000, "the second is not counted"
+    values, _ = decode_audio(data + between + data)
+    assert len(values) >= 2 * SECONDS * 16_000
+    assert measure_recording(io.BytesIO(data + between + data)) == len(values)
+    loud = [np.sqrt(np.square(part[6_000:18_000]).mean()) for part in np.split(values[:96_000], 4)]
+    assert np.allclose(loud, [0.3, 0, 0.3, 0], atol=0.05)
+
+
 # ---- in training ----------------------------------------------------------------------------------------------------
 
 

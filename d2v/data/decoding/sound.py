@@ -63,8 +63,10 @@ take a list of other files, or of addresses, for a recording, and open them."""
 _RATES = b"".join(re.escape(bytes([byte])) for byte in range(0x10, 0xF0) if byte & 0b1100 != 0b1100)
 _MPEG_FRAME = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][" + _RATES + rb"].", re.DOTALL)
 """Beginning of an MP3 frame: eleven bits of ones, a version, the third layer, a bit rate and a sample rate."""
+_MPEG_TAG = re.compile(rb"(?:Xing|Info)...(.)(....)(....)", re.DOTALL)
+"""The header of an MP3's length: which of these it has, frames, bytes."""
 _TAG_BYTES = 64
-"""The header of an MP3's length begins, and says how many frames there are, within so many bytes of its first frame."""
+"""It stands within so many bytes of the first frame."""
 _SHORTEST_MPEG = 24
 """Bytes of the shortest MP3 frame: 8 kbit/s at 24 kHz."""
 _CUT_SECONDS = 0.25
@@ -221,24 +223,32 @@ def tag_mpeg(data: bytes) -> bytes | None:
     """MP3 that does not say how many frames it has, with a header that promises more than it can have; None: it says.
 
     libsndfile stops reading at the number of frames, and estimates that by the bit rate of the first ones: of a
-    variable rate that begins loudly most would be lost. The header is that of Xing: a frame without sound.
+    variable rate that begins loudly most would be lost. The header is that of Xing: a frame without sound. Of several
+    MP3s in one file the header of the first counts only its own.
     """
-    place = 0
-    while data[place : place + 3] == b"ID3":  # its size has 7 bits to a byte
-        place += 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(data[place + 6 : place + 10]))
-    if (found := _MPEG_FRAME.search(data, place)) is None:
+    if (found := _MPEG_FRAME.search(data, _pass_titles(data, 0))) is None:
         return None
     place, head = found.start(), found[0]
     first, mono = head[1] >> 3 & 3 == 3, head[3] >> 6 == 3
-    tag = re.search(rb"(?:Xing|Info)...(.)(....)", data[place : place + _TAG_BYTES], re.DOTALL)
+    tag = _MPEG_TAG.search(data, place, place + _TAG_BYTES)
     if tag is not None and tag[1][0] & 1 and tag[2].strip(b"\0"):
-        return None
+        behind = _pass_titles(data, place + int.from_bytes(tag[3], "big"))  # bytes that it counts, where it does
+        if not tag[1][0] & 2 or not _MPEG_TAG.search(data, behind, behind + _TAG_BYTES):
+            return None
     rate = (44_100, 48_000, 32_000)[head[2] >> 2 & 3] >> {3: 0, 2: 1, 0: 2}[head[1] >> 3 & 3]
     size, index = (144 * 128_000 // rate, 9) if first else (72 * 64_000 // rate, 8)
     side = (17 if mono else 32) if first else (9 if mono else 17)
     header = bytes([255, head[1] | 1, index << 4 | head[2] & 0b1100, head[3]])
     most = len(data) // _SHORTEST_MPEG + 1
     return (header + bytes(side) + b"Xing" + struct.pack(">II", 1, most)).ljust(size, b"\0") + data[place:]
+
+
+def _pass_titles(data: bytes, place: int) -> int:
+    """The place behind titles of songs (ID3) that begin at a place."""
+    while (kind := data[place : place + 3]) in (b"ID3", b"TAG"):
+        size = data[place + 6 : place + 10]  # 7 bits to a byte
+        place += 128 if kind == b"TAG" else 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(size))
+    return place
 
 
 def _read_sound(sound: Any, frames: int | None, size: int, start: int, stop: int | None) -> np.ndarray:
