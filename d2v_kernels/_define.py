@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -117,27 +118,82 @@ def define(
         results = [_empty(call.first, output) for output in call.outputs]
         return tuple(results) if len(results) > 1 else results[0] if results else None
 
-    def batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        """Right, not fast: one call after the other."""
-        if written:
-            raise NotImplementedError(f"{op}: expected tensors that are written without vmap, got them under it")
-        calls = [operator(*_select(arguments, in_dims, i)) for i in range(info.batch_size)]
-        if isinstance(calls[0], Tensor):
-            return torch.stack(calls), 0
-        return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
-
     _library.define(schema)
     _library.impl(op, body, "CompositeExplicitAutograd")
     if written:
         _library.impl(op, lazily_negated, "Negative")
     torch.library.register_fake(f"d2v::{op}", fake, lib=_library)
-    torch.library.register_vmap(f"d2v::{op}", batched, lib=_library)
+    operator: Callable[..., R] = getattr(torch.ops.d2v, op)
+    torch.library.register_vmap(f"d2v::{op}", _refuse_vmap if written else _one_by_one(operator), lib=_library)
     if gradient is None and op.endswith("_backward"):
         gradient = refuse(op.removesuffix("_backward"), "double backward is not supported")
     if gradient is not None:
         torch.library.register_autograd(f"d2v::{op}", gradient.backward, setup_context=gradient.setup, lib=_library)
-    operator: Callable[..., R] = getattr(torch.ops.d2v, op)
-    return operator
+    return operator if written or gradient is None else _directly(operator, body, gradient)
+
+
+def _directly(operator: Callable[..., R], body: Callable[..., R], gradient: Gradient) -> Callable[..., R]:
+    """The operator for callers in Python: where nothing but autograd could stand between a call and its body, past
+    PyTorch's dispatcher, which takes three times as long on the host as a small call itself."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            result = body(*arguments)
+            gradient.setup(ctx, arguments, result)
+            return result
+
+        backward = staticmethod(gradient.backward)
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not _is_plain(arguments):
+            return operator(*arguments)
+        wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
+        return Direct.apply(*arguments) if wanted else body(*arguments)
+
+    return call
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_plain(arguments: Sequence[Any]) -> bool:
+    """Whether all tensors are ordinary ones that hold their numbers, and no mode, transform or profiler is at work."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+        or torch.jit.is_tracing()
+    ):
+        return False
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if type(argument) not in _PLAIN or argument.is_neg() or argument.device.type not in ("cpu", "cuda"):
+                return False
+        elif isinstance(argument, list | tuple) and not all(map(_is_plain_entry, argument)):
+            return False
+    return True
+
+
+def _is_plain_entry(t: Any) -> bool:
+    return type(t) in _PLAIN and not t.is_neg() and not t.requires_grad and t.device.type in ("cpu", "cuda")
+
+
+def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule for vmap, right and not fast: one call after the other."""
+
+    def batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        calls = [operator(*_select(arguments, in_dims, i)) for i in range(info.batch_size)]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
+
+    return batched
+
+
+def _refuse_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    raise NotImplementedError("d2v_kernels: expected tensors that are written without vmap, got them under it")
 
 
 def guarded(op: str, body: Callable[..., R]) -> Callable[..., R]:
