@@ -243,7 +243,9 @@ def gather_backward(
 
 
 @family("restore_tokens", "N rows, T tokens, V visible tokens, C channels", (64, 196, 39, 768), (4, 12, 5, 32))
-def restore(name: str, n: int, t: int, visible: int, c: int, *, dtype: torch.dtype, goals: Goals) -> Case:
+def restore(
+    name: str, n: int, t: int, visible: int, c: int, *, dtype: torch.dtype, goals: Goals, std: float = 0.01
+) -> Case:
     """Decoder input: kept tokens, noise at the others; with each result where the kept ones are."""
 
     def make(place: Place, seed: int) -> Contenders:
@@ -252,11 +254,11 @@ def restore(name: str, n: int, t: int, visible: int, c: int, *, dtype: torch.dty
         is_kept = (order < visible)[:, :, None]
 
         def eager() -> tuple[Tensor, Tensor]:
-            noise = torch.randn((n, t - visible, c), dtype=dtype, device=place.device) * 0.01
+            noise = torch.randn((n, t - visible, c), dtype=dtype, device=place.device) * std
             return torch.gather(torch.cat([kept, noise], dim=1), 1, wide), is_kept
 
         return {
-            **place.ours(lambda: lambda: (restore_tokens(kept, short, fill=Noise(0.01, keys)), is_kept)),
+            **place.ours(lambda: lambda: (restore_tokens(kept, short, fill=Noise(std, keys)), is_kept)),
             "eager": eager,
             "compile": compile_whole(eager),
             **place.floors([kept], lambda: [torch.empty((n, t, c), dtype=dtype)]),
