@@ -22,8 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import blocks, cases  # noqa: F401 the families
-from .case import FAMILIES, Case, Contenders, Place
+from .case import FAMILIES, Case, Place
 from .measure import BACKENDS, Row, describe_machine, measure, read_rows, settle
 from .recipe import recipe_calls
 
@@ -33,7 +32,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "shape": ("one or several shapes, as in 8,4,500,768 (default: the operator's of the list)", {"nargs": "+"}),
     "dtype": (f"of {', '.join(DTYPES)}; one or several (default: fp32)", {"nargs": "+", "default": ["fp32"]}),
     "from": ("instead of operators and shapes: those that a training step of this recipe calls", {}),
-    "samples": ("with --from: samples of its batch (default: 4)", {"type": int, "default": 4}),
+    "samples": ("with --from: samples of its batch (default: 4)", {"type": int}),
     "length": ("with --from: seconds of audio (default: 5) or tokens of text (default: 512)", {"type": float}),
     "against": ("opponents with commas between: eager, compile and others that an operator has (an unknown one is "
                 "answered with the list); none: no opponent (default: eager)", {"default": "eager"}),
@@ -118,21 +117,24 @@ def make_case(op: str, shape: tuple[int, ...], dtype: torch.dtype, options: dict
 
 def list_cases(given: argparse.Namespace) -> Iterator[Case]:
     """Cases of the command line, in its order."""
-    if vars(given)["from"] is not None:
-        if given.operators or given.shape:
-            refuse("--from: expected neither operators nor --shape beside it, got both")
+    chosen = {name: value for name in OF_FAMILIES if (value := getattr(given, name)) is not None}
+    recipe = vars(given)["from"]
+    if recipe is not None:
+        if given.operators or given.shape or chosen or len(given.dtype) > 1:
+            refuse("--from: expected no operators, shapes, options of operators or second dtype beside it, got some")
         try:
-            found = list(recipe_calls(vars(given)["from"], given.samples, given.length, DTYPES[given.dtype[0]]))
+            found = list(recipe_calls(recipe, given.samples or 4, given.length, DTYPES[given.dtype[0]]))
         except (ValueError, ModuleNotFoundError) as error:
             refuse(error)
-        print(f"{vars(given)['from']}, {given.samples} samples: {len(found)} distinct calls", flush=True)
+        print(f"{recipe}, {given.samples or 4} samples: {len(found)} distinct calls", flush=True)
         yield from (make_case(*call) for call in found)
         return
+    if given.samples or given.length:
+        refuse("--samples and --length: expected --from beside them, got none")
     names = list(FAMILIES) if given.operators == ["all"] else given.operators
     for op in names or [""]:
         if op not in FAMILIES:
             refuse(f"operator: expected all or some of {', '.join(FAMILIES)}, got {op!r}")
-    chosen = {name: value for name in OF_FAMILIES if (value := getattr(given, name)) is not None}
     for name in chosen:
         if not any(name in FAMILIES[op].options for op in names):
             takers = [op for op, family in FAMILIES.items() if name in family.options]
@@ -150,8 +152,7 @@ def check_opponents(ops: Iterable[str], against: list[str], place: Place) -> Non
     """Each of the operators has all the opponents, or one of several has."""
     found: dict[str, None] = {}
     for op in dict.fromkeys(ops):
-        family = FAMILIES[op]
-        contenders: Contenders = family.make("", *family.tiny, dtype=torch.bfloat16, goals={}).make(place, 0)
+        contenders = FAMILIES[op].tiny_case().make(place, 0)
         found |= dict.fromkeys(name for name in contenders if not name.startswith("d2v"))
     for name in against:
         if name not in found:
@@ -201,7 +202,8 @@ def describe_times(row: Row) -> str:
         shares = f"{rate / row['copy_bytes_per_second']:6.1%} of the copy rate, "
         shares += f"{rate / peak:.1%} of the peak" if peak else "peak not known"
         ratio = f"  {name} / {row['chosen']} {row['ratios'][name]:.2f}" if name in row["ratios"] else ""
-        lines.append(f"  {name:<12}{time}, {times['rounds']} turns  {rate / 1e9:7.2f} GB/s  {shares}{ratio}")
+        title = f"d2v ({row['backend']})" if name == "d2v" else name
+        lines.append(f"  {title:<15}{time}, {times['rounds']} turns  {rate / 1e9:7.2f} GB/s  {shares}{ratio}")
     return "\n".join(lines)
 
 

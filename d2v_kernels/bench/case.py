@@ -127,7 +127,11 @@ class Family(NamedTuple):
     """A shape of a model."""
     tiny: tuple[int, ...]
     options: dict[str, Any]
-    """Name -> default."""
+    """Name -> default, or choices with the default first."""
+
+    def tiny_case(self) -> Case:
+        """In bfloat16, without goals."""
+        return self.make("tiny", *self.tiny, dtype=BF16, goals={})
 
 
 FAMILIES: dict[str, Family] = {}

@@ -72,7 +72,7 @@ def test_every_registered_operator_is_called_by_a_case() -> None:
             return func(*args, **(kwargs or {}))
 
     for family in FAMILIES.values():
-        case = family.make("", *family.tiny, dtype=torch.bfloat16, goals={})
+        case = family.tiny_case()
         with registry.use_backend("reference"), Record():
             for name, call in case.make(CPU, 0).items():
                 if name.startswith("d2v"):
@@ -113,7 +113,8 @@ def test_bytes_are_the_formula() -> None:
         (["gelu", "--threads", "0"], "--threads: expected 1 or more, got 0"),
         (["gelu", "--compare", "nowhere.jsonl"], "--compare: expected a file of an earlier --json, got nowhere"),
         (["--from", "vision-huge"], "recipe: expected one of .*, got 'vision-huge'"),
-        (["gelu", "--from", "vision-tiny"], "--from: expected neither operators nor --shape"),
+        (["gelu", "--length", "3"], "--samples and --length: expected --from beside them"),
+        (["gelu", "--from", "vision-tiny"], "--from: expected no operators"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,24 +139,30 @@ def test_files_that_are_there_or_tracked_are_refused(tmp_path: Path, capsys: pyt
 # ---- what is wrong or slow
 
 
-@pytest.mark.parametrize("error", [0.05, float("nan")])
+@pytest.mark.parametrize(
+    ("op", "error"), [("gather_tokens", 0.05), ("gather_tokens", float("nan")), ("restore_tokens", 0.0)]
+)
 def test_a_wrong_kernel_is_found_before_it_is_timed(
-    error: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    op: str, error: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = registry.choose(registry.Case("gather_tokens", "cpu", (torch.float32,)))
+    """One wrong number, one NaN, and noise of other keys, as large as the right one."""
+    right = registry.choose(registry.Case(op, "cpu", (torch.bfloat16,)))
 
     def wrong(*arguments: Any) -> torch.Tensor:
-        result = right.implementations["gather_tokens"](*arguments)
+        if op == "restore_tokens":
+            kept, restore, fill, keys, std = arguments
+            arguments = kept, restore, fill, keys + 1, std
+        result = right.implementations[op](*arguments)
         result[0, 0, 0] += error
         return result
 
-    implementations = {**right.implementations, "gather_tokens": wrong}
+    implementations = {**right.implementations, op: wrong}
     broken = registry.Backend("planted", implementations, lambda case: [])
     monkeypatch.setitem(registry._backends, "planted", broken)
     monkeypatch.setattr(registry, "_chosen", {})
-    monkeypatch.setitem(registry.EXCEPTIONS, ("cpu", "gather_tokens"), ("planted", "reference"))
+    monkeypatch.setitem(registry.EXCEPTIONS, ("cpu", op), ("planted", "reference"))
     with pytest.raises(SystemExit) as end:
-        run("gather_tokens", "--shape", tiny("gather_tokens"))
+        run(op, "--shape", tiny(op), "--dtype", "bf16")
     assert end.value.code == bench.WRONG
     out, err = capsys.readouterr()
     assert "left out: d2v: differs from float64 by" in out and " ms" not in out
