@@ -239,7 +239,7 @@ def identity(row: Row) -> tuple[Any, ...]:
 
 def run_case(case: Case, place: Place, given: argparse.Namespace, against: list[str]) -> Row | None:
     """Prints and returns a row; None where something is wrong."""
-    print(f"{case.op}  {case.name}  {case.key[2]}, {place.device.type}, {torch.get_num_threads()} threads", flush=True)
+    print(f"{case.op}  {case.name}  {case.key[2]}, {place.device.type}, threads {torch.get_num_threads()}", flush=True)
     try:
         settled = settle(case, place, against)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:  # ours does not run
@@ -274,7 +274,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for threads in given.threads:
             torch.set_num_threads(threads)
-            for case in wanted:
+            for number, case in enumerate(wanted, 1):
+                if len(wanted) > 1:
+                    print(f"{number} of {len(wanted)}: ", end="")
                 row = run_case(case, place, given, against)
                 wrong += row is None
                 if row is not None:
