@@ -196,8 +196,11 @@ def test_the_slower_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         run("gelu", "--shape", "9,33", "--compare", other)
     assert end.value.code == bench.SLOWER
     assert re.search(r"slower  gelu forward \+ backward 9 x 33 float32 cpu 1: \d+\.\d+ of", capsys.readouterr().out)
+    rows[1]["machine"]["torch"] = "1.0"
+    other.write_text(json.dumps(rows[1]) + "\n" + json.dumps({"op": "gelu", "case": "of an older format"}) + "\n")
     run("gelu", "--shape", "4,33", "--compare", other)
-    assert "new     gelu forward + backward 4 x 33" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "new     gelu forward + backward 4 x 33" in out and "another torch: stored 1.0, now " in out
 
 
 # ---- recipes
