@@ -248,6 +248,7 @@ def identity(row: Row) -> tuple[Any, ...]:
 def run_case(case: Case, place: Place, given: argparse.Namespace, against: list[str]) -> Row | None:
     """Prints and returns a row; None where something is wrong."""
     print(f"{case.op}  {case.name}  {case.key[2]}, {place.device.type}, threads {torch.get_num_threads()}", flush=True)
+    torch.manual_seed(0)  # what opponents draw
     try:
         settled = settle(case, place, against)
         print(describe_errors(case, settled), flush=True)

@@ -272,13 +272,13 @@ def restore(
 
     def kept_and_spread(result: tuple[Tensor, Tensor]) -> list[Tensor]:
         x, is_kept = result
-        return [x * is_kept, (x[~is_kept[..., 0]].float().std() * 0.1).round(decimals=4)]
+        return [x * is_kept, x[~is_kept[..., 0]].float().std()]
 
     size = Bytes("(N*V*C + N*T*C)*item", N=n, T=t, V=visible, C=c, item=dtype.itemsize)
     label = f"noise {name} N={n} T={t} V={visible} C={c}"
     # Noise is small beside what is kept: other noise would be off by about std.
-    return Case("restore_tokens", label, dtype, size, make, goals, tolerance=0.0, compare=kept_and_spread,
-                exact=std / 100.0)  # fmt: skip
+    return Case("restore_tokens", label, dtype, size, make, goals,
+                0.02 if n * t * c > 4096 else 0.3, kept_and_spread, exact=std / 100.0)  # fmt: skip
 
 
 @family("restore_tokens_backward", "N rows, T tokens, V visible tokens, C channels", (64, 196, 39, 768), (4, 12, 5, 32))

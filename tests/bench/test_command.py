@@ -189,7 +189,7 @@ def test_the_slower_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert bench.find_slower(rows, rows) == []
     assert capsys.readouterr().out.count("ok ") == 2
-    for key in ("minimum", "median"):
+    for key in ("minimum", "median", "spread"):
         rows[1]["seconds"]["d2v"][key] /= 50.0  # so that the same again is slower
     other.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "case": "gone"}]))
     with pytest.raises(SystemExit) as end:
