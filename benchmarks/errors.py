@@ -2,31 +2,34 @@
 
     python -m benchmarks.errors [--markdown FILE]
 
-"truth" is the operator's definition (the reference backend) in float64 on the same, already rounded, inputs. "careful"
-is that definition in float32 with two-pass statistics, rounded once to the result's dtype. Errors are the largest
-absolute error over the largest magnitude of the truth, in units of the result dtype's rounding (half its spacing at
-1), so that 1 is what one rounding of the result costs. The inputs have an ordinary channel mix, one channel with a mean
-a thousand times its deviation, and one constant channel, each reported on its own.
+The calls are those of `python -m d2v_kernels.bench`. "truth" is the operator's definition (the reference backend) in
+float64 on the same, already rounded, inputs. "careful" is that definition in float32 with two-pass statistics, rounded
+once to the result's dtype. Errors are the largest absolute error over the largest magnitude of the truth, in units of
+the result dtype's rounding (half its spacing at 1), so that 1 is what one rounding of the result costs. The inputs have
+an ordinary channel mix, one channel with a mean a thousand times its deviation, and one constant channel; averages are
+reported for each on its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import d2v_kernels as dk
+from d2v_kernels.bench import blocks, cases
+from d2v_kernels.bench.case import F32, Case, Place
 
 from .harness.record import parse
 from .harness.report import markdown
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTLIER, CONSTANT = 0, 1
-"""Channels of `make_layers` with mean 1000 and deviation 1, and with the value 5.3."""
+"""Channels with mean 1000 and deviation 1, and with the value 5.3."""
 Result = dict[str, Tensor]
 
 
@@ -41,15 +44,23 @@ class Row(NamedTuple):
     careful: float
 
 
-def make_layers(count: int, shape: tuple[int, int, int], generator: torch.Generator) -> list[Tensor]:
-    """`count` float64 tensors (B,T,C) with an outlier and a constant channel."""
-    layers = []
-    for i in range(count):
-        x = torch.randn(shape, generator=generator, dtype=torch.float64) * (0.5 + i)
-        x[..., OUTLIER] = 1000.0 + torch.randn(shape[:2], generator=generator, dtype=torch.float64)
+class HardPlace(Place):
+    """A CPU whose inputs have an outlier and a constant channel."""
+
+    def inputs(self, seed: int, *shape: int, dtype: torch.dtype = F32) -> Tensor:
+        x = self.normal(seed, *shape).float()
+        x[..., 2:] *= 0.5 + (seed + 4) % 8
+        x[..., OUTLIER] += 1000.0
         x[..., CONSTANT] = 5.3
-        layers.append(x)
-    return layers
+        return x.to(dtype).to(self.kind(dtype))
+
+
+class ZeroBranch(HardPlace):
+    """A residual branch of zeros, so that the sum, which the operator gives back rounded, is exact."""
+
+    def inputs(self, seed: int, *shape: int, dtype: torch.dtype = F32) -> Tensor:
+        x = super().inputs(seed, *shape, dtype=dtype)
+        return x if seed else torch.zeros_like(x)
 
 
 def rounding_unit(dtype: torch.dtype) -> float:
@@ -64,166 +75,94 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     return worst / size if size else worst
 
 
-def compare(op: str, inputs: torch.dtype, run: Callable[[torch.dtype | None], Result], backend: str) -> Iterator[Row]:
-    """Rows of one case. `run(None)` computes with the tensors as they are, `run(dtype)` with all of them cast."""
-    with dk.use_backend(backend):
-        ours = run(None)
-    with dk.use_backend("reference"):
-        careful, truth = run(torch.float32), run(torch.float64)
-    for what, actual in ours.items():
-        unit = rounding_unit(actual.dtype)
-        rounded = careful[what].to(actual.dtype)
-        errors = (relative_error(t, truth[what]) / unit for t in (actual, rounded))
-        yield Row(op, what, inputs, actual.dtype, *errors)
+class Check(NamedTuple):
+    """A case and how its results are reported."""
+
+    case: Case
+    results: tuple[str, ...]
+    """Names of the tensors that a call returns, in their order."""
+    steps: int = 1
+    view: Callable[[str, Tensor], Result] = lambda name, t: {name: t}
+    """Parts of a result, by name."""
+    place: type[Place] = HardPlace
 
 
-def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy of `x` in `dtype`, or as it is."""
-    return x.to(x.dtype if dtype is None else dtype, copy=True)
+def channels(name: str, y: Tensor) -> Result:
+    """The kinds of channels apart; a constant one has no instance or batch norm."""
+    parts = {"ordinary channels": y[..., 2:], "outlier channel": y[..., OUTLIER]}
+    parts |= {"constant channel": y[..., CONSTANT]} if name.startswith("layer") else {}
+    return {f"{name}: {what}": part for what, part in parts.items()}
 
 
-def differentiate(function: Callable[..., Tensor], leaves: Iterable[Tensor], grad: Tensor, names: Iterable[str],
-                  to: torch.dtype | None) -> Result:  # fmt: skip
-    """The result and the gradients of the leaves, which are cast first."""
-    leaves = [cast(t, to).detach().requires_grad_() for t in leaves]
-    y = function(*leaves)
-    gradients = torch.autograd.grad(y, leaves, cast(grad, to))
-    return {"result": y.detach(), **{f"gradient of {n}": g for n, g in zip(names, gradients, strict=True)}}
+def tail(dtype: torch.dtype) -> Callable[[str, Tensor], Result]:
+    """Ordinary channels of GELU; below -3, where 1 + erf cancels, on its own."""
+    below = HardPlace(torch.device("cpu")).inputs(0, 2000, 96, dtype=dtype) < -3.0
+
+    def view(name: str, y: Tensor) -> Result:
+        return {name: y[..., 2:], **({"below -3": y[below]} if name == "result" else {})}
+
+    return view
 
 
-def layer_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Callable[..., Result]]]:
-    """average_layers with each norm; channels apart."""
-    layers = [x.to(dtype) for x in make_layers(8, (2, 499, 96), generator)]
+def checks(dtype: torch.dtype) -> Iterator[Check]:
+    """Every operator; matrices and layers in this dtype, vectors and averages in float32."""
+    given: dict[str, Any] = {"dtype": dtype, "goals": {}}
     for norm, out_norm in (("instance", "none"), ("layer", "none"), ("instance", "layer"), ("batch", "none")):
-
-        def run(to: torch.dtype | None, norm: str = norm, out_norm: str = out_norm) -> Result:
-            y = dk.average_layers([cast(x, to) for x in layers], norm=norm, out_norm=out_norm)
-            parts = {"ordinary channels": y[..., 2:], "outlier channel": y[..., OUTLIER]}
-            if norm == "layer":
-                parts["constant channel"] = y[..., CONSTANT]
-            return {f"{norm}, {out_norm}: {name}": part for name, part in parts.items()}
-
-        yield "average_layers", run
-
-
-def ema_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Callable[..., Result]]]:
-    """update_ema_: one and a hundred steps into a float32 average, with and without a copy."""
-    start = torch.randn(5000, generator=generator)
-    sources = torch.randn(100, 5000, generator=generator).to(dtype)
+        case = cases.average("", 8, 2, 499, 96, norm=norm, out_norm=out_norm, **given)
+        yield Check(case, (f"{norm}, {out_norm}",), view=channels)
     for steps in (1, 100):
-
-        def run(to: torch.dtype | None, steps: int = steps) -> Result:
-            average = cast(start, to)
-            copies = [torch.empty_like(start, dtype=dtype)] if to is None and dtype != torch.float32 else None
-            for source in sources[:steps]:
-                dk.update_ema_([average], [cast(source, to)], 0.999, copies=copies)
-            low = copies[0] if copies is not None else average
-            return {f"{steps} steps: average": average, f"{steps} steps: copy": low}
-
-        yield "update_ema_", run
-
-
-def token_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Callable[..., Result]]]:
-    """Gradients of gather_tokens (each row read by 8 masks) and restore_tokens (one mask token for many places), and
-    the noise."""
-    x = torch.randn(2, 50, 64, generator=generator).to(dtype)
-    index = torch.stack([torch.randperm(50, generator=generator)[:20] for _ in range(16)])
-    grad = torch.randn(16, 20, 64, generator=generator).to(dtype)
-    kept, token = torch.randn(16, 20, 64, generator=generator).to(dtype), torch.randn(64, generator=generator).to(dtype)
-    restore = torch.stack([torch.randperm(50, generator=generator) for _ in range(16)])
-    grad_restored = torch.randn(16, 50, 64, generator=generator).to(dtype)
-
-    def gather(to: torch.dtype | None) -> Result:
-        found = differentiate(lambda a: dk.gather_tokens(a, index, clones=8), [x], grad, "x", to)
-        return {"gradient": found["gradient of x"]}
-
-    def refill(to: torch.dtype | None) -> Result:
-        found = differentiate(
-            lambda a, b: dk.restore_tokens(a, restore, fill=b), (kept, token), grad_restored, "xt", to
-        )
-        return {"gradient of the mask token": found["gradient of t"]}
-
-    def noise(to: torch.dtype | None) -> Result:
-        return {"noise": dk.restore_tokens(cast(kept, to), restore, fill=dk.Noise(1.0, torch.arange(16)))}
-
-    yield "gather_tokens", gather
-    yield "restore_tokens", refill
-    yield "restore_tokens", noise
-
-
-def loss_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Callable[..., Result]]]:
-    """masked_regression_loss: loss, monitors, gradient; a target channel with a large mean."""
-    target = make_layers(1, (1, 3000, 96), generator)[0][0].float()
-    prediction = (target.double() + torch.randn(3000, 96, generator=generator, dtype=torch.float64)).to(dtype)
+        case, kinds = cases.ema("", 20, 1, copies=True, **given), ("average", "copy")
+        names = tuple(f"{steps} steps: {kind}" for kind in kinds for _ in cases.parameter_shapes(20, 1))
+        yield Check(case, names, steps=steps)
+    yield Check(cases.gather_backward("", 2, 50, 64, 8, 20, **given), ("gradient",))
+    yield Check(cases.restore_backward("", 16, 50, 20, 64, **given), ("", "gradient of the mask token"))
+    yield Check(cases.restore("", 16, 50, 20, 64, std=1.0, **given), ("noise",))
     for beta in (0.0, 1.0):
-
-        def run(to: torch.dtype | None, beta: float = beta) -> Result:
-            p = cast(prediction, to).detach().requires_grad_()
-            out = dk.masked_regression_loss(p, cast(target, to), beta=beta, scale=0.125)
-            (gradient,) = torch.autograd.grad(out.loss, p)
-            return {
-                f"beta {beta:g}: loss": out.loss.detach(), f"beta {beta:g}: gradient": gradient,
-                f"beta {beta:g}: prediction_std": out.prediction_std, f"beta {beta:g}: target_std": out.target_std,
-            }  # fmt: skip
-
-        yield "masked_regression_loss", run
-
-
-def gelu_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Callable[..., Result]]]:
-    """layer_norm_gelu and gelu: results and gradients; gelu also below 0 alone, where 1 + erf cancels."""
-    x = make_layers(1, (1, 2000, 96), generator)[0][0].to(dtype)
-    weight, bias = (torch.randn(96, generator=generator) for _ in range(2))
-    grad = torch.randn(2000, 96, generator=generator).to(dtype)
-
-    yield "layer_norm_gelu", partial(differentiate, dk.layer_norm_gelu, (x, weight, bias), grad, "xwb")
-    line = torch.linspace(-7.0, 7.0, 20001, dtype=torch.float64).to(dtype)
-
-    def alone(to: torch.dtype | None) -> Result:
-        found = differentiate(dk.gelu, [line], torch.ones_like(line), "x", to)
-        y = found["result"]
-        return {"result": y, "below -3": y[line < -3.0], "gradient": found["gradient of x"]}
-
-    yield "gelu", alone
+        names = ("gradient", "loss", "prediction_std", "target_std")
+        case = cases.loss("", 3000, 3000, 96, beta=beta, **given)
+        yield Check(case, tuple(f"beta {beta:g}: {name}" for name in names))
+    names = ("result", "gradient of x", "gradient of w", "gradient of b")
+    yield Check(blocks.norm_gelu("", 2000, 96, **given), names)
+    yield Check(blocks.gelu("", 2000, 96, **given), ("result", "gradient"), view=tail(dtype))
+    names = ("result", "gradient of the branch", "gradient of the residual", *names[2:])
+    yield Check(blocks.norm("", 4, 500, 96, **given), names, place=ZeroBranch)
+    names = ("result", "gradient of query, key and value", "gradient of the scale")
+    yield Check(blocks.attention("", 2, 199, 4, 64, dropout=0.1, **given), names)
 
 
-def attention_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Callable[..., Result]]]:
-    """attention with a bias by distance, and dropout: result and gradients."""
-    qkv, grad = (torch.randn(2, 199, c, 4, 64, generator=generator).to(dtype) for c in (3, 1))
-    slopes, places = 0.2 * torch.rand(4, generator=generator), torch.arange(199).expand(2, 199)
-    keys = torch.tensor([3, 4])
-
-    def attend(*leaves: Tensor) -> Tensor:
-        return torch.ops.d2v.attention(*leaves, places, None, None, keys, 0.1, 0.125)[0]
-
-    leaves, names = (*qkv.unbind(2), slopes), ("query", "key", "value", "the slopes")
-    yield "attention", partial(differentiate, attend, leaves, grad[:, :, 0], names)
-
-
-def norm_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[tuple[str, Callable[..., Result]]]:
-    """dropout_add_layer_norm of a branch of zeros, so that the sum, which it gives back rounded, is exact."""
-    total = make_layers(1, (4, 500, 96), generator)[0].to(dtype)
-    weight, bias = (torch.randn(96, generator=generator) for _ in range(2))
-    grad = torch.randn(4, 500, 96, generator=generator).to(dtype)
-
-    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return dk.dropout_add_layer_norm(torch.zeros_like(x), x, weight, bias)[0]
-
-    yield "dropout_add_layer_norm", partial(differentiate, norm, (total, weight, bias), grad, "xwb")
+def run(check: Check, backend: str, to: torch.dtype | None) -> Result:
+    """Results with all inputs cast, or (None) as they are; parts of one name are joined, nameless ones left out."""
+    found: dict[str, list[Tensor]] = {}
+    with dk.use_backend(backend):
+        call = check.case.make(check.place(torch.device("cpu"), to=to), 0)["d2v"]
+        for _ in range(check.steps):
+            result = call()
+    for name, t in zip(check.results, tree_leaves(result), strict=False):
+        for what, part in check.view(name, t.detach()).items() if name else ():
+            found.setdefault(what, []).append(part.flatten())
+    return {what: torch.cat(parts) for what, parts in found.items()}
 
 
-FAMILIES = (layer_cases, ema_cases, token_cases, loss_cases, gelu_cases, norm_cases, attention_cases)
+def compare(check: Check, backend: str) -> Iterator[Row]:
+    """Rows of one check."""
+    ours = run(check, backend, None)
+    careful, truth = (run(check, "reference", to) for to in (torch.float32, torch.float64))
+    for what, actual in ours.items():
+        unit, rounded = rounding_unit(actual.dtype), careful[what].to(actual.dtype)
+        errors = (relative_error(t, truth[what]) / unit for t in (actual, rounded))
+        op = check.case.op.split()[0]
+        yield Row(op, what, check.case.dtype, actual.dtype, *errors)
 
 
-def collect_rows(backend: str, seed: int = 0) -> list[Row]:
+def collect_rows(backend: str) -> list[Row]:
     """All rows of a backend; cases it does not take are left out."""
     rows: list[Row] = []
     for dtype in DTYPES:
-        for family in FAMILIES:
-            for op, run in family(dtype, torch.Generator().manual_seed(seed)):
-                try:
-                    rows += compare(op, dtype, run, backend)
-                except NotImplementedError:
-                    continue
+        for check in checks(dtype):
+            try:
+                rows += compare(check, backend)
+            except NotImplementedError:
+                continue
     return rows
 
 

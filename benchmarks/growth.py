@@ -33,11 +33,12 @@ from d2v.config import Config
 from d2v.train.distributed import Ranks, open_ranks
 from d2v.train.pretraining import Pretraining, open_data
 from d2v.train.trainer import Trainer
+from d2v_kernels.bench.case import Place
+from d2v_kernels.bench.cases import eager_average
+from d2v_kernels.bench.timer import take_turns, time_interleaved
 
 from . import loader, step
 from .harness import plots, report
-from .harness.case import Place
-from .harness.cases import eager_average
 from .harness.record import (
     RESULTS,
     ChildError,
@@ -50,7 +51,6 @@ from .harness.record import (
     run_key,
     store,
 )
-from .harness.timer import take_turns, time_interleaved
 from .training.cases import StepCase, change
 from .training.forms import settings, synchronise
 

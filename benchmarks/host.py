@@ -19,6 +19,7 @@ import torch
 
 import d2v_kernels as dk
 from benchmarks.harness.record import RESULTS, ROOT, parse
+from d2v_kernels.bench.case import FAMILIES, Place
 
 PATHS = ("images", "speech 1.0", "speech 2.0")
 REPEATS = 20
@@ -39,16 +40,9 @@ def masks(rows: int, copies: int) -> Callable[[], Any]:
 
 def calls() -> dict[str, Callable[[], Any]]:
     """Tiny calls of public functions, by name."""
-    layers, index, grad = [torch.ones(1, 2, 8)] * 8, torch.zeros(1, 2, dtype=torch.int32), torch.ones(1, 2, 8)
-    x, leaf = torch.ones(1, 4, 8), torch.ones(1, 4, 8, requires_grad=True)
-    restore, noise = torch.tensor([[0, 2, 1]], dtype=torch.int32), dk.Noise(0.01, torch.tensor([1]))
-    rows, wanted = torch.ones(4, 8), torch.zeros(4, 8)
+    place, cases = Place(torch.device("cpu")), (family.tiny_case() for family in FAMILIES.values())
     return {
-        "average_layers": lambda: dk.average_layers(layers),
-        "gather_tokens": lambda: dk.gather_tokens(x, index),
-        "gather_tokens_with_gradient": lambda: torch.autograd.grad(dk.gather_tokens(leaf, index), leaf, grad),
-        "restore_tokens": lambda: dk.restore_tokens(grad, restore, fill=noise),
-        "masked_regression_loss": lambda: dk.masked_regression_loss(rows, wanted),
+        **{case.op: case.make(place, 0)["d2v"] for case in cases},
         **{f"update_ema-{way}-{n}": ema(n, way == "plan") for way in ("list", "plan") for n in (1, 400)},
         **{f"mask_sampler-{n}-{n}": masks(n, n) for n in (16, 1)},
     }

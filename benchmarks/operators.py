@@ -11,38 +11,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from d2v_kernels import info, registry
-
-from .harness import cases as make
-from .harness import plots, report
-from .harness.case import BF16, F32, Case, Place
-from .harness.record import (
-    RESULTS,
-    answer,
-    ask_child,
-    gpu_machine,
-    machine_record,
-    parse,
+from d2v_kernels.bench import blocks
+from d2v_kernels.bench import cases as make
+from d2v_kernels.bench.case import BF16, F32, Case, Place
+from d2v_kernels.bench.measure import (
+    BACKENDS,
+    choose_ours,
+    input_sets,
+    measure,
     read_rows,
-    store,
+    reason_of,
+    settle,
+    time_on_gpu,
 )
-from .harness.timer import Captured, seconds_of, summarise, take_turns, time_interleaved
+from d2v_kernels.bench.timer import Captured, seconds_of, summarise
+
+from .harness import plots, report
+from .harness.floor import FloorPlace
+from .harness.record import RESULTS, answer, ask_child, gpu_machine, machine_record, parse, store
 
 Row = dict[str, Any]
-BACKENDS = ("native", "triton")
 COPY_SIZES = (1 << 22, 1 << 24, 1 << 26, 1 << 28, 1 << 30)  # bytes read plus written
-CACHE_SHARE = 4  # input sets together hold so many times the L2 cache
 HOST = {"host": 30e-6}  # with gradients
 
 
@@ -60,41 +57,45 @@ def cpu_cases() -> list[Case]:
             average("images", 10, 16, 196, 768, out_norm="layer"),
             average("odd width", 12, 4, 512, 1023),
             average("long", 8, 1, 3000, 768),
-            average("text", 8, 4, 500, 768, "layer", goals=layer),
-            average("odd width", 12, 4, 512, 1023, "layer", goals=layer),
+            average("text", 8, 4, 500, 768, norm="layer", goals=layer),
+            average("odd width", 12, 4, 512, 1023, norm="layer", goals=layer),
         ]
     cases += [
-        make.ema("2 blocks", 768, 2, F32, False, {"foreach": 0.95}),
-        make.ema("2 blocks", 768, 2, F32, True, {"foreach": 1.5}),
-        make.ema("tiny", 64, 3, F32, True, {"foreach": 1.5}),
+        make.ema("2 blocks", 768, 2, dtype=F32, goals={"foreach": 0.95}),
+        make.ema("2 blocks", 768, 2, dtype=F32, copies=True, goals={"foreach": 1.5}),
+        make.ema("tiny", 64, 3, dtype=F32, copies=True, goals={"foreach": 1.5}),
     ]
-    gather = {"x[b, index]": 2.5, "index_select": 1.3, "floor": 1.5}
     for dtype in (F32, BF16):
-        loss = partial(make.loss, "images", 64 * 157, 16 * 196, 768, dtype=dtype, goals={"compile": 2.7, "floor": 1.5})
-        faster = {"eager": 1.5 if dtype == F32 else 1.0}
+        of = partial(partial, dtype=dtype)
+        gather = of(make.gather, goals={"x[b, index]": 2.5, "index_select": 1.3, "compile": 1.0, "floor": 1.5})
+        loss = of(make.loss, "images", 10048, 3136, 768, goals={"compile": 2.7, "floor": 1.5})
+        gelu = of(blocks.gelu, goals={"eager": 1.5 if dtype == F32 else 1.0})
         cases += [
-            make.gather("images", 16, 196, 768, 8, 39, dtype, gather),
-            make.gather("speech", 3, 999, 768, 8, 500, dtype, gather),
-            make.gather_backward("images", 16, 196, 768, 8, 39, dtype, {"x[b, index]": 3.0}, "gather_tokens backward"),
-            make.restore("images", 64, 196, 39, 768, dtype, {"eager": 3.0}),
-            loss(0.0),
-            loss(2.0),
-            make.gelu("images", 3328, 1536, dtype, faster),
-            make.gelu("tiny", 1024, 256, dtype, faster),
-            make.norm_gelu("speech", 8000, 512, dtype, {"eager": 1.3 if dtype == F32 else 1.0}),
-            make.gelu_linear("images", 3328, 384, dtype, {"eager": 1.0}),
-        ]
+            gather("images", 16, 196, 768, 8, 39),
+            gather("speech", 3, 999, 768, 8, 500),
+            of(make.gather_backward)("images", 16, 196, 768, 8, 39, goals={"x[b, index]": 3.0},
+                                     op="gather_tokens backward"),
+            of(make.restore)("images", 64, 196, 39, 768, goals={"eager": 3.0}),
+            loss(beta=0.0),
+            loss(beta=2.0),
+            gelu("images", 3328, 1536),
+            gelu("tiny", 1024, 256),
+            of(blocks.norm_gelu)("speech", 8000, 512, goals={"eager": 1.3 if dtype == F32 else 1.0}),
+            of(blocks.gelu_linear)("images", 3328, 384, goals={"eager": 1.0}),
+        ]  # fmt: skip
     speech = {"kind": "block", "tokens": 999, "ratio": 0.5, "adjust": 0.05, "span": 5}
     images = {"kind": "block", "grid": (14, 14), "ratio": 0.8, "adjust": 0.07, "span": 3, "inverse": True}
     return [
         *cases,
-        make.norm("speech", 8, 125, 384, F32, 0.1, {"eager": 1.8}),
-        make.norm("images", 208, 64, 384, F32, 0.0, {"eager": 0.9}),
-        make.attention("speech", 2, 249, 12, 64, 0.0, F32, {"eager": 1.3}),
-        make.attention("speech", 2, 249, 12, 64, 0.1, F32, {"eager": 1.7}),
-        make.attention("speech", 2, 249, 12, 64, 0.0, BF16, {"eager": 1.3}),
-        make.attention("speech", 2, 249, 12, 64, 0.1, BF16, {"eager": 1.7}),
-        make.attention("images", 32, 40, 12, 64, 0.0, BF16, {"eager": 1.3}),
+        blocks.norm("speech", 8, 125, 384, dtype=F32, dropout=0.1, goals={"eager": 1.8, "compile": 1.0}),
+        blocks.norm("images", 208, 64, 384, dtype=F32, goals={"eager": 0.9, "compile": 1.0}),
+        *(
+            blocks.attention(name, n, t, 12, 64, dtype=dtype, dropout=dropout, goals={"eager": 1.7 if dropout else 1.3})
+            for name, n, t, dtype, dropout in [
+                *(("speech", 2, 249, dtype, dropout) for dtype in (F32, BF16) for dropout in (0.0, 0.1)),
+                ("images", 32, 40, BF16, 0.0),
+            ]
+        ),
         make.masks("speech 1.0", 11, 1, {"kind": "span", "tokens": 999, "ratio": 0.65, "span": 10}),
         make.masks("speech 2.0", 24, 8, speech),
         make.masks("images", 256, 16, images),
@@ -107,17 +108,18 @@ def _gpu_makers() -> tuple[Any, ...]:
 
     def ema(name: str, width: int, depth: int, source: torch.dtype, copies: bool) -> Case:
         goals = {"foreach": 1.2 if source == F32 else 1.5, "ceiling": 0.9, "host": 3e-6}
-        return make.ema(name, width, depth, source, copies, goals)
+        return make.ema(name, width, depth, dtype=source, copies=copies, goals=goals)
 
     return (
         average, ema, partial(make.gather, **tokens), partial(make.gather_backward, **tokens),
         partial(make.restore, **tokens), partial(make.loss, dtype=BF16, goals={"eager": 4.0, "compile": 1.5, **HOST}),
-        partial(make.attention, dtype=BF16, goals={"eager": 3.0, **HOST}, op="attention forward + backward"),
+        partial(blocks.attention, dtype=BF16, goals={"eager": 3.0, **HOST}, op="attention forward + backward"),
     )  # fmt: skip
 
 
 def gpu_cases() -> list[Case]:
     """What is measured on a GPU, the most wanted first."""
+    uncompiled = {"eager": 10.0, "ceiling": 0.9}
     average, ema, gather, gather_backward, restore, loss, attention = _gpu_makers()
     return [
         average("speech 2.0", 8, 3, 999, 768),
@@ -128,16 +130,16 @@ def gpu_cases() -> list[Case]:
         gather_backward("images B16", 16, 196, 768, 16, 39),
         restore("images B16", 256, 196, 39, 768),
         loss("images B16", 256 * 157, 16 * 196, 768),
-        attention("speech 2.0", 24, 500, 12, 64, 0.0),
-        make.front_end("speech 2.0, first layer", 3 * 63999),
+        attention("speech 2.0", 24, 500, 12, 64),
+        blocks.front_end("speech 2.0, first layer", 3 * 63999),
         average("images B256", 10, 256, 196, 768, out_norm="layer"),
-        average("speech 1.0", 8, 11, 999, 768, compiles=False),
+        average("speech 1.0", 8, 11, 999, 768, goals=uncompiled),
         average("images huge14", 24, 8, 256, 1280, out_norm="layer"),
-        average("text 2.0", 12, 4, 512, 768, compiles=False),
-        average("text 1.0", 10, 16, 512, 768, "layer", goals={"eager": 6.0, "compile": 1.0, "ceiling": 0.9}),
-        average("speech 2.0 large", 16, 1, 999, 1024, compiles=False),
-        average("images large", 18, 8, 196, 1024, out_norm="layer", compiles=False),
-        average("images B16", 10, 16, 196, 768, out_norm="layer", dtype=F32, compiles=False),
+        average("text 2.0", 12, 4, 512, 768, goals=uncompiled),
+        average("text 1.0", 10, 16, 512, 768, norm="layer", goals={"eager": 6.0, "compile": 1.0, "ceiling": 0.9}),
+        average("speech 2.0 large", 16, 1, 999, 1024, goals=uncompiled),
+        average("images large", 18, 8, 196, 1024, out_norm="layer", goals=uncompiled),
+        average("images B16", 10, 16, 196, 768, out_norm="layer", dtype=F32, goals=uncompiled),
         ema("huge", 1280, 32, F32, True),
         ema("base", 768, 12, F32, False),
         gather("images B256", 256, 196, 768, 16, 39),
@@ -149,8 +151,8 @@ def gpu_cases() -> list[Case]:
         loss("speech 2.0", 24 * 499, 3 * 999, 768),
         loss("images B16", 256 * 157, 16 * 196, 768, target_dtype=BF16),
         loss("text 1.0", 16 * 157, 16 * 512, 768, beta=4.0),
-        attention("speech 2.0", 24, 500, 12, 64, 0.1),
-        attention("speech 2.0 large", 12, 450, 16, 64, 0.1),
+        attention("speech 2.0", 24, 500, 12, 64, dropout=0.1),
+        attention("speech 2.0 large", 12, 450, 16, 64, dropout=0.1),
         loss("images B256", 4096 * 157, 256 * 196, 768),
     ]
 
@@ -160,75 +162,17 @@ def tiny_cases() -> list[Case]:
     average, ema, gather, gather_backward, restore, loss, attention = _gpu_makers()
     return [
         average("tiny", 3, 2, 20, 32),
-        average("tiny", 3, 2, 20, 32, "layer", goals={}),
+        average("tiny", 3, 2, 20, 32, norm="layer", goals={}),
         ema("tiny", 16, 1, F32, True),
         ema("tiny", 16, 1, BF16, False),
         gather("tiny", 2, 12, 32, 2, 5),
         gather_backward("tiny", 2, 12, 32, 2, 5),
         restore("tiny", 4, 12, 5, 32),
         loss("tiny", 12, 20, 32),
-        make.front_end("tiny", 9, 32),
-        attention("tiny", 2, 20, 2, 16, 0.0),
-        attention("tiny", 2, 20, 2, 16, 0.1),
+        blocks.front_end("tiny", 9, 32),
+        attention("tiny", 2, 20, 2, 16),
+        attention("tiny", 2, 20, 2, 16, dropout=0.1),
     ]
-
-
-# ---- who takes part
-
-
-def difference(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Largest error relative to the largest value; infinite where shapes or NaN differ."""
-    worst = 0.0
-    for a, b in zip(got, wanted, strict=True):
-        if a.shape != b.shape or bool(a.isnan().any()) or bool(b.isnan().any()):
-            return math.inf
-        if a.numel():
-            error = float((a.float() - b.float()).abs().max())
-            worst = max(worst, error / max(float(b.float().abs().max()), 1e-30))
-    return worst
-
-
-def reason_of(error: BaseException) -> str:
-    """One line that says what went wrong."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
-
-
-def settle(case: Case, place: Place) -> tuple[list[str], dict[str, str]]:
-    """Contenders that run and agree with the first of ours, and why the others do not take part."""
-    contenders, wanted = case.make(place, 0), None
-    names, reasons = [], {}
-    for name, call in contenders.items():
-        backend = name.removeprefix("d2v ")
-        if backend in BACKENDS and (why_not := _why_not(case, backend, place.device)):
-            reasons[name] = "; ".join(why_not)
-            continue
-        if name.startswith("floor"):
-            names.append(name)
-            continue
-        try:
-            with torch.enable_grad():
-                result = [t.detach().clone() for t in case.compare(call())]
-        except Exception as error:  # out of memory, a compiler that fails: a contender less, not the end of the run
-            reasons[name] = reason_of(error)
-            continue
-        if wanted is None:
-            if not name.startswith("d2v"):
-                raise RuntimeError(f"none of ours runs: {reasons}")
-            wanted = result
-        elif (error := difference(result, wanted)) > case.tolerance:
-            reasons[name] = f"differs from {names[0]} by {error:.3g} of the maximum, allowed {case.tolerance:g}"
-            continue
-        names.append(name)
-    return names, reasons
-
-
-def _question(case: Case, device: torch.device) -> registry.Case:
-    return registry.Case(case.registered, device.type, case.dtypes or (case.dtype,), case.traits)
-
-
-def _why_not(case: Case, backend: str, device: torch.device) -> list[str]:
-    return next(b for b in registry.backends() if b.name == backend).why_not(_question(case, device))
 
 
 # ---- on a CPU
@@ -238,23 +182,14 @@ def measure_on_cpu(case: Case, threads: int) -> Row:
     """One row, in this process. `AssertionError` names a contender that differs."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    place = Place(torch.device("cpu"))
-    _, reasons = settle(case, place)
-    assert not reasons, f"{case.op} {case.name}: {reasons}"
-    if case.op == "MaskSampler":
-        backend = "reference" if "_native" in info.collect()["not_loaded"] else "native"
-    else:
-        backend = registry.choose(_question(case, place.device)).name
-    seconds = time_interleaved(case.make(place, 0))
+    place = FloorPlace(torch.device("cpu"))
+    settled = settle(case, place)
+    assert not settled[1], f"{case.op} {case.name}: {settled[1]}"
+    row = measure(case, place, settled)
+    seconds = row["seconds"]
     floor = min((s["minimum"] for name, s in seconds.items() if name.startswith("floor")), default=None)
-    ours, (op, name, dtype) = seconds["d2v"], case.key
-    rivals = {name: s for name, s in seconds.items() if not name.startswith(("floor", "d2v"))}
-    return {
-        "op": op, "case": name, "dtype": dtype, "threads": threads, "backend": backend, "bytes": case.bytes,
-        "seconds": seconds, "floor_s": floor, "over_floor": ours["minimum"] / floor if floor else None,
-        "ratios": {name: s["minimum"] / ours["minimum"] for name, s in rivals.items()},
-        "median_ratios": {name: s["median"] / ours["median"] for name, s in rivals.items()}, "goals": case.goals,
-    }  # fmt: skip
+    over = seconds["d2v"]["minimum"] / floor if floor else None
+    return {**row, "floor_s": floor, "over_floor": over, "goals": case.goals}
 
 
 def ask_for_row(number: int, threads: int, processes: int = 1) -> Row:
@@ -282,23 +217,6 @@ def run_on_cpu(options: argparse.Namespace) -> None:
 # ---- on a GPU
 
 
-def time_on_gpu(case: Case, names: list[str], place: Place, budget_s: float) -> tuple[Row, dict[str, str]]:
-    """Seconds of each contender, L2-cold, interleaved; and why one could not be captured."""
-    cache = torch.cuda.get_device_properties(place.device).L2_cache_size
-    sets = max(1, min(64, math.ceil(CACHE_SHARE * cache / case.bytes)))
-    inputs = [case.make(place, 1 + i) for i in range(sets)]
-    graphs, reasons = {}, {}
-    for name in names:
-        try:
-            graphs[name] = Captured([contenders[name] for contenders in inputs])
-        except Exception as error:
-            reasons[name] = f"not captured in a graph: {reason_of(error)}"
-            torch.cuda.synchronize()
-    samplers = {name: graph.seconds for name, graph in graphs.items()}
-    samples = take_turns(samplers, rounds=40, least=10, budget_s=budget_s)
-    return {name: summarise(seconds, input_sets=sets) for name, seconds in samples.items()}, reasons
-
-
 def host_seconds(case: Case, names: list[str], place: Place, calls: int) -> dict[str, float]:
     """Host time of a call, the device kept busy enough not to be waited for; ours alone."""
     contenders, result = case.make(place, 0), {}
@@ -322,8 +240,7 @@ def copy_rates(device: torch.device, emulated: bool) -> dict[int, float]:
     """Bytes read plus written -> bytes a second of a copy on the device; the largest size is the ceiling."""
     rates = {}
     for size in COPY_SIZES if not emulated else COPY_SIZES[:1]:
-        cache = 1 if emulated else torch.cuda.get_device_properties(device).L2_cache_size
-        sets = max(1, min(64, math.ceil(CACHE_SHARE * cache / size)))
+        sets = 1 if emulated else input_sets(size, device)
         pairs = [
             [torch.randint(0, 256, (size // 2,), dtype=torch.uint8, device=device) for _ in range(2)]
             for _ in range(sets)
@@ -339,7 +256,7 @@ def copy_rates(device: torch.device, emulated: bool) -> dict[int, float]:
 
 def measure_on_gpu(case: Case, place: Place, emulated: bool, ceiling: float, budget_s: float) -> Row:
     """One row: see the module's text. Emulated: one call each, the fields of a measurement, and no measurement."""
-    names, reasons = settle(case, place)
+    names, reasons, errors = settle(case, place)
     if emulated:
         contenders = case.make(place, 1)
         seconds = {name: summarise([seconds_of(contenders[name])], input_sets=1) for name in names}
@@ -348,11 +265,10 @@ def measure_on_gpu(case: Case, place: Place, emulated: bool, ceiling: float, bud
         reasons |= more
     # The queue of a device holds about a thousand launches; small counts keep the host from waiting for it.
     host = host_seconds(case, list(seconds), place, 1 if emulated else 40)
-    preferred = [f"d2v {b.name}" for b in registry.preferred(case.registered, "cuda")]
-    chosen, (op, name, dtype) = next((n for n in preferred if n in seconds), None), case.key
+    chosen, (op, name, dtype) = choose_ours(case, seconds, place), case.key
     row = {
-        "kind": "measurement", "op": op, "case": name, "dtype": dtype, "bytes": case.bytes, "flops": case.flops,
-        "seconds": seconds, "host_seconds": host, "not_run": reasons, "chosen": chosen,
+        "kind": "measurement", "op": op, "case": name, "dtype": dtype, "bytes": int(case.bytes), "flops": case.flops,
+        "seconds": seconds, "errors": errors, "host_seconds": host, "not_run": reasons, "chosen": chosen,
         "ceiling_bytes_per_second": ceiling, "goals": case.goals, "ratios": {}, "share_of_ceiling": None,
     }  # fmt: skip
     if chosen is not None:

@@ -34,9 +34,9 @@ from d2v.config import Config
 from d2v.interop import fairseq
 from d2v.runtime import keep_freed_pages
 from d2v_kernels import Masks
+from d2v_kernels.bench.timer import summarise, take_turns
 
 from .harness.record import parse
-from .harness.timer import summarise, take_turns
 from .training.cases import CPU, StepCase, change, make_batch, make_config, without_dropout
 from .training.forms import CLIP, Form, settings
 

@@ -22,10 +22,10 @@ import torch
 from d2v import Data2Vec
 from d2v.runtime import resident_bytes
 from d2v.train.flops import count_flops, find_peak
+from d2v_kernels.bench.timer import seconds_of, summarise, take_turns
 
 from .harness import report
 from .harness.record import RESULTS, answer, ask_child, limit_memory, machine_record, parse, store
-from .harness.timer import seconds_of, summarise, take_turns
 from .training.cases import CPU, DRY, GPU, Precision, StepCase, make_batch, make_config, shape_of, without_dropout
 from .training.forms import (
     FORMS,

@@ -5,49 +5,66 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._checks import compute_dtype
 from .registry import OPERATORS
 
 
-def sample(op: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Arguments of one call of `torch.ops.d2v.<op>`; floating inputs have the dtype where the operator allows it."""
-    wide = compute_dtype(dtype)
-    x = torch.ones((2, 3, 4), device=device, dtype=dtype)
-    rows, keys = x.flatten(0, 1), torch.tensor([1, 2], device=device)
-    index = torch.tensor([[0, 2, 1], [1, 0, 2]], device=device)
-    high = torch.ones((2, 3, 4), device=device, dtype=torch.bfloat16)
+def samples(
+    device: torch.device | str, dtype: torch.dtype, tokens: int = 3, width: int = 4
+) -> dict[str, tuple[Any, ...]]:
+    """Arguments of one call of each `torch.ops.d2v.<op>`, the same at every call.
+
+    Floating inputs have the dtype where the operator allows it; averages, targets, weights and biases that of the
+    arithmetic.
+    """
+    wide, generator = compute_dtype(dtype), torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator).to(of)
+
+    x, grad, high = normal(2, tokens, width), normal(2, tokens, width), normal(2, tokens, width, of=torch.bfloat16)
+    rows, target, visible = x.flatten(0, 1), normal(2 * tokens, width, of=wide), (tokens + 1) // 2
+    weight, bias, keys = normal(width, of=wide), normal(width, of=wide), torch.arange(1, 3, device=device)
+    order = torch.rand((2, tokens), device=device, generator=generator).argsort(1).int()
+    picked, one = torch.arange(tokens, device=device), torch.ones((), device=device, dtype=wide)
     # Longer than one block of queries or keys, so that a call runs every loop.
-    query = torch.ones((2, 150, 2, 16), device=device, dtype=dtype)
-    log_sum = torch.full((2, 2, 150), 8.0, device=device, dtype=wide)
-    slopes, positions = torch.ones(2, device=device, dtype=wide), torch.arange(300, device=device).int().view(2, 150)
-    attention = (slopes, positions, None, None, None, 0.0, 0.25)
-    samples: dict[str, tuple[Any, ...]] = {
-        "average_layers": ([x, x], "instance", "none", None, 1e-5, wide),
-        "update_ema_": ([x.clone()], [x], [], 0.5, None),
-        "update_split_ema_": ([high], [high.view(torch.int16) * 0], [x], 0.5, None),
-        "gather_tokens": (x, index, 1),
-        "gather_tokens_backward": (x, index, 1, 3),
-        "restore_tokens": (x[:, :2], index, None, keys, 0.1),
-        "restore_tokens_backward": (x, index, 2, 1),
-        "masked_regression_loss": (rows, rows, index[0], index[1], 0.0, 1.0),
-        "masked_regression_loss_backward": (slopes[0], rows, rows, None, None, 0.0, 1.0),
-        "layer_norm_gelu": (rows, rows[0], None, 1e-5),
-        "layer_norm_gelu_backward": (rows, rows, rows[0], None, 1e-5),
+    t = max(150, tokens + 36)
+    query, key, value, out = (normal(2, t, 2, 64) for _ in range(4))
+    log_sum, positions = torch.full((2, 2, t), 9.0, device=device, dtype=wide), torch.arange(2 * t, device=device).int()
+    slopes, lengths = torch.ones(2, device=device, dtype=wide), keys + t // 2
+    attention = (slopes, positions.view(2, t), lengths, None, keys, 0.1, 0.125)
+    half, full = (x if x.itemsize == 2 else x.bfloat16()), x.float()
+    found: dict[str, tuple[Any, ...]] = {
+        "average_layers": ([x, grad], "instance", "layer", None, 1e-5, wide),
+        "update_ema_": ([target.clone(), weight.clone()], [rows, x[0, 0]], [rows * 0, x[0, 0] * 0], 0.5, None),
+        "update_split_ema_": ([high], [torch.zeros_like(high, dtype=torch.int16)], [full], 0.5, None),
+        "gather_tokens": (x, order[:, :visible], 1),
+        "gather_tokens_backward": (grad[:, :visible], order[:, :visible], 1, tokens),
+        "restore_tokens": (x[:, :visible], order, None, keys, 0.1),
+        "restore_tokens_backward": (grad, order, visible, -1),
+        "masked_regression_loss": (rows[picked], target, picked, picked, 0.0, 1.0),
+        "masked_regression_loss_backward": (one, rows[picked], target, picked, picked, 0.0, 1.0),
+        "layer_norm_gelu": (rows, weight, bias, 1e-5),
+        "layer_norm_gelu_backward": (grad.flatten(0, 1), rows, weight, bias, 1e-5),
         "gelu": (x,),
-        "gelu_backward": (x, x),
-        "gelu_backward_": (x.clone(), x),
-        "attention": (query, query, query, *attention),
-        "attention_backward": (query, query, query, query, query, log_sum, *attention),
-        "dropout_add_layer_norm": (x, x, x[0, 0], None, keys, 0.5, 1e-5),
-        "dropout_add_layer_norm_backward": (x, x, x, x[0, 0], keys, 0.5, 1e-5),
+        "gelu_backward": (grad, x),
+        "gelu_backward_": (grad.clone(), x),
+        "attention": (query, key, value, *attention),
+        "attention_backward": (out, query, key, value, out, log_sum, *attention),
+        "dropout_add_layer_norm": (x, grad, weight, bias, keys, 0.5, 1e-5),
+        "dropout_add_layer_norm_backward": (grad, grad, x, weight, keys, 0.5, 1e-5),
+        "dropout_add_layer_norm_mixed": (half, full, weight, bias, keys, 0.5, 1e-5, True, True),
+        "dropout_add_layer_norm_mixed_backward": (full, half, None, full, weight, keys, 0.5, 1e-5, half.dtype),
     }
-    half = x if x.itemsize == 2 else x.bfloat16()
-    samples["dropout_add_layer_norm_mixed"] = (half, x.float(), x[0, 0], None, keys, 0.5, 1e-5, True, True)
-    mixed_backward = (x.float(), half, None, x.float(), x[0, 0], keys, 0.5, 1e-5, half.dtype)
-    samples["dropout_add_layer_norm_mixed_backward"] = mixed_backward
-    assert set(samples) == set(OPERATORS)
-    return samples[op]
+    assert set(found) == set(OPERATORS)
+    return found
+
+
+def sample(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments of one call."""
+    return samples(device, dtype)[op]
 
 
 def run(op: str, device: str, dtype: torch.dtype) -> Any:

@@ -29,6 +29,7 @@ def test_import_rules(path: Path) -> None:
         assert not uses(names, outside)
     if where.startswith("d2v_kernels/"):
         assert not uses(names, "d2v")
+        assert where.startswith("d2v_kernels/bench/") or not uses(names, "d2v_kernels.bench")
     else:
         deep = {n for n in uses(names, "d2v_kernels") if n.count(".") > 1}
         assert not deep, f"only top-level names of d2v_kernels: {deep}"

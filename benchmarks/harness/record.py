@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import importlib.metadata
 import json
 import os
-import platform
 import resource
 import shutil
 import signal
@@ -18,10 +16,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from d2v_kernels import info
+from d2v_kernels.bench.measure import describe_machine, read_rows
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,14 +40,6 @@ _IDENTITY = ("op", "case", "dtype", "threads", "device", "curve", "x_given", "st
 # ---- the machine
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _output(*command: str) -> str:
     """What a program prints; empty where it is missing or fails."""
     try:
@@ -67,28 +57,13 @@ def _last_level_cache() -> int | None:
 
 
 def machine_basics() -> Row:
-    """CPU, system, versions, commit and date: what a record of any device has."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "describe", "--always", "--dirty") or "unknown",
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
+    """CPU, GPU, system, versions, ISA level of the native library, commit and date."""
+    return {**describe_machine(), "commit": _output("git", "describe", "--always", "--dirty") or "unknown"}
 
 
 def machine_record() -> Row:
-    """CPU, caches, versions, ISA level of the native library, commit and date."""
-    found = info.collect()
-    return {
-        **machine_basics(),
-        "last_level_cache_bytes": _last_level_cache(),
-        "isa": found["build"].get("isa", "none"),
-        "gpu": found["gpu"],
-    }
+    """What a record of the CPU has: its caches, too."""
+    return {**machine_basics(), "last_level_cache_bytes": _last_level_cache()}
 
 
 def gpu_state() -> dict[str, str]:
@@ -136,17 +111,6 @@ def run_key(*parts: object, more: tuple[str, ...] = ()) -> str:
 
 
 # ---- files of rows
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a JSON-lines file; a last line that was cut off is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -15,8 +15,8 @@ from d2v.model.data2vec import Data2Vec
 from d2v.model.masking import make_mask_sampler
 from d2v.train.flops import Shape
 from d2v_kernels import Masks
+from d2v_kernels.bench import recipe
 
-SAMPLE_RATE = 16_000
 Precision = Literal["fp32", "bf16"]
 
 
@@ -104,15 +104,7 @@ def make_config(case: StepCase, precision: Precision) -> Config:
 
 def make_inputs(case: StepCase, config: Config, seed: int) -> Tensor:
     """Random samples of a batch, on the host."""
-    stem, generator = config.stem, torch.Generator().manual_seed(seed)
-    if stem.modality == "vision":
-        shape = (case.samples, stem.channels, stem.image_size, stem.image_size)
-        return torch.randn(shape, generator=generator)
-    if stem.modality == "text":
-        tokens = torch.randint(5, stem.vocabulary - 1, (case.samples, int(case.length)), generator=generator)
-        tokens[:, 0] = 0
-        return tokens
-    return torch.randn(case.samples, int(SAMPLE_RATE * case.length), generator=generator)
+    return recipe.make_inputs(config, case.samples, case.length, seed)
 
 
 def make_batch(case: StepCase, config: Config, model: Data2Vec, seed: int) -> tuple[Tensor, Masks]:

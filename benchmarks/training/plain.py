@@ -29,8 +29,7 @@ from d2v.model.stems.vision import PatchStem
 from d2v.model.teacher import PARTS, evaluating
 from d2v.model.transformer import AttentionBias
 from d2v_kernels import Masks
-
-from ..harness.timer import seconds_of
+from d2v_kernels.bench.timer import seconds_of
 
 
 def compose_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu.small import flat, make_calls, why_not
 from d2v_kernels import EmaPlan, registry, update_ema_
@@ -24,13 +25,9 @@ def capture(call):
 
 
 def inputs_of(call) -> list[torch.Tensor]:
-    """The floating tensors that a call of `make_calls` closes over."""
-    found = []
-    for cell in call.__closure__:
-        value = cell.cell_contents
-        values = value if isinstance(value, list | tuple) else [value]
-        found += [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point() and v.numel() > 100]
-    return found
+    """The floating tensors that a call of `make_calls` takes."""
+    tensors = [t for t in tree_leaves(call.args) if isinstance(t, torch.Tensor)]
+    return [t for t in tensors if t.is_floating_point() and t.numel() > 100]
 
 
 @pytest.mark.parametrize("op", [op for op in registry.OPERATORS if not op.endswith("ema_")])

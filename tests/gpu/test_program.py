@@ -19,6 +19,7 @@ from benchmarks.gpu import stages
 from benchmarks.harness import plots, record, report
 from benchmarks.training.cases import DRY, GPU
 from d2v_kernels import _env
+from d2v_kernels.bench.measure import difference
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(_env.triton_interpreter(), reason="of a process without the interpreter")
@@ -255,9 +256,9 @@ def test_emulated_records_are_never_measurements(tmp_path, capsys) -> None:
 
 def test_contenders_are_compared_first() -> None:
     x = torch.tensor([1.0, -4.0])
-    assert operators.difference([x], [x + torch.tensor([0.0, 0.4])]) == pytest.approx(0.4 / 3.6)
-    assert operators.difference([x], [x[:1]]) == math.inf
-    assert operators.difference([x * math.nan], [x]) == math.inf
+    assert difference([x], [x + torch.tensor([0.0, 0.4])]) == pytest.approx(0.4 / 3.6)
+    assert difference([x], [x[:1]]) == math.inf
+    assert difference([x * math.nan], [x]) == math.inf
 
 
 def test_cases_have_names_of_their_own() -> None:

@@ -10,11 +10,16 @@ ROUNDINGS = 6.0
 """Units allowed beyond twice the careful computation's error: a handful of roundings."""
 MEAN_OF_OUTLIER = 300.0
 """Half the spacing of float32 at 1000, twice, over a deviation of 1: what storing the mean may cost that channel."""
+LARGEST_OF_OUTLIER = 4.0
+"""Deviations of that channel's largest number."""
 
 
 def limit(row: Row) -> float:
     """Units that a row may show."""
-    return 2.0 * row.careful + (MEAN_OF_OUTLIER if "outlier" in row.what else ROUNDINGS)
+    extra = MEAN_OF_OUTLIER if "outlier" in row.what else ROUNDINGS
+    if row.what == "instance, layer: ordinary channels":  # the outlier, one of 96 channels, is in the row's statistics
+        extra += MEAN_OF_OUTLIER * LARGEST_OF_OUTLIER / 96.0
+    return 2.0 * row.careful + extra
 
 
 def test_native_errors_are_near_the_careful_ones() -> None:
@@ -26,7 +31,7 @@ def test_native_errors_are_near_the_careful_ones() -> None:
     assert {row.op for row in rows} >= {
         "average_layers",
         "update_ema_",
-        "gather_tokens",
+        "gather_tokens_backward",
         "masked_regression_loss",
         "gelu",
     }

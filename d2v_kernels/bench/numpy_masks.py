@@ -32,7 +32,7 @@ def _block_masks(
     return ~masks if inverse else masks
 
 
-def vector_block_masks(*arguments, **options) -> Any:
+def vector_block_masks(*arguments: Any, **options: Any) -> Any:
     """All blocks of a row at once."""
 
     def cover(mask: np.ndarray, centres: np.ndarray, shape: Shape, span: int) -> None:
@@ -59,7 +59,7 @@ def plain_block_masks(*arguments: Any, **options: Any) -> Any:
 
 
 def vector_span_masks(
-    rows: int, tokens: int, ratio: float, span: int, rng: Generator, plain: bool = False
+    rows: int, tokens: int, *, ratio: float, span: int, rng: Generator, plain: bool = False
 ) -> np.ndarray:
     """(rows, T) bool: distinct starts of fixed spans (data2vec 1.0 speech)."""
     masks = np.zeros((rows, tokens), dtype=bool)

@@ -1,29 +1,23 @@
-"""Timing in turn: every contender once a round, so that drift of the machine hits all alike; and the measured floor."""
+"""Timing in turn: every contender once a round, so that drift of the machine hits all alike."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-
-from .record import ROOT
 
 T = TypeVar("T")
-_SOURCE = Path(__file__).with_name("floor.cpp")
-_PIECE = 16384  # bytes of the largest array in one step
 REPLAY_SECONDS = 4e-4  # a graph is at least this long, so that its launch does not count
 
 
-def take_turns(samplers: dict[str, Callable[[], T]], *, rounds: int, least: int, budget_s: float) -> dict[str, list[T]]:
+def take_turns(
+    samplers: Mapping[str, Callable[[], T]], *, rounds: int, least: int, budget_s: float
+) -> dict[str, list[T]]:
     """One sample of each in every round.
 
     Args:
@@ -51,8 +45,9 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def summarise(seconds: Sequence[float], **more: Any) -> dict[str, Any]:
-    """What a row keeps of its samples."""
-    return {"minimum": min(seconds), "median": statistics.median(seconds), "rounds": len(seconds), **more}
+    """What a row keeps of its samples; the spread is the distance of the quartiles."""
+    low, middle, high = statistics.quantiles(seconds, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
+    return {"minimum": min(seconds), "median": middle, "spread": high - low, "rounds": len(seconds), **more}
 
 
 def time_interleaved(
@@ -103,38 +98,3 @@ class Captured:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / self.calls
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    target = ROOT / "build" / "floor.so"
-    target.parent.mkdir(exist_ok=True)
-    if not target.exists() or target.stat().st_mtime < _SOURCE.stat().st_mtime:
-        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
-        subprocess.run(["g++", *flags, str(_SOURCE), "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
-
-
-def _table(tensors: Sequence[Tensor]) -> tuple[ctypes.Array, ctypes.Array]:
-    sizes = [t.numel() * t.element_size() for t in tensors]
-    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors]), (ctypes.c_int64 * len(sizes))(*sizes)
-
-
-def make_floor(
-    inputs: Sequence[Tensor], outputs: Callable[[], Sequence[Tensor]], stream: bool
-) -> Callable[[], Sequence[Tensor]]:
-    """Measured floor: one plain pass (floor.cpp) that reads `inputs` and writes freshly allocated `outputs()`; in place
-    when they are inputs too."""
-    library, (in_pointers, in_sizes) = _library(), _table(inputs)
-
-    def floor() -> Sequence[Tensor]:
-        results = outputs()
-        out_pointers, out_sizes = _table(results)
-        largest = max([*in_sizes, *out_sizes])
-        library.stream_once(
-            len(inputs), in_pointers, in_sizes, len(results), out_pointers, out_sizes,
-            ctypes.c_int64(max(largest // _PIECE, 1)), torch.get_num_threads(), int(stream),
-        )  # fmt: skip
-        return results
-
-    return floor
