@@ -2,13 +2,14 @@
 
 from . import _define, _native
 from . import triton as _triton
-from .ops.attention import Alibi, Packed, alibi_slopes, attend, pack_lengths
+from .ops.attention import Alibi, alibi_slopes, attend
 from .ops.ema import EmaPlan, merge_ema_state, split_ema_state, update_ema_
 from .ops.gelu import gelu, gelu_linear, layer_norm_gelu
 from .ops.layers import average_layers
 from .ops.loss import RegressionLoss, masked_regression_loss
 from .ops.masks import Masks, MaskSampler, masks_from_bool
 from .ops.norm import dropout_add_layer_norm
+from .ops.packing import Packed, pack_lengths
 from .ops.tokens import Noise, gather_tokens, restore_tokens
 from .registry import register_backend, use_backend
 
