@@ -18,6 +18,8 @@ from d2v.interop import fairseq, huggingface
 from d2v.interop.huggingface.config import FAMILIES
 from d2v.interop.huggingface.model import PREFIXES
 
+# Of an export of speech, which test_huggingface_guesses.py is about.
+pytestmark = pytest.mark.filterwarnings("ignore:format huggingface")
 CASES = {
     "hf_audio": "input_values",
     "hf_audio_pad": "input_values",

@@ -113,9 +113,8 @@ def read_head(model: TaskModel, given: Mapping[str, Any], tensors: dict[str, Ten
     """Settings of a head and its tensors by our names, which are taken out of `tensors`."""
     own: dict[str, Tensor] = {}
     if model.names is _LM:  # its last layer is the embedding, and its bias is kept under another name as well
-        tensors.setdefault(
-            "lm_head.decoder.weight", tensors.get("embeddings.word_embeddings.weight", torch.empty(0, 0))
-        )
+        if (embeddings := tensors.get("embeddings.word_embeddings.weight")) is not None:
+            tensors.setdefault("lm_head.decoder.weight", embeddings)
         bias = tensors.pop("lm_head.bias", None)
         if bias is not None:
             tensors.setdefault("lm_head.decoder.bias", bias)
@@ -194,18 +193,15 @@ def describe_head(name: str, settings: HeadSettings, labels: Sequence[str], widt
 
 
 def name_tensors(name: str, head: Head, embeddings: Tensor | None, width: int) -> dict[str, Tensor]:
-    """Tensors of a head by transformers' names, as copies.
-
-    Raises:
-        NotImplementedError: a token prediction whose last layer is not the embedding, which transformers ties to it.
-    """
+    """Tensors of a head by transformers' names, as copies; the last layer of a token prediction where it is not equal
+    to `embeddings`."""
     own = {n: t.detach().cpu().contiguous().clone() for n, t in head.state_dict().items()}
     names = dict(MODELS[name].names)
     if name == "Data2VecTextForMaskedLM":
-        if embeddings is None or not torch.equal(own.pop("out.weight"), embeddings.cpu()):
-            raise NotImplementedError("format huggingface: expected a last layer equal to the token embeddings")
-        bias = own.pop("out.bias")
-        return {"lm_head.bias": bias, **{_rename(n, names): t for n, t in own.items()}}
+        own |= {"bias": own["out.bias"].clone()}
+        if embeddings is not None and torch.equal(own["out.weight"], embeddings.cpu()):
+            del own["out.weight"], own["out.bias"]
+        return {f"lm_head.{n}" if n == "bias" else _rename(n, names): t for n, t in own.items()}
     if "dense." in names and "dense.weight" not in own:  # transformers always has this layer
         own |= {"dense.weight": torch.eye(width), "dense.bias": torch.zeros(width)}
     return {_rename(n, names): t for n, t in own.items()}

@@ -134,7 +134,8 @@ def save(model: Data2Vec | FineTuned, folder: str | Path) -> Path:
     does; returns the folder.
 
     The format has no pre-training head and no teacher: they are not written. transformers lets convolutional positions
-    of speech see padded frames, whatever the model was trained with. The labels of CTC go to `vocab.json`.
+    of speech see padded frames, whatever the model was trained with, of which a warning tells. The labels of CTC go to
+    `vocab.json`.
 
     Raises:
         NotImplementedError: data2vec 2.0, or a variant that transformers has no model for.
@@ -146,6 +147,12 @@ def save(model: Data2Vec | FineTuned, folder: str | Path) -> Path:
     encoder = model.encoder if isinstance(model, FineTuned) else model
     family, folder = family_of(encoder), Path(folder)
     description = write_config(model.config)
+    if family == "d2v1_audio" and "positions-see-padding" not in model.config.published:
+        warnings.warn(
+            "format huggingface: in transformers the features of a recording change with the padding of its batch, as "
+            "this model was not trained; to get those of d2v, give it recordings of one length or one at a time",
+            stacklevel=2,
+        )
     from safetensors.torch import save as to_bytes
 
     tensors = _name_tensors(encoder, family)
@@ -177,6 +184,8 @@ def _add_head(
     for key, tensor in name_tensors(name, model.head, embeddings, width).items():
         tensors[PREFIXES[family] + key if key.startswith(inner) else key] = tensor
     description |= describe_head(name, model.head.settings, model.labels, width)
+    if name == "Data2VecTextForMaskedLM":
+        description["tie_word_embeddings"] = "lm_head.decoder.weight" not in tensors
     return description, tensors
 
 
