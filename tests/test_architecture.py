@@ -52,6 +52,48 @@ def test_only_env_reads_the_environment(path: Path) -> None:
         assert not re.search(r"os\.(environ|getenv|putenv)|import (environ|getenv)", path.read_text())
 
 
+ONE_NAME = re.compile(
+    r"\.(\w*(all_reduce|reduce_scatter|all_gather|all_to_all)\w*|full_tensor|redistribute|coalescing_manager)$"
+)
+UNDER_DIST = re.compile(
+    r"^(dist|torch\.distributed|\w*funcol\w*|c10d)\..*\b(\w*(reduce|gather|broadcast|scatter|barrier)\w*|i?send|i?recv)$"
+)
+COLLECTIVES = {
+    "d2v/train/distributed.py": ["dist.all_gather_object", "dist.all_reduce", "dist.barrier", "dist.barrier"],
+    "d2v/train/optim.py": ["norm.full_tensor"],  # of one number
+}
+
+
+def collectives(text: str) -> list[str]:
+    """Calls by which ranks exchange tensors, and names of them that are imported by themselves."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            found += [name] if ONE_NAME.search(name) or UNDER_DIST.match(name) else []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.distributed"):
+            found += [a.name for a in node.names if UNDER_DIST.match(f"dist.{a.name}") or "functional" in a.name]
+    return sorted(found)
+
+
+def test_collectives_are_called_in_one_place() -> None:
+    """`all_reduce` in d2v/train/distributed.py checks what it is given; nothing goes past it."""
+    found = {path.relative_to(ROOT).as_posix(): collectives(path.read_text()) for path in SOURCES}
+    assert {where: calls for where, calls in found.items() if calls} == COLLECTIVES
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dist.all_reduce(x[:, 0])", "torch.distributed.broadcast(x, 0)", "funcol.all_reduce(x, 'sum', group)",
+        "dist.distributed_c10d.reduce_scatter_tensor(a, b)", "torch.ops._c10d_functional.all_reduce_(x, 'max', '0')",
+        "x.redistribute(mesh)", "from torch.distributed import all_gather", "dist.isend(x, 1)",
+    ],
+)  # fmt: skip
+def test_collectives_elsewhere_are_found(text: str) -> None:
+    assert collectives(text)
+
+
 def test_include_rules() -> None:
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.suffix not in (".h", ".cpp", ".cu", ".cuh"):

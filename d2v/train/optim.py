@@ -73,7 +73,8 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
-    """Scales gradients by min(1, limit / norm), norm = global L2 norm; returns the norm (0-D, on the device).
+    """Scales gradients by min(1, limit / norm), norm = global L2 norm; returns the norm (0-D float32 or float64, on the
+    device).
 
     Nothing is read from the device. Without a limit only the norm is computed. Of sharded gradients every rank scales
     its shards by the norm of the whole.
@@ -81,7 +82,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> T
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(())
-    norm = torch.nn.utils.get_total_norm(gradients)
+    # The norm of 16-bit gradients would have their 8 or 11 bits.
+    norm = torch.nn.utils.get_total_norm([g.float() if g.itemsize < 4 else g for g in gradients])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if limit is not None:

@@ -76,6 +76,21 @@ def test_clipping_has_no_epsilon() -> None:
     assert math.isnan(gradients(1.0, [math.nan, 1.0])[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norm_of_16_bit_gradients(dtype: torch.dtype) -> None:
+    """In bfloat16 the norm of 257 ones in two tensors would be 16, and clipping by it too weak."""
+    parameters = [nn.Parameter(torch.zeros(n, dtype=dtype)) for n in (200, 57)]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    norm = clip_gradients(parameters, 8.0)
+    assert norm.dtype == torch.float32
+    assert float(norm) == pytest.approx(257**0.5, rel=1e-6)
+    assert all(torch.equal(p.grad, torch.full_like(p, 8.0 / 257**0.5)) for p in parameters if p.grad is not None)
+    large = [nn.Parameter(torch.zeros(4, dtype=torch.float16))]
+    large[0].grad = torch.full_like(large[0], 60_000.0)  # the norm is beyond float16
+    assert float(clip_gradients(large, None)) == pytest.approx(120_000.0, rel=1e-3)
+
+
 def test_optimiser_state_round_trip() -> None:
     torch.manual_seed(0)
     models = [nn.Linear(3, 2) for _ in range(2)]

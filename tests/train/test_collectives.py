@@ -1,0 +1,116 @@
+"""What ranks reduce, on two gloo ranks: dense tensors in float32 or wider, and a NaN of any rank stops the run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from soak.jobs import find_port, rank_environment
+
+import d2v.train.trainer
+from d2v.config import Config
+from d2v.train.distributed import Ranks, StopFlag
+from d2v.train.logging import MetricWindow
+from d2v.train.monitors import find_failure
+from d2v.train.optim import clip_gradients
+from d2v.train.pretraining import Pretraining, pretrain
+
+
+def on_two_ranks(function: Callable[..., dict[str, Any]], folder: Path, *arguments: Any) -> list[dict[str, Any]]:
+    """What `function(rank, *arguments)` returns on each of two ranks."""
+    processes.spawn(_one_rank, args=(find_port(), function, str(folder), arguments), nprocs=2)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def _one_rank(rank: int, port: int, function: Callable[..., dict[str, Any]], folder: str, arguments: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= rank_environment(rank, 2, port)
+    Path(folder, f"{rank}.json").write_text(json.dumps(function(rank, *arguments)))
+
+
+def reduce_everything(rank: int, config: Config) -> dict[str, Any]:
+    dist.init_process_group("gloo")
+    ranks = Ranks(torch.device("cpu"), rank, 2, dist.group.WORLD)
+    found: dict[str, Any] = {"refused": []}
+    table = torch.arange(6.0).view(3, 2) + 10 * rank
+    wrong = {
+        "column": table[:, 1], "rows apart": table[::2], "one number often": torch.ones(1).expand(3),
+        "bfloat16": torch.ones(3, dtype=torch.bfloat16), "float16": torch.ones(3, dtype=torch.float16),
+    }  # fmt: skip
+    for name, value in wrong.items():
+        try:
+            ranks.sum_(value)
+        except ValueError as error:
+            found["refused"].append(name)
+            found["words"] = str(error)
+    found["sum"] = ranks.sum_(table.clone()).tolist()
+
+    flag = StopFlag(ranks)
+    flag.exchange(5 if rank else 0)
+    found["flag"] = flag.exchange(0)
+
+    window = MetricWindow()
+    nothing = math.nan if rank else 1.0
+    window.add({"loss": torch.tensor(nothing), "prediction_std": torch.tensor(nothing)})
+    means = window.means(ranks.sum_)
+    found["failure"] = find_failure({"step": 1, **means}, config.run, 8)
+    found["prediction_std"] = str(means["prediction_std"])
+    dist.destroy_process_group()
+    return found
+
+
+def test_reductions(tmp_path: Path, make_config: Callable[..., Config]) -> None:
+    for found in on_two_ranks(reduce_everything, tmp_path, make_config()):
+        assert found["refused"] == ["column", "rows apart", "one number often", "bfloat16", "float16"]
+        assert found["words"].startswith("reduction over ranks: expected a contiguous tensor of float32 or float64 or")
+        assert found["sum"] == [[10.0, 12.0], [14.0, 16.0], [18.0, 20.0]]
+        assert found["flag"] == 5
+        assert "not finite: loss nan" in found["failure"]
+        assert found["prediction_std"] == "nan"
+
+
+def train_until_nan(rank: int, config: Config) -> dict[str, Any]:
+    """A run whose loss is NaN on rank 1 alone, from the third update on; the types of the gradients it clips."""
+    forward, types = Pretraining.forward, set()
+
+    def planted(self: Pretraining, *arguments: Any) -> Any:
+        step = forward(self, *arguments)
+        if rank == 1 and self.updates_done >= 2:
+            step.losses = {name: value * math.nan for name, value in step.losses.items()}
+        return step
+
+    def begin(self: Pretraining, update: int) -> None:
+        self.updates_done = update - 1
+
+    def clip(parameters: Any, limit: float | None) -> Any:
+        types.update(str(p.grad.dtype) for p in parameters if p.grad is not None)
+        return clip_gradients(parameters, limit)
+
+    Pretraining.forward, Pretraining.begin_update, d2v.train.trainer.clip_gradients = planted, begin, clip
+    try:
+        pretrain(config)
+    except d2v.train.trainer.RunStopped as error:
+        return {"end": str(error), "types": sorted(types)}
+    except SystemExit as leaving:
+        return {"end": leaving.code, "types": sorted(types)}
+    return {"end": "ran on", "types": sorted(types)}
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_nan_of_the_second_rank_stops_both(tmp_path: Path, make_config: Callable[..., Config], parallel: str) -> None:
+    """At the next line of metrics; gradients are float32 also under bfloat16 autocast."""
+    config = make_config(run={"parallel": parallel, "precision": "bf16", "steps": 20})
+    first, second = on_two_ranks(train_until_nan, tmp_path, config)
+    # The checkpoint of the third update looks first, and is not written.
+    assert first["end"].startswith("training stopped at update 3: not finite: loss nan")
+    assert second["end"] == 1
+    assert first["types"] == second["types"] == ["torch.float32"]
+    assert not [*Path(config.run.dir, "checkpoints").glob("step-*")]
