@@ -33,6 +33,7 @@ def assert_accurate(actual: Tensor, careful: Tensor, truth: Tensor, *, factor: f
     got = worst_error(actual, truth)
     assert got <= allowed, f"error: expected at most {allowed:.3g} (truth up to {size:.3g}), got {got:.3g}"
     _assert_unbiased(actual, truth, allowed)
+    assert_rounded(actual, truth)
 
 
 def _room(dtype: torch.dtype) -> float:
@@ -49,3 +50,22 @@ def _assert_unbiased(actual: Tensor, truth: Tensor, allowed: float) -> None:
     bias, spread = float(error.mean()), float(error.std())
     limit = 6.0 * spread / error.numel() ** 0.5 + 0.02 * allowed
     assert abs(bias) <= limit, f"bias: expected at most {limit:.3g}, got {bias:.3g}"
+
+
+def assert_rounded(actual: Tensor, truth: Tensor) -> None:
+    """Fails where 16-bit results were cut off instead of rounded: each is then smaller by half a unit on average, which
+    a bound of several units hides. Distinct values only, and not fewer than 64, where chance could do the same."""
+    if actual.dtype not in (torch.bfloat16, torch.float16):
+        return
+    good = truth.isfinite() & actual.isfinite()
+    size, order = truth[good].double().abs().sort()
+    signed = (actual.double() * truth.double().sign())[good][order]
+    is_new = torch.diff(size, prepend=size.new_tensor([0.0])) > 0.0
+    size, error = size[is_new], (signed - size)[is_new]
+    kind = torch.finfo(actual.dtype)
+    unit = kind.eps * torch.exp2(size.clamp_min(kind.smallest_normal).log2().floor())
+    units = (error / unit).clamp(-1.0, 1.0)[error != 0]
+    if units.numel() < 64:
+        return
+    mean, limit = float(units.mean()), 0.25 + 2.0 * float(units.std()) / units.numel() ** 0.5
+    assert abs(mean) <= limit, f"rounding: expected errors around 0, at most {limit:.2f} units, got {mean:.2f}"

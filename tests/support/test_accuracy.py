@@ -32,6 +32,18 @@ def test_small_bias_fails() -> None:
         assert_accurate((careful.float() + 0.0005).bfloat16().nextafter(careful + 1), careful, truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [100, 6400])
+def test_cut_bits_fail(dtype: torch.dtype, count: int) -> None:
+    """Within four times the error of rounding, and in few elements no bias: only the direction gives it away."""
+    truth = _case()[0].flatten()[:count]
+    careful = truth.to(dtype)
+    cut = torch.where(careful.double().abs() > truth.abs(), careful.nextafter(torch.zeros_like(careful)), careful)
+    assert_accurate(careful.clone(), careful, truth)
+    with pytest.raises(AssertionError, match=r"bias|rounding"):
+        assert_accurate(cut, careful, truth)
+
+
 def test_missing_nan_fails() -> None:
     truth, careful = _case()
     truth[0, 0] = float("nan")

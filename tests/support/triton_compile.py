@@ -10,6 +10,7 @@ the names of AMD GPUs, how many bytes of local memory each kernel takes there.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,12 @@ CASES: dict[str, Callable[[], object]] = {
 }
 
 
+def find_licences(kernel: Any) -> list[str]:
+    """Flags by which LLVM's optimiser may take for granted that no NaN or infinity occurs, or reorder sums."""
+    flags = r'\b(nnan|ninf|nsz|arcp|afn|reassoc|fast)\b|"[\w-]*-math"="true"'
+    return sorted({line.strip() for line in kernel.asm["llir"].splitlines() if re.search(flags, line)})
+
+
 def write_report(folder: Path, architectures: list[int]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kernels: list[dict[str, Any]] = []
@@ -166,7 +173,10 @@ def write_report(folder: Path, architectures: list[int]) -> None:
                 written[key] = f"sm_{architecture}-{len(written):02}-{name}"
                 (folder / f"{written[key]}.ptx").write_text(kernel.asm["ptx"])
                 (folder / f"{written[key]}.cubin").write_bytes(kernel.asm["cubin"])
-                kernels.append({"architecture": architecture, "case": case, "name": name, "file": written[key]})
+                kernels.append(
+                    {"architecture": architecture, "case": case, "name": name, "file": written[key],
+                     "licences": find_licences(kernel)}
+                )  # fmt: skip
     (folder / "report.json").write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import triton
-from support.triton_compile import BF16, Compilations, rows
+from support.triton_compile import BF16, Compilations, find_licences, rows
 
 from d2v_kernels.triton import attention
 
@@ -53,8 +53,9 @@ def compile_all(folder: Path, architectures: list[int]) -> dict[str, Any]:
                 (folder / f"{file}.cubin").write_bytes(kernel.asm["cubin"])
                 shared = kernel.metadata.shared
                 kernels.append(
-                    {"architecture": architecture, "case": case, "name": name, "file": file, "shared": shared}
-                )
+                    {"architecture": architecture, "case": case, "name": name, "file": file, "shared": shared,
+                     "licences": find_licences(kernel)}
+                )  # fmt: skip
             with Compilations(architecture) as others:
                 for n, t in OTHER_SIZES:
                     call(case, n, t)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from codegen.toolchain import find_cuobjdump
 from triton_kernels.conftest import ARCHITECTURES, OLDER, run_child
+from triton_kernels.test_machine_code import float_extrema, narrow_casts
 
 from d2v_kernels import _env
 
@@ -48,6 +49,16 @@ def test_kernels(compiled) -> None:
         assert re.search(r"wgmma\.mma|mma\.sync|tcgen05\.mma", ptx), where
         assert not re.search(r"\s(atom|red)\.", ptx), f"{where}: atomics"
         assert kernel["shared"] <= LEAST_SHARED, f"{where}: {kernel['shared']} bytes of shared memory"
+
+
+def test_only_the_running_maximum_drops_nan(compiled) -> None:
+    """The forward's max.f32, which loses none of the results' (interpreted/test_semantics.py); casts round to even."""
+    folder, report = compiled
+    for kernel in report["kernels"]:
+        ptx = (folder / f"{kernel['file']}.ptx").read_text()
+        assert float_extrema(ptx) == ({"max.f32"} if kernel["name"] == "attention_kernel" else set()), kernel["file"]
+        assert not kernel["licences"], kernel["file"]
+        assert narrow_casts(ptx) and all(".rn." in name for name in narrow_casts(ptx)), kernel["file"]
 
 
 def test_no_local_memory(compiled) -> None:

@@ -1,7 +1,13 @@
 """Every kernel in Triton's interpreter, in a child process: the variable must be set before kernels are imported.
 
 The operators' own tests run with the backend forced (few examples each), then those of `interpreted`, which make
-the forms that only large shapes reach small enough.
+the forms that only large shapes reach small enough. Numbers that the interpreter would get wrong are errors there
+(`support.interpreter`).
+
+What no interpreter shows: programs run one after the other and whole blocks at once, so races, missing barriers and the
+order of lanes in a sum stay hidden; a multiply and an add round twice; exp, log, erf and tensor-float products are
+NumPy's; addresses, widths and pipelined loads are not the GPU's. PTX and machine code are read for casts, maxima and
+accesses (test_machine_code.py, test_attention_code.py); accuracy on a GPU is for tests/gpu.
 """
 
 from __future__ import annotations

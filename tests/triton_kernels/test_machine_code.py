@@ -47,6 +47,10 @@ BUDGETS = {
     "gelu_kernel": Budget(48),
     "gelu_backward_kernel": Budget(64),
 }
+# Kernels with a maximum of floats, which are counts of rows there; PTX's returns the number where one operand is NaN.
+COUNTING = {"statistics_kernel", "merge_kernel", "partial_loss_kernel", "merge_loss_kernel"}
+# The optimiser writes `nnan` itself where numbers come from integers.
+FROM_INTEGERS = {"restore_noise_kernel"}
 # Narrow accesses that are right: an index, a mean and a deviation for each column, a table entry. None is 2 bytes wide.
 NARROW = re.compile(r"(ld|st)\.global\.(b32|b64|nc\.b32)")
 
@@ -59,6 +63,20 @@ def accesses(ptx: str) -> Counter[str]:
 
 def wide(counts: Counter[str], kind: str) -> int:
     return sum(n for name, n in counts.items() if re.fullmatch(rf"{kind}\.global\.v(4\.\w32|2\.\w64)", name))
+
+
+def float_extrema(ptx: str) -> set[str]:
+    """Instructions that choose one of two floats, or that turn NaN into 0."""
+    return set(
+        re.findall(
+            r"\s((?:max|min)\.[\w.]*f(?:16|32|64|16x2)\S*|redux\S*\.f32\S*|[\w.]+\.sat\.f32|[\w.]+\.relu\.\S+)", ptx
+        )
+    )
+
+
+def narrow_casts(ptx: str) -> set[str]:
+    """Casts of float32 to 16 bits."""
+    return set(re.findall(r"\s(cvt\.\S*(?:bf16|f16)(?:x2)?\.f32)\b", ptx))
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -100,6 +118,28 @@ def test_no_narrow_loads_of_half_precision(kernels) -> None:
     for kernel, ptx in kernels:
         if kernel["name"] != "update_ema_kernel":
             assert not accesses(ptx)["ld.global.b16"], kernel
+
+
+def test_nan_is_not_dropped(kernels) -> None:
+    """No other kernel has an instruction through which NaN would be lost, and the optimiser no licence for one."""
+    licensed = {kernel["name"]: kernel["licences"] for kernel, _ in kernels if kernel["licences"]}
+    assert licensed.keys() <= FROM_INTEGERS, licensed
+    found = {kernel["name"]: float_extrema(ptx) for kernel, ptx in kernels if float_extrema(ptx)}
+    assert found.keys() == COUNTING
+    assert set().union(*found.values()) == {"max.f32"}
+
+
+def test_casts_round_to_nearest_even(kernels) -> None:
+    found = set().union(*(narrow_casts(ptx) for _, ptx in kernels))
+    assert found and all(".rn." in name for name in found), found
+
+
+def test_what_drops_nan_or_cuts_bits_would_be_found() -> None:
+    ptx = (
+        "max.f32 %f1, %f2, %f3; min.NaN.f32 %f1, %f2; max.s32 %r1, %r2; cvt.rz.bf16x2.f32 %r1, %f1; fma.rn.sat.f32 %f1;"
+    )
+    assert float_extrema(f" {ptx}") == {"max.f32", "min.NaN.f32", "fma.rn.sat.f32"}
+    assert narrow_casts(f" {ptx}") == {"cvt.rz.bf16x2.f32"}
 
 
 def test_registers_and_local_memory(compiled) -> None:

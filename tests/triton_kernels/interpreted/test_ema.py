@@ -1,4 +1,7 @@
-"""update_ema_: chunks, addresses, orders of elements, launches."""
+"""update_ema_: chunks, addresses, orders of elements, launches.
+
+Not shown: the last bit on a GPU, where multiply and add round once; 16-byte accesses, which PTX is read for.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""layer_norm_gelu: parts of the rows, widths beyond a warp."""
+"""layer_norm_gelu: parts of the rows, widths beyond a warp.
+
+Not shown: the accuracy of a GPU's erf and exp; the order of sums over the lanes of a warp, so bounds, not bits.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""average_layers: both forms of the instance norm, all pairs of norms, many layers, layers of different strides."""
+"""average_layers: both forms of the instance norm, all pairs of norms, many layers, layers of different strides.
+
+Not shown: the order of sums over lanes and warps, so bounds, not bits; a GPU's rsqrt.
+"""
 
 from __future__ import annotations
 

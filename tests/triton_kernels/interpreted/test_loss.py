@@ -1,4 +1,7 @@
-"""masked_regression_loss: parts of the rows, monitors across parts, infinities."""
+"""masked_regression_loss: parts of the rows, monitors across parts, infinities.
+
+Not shown: that the compiler leaves Kahan's correction as it is written, and the order of sums over lanes.
+"""
 
 from __future__ import annotations
 

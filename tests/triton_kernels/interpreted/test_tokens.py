@@ -1,4 +1,7 @@
-"""Token rows: order of the sums, long indices, noise, the gradient of a mask token."""
+"""Token rows: order of the sums, long indices, noise, the gradient of a mask token.
+
+Not shown: the last bits of noise on a GPU, whose log is its own; what lanes of one warp do in the search for matches.
+"""
 
 from __future__ import annotations
 
