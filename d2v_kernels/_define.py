@@ -13,8 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _is_tracing
+from torch._C import _len_torch_dispatch_stack as _count_modes
+from torch._C._functorch import peek_interpreter_stack as _find_transform
+from torch.autograd import _profiler_enabled as _is_profiling
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import _checks as check
@@ -129,12 +134,13 @@ def define(
         gradient = refuse(op.removesuffix("_backward"), "double backward is not supported")
     if gradient is not None:
         torch.library.register_autograd(f"d2v::{op}", gradient.backward, setup_context=gradient.setup, lib=_library)
-    return operator if written or gradient is None else _directly(operator, body, gradient)
+    return operator if written or gradient is None else _directly(schema, operator, body, gradient)
 
 
-def _directly(operator: Callable[..., R], body: Callable[..., R], gradient: Gradient) -> Callable[..., R]:
+def _directly(schema: str, operator: Callable[..., R], body: Callable[..., R], gradient: Gradient) -> Callable[..., R]:
     """The operator for callers in Python: where nothing but autograd could stand between a call and its body, past
-    PyTorch's dispatcher, which takes three times as long on the host as a small call itself."""
+    PyTorch's dispatcher, which takes longer on the host than a small call itself."""
+    kinds = [_KINDS[argument.split()[0]] for argument in schema.partition("(")[2].partition(")")[0].split(", ")]
 
     class Direct(torch.autograd.Function):
         @staticmethod
@@ -146,38 +152,43 @@ def _directly(operator: Callable[..., R], body: Callable[..., R], gradient: Grad
         backward = staticmethod(gradient.backward)
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_plain(arguments):
+        if is_compiling() or not _is_plain(kinds, arguments):
             return operator(*arguments)
-        wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments)
-        return Direct.apply(*arguments) if wanted else body(*arguments)
+        if torch.is_grad_enabled() and any(type(t) in _TENSORS and t.requires_grad for t in arguments):
+            return Direct.apply(*arguments)
+        return body(*arguments)
 
     return call
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_KINDS: dict[str, frozenset[type]] = {
+    "Tensor": _TENSORS, "Tensor?": _TENSORS | {type(None)}, "Tensor[]": frozenset((list, tuple)),
+    "int": frozenset((int,)), "SymInt": frozenset((int,)), "float": frozenset((float,)), "bool": frozenset((bool,)),
+    "str": frozenset((str,)), "ScalarType": frozenset((torch.dtype,)),
+}  # fmt: skip
+"""Types of arguments that need no conversion, by their types in a schema."""
 
 
-def _is_plain(arguments: Sequence[Any]) -> bool:
-    """Whether all tensors are ordinary ones that hold their numbers, and no mode, transform or profiler is at work."""
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
-        or torch.jit.is_tracing()
-    ):
+def _is_plain(kinds: Sequence[frozenset[type]], arguments: Sequence[Any]) -> bool:
+    """Whether the arguments are as the schema says, all tensors ordinary ones that hold their numbers, and no mode,
+    transform or profiler is at work."""
+    busy = _count_modes() or _find_transform() is not None or forward_ad._current_level >= 0
+    if busy or _is_profiling() or _is_tracing() or len(kinds) != len(arguments):
         return False
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            if type(argument) not in _PLAIN or argument.is_neg() or argument.device.type not in ("cpu", "cuda"):
-                return False
-        elif isinstance(argument, list | tuple) and not all(map(_is_plain_entry, argument)):
+    for argument, allowed in zip(arguments, kinds, strict=True):
+        kind = type(argument)
+        if kind not in allowed:
             return False
+        if kind in _TENSORS:
+            if argument.is_neg() or not (argument.is_cpu or argument.is_cuda):
+                return False
+        elif kind is list or kind is tuple:
+            if any(type(t) not in _TENSORS or t.requires_grad for t in argument):
+                return False
+            if not _is_plain([_TENSORS] * len(argument), argument):
+                return False
     return True
-
-
-def _is_plain_entry(t: Any) -> bool:
-    return type(t) in _PLAIN and not t.is_neg() and not t.requires_grad and t.device.type in ("cpu", "cuda")
 
 
 def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
