@@ -66,8 +66,8 @@ class Pairing:
         copied: dict[str, list[Tensor]] = {}
         if self._buffers != "ignore":
             for name, group in self._match("_buffers", places).items():
-                average = self._buffers == "average" and group[0].is_floating_point()
-                (averaged if average else copied)[name] = group
+                is_averaged = self._buffers == "average" and group[0].is_floating_point()
+                (averaged if is_averaged else copied)[name] = group
         for name in [n for n, group in averaged.items() if not (group[0].is_floating_point() or group[0].is_complex())]:
             copied[name] = averaged.pop(name)
         for name, (average, source, *_) in averaged.items():
