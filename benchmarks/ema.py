@@ -7,6 +7,7 @@ Contenders take turns on the same tensors; the smallest times count. With a copy
 import argparse
 import copy
 import importlib.util
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,7 @@ from .harness.timer import take_turns
 
 DECAY = 0.999
 SIZES = {14: (768, 2), 300: (1024, 24)}  # millions of parameters: width and depth of a transformer's blocks
-Contenders = dict[str, tuple[int, Callable[[], Any]]]
-"""Name -> bytes read and written for each parameter, and one step."""
+Contenders = dict[str, tuple[int, Callable[[], Any]]]  # name: bytes moved for each parameter, and one step
 
 
 def make_model(width: int, depth: int) -> nn.Module:
@@ -56,21 +56,17 @@ def make_contenders(student: nn.Module, teacher: nn.Module, copies: list[Tensor]
     if find_file("diffusers"):
         from diffusers.training_utils import EMAModel
 
-        shadow = EMAModel((), decay=DECAY, min_decay=DECAY)
-        shadow.shadow_params, shadow.optimization_step = averages, 1
-        others["diffusers `EMAModel`"] = (32, lambda: shadow.step(sources))
-        if sum(p.numel() for p in sources) < 1e8:  # it allocates as much as the model once more
-            many = copy.copy(shadow)
-            many.foreach = True
-            others["the same, `foreach=True`"] = (24, lambda: many.step(sources))
+        # The foreach form allocates as much as the model once more.
+        for name, foreach, size in (("", False, 32), (", foreach", True, 24))[: 2 if len(sources) < 50 else 1]:
+            shadow = EMAModel((), decay=DECAY, min_decay=DECAY, foreach=foreach)
+            shadow.shadow_params, shadow.optimization_step = averages, 1
+            others[f"diffusers `EMAModel`{name}"] = (size, lambda shadow=shadow: shadow.step(sources))
     plan = EmaPlan(averages, sources, copies)
     if not copies:
         return {"d2v": (12, lambda: plan.step(DECAY)), **others}
     split = EmaPlan(copies, sources, low=[torch.zeros_like(c, dtype=torch.int16) for c in copies])
-    others = {
-        name: (size + 6, lambda call=call: (call(), torch._foreach_copy_(copies, averages)))
-        for name, (size, call) in others.items()
-    }
+    for name, (size, call) in others.items():
+        others[name] = (size + 6, lambda call=call: (call(), torch._foreach_copy_(copies, averages)))
     return {"d2v": (14, lambda: plan.step(DECAY)), "d2v split": (12, lambda: split.step(DECAY)), **others}
 
 
@@ -94,13 +90,12 @@ def measure(millions: int, with_copy: bool, rounds: int, clock: Callable[[], flo
     teacher = copy.deepcopy(student).requires_grad_(False)
     copies = [p.bfloat16() for p in teacher.parameters()] if with_copy else []
     contenders = make_contenders(student, teacher, copies)
-    # The call stands between the two readings of the clock.
     samplers = {n: lambda call=call: -clock() + (call(), clock())[1] for n, (_, call) in contenders.items()}
     take_turns(samplers, rounds=1, least=1, budget_s=0.0)
     times = {n: min(t) for n, t in take_turns(samplers, rounds=rounds, least=5, budget_s=60.0).items()}
     place = f"| {millions} M | {'bf16' if with_copy else ''} | {torch.get_num_threads()} |"
-    return [f"{place} {n} | {size} | {times[n] * 1e3:.2f} | {times[n] / times['d2v']:.2f} |"
-            for n, (size, _) in contenders.items()]  # fmt: skip
+    ratios = {n: f"{times[n] * 1e3:.2f} | {times[n] / times['d2v']:.2f}" for n in times}
+    return [f"{place} {n} | {size} | {ratios[n]} |" for n, (size, _) in contenders.items()]
 
 
 def main() -> None:
@@ -108,19 +103,16 @@ def main() -> None:
     parser.add_argument("--millions", type=int, nargs="+", choices=SIZES, default=[*SIZES], help="parameters")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of PyTorch")
     parser.add_argument("--rounds", type=int, default=40, help="turns of all contenders, for at most a minute")
-    words = "wall: what a step takes; cpu: of all threads together, where others use the machine"
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help=words)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: of all threads together")
     options = parser.parse_args()
-    missing = [name for name in ("timm", "diffusers") if find_file(name) is None]
-    print("".join(f"{name} is not installed: left out\n" for name in missing), end="")
+    for name in ("timm", "diffusers"):
+        print("" if find_file(name) else f"{name} is not installed: left out\n", end="")
     print("| parameters | copy | threads | step | bytes a parameter | ms | time / d2v |\n|---|---|---|---|---|---|---|")
     clock = time.perf_counter if options.clock == "wall" else time.process_time
-    for with_copy in (False, True):
+    for with_copy, millions, threads in itertools.product((False, True), options.millions, options.threads):
+        torch.set_num_threads(threads)
         compare(with_copy)
-        for millions in options.millions:
-            for threads in options.threads:
-                torch.set_num_threads(threads)
-                print("\n".join(measure(millions, with_copy, options.rounds, clock)), flush=True)
+        print("\n".join(measure(millions, with_copy, options.rounds, clock)), flush=True)
 
 
 if __name__ == "__main__":
