@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_kernels import EmaPlan
-
-from .harness.timer import take_turns
+from d2v_kernels.bench.timer import take_turns
 
 DECAY = 0.999
 SIZES = {14: (768, 2), 300: (1024, 24)}  # millions of parameters: width and depth of a transformer's blocks
