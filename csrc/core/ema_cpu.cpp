@@ -5,8 +5,9 @@
 namespace d2v {
 namespace {
 
-constexpr int64_t kBlock = 2048;   // elements that stay in the nearest cache between the update and the copy
+constexpr int64_t kBlock = 256;    // elements that stay in the nearest cache between the update and the copy
 constexpr int64_t kLarge = 65536;  // elements of a tensor whose copy has left the caches when it is read
+constexpr int64_t kAhead = 256;    // elements of halves that are fetched before they are needed
 
 template <class TA, class TS>
 void update_block(TA* average, const TS* source, int64_t n, Acc<TA> w) {
@@ -74,6 +75,35 @@ D2V_INLINE void update_halves(uint16_t* high, int16_t* low, const TS* source, fl
   memcpy(low, &l, sizeof(l));
 }
 
+// Two vectors. AVX2 widens and narrows lanes in several steps each; unpacking and packing work within 128 bits, and
+// what the one has put out of order the other puts back.
+template <class TS>
+D2V_INLINE void update_two_halves(uint16_t* high, int16_t* low, const TS* source, float w) {
+  constexpr int L = kLanes<float>;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high));
+  const __m256i l = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low));
+  // A negative lower half takes 1 from the upper one.
+  const __m256i carried = _mm256_add_epi16(h, _mm256_srai_epi16(l, 15));
+  const VF a0 = bit_cast<VF>(_mm256_unpacklo_epi16(l, carried)), a1 = bit_cast<VF>(_mm256_unpackhi_epi16(l, carried));
+  const __m256 s0 = bit_cast<__m256>(load<float>(source)), s1 = bit_cast<__m256>(load<float>(source + L));
+  const VF first = bit_cast<VF>(_mm256_permute2f128_ps(s0, s1, 0x20));
+  const VF second = bit_cast<VF>(_mm256_permute2f128_ps(s0, s1, 0x31));
+  const VF b0 = a0 + (first - a0) * w, b1 = a1 + (second - a1) * w;
+  const __m256i nan = bit_cast<__m256i>((b0 != b0) | (b1 != b1));
+  if (_mm256_testz_si256(nan, nan)) {
+    const VU u0 = bit_cast<VU>(b0), u1 = bit_cast<VU>(b1), upper0 = (u0 + 0x8000u) >> 16, upper1 = (u1 + 0x8000u) >> 16;
+    const __m256i upper = _mm256_packus_epi32(bit_cast<__m256i>(upper0), bit_cast<__m256i>(upper1));
+    const __m256i lower = _mm256_packus_epi32(bit_cast<__m256i>(u0 & 0xffffu), bit_cast<__m256i>(u1 & 0xffffu));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), upper);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), lower);
+    return;
+  }
+#endif
+  update_halves(high, low, source, w);
+  update_halves(high + L, low + L, source + L, w);
+}
+
 template <class TS>
 void update_split_block(void* average, void* low, const void* source, int64_t n, double weight) {
   constexpr int L = kLanes<float>;
@@ -82,6 +112,12 @@ void update_split_block(void* average, void* low, const void* source, int64_t n,
   const TS* const s = static_cast<const TS*>(source);
   const float w = static_cast<float>(weight);
   int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    __builtin_prefetch(h + i + kAhead, 1);
+    __builtin_prefetch(l + i + kAhead, 1);
+    __builtin_prefetch(s + i + kAhead);
+    update_two_halves(h + i, l + i, s + i, w);
+  }
   for (; i + L <= n; i += L) update_halves(h + i, l + i, s + i, w);
   if (i == n) return;
   uint16_t last_high[L] = {};

@@ -87,15 +87,9 @@ class Teacher(nn.Module):
         if self.working_dtype is not None:
             self.working_parts()
         if self._plan is None:
-            sources = [p for name in self.owned for p in self._student[name].parameters()]
-            copies = [p for part in self._working.values() for p in part.parameters()]
-            self._plan = EmaPlan(list(self.parameters()), sources, copies or None)
+            student = nn.ModuleDict({name: self._student[name] for name in self.owned})
+            self._plan = EmaPlan.from_modules(self, student, copies=nn.ModuleDict(self._working) or None)
         self._plan.step(decay)
-        for name in self.owned:
-            source = dict(self._student[name].named_buffers())
-            for part in [self.get_submodule(name), *([self._working[name]] if self._working else [])]:
-                for key, buffer in part.named_buffers():
-                    buffer.copy_(source[key])
         if self._working:
             self._written = self._versions()
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _checks as check
 from .. import registry
 from .._define import Call, count_write, define
+from .ema_modules import Buffers, Pairing, distributed_like, same_names, with_local
 
 
 def update_ema_(
@@ -42,6 +43,15 @@ def update_ema_(
 
     DTensors are updated by their local shards, where mesh and placements agree.
 
+    Decay 0 does not copy: a + (s - a) is rounded and may miss s by a unit in the last place of the larger of |a| and
+    |s|. Where averages must become sources bit for bit, copy them.
+
+    >>> average, source = torch.zeros(2), torch.ones(2)
+    >>> copy = torch.empty(2, dtype=torch.bfloat16)
+    >>> update_ema_([average], [source], 0.75, copies=[copy])
+    >>> average, copy
+    (tensor([0.2500, 0.2500]), tensor([0.2500, 0.2500], dtype=torch.bfloat16))
+
     Raises:
         ValueError, TypeError: lists, shapes, dtypes, devices, placements or a decay that do not fit.
     """
@@ -58,6 +68,9 @@ def split_ema_state(average: Tensor) -> tuple[Tensor, Tensor]:
     beyond: every number comes back from `merge_ema_state` bit for bit, -0 and infinities too; a NaN comes back as a
     NaN, without its payload. A number above 3.3895e38 has an infinite bfloat16 half, as in any rounding to bfloat16.
 
+    >>> split_ema_state(torch.tensor([1.0 + 2.0**-16]))
+    (tensor([1.], dtype=torch.bfloat16), tensor([128], dtype=torch.int16))
+
     Raises:
         TypeError: the average is not float32.
     """
@@ -68,6 +81,9 @@ def split_ema_state(average: Tensor) -> tuple[Tensor, Tensor]:
 
 def merge_ema_state(high: Tensor, low: Tensor) -> Tensor:
     """The float32 average, of the halves' shape, that `split_ema_state` has split.
+
+    >>> merge_ema_state(torch.ones(1, dtype=torch.bfloat16), torch.tensor([128], dtype=torch.int16)) - 1.0 == 2.0**-16
+    tensor([True])
 
     Raises:
         ValueError, TypeError: shapes that differ, halves that are not bfloat16 and int16.
@@ -86,7 +102,18 @@ class EmaPlan:
     The backend is the list operator's; one without a plan for these tensors runs that operator. Addresses are compared
     at every step; when a tensor has moved or another backend is forced, everything is checked again, as for new lists,
     and the tables are rebuilt.
+
+    >>> import copy, torch
+    >>> student = torch.nn.Linear(2, 2)
+    >>> teacher = copy.deepcopy(student).requires_grad_(False)
+    >>> plan = EmaPlan.from_modules(teacher, student, copies=torch.bfloat16)
+    >>> plan.step(0.999)  # after each step of the optimiser
+    >>> torch.equal(plan.copies["weight"], teacher.weight.bfloat16())
+    True
     """
+
+    copies: dict[str, Tensor]
+    """Name -> low-precision copy; of a plan made from lists, the names are "0", "1" and so on."""
 
     def __init__(
         self,
@@ -97,10 +124,60 @@ class EmaPlan:
         low: Iterable[Tensor] | None = None,
     ) -> None:
         """Takes the lists of `update_ema_`, not empty; checks them as it does."""
-        self._averages, self._sources, self._copies = list(averages), list(sources), list(copies or ())
+        self._pairing: Pairing | None = None
+        self._set(averages, sources, copies or (), low)
+
+    @classmethod
+    def from_modules(
+        cls, teacher: nn.Module, student: nn.Module, *, buffers: Buffers = "copy",
+        copies: nn.Module | torch.dtype | None = None, split: bool = False,
+    ) -> EmaPlan:  # fmt: skip
+        """A plan that averages the parameters of a student in a teacher, matched by their names.
+
+        Modules may be wrapped by DistributedDataParallel, `torch.compile`, activation checkpointing or FSDP, whose
+        prefixes do not count, and sharded by `fully_shard`, both alike: every rank then updates its shards, and
+        outermost parameters that a forward has left gathered are sharded again. Tied parameters are averaged once.
+        A parameter or buffer that the module holds anew (`load_state_dict(assign=True)`) is followed.
+
+        Args:
+            teacher: its parameters are the averages, with whatever values they have now; float32 recommended.
+            student: parameters of the same names and shapes in any floating dtype; integer ones are copied.
+            buffers: "copy": from the student at every step; "average": floating ones averaged like parameters, others
+                copied; "ignore": left alone, whatever their names.
+            copies: where the averages are written rounded, now and at every step: a dtype, for tensors of that dtype in
+                the plan's `copies` (`torch.func.functional_call(teacher, plan.copies, x)` computes with them); or a
+                module with the same names, in any floating dtypes, whose buffers are treated as the teacher's.
+            split: the teacher's parameters, all bfloat16, are the upper halves of float32 averages whose lower halves
+                the plan keeps (`low` of `update_ema_`); not with `copies`. What is written into such a teacher from
+                outside keeps the old lower halves; `load_state_dict` sets both.
+
+        Raises:
+            ValueError, TypeError: names, shapes, dtypes, ties or placements that differ; no parameters.
+        """
+        pairing, plan = Pairing(teacher, student, buffers, copies, split), cls.__new__(cls)
+        plan._pairing = pairing
+        plan._take(pairing)
+        if plan.copies:
+            plan._run(1.0)
+        return plan
+
+    def _take(self, pairing: Pairing) -> None:
+        """Lists anew; where that fails, the next step does not go on with the old tensors."""
+        places, pairing.places = pairing.find(), []
+        low = None if pairing.low is None else pairing.low.values()
+        self._set(pairing.averages.values(), pairing.sources, pairing.copies.values(), low, list(pairing.averages))
+        pairing.places = places
+
+    def _set(
+        self, averages: Iterable[Tensor], sources: Iterable[Tensor], copies: Iterable[Tensor],
+        low: Iterable[Tensor] | None, names: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self._averages, self._sources, self._copies = list(averages), list(sources), list(copies)
         self._low = None if low is None else list(low)
         check.require(bool(self._averages), "update_ema_", "number of averages of a plan", "at least 1", 0)
+        self._names = names or [str(i) for i in range(len(self._averages))]
         self._build()
+        self.copies = dict(zip(self._names, self._copies, strict=False))
 
     @property
     def native(self) -> bool:
@@ -108,18 +185,66 @@ class EmaPlan:
         return self._plan is not None and self._backend == "native"
 
     def step(self, decay: float | Tensor) -> None:
-        """One update with this decay; see `update_ema_`."""
+        """One update with this decay; see `update_ema_`. A plan from modules copies buffers, too."""
+        if self._pairing is None:
+            return self._run(decay)
+        if self._pairing.replaced():
+            self._take(self._pairing)
+        self._run(decay)
+        return self._pairing.copy_buffers()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Name -> average, float32 where it is in halves, and the buffers that are copied: what a run needs to go on.
+
+        Whole averages and buffers are the tensors themselves, not clones. The state of a split plan and that of one
+        with float32 averages are alike. Shards are DTensors, as torch.distributed.checkpoint takes them.
+        """
+        averages = [t.detach() for t in self._averages]
+        if self._low is not None:
+            local, low = _local(averages, self._low)
+            pairs = zip(averages, local, low, strict=True)
+            averages = [with_local(merge_ema_state(high, lower), like) for like, high, lower in pairs]
+        return dict(zip(self._names, averages, strict=True)) | (self._pairing.copied if self._pairing else {})
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Sets averages and buffers to what `state_dict` gave, and writes the copies.
+
+        A plan of shards takes the state of whole tensors, too, the same on every rank.
+
+        Raises:
+            ValueError, TypeError: names, shapes or placements that differ; then nothing is written.
+        """
+        op = "EmaPlan.load_state_dict"
+        targets = dict(zip(self._names, self._averages, strict=True))
+        targets |= self._pairing.copied if self._pairing else {}
+        same_names(op, "names", targets, state)
+        for name, t in targets.items():
+            check.shape(op, name, state[name], t.shape)
+        values = [distributed_like(state[name], t) for name, t in targets.items()]
+        written, values = _local(targets.values(), values)
+        check.storage(op, [written, values])
+        low = [] if self._low is None else _local(self._averages, self._low)[1]
+        for i, (t, value) in enumerate(zip(written, values, strict=True)):
+            if i < len(low):
+                value, lower = split_ema_state(value.float())
+                low[i].copy_(lower)
+            t.copy_(value)
+        if self._copies:
+            self._run(1.0)
+
+    def _run(self, decay: float | Tensor) -> None:
         if self._forced != registry.forced_backend():
             self._build()
         plan = self._plan
         if plan is None:
             update_ema_(self._averages, self._sources, decay, copies=self._copies, low=self._low)
             return
-        if self._moved():
+        if self._moved() or any(t._local_tensor is not local for t, local in self._shards):
             if self._tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("EmaPlan: a tensor has moved; step once outside the graph capture to rebuild")
             self._build()
-            self.step(decay)
+            self._run(decay)
             return
         weight, weight_tensor = _weight(decay)
         plan.step(weight, weight_tensor)
@@ -139,6 +264,9 @@ class EmaPlan:
         make = None if any(t.is_neg() for t in sources) else backend.make_ema_plan
         plan: Any = make(averages, sources, copies, low) if make else None
         self._tensors, self._written = [*written, *sources], written
+        # The shard of a DTensor can be another tensor later, which the one held here does not tell.
+        given: list[Any] = [*self._averages, *self._sources, *self._copies, *(self._low or ())]
+        self._shards = [(t, t._local_tensor) for t in given if hasattr(t, "_local_tensor")]
         self._places = self._look()
         self._forced, self._backend, self._plan = registry.forced_backend(), backend.name, plan
         self._moved = plan.moved if self.native else self._has_moved

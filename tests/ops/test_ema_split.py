@@ -98,6 +98,7 @@ def test_every_kind_of_number_is_updated(backend) -> None:
         update_ema_([high], [source], 0.75, low=[low])
         update_ema_([average], [source], 0.75)
     assert torch.equal(bits(merge_ema_state(high, low)), bits(average))
+    assert torch.equal(bits(high.float()), bits(split_ema_state(average)[0].float()))
 
 
 LEVEL_SCRIPT = """
