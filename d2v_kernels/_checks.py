@@ -170,6 +170,8 @@ _noted: set[tuple[str, str]] = set()
 def side_by_side(op: str, name: str, t: Tensor) -> Tensor:
     """An input of a public function; one whose channels do not lie side by side is copied, with a warning the first
     time: its caller would have to write the same copy."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(t).__name__}")
     if t.layout != torch.strided or t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1 or t.numel() == 0:
         return t
     if not torch.compiler.is_compiling() and (op, name) not in _noted:
@@ -216,6 +218,8 @@ def storage(op: str, arguments: Iterable[Any]) -> None:
 def strided(op: str, *tensors: Tensor | None) -> None:
     """For public functions that change layouts or shapes before the operator is called."""
     for t in tensors:
+        if not isinstance(t, Tensor | None):
+            raise TypeError(f"{op}: expected tensors, got {type(t).__name__}")
         if t is not None and t.layout != torch.strided:
             storage(op, [t])
 

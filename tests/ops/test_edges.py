@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v_kernels import (
     Alibi,
@@ -97,6 +98,54 @@ def test_vmap_is_one_call_after_the_other(name: str, at: int) -> None:
     x = torch.randn(3, 2, 5, 8)
     out = torch.func.vmap(run, in_dims=at)(x.movedim(0, at).contiguous())
     assert torch.allclose(out, torch.stack([run(one) for one in x]), atol=1e-6)
+
+
+class Watch(TorchDispatchMode):
+    """Names of the operators that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_short_cut(name: str) -> None:
+    """Past the dispatcher: the bits and gradients of the operator; not where a mode or the profiler watches."""
+    run, x = FUNCTIONS[name], torch.randn(2, 5, 8, requires_grad=True)
+    with Watch() as watch:
+        through = run(x)
+    assert any(op.startswith(("d2v.", "aten._scaled_dot_product")) for op in watch.seen), watch.seen
+    direct = run(x)
+    assert torch.equal(direct, through) and direct.requires_grad == through.requires_grad
+    if direct.requires_grad:
+        grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (direct, through)]
+        assert torch.equal(*grads)
+
+
+def test_profilers_see_operators() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        gelu(torch.ones(3))
+    assert "d2v::gelu" in {event.key for event in profile.key_averages()}
+
+
+def test_the_schema_is_kept() -> None:
+    """What PyTorch would convert or refuse goes to it."""
+    x = torch.randn(1, 3, 4)
+    index = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=r"(?i)expected"):
+        gather_tokens(x, index, clones=2.0)  # type: ignore[arg-type]
+    for run in (
+        lambda: gelu_linear(x, x[0, 0], "bias"),
+        lambda: gelu(x.numpy()),
+        lambda: gather_tokens(x.numpy(), index),
+    ):
+        with pytest.raises(TypeError, match=r"expected (a tensor|tensors), got (str|ndarray)"):
+            run()
+    assert torch.equal(layer_norm_gelu(x, eps=1), layer_norm_gelu(x, eps=1.0))
 
 
 def test_vmap_never_writes() -> None:
