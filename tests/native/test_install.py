@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "csrc", "d2v_kernels", "d2v", "README.md", "LICENSE")
+SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "cmake", "csrc", "d2v_kernels", "d2v", "README.md", "LICENSE")
 
 
 def _copy_sources(to: Path) -> Path:
