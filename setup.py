@@ -5,6 +5,7 @@ Environment variables:
     D2V_BUILD_CUDA  auto (where nvcc is found), 0 (never) or 1 (fail without nvcc)
     D2V_REQUIRE_NATIVE  1: fail where the CPU library or the pybind11 module cannot be built
     D2V_CUDA_ARCHS  for example "90-real;100"
+    D2V_NAMESPACE   of the native operators, for a copy of the package under another name: scripts/build_hub.py
     D2V_BUILD_TYPE  Release (default), RelWithDebInfo or Debug
 
 A missing tool (C++ compiler, CMake, Ninja, torch) does not fail the installation unless one of the two variables asks
@@ -110,6 +111,7 @@ class CMakeBuild(build_ext):
             f"-DD2V_TORCH={torch}", f"-DPython_EXECUTABLE={sys.executable}",
             f"-DD2V_BUILD_CUDA={os.environ.get('D2V_BUILD_CUDA') or 'auto'}",
             f"-DD2V_BUILD_PYBIND={'OFF' if portable else 'ON'}",
+            f"-DD2V_NAMESPACE={os.environ.get('D2V_NAMESPACE') or ''}",
         ]  # fmt: skip
         if archs := os.environ.get("D2V_CUDA_ARCHS"):
             arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={archs}")
@@ -158,8 +160,10 @@ def replace_files(new: Path, old: Path) -> None:
 
 
 def wants_portable_wheel(distribution: Distribution) -> bool:
-    """True where the Python tag py3 is asked for by name (it also is the option's default value)."""
-    return distribution.get_option_dict("bdist_wheel").get("python_tag", ("", ""))[1] == "py3"
+    """True where the Python tag py3 is asked for by name (it also is the option's default value), and for copies."""
+    return distribution.get_option_dict("bdist_wheel").get("python_tag", ("", ""))[1] == "py3" or bool(
+        os.environ.get("D2V_NAMESPACE")
+    )
 
 
 class PlatformWheel(bdist_wheel):

@@ -30,7 +30,10 @@ TRITON_FAMILIES: dict[str, str] = {}
 REFERENCE = registry.Backend("reference", {}, lambda case: [])
 """Plain PyTorch bodies: the definition of every operator, right in float64, on any device."""
 _shapes: dict[str, Callable[..., Call]] = {}
-_library = torch.library.Library("d2v", "DEF")
+NAMESPACE = "d2v" if __package__ == "d2v_kernels" else __package__
+"""Of the public operators. The `kernels` loader gives each copy of this package a name of its own: several may live in
+one process."""
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 R = TypeVar("R")
 Output = Tensor | tuple[tuple[int, ...] | torch.Size, torch.dtype]
@@ -127,13 +130,14 @@ def define(
     _library.impl(op, body, "CompositeExplicitAutograd")
     if written:
         _library.impl(op, lazily_negated, "Negative")
-    torch.library.register_fake(f"d2v::{op}", fake, lib=_library)
-    operator: Callable[..., R] = getattr(torch.ops.d2v, op)
-    torch.library.register_vmap(f"d2v::{op}", _refuse_vmap if written else _one_by_one(operator), lib=_library)
+    name = f"{NAMESPACE}::{op}"
+    torch.library.register_fake(name, fake, lib=_library)
+    operator: Callable[..., R] = getattr(getattr(torch.ops, NAMESPACE), op)
+    torch.library.register_vmap(name, _refuse_vmap if written else _one_by_one(operator), lib=_library)
     if gradient is None and op.endswith("_backward"):
         gradient = refuse(op.removesuffix("_backward"), "double backward is not supported")
     if gradient is not None:
-        torch.library.register_autograd(f"d2v::{op}", gradient.backward, setup_context=gradient.setup, lib=_library)
+        torch.library.register_autograd(name, gradient.backward, setup_context=gradient.setup, lib=_library)
     return operator if written or gradient is None else _directly(schema, operator, body, gradient)
 
 

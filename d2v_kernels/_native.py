@@ -27,6 +27,7 @@ LIB = Path(__file__).resolve().parent / "lib"
 CPU_LIBRARY, CUDA_LIBRARY, MODULE = "libd2v_cpu", "libd2v_cuda", "_native"
 TYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # of csrc/core/dtype.h
 NO_COPY = -1
+NAMESPACE = "d2v_native" if __package__ == "d2v_kernels" else f"{__package__}_native"  # D2V_NAMESPACE of the build
 _NORMS = ("none", "layer", "instance", "batch")
 SPLIT = 4  # an average in two halves: kSplit of csrc/core/ema.h
 
@@ -97,6 +98,10 @@ def _files_for_this_python() -> list[Path]:
     return [p for suffix in suffixes if (p := LIB / f"{MODULE}{suffix}").is_file()]
 
 
+def _operators() -> Any:
+    return getattr(torch.ops, NAMESPACE)
+
+
 def native_module() -> Module | None:
     """The pybind11 module, or None where it is not built or does not load."""
     return _module
@@ -132,7 +137,7 @@ class NativePlan:
     ) -> None:
         self._device, self._on_host = device, device.type == "cpu"
         libraries = [library._name for library in _libraries.values()]
-        self._plan = module.EmaPlan(entries, libraries, torch.ops.d2v_native.hold_tensors(tensors))
+        self._plan = module.EmaPlan(entries, libraries, _operators().hold_tensors(tensors))
         self.moved: Callable[[], bool] = self._plan.moved
         """True when the memory of a tensor lies elsewhere than when the plan was made."""
         if device.type == "cuda":
@@ -188,7 +193,7 @@ def plan_entries(
 
 
 def _body(op: str) -> Callable[..., Any]:
-    run: Any = getattr(getattr(torch.ops.d2v_native, op, None), "default", None)
+    run: Any = getattr(getattr(_operators(), op, None), "default", None)
 
     def call(*arguments: Any) -> Any:
         try:
@@ -210,7 +215,7 @@ def _limits(case: Case) -> list[str]:
         return [f"native runs on cpu and cuda, not on {case.device}"]
     if library not in _libraries:
         return [f"{library} is not loaded ({_errors.get(library, 'unknown reason')})"]
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"d2v_native::{case.op}", case.device.upper()):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{case.op}", case.device.upper()):
         return [f"native has no {case.op} on {case.device}"]
     unknown = [check.dtype_name(d) for d in case.dtypes if d not in TYPE_NUMBERS]
     reasons = [f"native has no {', '.join(unknown)}"] if unknown else []

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._checks import compute_dtype
+from ._define import NAMESPACE
 from .registry import OPERATORS
 
 
@@ -69,4 +70,4 @@ def sample(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[Any
 
 def run(op: str, device: str, dtype: torch.dtype) -> Any:
     """One call with the sample."""
-    return getattr(torch.ops.d2v, op)(*sample(op, device, dtype))
+    return getattr(getattr(torch.ops, NAMESPACE), op)(*sample(op, device, dtype))

@@ -15,6 +15,15 @@
 
 #include "../core/dtype.h"
 
+// Of the operators that Python code calls: torch.ops.d2v_native. A copy for the kernel hub has another one, so that
+// several live in one process. The macros let it be replaced by its value before torch's make names of it.
+#if !defined(D2V_NAMESPACE)
+#define D2V_NAMESPACE d2v_native
+#endif
+#define D2V_LIBRARY(space, m) STABLE_TORCH_LIBRARY(space, m)
+#define D2V_LIBRARY_FRAGMENT(space, m) STABLE_TORCH_LIBRARY_FRAGMENT(space, m)
+#define D2V_LIBRARY_IMPL(space, key, m) STABLE_TORCH_LIBRARY_IMPL(space, key, m)
+
 namespace d2v {
 
 using torch::headeronly::ScalarType;

@@ -125,7 +125,7 @@ D2V_EXPORT void d2v_release_tensors(void* held) { delete static_cast<d2v::HeldTe
 }
 
 // For plans alone; without a public twin.
-STABLE_TORCH_LIBRARY_FRAGMENT(d2v_native, m) { m.def("hold_tensors(Tensor[] tensors) -> int"); }
-STABLE_TORCH_LIBRARY_IMPL(d2v_native, CompositeExplicitAutograd, m) {
+D2V_LIBRARY_FRAGMENT(D2V_NAMESPACE, m) { m.def("hold_tensors(Tensor[] tensors) -> int"); }
+D2V_LIBRARY_IMPL(D2V_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("hold_tensors", TORCH_BOX(&d2v::hold_tensors));
 }

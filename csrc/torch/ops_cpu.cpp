@@ -42,7 +42,7 @@ D2V_EXPORT void d2v_update_ema(const d2v::EmaTensor* tensors, int64_t count, con
 D2V_EXPORT const char* d2v_cpu_isa() { return d2v::cpu_isa(); }
 }
 
-STABLE_TORCH_LIBRARY(d2v_native, m) {
+D2V_LIBRARY(D2V_NAMESPACE, m) {
   for (const char* schema : d2v::kCudaSchemas) m.def(schema);
   m.def(d2v::kMaskedRegressionLoss);
   m.def(d2v::kMaskedRegressionLossBackward);
@@ -59,7 +59,7 @@ STABLE_TORCH_LIBRARY(d2v_native, m) {
   m.def(d2v::kDropoutAddLayerNormMixedBackward);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(d2v_native, CPU, m) {
+D2V_LIBRARY_IMPL(D2V_NAMESPACE, CPU, m) {
   m.impl("average_layers", TORCH_BOX(&d2v::average_layers_cpu));
   m.impl("update_ema_", TORCH_BOX(&d2v::update_ema_cpu));
   m.impl("update_split_ema_", TORCH_BOX(&d2v::update_split_ema_cpu));

@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(d2v_emu, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(d2v_emu, CPU, m) {
 #else
-STABLE_TORCH_LIBRARY_IMPL(d2v_native, CUDA, m) {
+D2V_LIBRARY_IMPL(D2V_NAMESPACE, CUDA, m) {
 #endif
   m.impl("average_layers", TORCH_BOX(&d2v::average_layers_cuda));
   m.impl("update_ema_", TORCH_BOX(&d2v::update_ema_cuda));

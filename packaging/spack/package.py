@@ -1,4 +1,4 @@
-"""Recipe for Spack: `spack repo create d2v_repo`, this file as packages/py_d2v/package.py there, `spack install py-d2v`."""
+"""Recipe for Spack; docs/install.md has the commands."""
 
 from spack_repo.builtin.build_systems.cuda import CudaPackage
 from spack_repo.builtin.build_systems.python import PythonPackage

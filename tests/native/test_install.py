@@ -13,7 +13,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "cmake", "csrc", "d2v_kernels", "d2v", "README.md", "LICENSE")
+FILES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")
+SOURCES = (*FILES, "cmake", "csrc", "d2v_kernels", "d2v")
 
 
 def _copy_sources(to: Path) -> Path:

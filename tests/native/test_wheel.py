@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from .test_install import _copy_sources
+from .test_install import ROOT, _copy_sources
 
 USE = """
 import json, sys, torch
@@ -76,6 +78,23 @@ def use_wheel(wheel: Path, python: str, site: Path) -> dict[str, object]:
 def test_wheel_has_no_python_tag(wheel: Path, tmp_path: Path) -> None:
     assert wheel.name.split("-")[2:4] == ["py3", "none"], wheel.name
     use_wheel(wheel, sys.executable, tmp_path / "site")
+
+
+@pytest.mark.long
+def test_the_same_bits_twice(tmp_path: Path) -> None:
+    """Compiled twice, in folders of different names, at different times."""
+    digests = []
+    for name in ("here", "a longer path"):
+        source = _copy_sources(tmp_path / name)
+        (source / "scripts").mkdir()
+        shutil.copy2(ROOT / "scripts" / "build_wheel.sh", source / "scripts")
+        environment = {**_environment(), "D2V_BUILD_CUDA": "0", "SOURCE_DATE_EPOCH": "1577836800"}
+        environment |= {"PYTHON": sys.executable, "CCACHE_DISABLE": "1"}
+        done = subprocess.run(["scripts/build_wheel.sh"], cwd=source, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (wheel,) = (source / "dist").iterdir()
+        digests.append(hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.long
