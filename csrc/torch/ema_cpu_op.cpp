@@ -126,6 +126,4 @@ D2V_EXPORT void d2v_release_tensors(void* held) { delete static_cast<d2v::HeldTe
 
 // For plans alone; without a public twin.
 D2V_LIBRARY_FRAGMENT(D2V_NAMESPACE, m) { m.def("hold_tensors(Tensor[] tensors) -> int"); }
-D2V_LIBRARY_IMPL(D2V_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("hold_tensors", TORCH_BOX(&d2v::hold_tensors));
-}
+D2V_LIBRARY_IMPL(D2V_NAMESPACE, CompositeExplicitAutograd, m) { m.impl("hold_tensors", TORCH_BOX(&d2v::hold_tensors)); }
