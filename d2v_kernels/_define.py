@@ -68,6 +68,10 @@ def refuse(op: str, why: str) -> Gradient:
     return Gradient(backward)
 
 
+def _qualified(op: str) -> str:
+    return f"{NAMESPACE}::{op}"
+
+
 def define(
     schema: str,
     shape: Callable[..., Call],
@@ -130,14 +134,13 @@ def define(
     _library.impl(op, body, "CompositeExplicitAutograd")
     if written:
         _library.impl(op, lazily_negated, "Negative")
-    name = f"{NAMESPACE}::{op}"
-    torch.library.register_fake(name, fake, lib=_library)
+    torch.library.register_fake(_qualified(op), fake, lib=_library)
     operator: Callable[..., R] = getattr(getattr(torch.ops, NAMESPACE), op)
-    torch.library.register_vmap(name, _refuse_vmap if written else _one_by_one(operator), lib=_library)
+    torch.library.register_vmap(_qualified(op), _refuse_vmap if written else _one_by_one(operator), lib=_library)
     if gradient is None and op.endswith("_backward"):
         gradient = refuse(op.removesuffix("_backward"), "double backward is not supported")
     if gradient is not None:
-        torch.library.register_autograd(name, gradient.backward, setup_context=gradient.setup, lib=_library)
+        torch.library.register_autograd(_qualified(op), gradient.backward, setup_context=gradient.setup, lib=_library)
     return operator if written or gradient is None else _directly(schema, operator, body, gradient)
 
 
