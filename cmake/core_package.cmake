@@ -1,7 +1,7 @@
 # csrc/core for C++ programs: `find_package(d2v)` gives the target d2v::core. Included by -DD2V_CORE_ONLY=ON.
 include(CMakePackageConfigHelpers)
 include(GNUInstallDirs)
-file(STRINGS pyproject.toml D2V_VERSION REGEX "^version = ")
+file(STRINGS d2v_kernels/__init__.py D2V_VERSION REGEX "^__version__ = ")
 string(REGEX REPLACE "[^0-9.]" "" D2V_VERSION "${D2V_VERSION}")
 set(D2V_PACKAGE_FOLDER "${CMAKE_INSTALL_LIBDIR}/cmake/d2v")
 

@@ -15,12 +15,15 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import d2v_kernels
+
 from .test_install import SOURCES
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it first")
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "packaging"
+VERSION = d2v_kernels.__version__
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOCKER = sorted(FILES.glob("*.Dockerfile"))
 
@@ -117,7 +120,7 @@ def test_spack_recipe() -> None:
     for name, lowest in _needed("train").items():
         assert versions[name] == lowest, name
     assert versions["python"] == PROJECT["requires-python"].removeprefix(">=")
-    assert f"={PROJECT['version']}" in [spec for spec, _ in seen]
+    assert f"={VERSION}" in [spec for spec, _ in seen]
 
     class Environment(dict[str, str]):
         set = dict.__setitem__
@@ -140,7 +143,7 @@ def test_conda_environment() -> None:
 
 def test_module_file_names_the_version() -> None:
     text = (FILES / "d2v.lua").read_text()
-    assert f"Version: {PROJECT['version']}" in text and f'/{PROJECT["version"]}"' in text
+    assert f"Version: {VERSION}" in text and f'/{PROJECT["version"]}"' in text
 
 
 def test_the_guide_has_every_setting_and_extra() -> None:
