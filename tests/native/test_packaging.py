@@ -143,7 +143,7 @@ def test_conda_environment() -> None:
 
 def test_module_file_names_the_version() -> None:
     text = (FILES / "d2v.lua").read_text()
-    assert f"Version: {VERSION}" in text and f'/{PROJECT["version"]}"' in text
+    assert f"Version: {VERSION}" in text and f'/{VERSION}"' in text
 
 
 def test_the_guide_has_every_setting_and_extra() -> None:
