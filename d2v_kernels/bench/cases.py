@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks as check
+from .._define import NAMESPACE
 from ..ops.ema import EmaPlan, merge_ema_state, split_ema_state, update_ema_
 from ..ops.layers import average_layers
 from ..ops.loss import masked_regression_loss
@@ -28,7 +29,7 @@ from ..ops.tokens import Noise, gather_tokens, restore_tokens
 from . import numpy_masks
 from .case import BF16, F32, Bytes, Call, Case, Contenders, Function, Goals, Place, compile_whole, family, loose
 
-ops = torch.ops.d2v
+ops = getattr(torch.ops, NAMESPACE)
 NORMS = ("none", "layer", "instance", "batch")
 
 
