@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._define import NAMESPACE
+
 SAMPLE_RATE = 16_000
 USUAL_LENGTH = {"vision": 0.0, "speech": 5.0, "text": 512.0}
 """Of a sample: seconds of audio, tokens."""
@@ -45,8 +47,8 @@ class Recorder(TorchDispatchMode):
         self.found: dict[str, Found] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        op = func._schema.name.removeprefix("d2v::")
-        if op in READERS and func.namespace == "d2v":
+        op = func._schema.name.partition("::")[2]
+        if op in READERS and func.namespace == NAMESPACE:
             sizes, tensor, options = READERS[op](*args)
             found = op, tuple(int(n) for n in sizes), tensor.dtype, options
             self.found.setdefault(repr(found), found)
