@@ -130,7 +130,7 @@ class Recorder(TorchDispatchMode):
         instructions += SCALARS.get(name, 0) * moved / 1024.0
         if "convolutions" in group:
             moved *= 2.0  # the library may copy to the layout that it wants
-        launches = LAUNCHES.get(name, math.ceil(len(inputs) / LIST))
+        launches = LAUNCHES.get(name, max(1, math.ceil(len(inputs) / LIST)))
         self.count(Kernel(group, name, shapes[:4], 1, flops, moved, instructions, launches))
 
     def count(self, one: Kernel) -> None:
