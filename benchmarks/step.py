@@ -4,8 +4,8 @@ Each case runs in a process of its own: loss and gradients of the plain form and
 then the forms take turns, step by step. Peak memory is measured in further processes, one a form. Keeps JSON lines:
 a row takes the place of the stored one of its case, other rows stay.
 
-`--estimate h200|h100|a100|b200|mi300x RECIPE` measures nothing: it counts a step on tensors without memory and prints what
-it should take on such a GPU, beside what `make gpu` measured there, if it did.
+`--estimate h200|h100|a100|b200|mi300x RECIPE` measures nothing: it counts a step on tensors without memory and prints
+what it should take on such a GPU, beside what `make gpu` measured there, if it did.
 """
 
 from __future__ import annotations
@@ -202,7 +202,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.estimate:
         try:
-            print(estimate(*options.estimate, as_json=options.json))
+            machine, recipe = options.estimate
+            print(estimate(machine, recipe, options.json))
         except ValueError as error:
             raise SystemExit(f"--estimate: {error}") from None
         return

@@ -159,10 +159,10 @@ def _kept_bytes(case: StepCase, samples: int) -> tuple[int, Masks]:
 
 
 def draw_batch(case: StepCase, config: Config) -> tuple[Tensor, Masks, Any]:
-    """Inputs, masks, and what the stem measures of the inputs: its checks read them, so they run before there are tensors
-    without memory."""
+    """Inputs, masks, and what the stem measures of the inputs: its checks read them, so they run before there are
+    tensors without memory."""
     inputs = make_inputs(case, config, 0)
-    measured = _meta_model(config).stem.measure(inputs, None)  # type: ignore[operator]
+    measured = _meta_model(config).stem.measure(inputs, None)
     tokens = None if config.stem.modality == "vision" else measured[0]
     masks = make_mask_sampler(config, tokens=tokens).draw(list(range(case.samples)), 0, copies=config.mask.copies)
     return inputs, masks, measured

@@ -2,8 +2,8 @@
 for them by assumed rates. Every time is an estimate; `benchmarks.step` prints measured ones beside it.
 
 A kernel is an operator with the shapes of its tensors. Counted are FLOPs of products, bytes of inputs and outputs, each
-once, and instructions where a kernel waits for them. Its time: the longer of the bytes' and of the rest's, and START for
-every launch.
+once, and instructions where a kernel waits for them. Its time: the longer of the bytes' and of the rest's, and START
+for every launch.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ def _work(func: Any, name: str, args: Any, outputs: list[Tensor]) -> tuple[float
     backward = "backward" in name
     if "attention" in name:  # d2v has (N,T,H,D), PyTorch (N,H,T,D)
         (query, key), own = args[1:3] if backward else args[:2], name.startswith("attention")
-        multiplied, (plain, random) = query.numel() * key.shape[1 if own else 2], PAIRS["attention" + "_backward" * backward]
+        plain, random = PAIRS["attention_backward" if backward else "attention"]
+        multiplied = query.numel() * key.shape[1 if own else 2]
         lanes = multiplied / query.shape[-1] / 32.0
         return (8.0 if backward else 4.0) * multiplied, lanes * (plain + random * (own and args[-2] > 0.0))
     if name == "convolution_backward":  # PyTorch's count takes grouped weights for those without groups
@@ -267,14 +268,16 @@ def estimate(name: str, recipe: str, as_json: bool = False) -> str:
         f"Assumed: {machine.peak / 1e12:.0f} TFLOP/s, of it {shares}; {machine.memory_rate / 1e12:.2f} TB/s; "
         f"{machine.issue / 1e12:.2f} T warp instructions/s; {START * 1e6:g} us a kernel, of the host "
         f"{machine.launch * 1e6:g}.", "", *_tables(lines, measured, kernels, machine), "",
-        f"Step {seconds * 1e3:.1f} ms (GPU {gpu * 1e3:.1f}, launches by the host {host * machine.launch * 1e3:.1f}) for "
-        f"{needed / 1e12:.2f} TFLOP.",
-        *(f"{what} {value:{form}}: target {goal:{form}} {'reached' if value >= goal else 'NOT reached'} by this estimate."
+        f"Step {seconds * 1e3:.1f} ms (GPU {gpu * 1e3:.1f}, launches {host * machine.launch * 1e3:.1f}); needed: "
+        f"{needed / 1e12:.2f} TFLOP; {rate:,.0f} {unit} a second.",
+        *(f"{what} {value:{form}}: target {goal:{form}} {'' if value >= goal else 'NOT '}reached by this estimate."
           for what, value, goal, form in goals),
     ])  # fmt: skip
 
 
-def _tables(lines: list[dict[str, Any]], measured: dict[str, float], kernels: list[Kernel], machine: Machine) -> list[str]:
+def _tables(
+    lines: list[dict[str, Any]], measured: dict[str, float], kernels: list[Kernel], machine: Machine
+) -> list[str]:
     """Groups, and the longest kernels."""
     counts = {"GFLOP": ("flops", 1e9), "MB": ("bytes", 1e6), "M instructions": ("instructions", 1e6),
               "ms, estimate": ("seconds", 1e-3)}  # fmt: skip

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ Counted = dict[str, tuple[list[Kernel], float]]
 class Watcher(Recorder):
     """Counts, besides, every operator that changes something or makes a tensor of its own, by looking at memory."""
 
-    calls: Counter[str] = Counter()
-    bytes: Counter[str] = Counter()
+    calls: ClassVar[Counter[str]] = Counter()
+    bytes: ClassVar[Counter[str]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result, name = super().__torch_dispatch__(func, types, args, kwargs), func._schema.name.split("::")[1]
@@ -95,7 +95,8 @@ def test_every_kernel_takes_time(counted: Counted, name: str) -> None:
 def test_bytes_by_hand(counted: Counted) -> None:
     kernels = counted["vision"][0]
     model = Data2Vec(make_config(CASES["vision"], "bf16"))
-    casts = [p for part in model.teacher.modules() if isinstance(part, (nn.Linear, nn.Conv2d)) for p in part.parameters(False)]
+    products = [part for part in model.teacher.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    casts = [p for part in products for p in part.parameters(False)]
     averaged = sum(p.numel() for p in model.teacher.parameters())
     # Average read and written, student read, and the copy: 2 bytes of what products take, else 4.
     (ema,) = named(kernels, "update_ema_")
@@ -180,7 +181,8 @@ def test_table_with_and_without_measurement(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [(["h300", "vision-tiny"], "machine: expected one of h200"), (["h200", "vision-tinny"], "did you mean 'vision-tiny'"),
+    [(["h300", "vision-tiny"], "machine: expected one of h200"),
+     (["h200", "vision-tinny"], "did you mean 'vision-tiny'"),
      (["h200"], "expected a machine and a recipe, got 'h200'")],
 )  # fmt: skip
 def test_unknown_names(words: list[str], expected: str) -> None:
