@@ -170,8 +170,10 @@ def _work(func: Any, name: str, args: Any, outputs: list[Tensor]) -> tuple[float
 
 
 def find_case(recipe: str) -> StepCase:
-    """The batch that `benchmarks.step` measures a recipe with, else its own micro-batch."""
+    """The batch that `benchmarks.step` measures a recipe with, else its own micro-batch. `ValueError`: see the text."""
     config = recipes.get(recipe)
+    if config.stem.positions == "relative":
+        raise ValueError(f"recipe: expected one without relative positions, got {recipe!r} (a fault of memory)")
     own = StepCase(recipe, config.data.micro_batch or config.data.global_batch, LENGTHS[config.stem.modality])
     return next((case for case in GPU + CPU if case.recipe == recipe), own)
 

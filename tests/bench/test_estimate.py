@@ -182,6 +182,7 @@ def test_table_with_and_without_measurement(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.parametrize(
     ("words", "expected"),
     [(["h300", "vision-tiny"], "machine: expected one of h200"),
+     (["h200", "vision1-base"], "without relative positions"),
      (["h200", "vision-tinny"], "did you mean 'vision-tiny'"),
      (["h200"], "expected a machine and a recipe, got 'h200'")],
 )  # fmt: skip
