@@ -3,6 +3,9 @@
 Each case runs in a process of its own: loss and gradients of the plain form and of this library are compared first,
 then the forms take turns, step by step. Peak memory is measured in further processes, one a form. Keeps JSON lines:
 a row takes the place of the stored one of its case, other rows stay.
+
+`--estimate h200|h100|a100|b200|mi300x RECIPE` measures nothing: it counts a step on tensors without memory and prints
+what it should take on such a GPU, beside what `make gpu` measured there, if it did.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from d2v_kernels.bench.timer import seconds_of, summarise, take_turns
 from .harness import report
 from .harness.record import RESULTS, answer, ask_child, limit_memory, machine_record, parse, store
 from .training.cases import CPU, DRY, GPU, Precision, StepCase, make_batch, make_config, shape_of, without_dropout
+from .training.estimate import estimate
 from .training.forms import (
     FORMS,
     Form,
@@ -174,6 +178,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         output=(RESULTS / "step-DEVICE.jsonl", "JSON lines that keep the rows"),
         most=(10**9, "measure no more cases than this"),
         dry=(False, "tiny shapes, to see that everything works"),
+        estimate=([], "MACHINE RECIPE: measure nothing, print what a step should take on that GPU, kernel by kernel"),
+        json=(False, "with --estimate: as JSON, every kernel by its shapes"),
         child=(None, ""),
     )  # fmt: skip
     unknown = [name for name in options.forms if name not in FORMS]
@@ -181,6 +187,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         raise SystemExit(f"--forms: expected some of {', '.join(FORMS)}; got {unknown[0]!r}")
     name = options.output.name.replace("DEVICE", "dry" if options.dry else options.device)
     options.output = options.output.with_name(name)
+    if len(options.estimate) not in (0, 2):
+        raise SystemExit(f"--estimate: expected a machine and a recipe, got {' '.join(options.estimate)!r}")
     return options
 
 
@@ -191,6 +199,13 @@ def main(arguments: list[str] | None = None) -> None:
         order = json.loads(options.child)
         limit_memory(order.get("memory_limit"))
         answer(measure_memory(order) if "steps" in order else run_case(order))
+        return
+    if options.estimate:
+        try:
+            machine, recipe = options.estimate
+            print(estimate(machine, recipe, options.json))
+        except ValueError as error:
+            raise SystemExit(f"--estimate: {error}") from None
         return
     order = {name: getattr(options, name) for name in ("device", "forms", "rounds", "budget")}
     cases, machine, rows = cases_for(options.device, options.dry), machine_record(), []

@@ -208,7 +208,7 @@ def parse(module: str, text: str | None, arguments: list[str] | None, **options:
         elif isinstance(default, tuple):
             values |= {"default": default[0], "choices": default}
         elif isinstance(default, list):
-            values |= {"type": type(default[0]), "nargs": "+"}
+            values |= {"type": type(default[0]) if default else str, "nargs": "+"}
         elif default is not None:
             values["type"] = Path if isinstance(default, Path) else type(default)
         parser.add_argument(f"--{name}", **values)

@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -138,11 +138,7 @@ def _kept_bytes(case: StepCase, samples: int) -> tuple[int, Masks]:
     case = dataclasses.replace(case, samples=samples)
     # Float32 as the run's precision: the teacher's working copies, which keep no activation, are not made.
     config = make_config(case, "fp32")
-    inputs = make_inputs(case, config, 0)
-    # Checks of the inputs read them, so they run before there are tensors without memory.
-    measured = _meta_model(config).stem.measure(inputs, None)  # type: ignore[operator]
-    tokens = None if config.stem.modality == "vision" else measured[0]
-    masks = make_mask_sampler(config, tokens=tokens).draw(list(range(samples)), 0, copies=config.mask.copies)
+    inputs, masks, measured = draw_batch(case, config)
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -154,7 +150,7 @@ def _kept_bytes(case: StepCase, samples: int) -> tuple[int, Masks]:
         model = Data2Vec(config).train()
         object.__setattr__(model.stem, "measure", lambda *_: measured)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with torch.autocast("cpu", torch.bfloat16), hooks, _forms_of_gpus():
+        with torch.autocast("cpu", torch.bfloat16), hooks, forms_of_gpus():
             out = model(inputs, masks=masks)
         own = _pieces([*model.parameters(), *model.buffers()])
         found = _pieces(kept)
@@ -162,8 +158,18 @@ def _kept_bytes(case: StepCase, samples: int) -> tuple[int, Masks]:
     return sum(size for piece, size in found.items() if piece not in own), masks
 
 
+def draw_batch(case: StepCase, config: Config) -> tuple[Tensor, Masks, Any]:
+    """Inputs, masks, and what the stem measures of the inputs: its checks read them, so they run before there are
+    tensors without memory."""
+    inputs = make_inputs(case, config, 0)
+    measured = _meta_model(config).stem.measure(inputs, None)
+    tokens = None if config.stem.modality == "vision" else measured[0]
+    masks = make_mask_sampler(config, tokens=tokens).draw(list(range(case.samples)), 0, copies=config.mask.copies)
+    return inputs, masks, measured
+
+
 @contextlib.contextmanager
-def _forms_of_gpus() -> Iterator[None]:
+def forms_of_gpus() -> Iterator[None]:
     """Meanwhile convolutions and norms take the forms that they have on GPUs, which keep more than those of CPUs."""
     with (
         mock.patch.object(layers, "_suits_products", return_value=False),

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -157,25 +158,67 @@ PRODUCTS = (
 """Parts of the names of operators and kernels that are matrix products, convolutions or attention."""
 
 
-def measure_operators(form: Form, batch: Any, steps: int = 2) -> dict[str, float]:
-    """Seconds a step inside products and outside them, and how many operators (CPU) or kernels (GPU) it launches.
+GROUPS = {
+    "attention": r"attention|flash",
+    "convolutions": r"conv",
+    "matrix products": r"^(mm|addmm|bmm|baddbmm|linear)_?$",
+    "norms": r"layer_norm|batch_norm|group_norm",
+    "dropout": r"dropout|bernoulli",
+    "optimiser and clipping": r"adamw|^_foreach|vector_norm",
+    "copies and casts": r"copy|clone|cat$|stack|pad|zero|fill|slice|select",
+    "sums": r"^(sum|mean)",
+}
+"""Groups of operators, by the first pattern that is in the name; what fits none is "element-wise"."""
+
+
+def group_of(operator: str, shapes: Sequence[Sequence[int]] = ()) -> str:
+    """Group of an operator, "aten::mm" for instance; this library's are named after themselves.
+
+    shapes: of its tensors; they tell whether a convolution has groups.
+    """
+    space, _, name = operator.rpartition("::")
+    group = next((g for g, pattern in GROUPS.items() if re.search(pattern, name)), "element-wise")
+    if space == "d2v" and group != "attention":
+        return name.strip("_").removesuffix("_backward")
+    first = 1 if "backward" in name else 0
+    if group == "convolutions" and len(shapes) > first + 1 and shapes[first + 1]:
+        return group if shapes[first][1] == shapes[first + 1][1] else f"grouped {group}"
+    return group
+
+
+def measure_operators(form: Form, batch: Any, steps: int = 2) -> dict[str, Any]:
+    """Seconds a step inside products and outside them, how many operators (CPU) or kernels (GPU) it launches, and
+    "groups": seconds of the operators of every group, on a GPU those of the kernels that they launch.
 
     From torch.profiler, whose own cost is inside; shares matter, not sums.
     """
     on_gpu = form.device.type == "cuda"
-    kinds = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=kinds) as profiler:
-        for _ in range(steps):
-            form.step(*batch)
-        synchronise(form.device)
     spent = {"products": 0.0, "outside": 0.0, "launches": 0.0}
-    for event in profiler.key_averages():
+    for event in _profile(form, batch, steps, by_kernel=on_gpu):
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
         if event.key.startswith("ProfilerStep") or not seconds:
             continue
         spent["launches"] += event.count
         spent["products" if any(part in event.key.lower() for part in PRODUCTS) else "outside"] += seconds
-    return {name: value / steps for name, value in spent.items()}
+    groups: dict[str, float] = {}
+    for event in _profile(form, batch, steps, by_kernel=False):
+        seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        if seconds and "::" in event.key and event.device_type == torch.autograd.DeviceType.CPU:
+            group = group_of(event.key, event.input_shapes)
+            groups[group] = groups.get(group, 0.0) + seconds / steps
+    return {**{name: value / steps for name, value in spent.items()}, "groups": groups}
+
+
+def _profile(form: Form, batch: Any, steps: int, by_kernel: bool) -> Any:
+    """Events of some steps: kernels by their names, or operators by name and shapes."""
+    on_gpu = form.device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
+    kinds += [] if by_kernel else [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, record_shapes=not by_kernel) as profiler:
+        for _ in range(steps):
+            form.step(*batch)
+        synchronise(form.device)
+    return profiler.key_averages(group_by_input_shape=not by_kernel)
 
 
 def measure_gpu_memory(form: Form, batch: Any) -> int:

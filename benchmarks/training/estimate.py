@@ -1,0 +1,297 @@
+"""A training step on paper: the kernels of an eager step, counted on tensors without memory, and what a GPU should need
+for them by assumed rates. Every time is an estimate; `benchmarks.step` prints measured ones beside it.
+
+A kernel is an operator with the shapes of its tensors. Counted are FLOPs of products, bytes of inputs and outputs, each
+once, and instructions where a kernel waits for them. Its time: the longer of the bytes' and of the rest's, and START
+for every launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from d2v import recipes
+from d2v.model import layers, teacher
+from d2v.model.data2vec import Data2Vec
+from d2v.train.flops import count_flops, find_peak
+
+from ..harness.record import RESULTS, read_rows
+from ..harness.report import markdown
+from ..scaling.estimate import LENGTHS, Cluster, draw_batch, forms_of_gpus
+from .cases import CPU, GPU, StepCase, make_config, shape_of
+from .forms import Form, group_of
+
+START, LIST = 2e-6, 32
+"""Seconds that a GPU loses between two kernels, and tensors that one launch over a list takes; both assumed."""
+SHARES = {"matrix products": 0.6, "attention": 0.3, "convolutions": 0.4, "grouped convolutions": 0.05}
+"""Of the peak, reached by products of a group; assumed. Groups of 24 to 48 channels fill a small part of a tile."""
+SCALARS = {"restore_tokens": 966, "gelu": 336, "gelu_backward_": 336, "layer_norm_gelu": 440,
+           "layer_norm_gelu_backward": 520, "average_layers": 327, "gather_tokens": 17}  # fmt: skip
+"""Warp instructions a KiB that is moved, counted in compiled code for sm_90 (Triton, CUDA)."""
+PAIRS = {"attention": (12, 20), "attention_backward": (24, 40)}
+"""Instructions of a thread for a pair of query and key besides products, and for its dropout; assumed."""
+LAUNCHES = {"native_layer_norm_backward": 3, "layer_norm_gelu_backward": 2, "attention_backward": 3,
+            "convolution_backward": 4, "linalg_vector_norm": 1 / LIST}  # fmt: skip
+"""Kernels of an operator, where not one; assumed."""
+SILENT = re.compile(r"view|^(t|detach|alias|(un)?squeeze|transpose|permute|unbind|select|slice|expand|(new_)?empty\w*|"
+                    r"split\w*|_record_function_\w+|device|scalar_tensor|as_strided)$")  # fmt: skip
+"""Operators that launch nothing."""
+WRITERS = re.compile(r"^(copy_|fill_|zero_|zeros|ones|full|randint|uniform_|normal_|bernoulli_|\w+_like)$")
+"""Their first tensor is not read."""
+TARGETS, LEAST_MFU = {"speech-base": 2600.0, "vision-base": 900.0}, 0.4
+"""Seconds of audio, images; a second, on one H200."""
+LONGEST = 12
+"""Kernels that are shown one by one."""
+
+
+@dataclass(frozen=True)
+class Machine(Cluster):
+    """A GPU; its `memory_rate` is 80 % of the quoted one, as in `Cluster`."""
+
+    issue: float = 132 * 4 * 1.98e9
+    """Warp instructions a second: multiprocessors, four schedulers each, the highest clock."""
+
+
+MACHINES = {  # From data sheets as commonly quoted: dense bfloat16 FLOP/s, bytes, bytes a second.
+    "h200": Machine(peak=find_peak("H200") or 0.0, memory=141e9, memory_rate=0.8 * 4.8e12),
+    "h100": Machine(),
+    "a100": Machine(peak=find_peak("A100") or 0.0, memory_rate=0.8 * 2.039e12, issue=108 * 4 * 1.41e9),
+    "b200": Machine(peak=find_peak("B200") or 0.0, memory=180e9, memory_rate=0.8 * 8e12, issue=148 * 4 * 1.85e9),
+    # A compute unit issues two times 32 lanes a cycle.
+    "mi300x": Machine(peak=1307.4e12, memory=192e9, memory_rate=0.8 * 5.3e12, issue=304 * 2 * 2.1e9),
+}
+
+
+@dataclass
+class Kernel:
+    """An operator with the shapes of its first tensors, and its counts in all calls of a step."""
+
+    group: str
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    calls: int = 1
+    flops: float = 0.0
+    bytes: float = 0.0
+    instructions: float = 0.0
+    launches: float = 1.0
+
+    def parts(self, machine: Machine) -> dict[str, float]:
+        """Seconds by what they are spent on."""
+        products = self.flops / (machine.peak * SHARES.get(self.group, 1.0))
+        return {"FLOPs": products, "instructions": self.instructions / machine.issue,
+                "bytes": self.bytes / machine.memory_rate, "launches": self.launches * START}  # fmt: skip
+
+    def seconds(self, machine: Machine) -> float:
+        """Of all calls; products and other instructions add up, because they share the schedulers."""
+        part = self.parts(machine)
+        return max(part["bytes"], part["FLOPs"] + part["instructions"]) + part["launches"]
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the kernels that operators stand for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: dict[Any, Kernel] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, name = func(*args, **(kwargs or {})), func._schema.name.split("::")[1]
+        if not SILENT.search(name):
+            self.add(func, name, args, _tensors((args, kwargs)), _tensors(result))
+        return result
+
+    def add(self, func: Any, name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """One call."""
+        shapes = tuple(tuple(x.shape) for x in inputs)
+        group = group_of(func._schema.name, shapes)
+        if group == "optimiser and clipping" and not outputs:  # lists, in place; of AdamW all but the gradients
+            outputs = _tensors((args[0], args[2:4]))
+        read, written = _bytes(inputs[1:] if WRITERS.match(name) else inputs), _bytes(outputs)
+        if name in ("embedding", "index", "index_select", "gather"):
+            read = min(read, 2.0 * written)  # only the rows that are asked for
+        moved, (flops, instructions) = read + written, _work(func, name, args, outputs)
+        instructions += SCALARS.get(name, 0) * moved / 1024.0
+        if "convolutions" in group:
+            moved *= 2.0  # the library may copy to the layout that it wants
+        launches = LAUNCHES.get(name, max(1, math.ceil(len(inputs) / LIST)))
+        self.count(Kernel(group, name, shapes[:4], 1, flops, moved, instructions, launches))
+
+    def count(self, one: Kernel) -> None:
+        """Adds a call to those of its kernel."""
+        kernel = self.kernels.setdefault((one.name, one.shapes), one)
+        if kernel is not one:
+            for part in ("calls", "flops", "bytes", "instructions", "launches"):
+                setattr(kernel, part, getattr(kernel, part) + getattr(one, part))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> float:
+    """What is expanded counts as it lies in memory."""
+    return float(sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in tensors))
+
+
+def _work(func: Any, name: str, args: Any, outputs: list[Tensor]) -> tuple[float, float]:
+    """FLOPs of products, a multiply-add as 2, without what attention computes again; and attention's instructions."""
+    backward = "backward" in name
+    if "attention" in name:  # d2v has (N,T,H,D), PyTorch (N,H,T,D)
+        (query, key), own = args[1:3] if backward else args[:2], name.startswith("attention")
+        plain, random = PAIRS["attention_backward" if backward else "attention"]
+        multiplied = query.numel() * key.shape[1 if own else 2]
+        lanes = multiplied / query.shape[-1] / 32.0
+        return (8.0 if backward else 4.0) * multiplied, lanes * (plain + random * (own and args[-2] > 0.0))
+    if name == "convolution_backward":  # PyTorch's count takes grouped weights for those without groups
+        grad, _, weight = args[:3]
+        return 2.0 * grad.shape[0] * math.prod(grad.shape[2:]) * weight.numel() * sum(args[-1][:2]), 0.0
+    count = flop_registry.get(func.overloadpacket)
+    return (float(count(*args, out_val=outputs[0])) if count else 0.0), 0.0
+
+
+# ---- the step
+
+
+def find_case(recipe: str) -> StepCase:
+    """The batch that `benchmarks.step` measures a recipe with, else its own micro-batch. `ValueError`: see the text."""
+    config = recipes.get(recipe)
+    if config.stem.positions == "relative":
+        raise ValueError(f"recipe: expected one without relative positions, got {recipe!r} (a fault of memory)")
+    own = StepCase(recipe, config.data.micro_batch or config.data.global_batch, LENGTHS[config.stem.modality])
+    return next((case for case in GPU + CPU if case.recipe == recipe), own)
+
+
+@contextlib.contextmanager
+def _on_paper() -> Iterator[None]:
+    """Tensors without memory; operators as on a GPU, though the tensors say that they are on a CPU."""
+
+    def cast(module: nn.Module, dtype: torch.dtype) -> None:  # `Module.to` cannot change tensors without memory
+        for part in module.modules():
+            if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                for name, p in list(part.named_parameters(recurse=False)):
+                    part.register_parameter(name, nn.Parameter(p.to(dtype), requires_grad=False))
+
+    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(x, p, True)[0] if training and p > 0.0 else x
+
+    with (
+        forms_of_gpus(),
+        mock.patch.object(layers.LayerNorm, "forward", lambda self, x: nn.LayerNorm.forward(self, x.float())),
+        mock.patch.object(F, "dropout", dropout),
+        mock.patch("torch.nn.init.trunc_normal_", lambda weight, **_: weight),  # it reads what it has drawn
+        mock.patch.object(Data2Vec, "to", lambda self, _: self),
+        mock.patch.multiple(teacher, _cast_products=cast),
+        mock.patch.multiple(teacher.Teacher, _versions=lambda self: (), update=lambda *_: None),  # they need addresses
+        FakeTensorMode(allow_non_fake_inputs=True),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # copying parameters asks for their addresses
+        yield
+
+
+def count_step(case: StepCase) -> tuple[list[Kernel], float]:
+    """Kernels of a bfloat16 step of the form `d2v`, and the FLOPs that the model needs (`d2v.train.flops`)."""
+    config = make_config(case, "bf16")
+    inputs, masks, measured = draw_batch(case, config)
+    with _on_paper():
+        form = Form("d2v", config, Data2Vec(config).state_dict(), torch.device("cpu"))
+        object.__setattr__(form.model.stem, "measure", lambda *_: measured)
+        form.step(inputs, masks)  # makes the optimiser's moments
+        with Recorder() as recorder:
+            form.step(inputs, masks)
+        averaged = sum(p.numel() for p in form.model.teacher.parameters())
+        copies = _bytes(p for part in form.model.teacher.working_parts().values() for p in part.parameters())
+        # In its own pass: reads average and student, writes the average and the working copy.
+        recorder.count(Kernel("update_ema", "update_ema_", ((averaged,),), bytes=12.0 * averaged + copies))
+    return list(recorder.kernels.values()), count_flops(config, shape_of(config, masks, case.samples, inputs.shape[-1]))
+
+
+# ---- the table
+
+
+def measured_groups(case: StepCase, machine: str) -> dict[str, float]:
+    """Group -> seconds of a step that was stored for this case on such a GPU; empty: none."""
+    rows = [row for name in ("step-cuda", "gpu") for row in read_rows(RESULTS / f"{name}.jsonl")]
+    found = [row["forms"]["d2v"].get("groups", {}) for row in rows if row.get("kind") == "step"
+             and row["case"] == case.name and machine in str(row["machine"].get("gpu")).lower()]  # fmt: skip
+    return found[-1] if found else {}
+
+
+def summarise(kernels: list[Kernel], machine: Machine) -> list[dict[str, Any]]:
+    """Counts and seconds of every group, the longest first; "bound": what most of it is spent on."""
+    lines = []
+    for group in dict.fromkeys(k.group for k in kernels):
+        own = [k for k in kernels if k.group == group]
+        line = {n: sum(getattr(k, n) for k in own) for n in ("calls", "launches", "flops", "bytes", "instructions")}
+        parts = {n: sum(k.parts(machine)[n] for k in own) for n in own[0].parts(machine)}
+        seconds = sum(k.seconds(machine) for k in own)
+        lines.append({"group": group, **line, "seconds": seconds, "bound": max(parts, key=lambda n: parts[n])})
+    return sorted(lines, key=lambda line: -line["seconds"])
+
+
+def estimate(name: str, recipe: str, as_json: bool = False) -> str:
+    """Tables of a recipe on a machine, or the same with every kernel as JSON. `ValueError`: unknown names."""
+    if name not in MACHINES:
+        raise ValueError(f"machine: expected one of {', '.join(MACHINES)}, got {name!r}")
+    machine, case = MACHINES[name], find_case(recipe)
+    (kernels, needed), measured = count_step(case), measured_groups(case, name)
+    lines = summarise(kernels, machine)
+    gpu, host = (sum(line[part] for line in lines) for part in ("seconds", "launches"))
+    seconds = max(gpu, host * machine.launch)
+    unit = {"vision": "images", "speech": "s of audio", "text": "tokens"}[case.modality]
+    rate, mfu = case.samples * (case.length or 1.0) / seconds, needed / seconds / machine.peak
+    result = {"estimate": True, "machine": name, "case": case.name, "rates": dataclasses.asdict(machine), "unit": unit,
+              "seconds": seconds, "a second": rate, "mfu": mfu, "groups": lines, "measured": measured}  # fmt: skip
+    if as_json:
+        return json.dumps({**result, "kernels": [vars(k) | {"seconds": k.seconds(machine)} for k in kernels]})
+    goals = [("MFU", mfu, LEAST_MFU, ".0%")]
+    if recipe in TARGETS and name == "h200":
+        goals.append((f"{unit} a second", rate, TARGETS[recipe], ",.0f"))
+    shares = ", ".join(f"{group} {share:.0%}" for group, share in SHARES.items())
+    return "\n".join([
+        f"ESTIMATE, no measurement: {case.name}, bfloat16, eager form d2v, one {name}.", "",
+        f"Assumed: {machine.peak / 1e12:.0f} TFLOP/s, of it {shares}; {machine.memory_rate / 1e12:.2f} TB/s; "
+        f"{machine.issue / 1e12:.2f} T warp instructions/s; {START * 1e6:g} us a kernel, of the host "
+        f"{machine.launch * 1e6:g}.", "", *_tables(lines, measured, kernels, machine), "",
+        f"Step {seconds * 1e3:.1f} ms (GPU {gpu * 1e3:.1f}, launches {host * machine.launch * 1e3:.1f}); needed: "
+        f"{needed / 1e12:.2f} TFLOP; {rate:,.0f} {unit} a second.",
+        *(f"{what} {value:{form}}: target {goal:{form}} {'' if value >= goal else 'NOT '}reached by this estimate."
+          for what, value, goal, form in goals),
+    ])  # fmt: skip
+
+
+def _tables(
+    lines: list[dict[str, Any]], measured: dict[str, float], kernels: list[Kernel], machine: Machine
+) -> list[str]:
+    """Groups, and the longest kernels."""
+    counts = {"GFLOP": ("flops", 1e9), "MB": ("bytes", 1e6), "M instructions": ("instructions", 1e6),
+              "ms, estimate": ("seconds", 1e-3)}  # fmt: skip
+    total, names = sum(line["seconds"] for line in lines), {line["group"] for line in lines}
+    rows = [[line["group"], line["calls"], f"{line['launches']:.0f}",
+             *(f"{line[n] / unit:.1f}" for n, unit in counts.values()), f"{line['seconds'] / total:.0%}", line["bound"],
+             f"{measured.get(line['group'], 0.0) * 1e3:.1f}"] for line in lines]  # fmt: skip
+    rows += [[n, *[""] * 8, f"{s * 1e3:.1f}"] for n, s in measured.items() if n not in names]
+    head = ["group", "calls", "launches", *counts, "share", "most of it", "ms, measured"]
+    keep = len(head) - (0 if measured else 1)
+    first = sorted(kernels, key=lambda k: -k.seconds(machine))[:LONGEST]
+    each = ([f"`{k.name}`", ", ".join("×".join(map(str, s)) for s in k.shapes[:3]), k.calls, f"{k.flops / 1e9:.1f}",
+             f"{k.bytes / 1e6:.1f}", f"{k.seconds(machine) * 1e3:.2f}"] for k in first)  # fmt: skip
+    longest = markdown(["longest kernels", "shapes", "calls", "GFLOP", "MB", "ms, estimate"], each)
+    return [markdown(head[:keep], (row[:keep] for row in rows)), "", longest]
