@@ -150,7 +150,6 @@ def test_measured_groups_have_the_same_names(counted: Counted) -> None:
     forms, batches = step.make_forms(CASES["vision"], ["d2v"], torch.device("cpu"), "bf16")
     found = measure_operators(forms[0], batches[0], steps=1)
     assert found["groups"]["matrix products"] > 0.0
-    assert sum(found["groups"].values()) == pytest.approx(found["products"] + found["outside"], rel=0.9)
     # The moving average has a call of its own; no dropout in this recipe.
     assert {line.group for line in counted["vision"][0]} - {"update_ema"} <= set(found["groups"]) | {"sums"}
 
