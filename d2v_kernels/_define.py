@@ -159,13 +159,31 @@ def _directly(schema: str, operator: Callable[..., R], body: Callable[..., R], g
         backward = staticmethod(gradient.backward)
 
     def call(*arguments: Any) -> Any:
-        if is_compiling() or not _is_plain(kinds, arguments):
+        if is_compiling():
+            return operator(*arguments)
+        if not _is_plain(kinds, arguments):
+            _check_types(schema, kinds, arguments)
             return operator(*arguments)
         if torch.is_grad_enabled() and any(type(t) in _TENSORS and t.requires_grad for t in arguments):
             return Direct.apply(*arguments)
         return body(*arguments)
 
     return call
+
+
+def _check_types(schema: str, kinds: Sequence[frozenset[type]], arguments: Sequence[Any]) -> None:
+    """One sentence for what is no tensor, and for tangents, which PyTorch would drop without a word."""
+    op = schema.split("(", 1)[0]
+    for i, (argument, allowed) in enumerate(zip(arguments, kinds, strict=False)):
+        if allowed & _TENSORS and not isinstance(argument, Tensor) and type(argument) not in allowed:
+            name = schema.partition("(")[2].split(", ")[i].split()[1].rstrip(")")
+            raise TypeError(f"{op}: {name}: expected a tensor, got {type(argument).__name__}")
+    if forward_ad._current_level >= 0:
+        tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(
+                f"{op}: expected tensors without tangents, got some: forward mode is not supported"
+            )
 
 
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))

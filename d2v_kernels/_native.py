@@ -86,7 +86,8 @@ def _not_built(name: str) -> str:
         return f"no file for this Python ({tag}) in {LIB}" if name == MODULE and not _files_for_this_python() else ""
     record = build_record()
     if not record:
-        return f"not built: {LIB} has no build record; install the package with pip from its sources"
+        where = f"not built: {LIB} has no build record; install the package with pip from its sources"
+        return f"{where}, or, where it is installed, start Python in another folder than that of the sources"
     reasons = record.get("missing", [])
     kind = {CUDA_LIBRARY: "CUDA library", MODULE: "pybind11 module"}.get(name, "")
     own = [r for r in reasons if kind and r.startswith(kind)]

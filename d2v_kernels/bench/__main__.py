@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 OF_FAMILIES = {name: value for family in FAMILIES.values() for name, value in family.options.items()}
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "shape": ("one or several shapes, as in 8,4,500,768 (default: the operator's of the list)", {"nargs": "+"}),
-    "dtype": (f"of {', '.join(DTYPES)}; one or several (default: fp32)", {"nargs": "+", "default": ["fp32"]}),
+    "dtype": (f"of {', '.join(DTYPES)}; several with commas between (default: fp32)", {"default": "fp32"}),
     "from": ("instead of operators and shapes: those that a training step of this recipe calls", {}),
     "samples": ("with --from: samples of its batch (default: 4)", {"type": int}),
     "length": ("with --from: seconds of audio (default: 5) or tokens of text (default: 512)", {"type": float}),
@@ -121,8 +121,10 @@ def list_cases(given: argparse.Namespace) -> Iterator[Case]:
     chosen = {name: value for name in OF_FAMILIES if (value := getattr(given, name)) is not None}
     recipe = vars(given)["from"]
     if recipe is not None:
-        if given.operators or given.shape or chosen or len(given.dtype) > 1:
-            refuse("--from: expected no operators, shapes, options of operators or second dtype beside it, got some")
+        found_beside = [*given.operators, *["--shape"] * bool(given.shape), *map(flag, chosen), *given.dtype[1:]]
+        if found_beside:
+            words = "no operators, shapes, options of operators or second dtype beside it"
+            refuse(f"--from: expected {words}, got {', '.join(found_beside)}")
         try:
             found = list(recipe_calls(recipe, given.samples or 4, given.length, DTYPES[given.dtype[0]]))
         except (ValueError, ModuleNotFoundError) as error:
@@ -135,7 +137,7 @@ def list_cases(given: argparse.Namespace) -> Iterator[Case]:
     names = list(FAMILIES) if given.operators == ["all"] else given.operators
     for op in names or [""]:
         if op not in FAMILIES:
-            refuse(f"operator: expected all or some of {', '.join(FAMILIES)}, got {op!r}")
+            refuse(f"operator: expected all or some of {', '.join(FAMILIES)}, got {repr(op) if op else 'none'}")
     for name in chosen:
         if not any(name in FAMILIES[op].options for op in names):
             takers = [op for op, family in FAMILIES.items() if name in family.options]
@@ -266,6 +268,7 @@ def run_case(case: Case, place: Place, given: argparse.Namespace, against: list[
 def main(arguments: list[str] | None = None) -> None:
     """See the module's text; ends with `SystemExit` where the status is not 0."""
     given = make_parser().parse_args(arguments)
+    given.dtype = given.dtype.split(",")
     for name in given.dtype:
         if name not in DTYPES:
             refuse(f"--dtype: expected some of {', '.join(DTYPES)}, got {name!r}")

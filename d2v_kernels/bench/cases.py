@@ -54,7 +54,7 @@ def eager_average(layers: Sequence[Tensor], norm: str, out_norm: str) -> Tensor:
 
 
 @family("average_layers", "K layers, B samples, T tokens, C channels", (8, 4, 500, 768), (3, 2, 20, 32),
-        norm=NORMS, out_norm=NORMS)  # fmt: skip
+        norm=("instance", "none", "layer", "batch"), out_norm=NORMS)  # fmt: skip
 def average(
     name: str, k: int, b: int, t: int, c: int, *, dtype: torch.dtype, goals: Goals, norm: str = "instance",
     out_norm: str = "none", tolerance: float = 2e-4,

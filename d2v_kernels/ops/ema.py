@@ -179,6 +179,15 @@ class EmaPlan:
         self._build()
         self.copies = dict(zip(self._names, self._copies, strict=False))
 
+    def __repr__(self) -> str:
+        numbers, kept = sum(t.numel() for t in self._averages), "in halves" if self._low is not None else ""
+        dtypes = ", ".join(sorted({check.dtype_name(t.dtype) for t in self._copies}))
+        more = kept or (f"copies in {dtypes}" if dtypes else "no copies")
+        return f"EmaPlan({len(self._averages)} tensors of {numbers} numbers, {more}, {self._backend})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("EmaPlan: expected state_dict() where it is copied or saved: it holds addresses of its tensors")
+
     @property
     def native(self) -> bool:
         """True when steps run through the native plan rather than the list operator."""

@@ -40,6 +40,7 @@ class Pairing:
         check.require(buffers in ("copy", "average", "ignore"), OP, "buffers", "copy, average or ignore", buffers)
         if not isinstance(copies, nn.Module | torch.dtype | None):
             raise TypeError(f"{OP}: copies: expected a dtype, a module or None, got {type(copies).__name__}")
+        check.require(teacher is not student, OP, "teacher", "another module than the student", "the same")
         self._modules = {"teacher": teacher, "student": student}
         if isinstance(copies, nn.Module):
             self._modules["copies"] = copies

@@ -61,6 +61,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         >>> hidden.grad.shape, weight.grad.shape
         (torch.Size([2, 5, 64]), torch.Size([16, 64]))
     """
+    check.strided("gelu_linear", x, weight, bias)
     place = x.device.type
     if torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place):
         dtype = torch.get_autocast_dtype(place)
@@ -132,9 +133,9 @@ def layer_norm_gelu(
         >>> layer_norm_gelu(frames, weight, bias).shape
         torch.Size([2, 100, 512])
     """
+    check.strided("layer_norm_gelu", x)
     if x.dim() < 1:
         raise ValueError("layer_norm_gelu: x: expected shape (..., C), got a 0-D tensor")
-    check.strided("layer_norm_gelu", x)
     x = check.side_by_side("layer_norm_gelu", "x", x)
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return _layer_norm_gelu(rows, weight, bias, eps).view(x.shape)

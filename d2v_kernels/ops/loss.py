@@ -55,10 +55,10 @@ def masked_regression_loss(
         >>> result.loss.item(), result.target_std.item() < 0.01
         (1.0, True)
     """
+    check.strided("masked_regression_loss", prediction, target)
     for name, t in (("prediction", prediction), ("target", target)):
         if t.dim() < 1:
             raise ValueError(f"masked_regression_loss: {name}: expected shape (..., C), got a 0-D tensor")
-    check.strided("masked_regression_loss", prediction, target)
     prediction = check.side_by_side("masked_regression_loss", "prediction", prediction)
     target = check.side_by_side("masked_regression_loss", "target", target)
     rows = _as_rows(prediction), _as_rows(target), prediction_rows, target_rows

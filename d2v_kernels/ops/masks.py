@@ -201,7 +201,7 @@ class MaskSampler:
     def _check_draw(self, sample_ids: Sequence[int] | Tensor, epoch: int, copies: int) -> tuple[Tensor, int, int]:
         op = "MaskSampler.draw"
         try:
-            ids = torch.as_tensor(sample_ids)
+            ids = torch.as_tensor(sample_ids, device=None if isinstance(sample_ids, Tensor) else "cpu")
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{op}: sample_ids: expected int64 numbers, got {sample_ids!r:.80} ({error})") from None
         if ids.numel() > 0 and (ids.dtype.is_floating_point or ids.dtype.is_complex or ids.device.type != "cpu"):

@@ -138,14 +138,41 @@ def test_the_schema_is_kept() -> None:
     index = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises((RuntimeError, TypeError, ValueError), match=r"(?i)expected"):
         gather_tokens(x, index, clones=2.0)  # type: ignore[arg-type]
-    for run in (
-        lambda: gelu_linear(x, x[0, 0], "bias"),
-        lambda: gelu(x.numpy()),
-        lambda: gather_tokens(x.numpy(), index),
-    ):
-        with pytest.raises(TypeError, match=r"expected (a tensor|tensors), got (str|ndarray)"):
-            run()
     assert torch.equal(layer_norm_gelu(x, eps=1), layer_norm_gelu(x, eps=1.0))
+
+
+ARRAY = torch.ones(1, 3, 4).numpy()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, i: gelu(ARRAY),
+        lambda x, i: gelu_linear(ARRAY, x[0]),
+        lambda x, i: gelu_linear(x, x[0], ARRAY),
+        lambda x, i: layer_norm_gelu(ARRAY),
+        lambda x, i: layer_norm_gelu(x, ARRAY),
+        lambda x, i: gather_tokens(ARRAY, i),
+        lambda x, i: gather_tokens(x, i.numpy()),
+        lambda x, i: restore_tokens(x, i[:1].numpy(), fill=x[0, 0]),
+        lambda x, i: masked_regression_loss(x, ARRAY),
+        lambda x, i: masked_regression_loss(x, x, i[0].numpy(), i[0]),
+        lambda x, i: average_layers([x, ARRAY]),
+        lambda x, i: dropout_add_layer_norm(x, x, ARRAY),
+        lambda x, i: attend(x[None], x[None], ARRAY[None]),
+    ],
+)
+def test_arrays_are_no_tensors(call: Callable[[Tensor, Tensor], object]) -> None:
+    with pytest.raises(TypeError, match=r"^\w+: .*expected (a tensor|tensors), got ndarray$"):
+        call(torch.randn(1, 3, 4), torch.zeros(2, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in ("attend", "average_layers")])
+def test_forward_mode_is_refused(name: str) -> None:
+    """PyTorch would drop the tangents without a word."""
+    x = torch.randn(2, 5, 8)
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"forward mode|setup_context|jvp|storage of TensorWrapper"):
+        torch.func.jvp(FUNCTIONS[name], (x,), (torch.ones_like(x),))
 
 
 def test_vmap_never_writes() -> None:

@@ -338,6 +338,16 @@ def test_a_cut_buffer_is_refused() -> None:
         plan.step(0.5)
 
 
+def test_what_is_printed_and_what_is_not_copied() -> None:
+    teacher, student = nn.Linear(2, 3), nn.Linear(2, 3)
+    plan = EmaPlan.from_modules(teacher, student, copies=torch.bfloat16)
+    assert repr(plan).startswith("EmaPlan(2 tensors of 9 numbers, copies in bfloat16, ")
+    with pytest.raises(TypeError, match=r"expected state_dict\(\) where it is copied or saved"):
+        copy.deepcopy(plan)
+    with pytest.raises(ValueError, match="teacher: expected another module than the student, got the same"):
+        EmaPlan.from_modules(student, student)
+
+
 # ---- shards
 
 
