@@ -171,7 +171,9 @@ def test_arrays_are_no_tensors(call: Callable[[Tensor, Tensor], object]) -> None
 def test_forward_mode_is_refused(name: str) -> None:
     """PyTorch would drop the tangents without a word."""
     x = torch.randn(2, 5, 8)
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"forward mode|setup_context|jvp|storage of TensorWrapper"):
+    with pytest.raises(
+        (NotImplementedError, RuntimeError), match=r"forward mode|setup_context|jvp|storage of TensorWrapper"
+    ):
         torch.func.jvp(FUNCTIONS[name], (x,), (torch.ones_like(x),))
 
 
