@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # soundfile 0.14.0 (libsndfile 1.2.2): the last block of ADPCM files.
 #
 # ADPCM is coded in blocks of so many samples; the last block is filled up. A WAV file says in its fact chunk how many
@@ -9,7 +9,7 @@
 #   the block with what was in its buffer, so that a piece of sound is heard twice.
 # PyAV 18.1.0 decodes as many samples; its duration of the MS ADPCM stream is 10,001.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" soundfile==0.14.0 av==18.1.0 numpy==2.4.6 cffi

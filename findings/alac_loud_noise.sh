@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # soundfile 0.14.0 (libsndfile 1.2.2): ALAC of noise at full scale. PyAV 18.1.0 reads the same files, to tell who errs.
 #
 # ALAC is lossless; blocks that do not get smaller are stored as they are. White noise at full scale has such blocks, in
@@ -9,7 +9,7 @@
 #   32 bits mono: all and none, so the file is right and only reading it is wrong.
 # A sine of half of the scale comes back whole in all of them.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" soundfile==0.14.0 av==18.1.0 numpy==2.4.6 cffi

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # PyAV 18.1.0: the length that a stream names and the samples that decoding it gives.
 #
 # One second of a tone, 48,000 samples, is encoded and decoded again by PyAV. Seen here:
@@ -9,7 +9,7 @@
 #   FLAC and ALAC in MP4: 48,000 and 48,000.
 # An index of lengths that was made from durations fits neither AAC nor Opus.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" av==18.1.0 numpy==2.4.6

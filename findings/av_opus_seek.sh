@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # PyAV 18.1.0: Ogg Opus read a second time, or from the middle.
 #
 # An Opus stream begins with samples to be dropped (pre-skip, 312 here), and RFC 7845 asks to decode 80 ms before the place
@@ -9,7 +9,7 @@
 #   what comes 80 to 100 ms later still differs by up to 0.24, what comes after 1 s by nothing.
 # Crops by seek therefore have to start earlier than the RFC says, and to be cut by time stamps, also at the beginning.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" av==18.1.0 numpy==2.4.6

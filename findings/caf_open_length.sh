@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # soundfile 0.14.0 (libsndfile 1.2.2): a Core Audio file (CAF) whose data chunk leaves its size open.
 #
 # Apple's specification lets the audio data chunk have the size -1, "unknown", where it is the last chunk of the file, so
@@ -7,7 +7,7 @@
 #   PyAV 18.1.0 reads all of them.
 # An AU file that leaves its size open (0xFFFFFFFF) is read by soundfile to its end.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" soundfile==0.14.0 av==18.1.0 numpy==2.4.6 cffi

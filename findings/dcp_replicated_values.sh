@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # torch 2.13.0: which rank's values torch.distributed.checkpoint saves of plain tensors.
 #
 # Plain tensors (no DTensor) count as equal on all ranks, and each is written by one of them. Seen here, two ranks with
@@ -9,7 +9,7 @@
 # So "rank 0 saves" does not hold: statistics, counters or random states that differ between ranks come back as a mixture,
 # which changes with the order of the dict and the sizes of its tensors.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" torch==2.13.0 numpy==2.4.6

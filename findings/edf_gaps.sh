@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # edfio 0.4.18: EDF+ recordings with gaps (EDF+D).
 #
 # In EDF+D each data record has its own time, and there may be gaps between them. Seen here, on twenty records of one
@@ -7,7 +7,7 @@
 #   at 90 s stands at 10 s; annotations keep their real times (92 s) and point behind the end;
 #   pyedflib 0.1.42 refuses it: "The file is discontinuous and cannot be read".
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" edfio==0.4.18 pyedflib==0.1.42 numpy==2.4.6

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # soundfile 0.14.0 (libsndfile 1.2.2): FLAC streams of other widths than 8, 16 and 24 bits.
 #
 # RFC 9639 has samples of 4 to 32 bits; 12, 20 and 32 bits even have a code of their own in each frame's header. Digitised
@@ -7,7 +7,7 @@
 #   8, 16 and 24 bits: read without an error in any bit;
 #   PyAV 18.1.0 reads every width without an error in any bit.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" soundfile==0.14.0 av==18.1.0 numpy==2.4.6 cffi

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # soundfile 0.14.0 (libsndfile 1.2.2): a FLAC stream whose header leaves the number of samples open.
 #
 # RFC 9639, section 8.2: 0 samples in STREAMINFO means that the number is unknown, as encoders that write into a pipe leave
@@ -8,7 +8,7 @@
 #   shorter block cannot be had this way, though its samples were decoded (a buffer that was filled before the call
 #   holds them after the error).
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" soundfile==0.14.0 numpy==2.4.6 cffi

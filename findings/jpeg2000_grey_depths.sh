@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Pillow 13.0.0: grey JPEG 2000 images of 10, 12 and 14 bits, and signed ones.
 #
 # Microscopes and scanners store 12 bits, losslessly. imagecodecs 2026.3.6 writes the files and reads them back whole.
@@ -7,7 +7,7 @@
 #   signed 16 bits come as unsigned ones, 32,768 larger.
 # Nothing in the image says by how much, so that thresholds and calibrations in the file's units do not fit any more.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" pillow==13.0.0 imagecodecs==2026.3.6 numpy==2.4.6

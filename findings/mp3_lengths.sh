@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # soundfile 0.14.0 (libsndfile 1.2.2): MP3 of a variable rate.
 #
 # The number of frames stands in the first, silent frame of an MP3 ("Xing"), if it stands anywhere: encoders that write into
@@ -9,7 +9,7 @@
 #   the onset, because soundfile seeks behind every read. With `file.seekable = lambda: False` they do not.
 # PyAV 18.1.0 decodes all of each.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" soundfile==0.14.0 av==18.1.0 numpy==2.4.6 cffi

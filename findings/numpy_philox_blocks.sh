@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # numpy 2.4.6: where Philox starts, and where `advance` leads.
 #
 # Philox4x64-10 (Salmon et al. 2011) makes block c of four numbers from counter c. Seen here, with key 0:
@@ -8,7 +8,7 @@
 #   one draw 7.
 # The blocks are compared with an implementation of the paper's few lines.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" numpy==2.4.6

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # numpy 2.4.6: different lists of numbers that are one seed.
 #
 # `np.random.default_rng([seed, epoch])` is the advised way to have a stream for each purpose (SeedSequence). The numbers
@@ -8,7 +8,7 @@
 #   from the fifth word on zeros count: [1, 2, 3, 4] and [1, 2, 3, 4, 0] are two streams;
 #   spawn_key keeps them apart: SeedSequence(7, spawn_key=(0,)) is none of these.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" numpy==2.4.6

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # numpy 2.4.6: draws of small integers depend on how they are split into calls.
 #
 # Generator.integers cuts numbers of 8 and 16 bits, and booleans, out of one word of 32 bits, and throws away the rest of
@@ -7,7 +7,7 @@
 #   uint8, uint16 and bool: other numbers each way.
 # A run that goes on in the middle of such draws, or draws a batch in other parts, has other numbers from there on.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" numpy==2.4.6

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # soundfile 0.14.0 (libsndfile 1.2.2): two Ogg streams one after the other in one file.
 #
 # RFC 3533, section 4, calls this chaining: a new logical stream may begin once the one before has ended. Recordings of
@@ -7,7 +7,7 @@
 #   info().frames is 16,000, and read() gives 16,000 samples and no error: the second stream is not there;
 #   PyAV 18.1.0 decodes both, 1.5 s of Opus (and as much of Vorbis, give or take a block at the ends).
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" soundfile==0.14.0 av==18.1.0 numpy==2.4.6 cffi

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # safetensors 0.8.0: NumPy arrays that are not in C order are written with their values in another order.
 #
 # `safetensors.numpy.save` and `save_file` take any array and raise for none of these; the torch side refuses tensors that
@@ -7,7 +7,7 @@
 #   arrays in C order, empty ones and big-endian ones come back as they were.
 # np.ascontiguousarray before saving is the remedy. Weights that are transposed for another framework are such views.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" safetensors==0.8.0 numpy==2.4.6

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # soxr 1.1.0: resampling of 16-bit samples adds noise (dither).
 #
 # The arrays that `soxr.resample` gives have the input's type, so that int16 must be rounded. Seen here, 48 to 16 kHz:
@@ -7,7 +7,7 @@
 #   a second run has the same noise: it is a function of the place, and two channels of one call have different noise.
 # What tells silence from sound by zeros (cutting, voice activity, masks of padding) stops working after it.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" soxr==1.1.0 numpy==2.4.6

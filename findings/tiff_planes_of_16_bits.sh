@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Pillow 13.0.0: 16-bit colour TIFFs whose planes are stored one after the other.
 #
 # TIFF has two orders of colour values (PlanarConfiguration): by pixel and by plane. Pillow gives 16-bit colour as 8-bit
@@ -7,7 +7,7 @@
 #   of a value become two pixels, and the second half of each plane is not read;
 #   by pixel, and by plane with zlib compression: the upper bytes, as they should be; 8 bits by plane: right.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" pillow==13.0.0 tifffile==2026.3.3 numpy==2.4.6

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Pillow 13.0.0: what grey TIFF values mean depends on their width.
 #
 # A grey TIFF says whether 0 is black or white (PhotometricInterpretation 1 or 0; scanners and X-ray devices use 0), and
@@ -8,7 +8,7 @@
 #   signed 16 bits and unsigned 32 bits where white is 0: refused;
 #   signed 8 bits: -128, -1, 0, 127 are read as 128, 255, 0, 127 (mode L), while signed 16 bits keep their sign.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" pillow==13.0.0 tifffile==2026.3.3 numpy==2.4.6

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # torch 2.13.0 on the CPU: sums over an index in bfloat16 stop at 256.
 #
 # bfloat16 has 8 bits: 256 + 1 is 256. Sums therefore need a wider sum inside. Seen here, 1,000 ones added up:
@@ -7,7 +7,7 @@
 #   accumulate, and segment_reduce: 256.
 # In a model in bfloat16 the frequent tokens get too small a gradient, and picking rows in two ways has two gradients.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" torch==2.13.0 numpy==2.4.6

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # torch 2.13.0: what a seed and a length mean for the CPU generator.
 #
 # Seeds have 64 bits. Seen here:
@@ -8,7 +8,7 @@
 #   the length is no multiple of 16, the last 16 are drawn anew. randn(32)[:16] is randn(16).
 # Noise that is to be the same in a larger batch, or after a batch was cut, has to be drawn apart.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" torch==2.13.0 numpy==2.4.6

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # torch 2.13.0 on the CPU: group_norm of one tensor in two memory formats.
 #
 # Values are the same, only the strides differ. Seen here, float32 standard normal values (2, 32, 16, 16) in 2 groups with
@@ -7,7 +7,7 @@
 #   channels_last: 0.4 at 1,000, 1,363 at 10,000: the variance is lost, as in E[x^2] - E[x]^2.
 # layer_norm and batch_norm of the same channels_last tensor stay at or below 0.01.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" torch==2.13.0 numpy==2.4.6

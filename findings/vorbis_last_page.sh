@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # soundfile 0.14.0 (libsndfile 1.2.2): reading Ogg Vorbis from a place near the end of the file.
 #
 # Seen here, on 40,000 samples of noise at 16 kHz, encoded by soundfile itself; the last page holds those from 28,288 on:
@@ -6,7 +6,7 @@
 #   for 39,000 it gives 1,000 samples, but those from 39,192 on, with others behind them.
 # Reading from the beginning and dropping what comes before gives the slice.
 # Ends with 0 while this is so, with 1 when it has changed.
-set -euo pipefail
+set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m pip install --quiet --disable-pip-version-check --target "$folder/site" soundfile==0.14.0 numpy==2.4.6 cffi

@@ -105,7 +105,8 @@ def test_probe_prints_a_table_and_one_json_line(run: Path, images: Path, capsys:
     for key in ("linear_probe", "knn", "few_label"):
         assert set(result[key]) == {"pretrained", *names}
         assert all(0.0 <= v <= 1.0 for v in result[key].values())
-    assert [line.split()[0] for line in lines[2:-1]] == ["pretrained", *names]
+    assert [line.split()[0] for line in lines[-6:-1]] == ["pretrained", *names]
+    assert sum("cut to the middle" in line for line in lines[:-6]) == 2  # of both sets, which are not square
     inside = next((run / "checkpoints").iterdir())
     assert probe(str(inside), str(images), str(images), draws=1, device="cpu")["weights"] == "teacher"
     assert not (inside / "probe.json").exists()
