@@ -75,9 +75,13 @@ def shape(op: str, name: str, t: Tensor, expected: Sequence[int]) -> None:
 
 def unit_stride(op: str, name: str, t: Tensor) -> None:
     """Numbers of the last dimension lie side by side."""
-    # A tensor without elements, or of width 1, has no meaningful last stride.
-    if t.shape[-1] > 1 and t.stride(-1) != 1 and t.numel() > 0:
+    if _lies_apart(t):
         fail(op, f"last stride of {name}", 1, f"strides {t.stride()}")
+
+
+def _lies_apart(t: Tensor) -> bool:
+    # A tensor without elements, or of width 1, has no meaningful last stride.
+    return t.shape[-1] > 1 and t.stride(-1) != 1 and t.numel() > 0
 
 
 def contiguous(op: str, name: str, t: Tensor) -> None:
@@ -172,7 +176,7 @@ def side_by_side(op: str, name: str, t: Tensor) -> Tensor:
     time: its caller would have to write the same copy."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name}: expected a tensor, got {type(t).__name__}")
-    if t.layout != torch.strided or t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1 or t.numel() == 0:
+    if t.layout != torch.strided or t.dim() == 0 or not _lies_apart(t):
         return t
     if not torch.compiler.is_compiling() and (op, name) not in _noted:
         _noted.add((op, name))

@@ -147,7 +147,8 @@ def define(
 def _directly(schema: str, operator: Callable[..., R], body: Callable[..., R], gradient: Gradient) -> Callable[..., R]:
     """The operator for callers in Python: where nothing but autograd could stand between a call and its body, past
     PyTorch's dispatcher, which takes longer on the host than a small call itself."""
-    kinds = [_KINDS[argument.split()[0]] for argument in schema.partition("(")[2].partition(")")[0].split(", ")]
+    op, _, declared = schema.partition(")")[0].partition("(")
+    kinds, names = zip(*((_KINDS[kind], name) for kind, name in map(str.split, declared.split(", "))), strict=True)
 
     class Direct(torch.autograd.Function):
         @staticmethod
@@ -162,7 +163,7 @@ def _directly(schema: str, operator: Callable[..., R], body: Callable[..., R], g
         if is_compiling():
             return operator(*arguments)
         if not _is_plain(kinds, arguments):
-            _check_types(schema, kinds, arguments)
+            _check_types(op, names, kinds, arguments)
             return operator(*arguments)
         if torch.is_grad_enabled() and any(type(t) in _TENSORS and t.requires_grad for t in arguments):
             return Direct.apply(*arguments)
@@ -171,24 +172,19 @@ def _directly(schema: str, operator: Callable[..., R], body: Callable[..., R], g
     return call
 
 
-def _check_types(schema: str, kinds: Sequence[frozenset[type]], arguments: Sequence[Any]) -> None:
+def _check_types(op: str, names: Sequence[str], kinds: Sequence[frozenset[type]], arguments: Sequence[Any]) -> None:
     """One sentence for what is no tensor, and for tangents, which PyTorch would drop without a word."""
-    op = schema.split("(", 1)[0]
-    for i, (argument, allowed) in enumerate(zip(arguments, kinds, strict=False)):
+    for name, argument, allowed in zip(names, arguments, kinds, strict=False):
         if allowed & _TENSORS and not isinstance(argument, Tensor) and type(argument) not in allowed:
-            name = schema.partition("(")[2].split(", ")[i].split()[1].rstrip(")")
             raise TypeError(f"{op}: {name}: expected a tensor, got {type(argument).__name__}")
-    if forward_ad._current_level >= 0:
-        tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
-        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            raise NotImplementedError(
-                f"{op}: expected tensors without tangents, got some: forward mode is not supported"
-            )
+    leaves = tree_leaves(arguments) if forward_ad._current_level >= 0 else []
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in leaves):
+        raise NotImplementedError(f"{op}: expected tensors without tangents, got some: forward mode is not supported")
 
 
-_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_TENSORS, _LISTS = frozenset((Tensor, torch.nn.Parameter)), frozenset((list, tuple))
 _KINDS: dict[str, frozenset[type]] = {
-    "Tensor": _TENSORS, "Tensor?": _TENSORS | {type(None)}, "Tensor[]": frozenset((list, tuple)),
+    "Tensor": _TENSORS, "Tensor?": _TENSORS | {type(None)}, "Tensor[]": _LISTS,
     "int": frozenset((int,)), "SymInt": frozenset((int,)), "float": frozenset((float,)), "bool": frozenset((bool,)),
     "str": frozenset((str,)), "ScalarType": frozenset((torch.dtype,)),
 }  # fmt: skip
@@ -205,15 +201,15 @@ def _is_plain(kinds: Sequence[frozenset[type]], arguments: Sequence[Any]) -> boo
         kind = type(argument)
         if kind not in allowed:
             return False
-        if kind in _TENSORS:
-            if argument.is_neg() or not (argument.is_cpu or argument.is_cuda):
-                return False
-        elif kind is list or kind is tuple:
-            if any(type(t) not in _TENSORS or t.requires_grad for t in argument):
-                return False
-            if not _is_plain([_TENSORS] * len(argument), argument):
-                return False
+        if kind in _TENSORS and not _holds_numbers(argument):
+            return False
+        if kind in _LISTS and any(not _holds_numbers(t) or t.requires_grad for t in argument):
+            return False
     return True
+
+
+def _holds_numbers(t: Tensor) -> bool:
+    return type(t) in _TENSORS and not t.is_neg() and (t.is_cpu or t.is_cuda)
 
 
 def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
