@@ -95,14 +95,15 @@ def _rows(x: Tensor) -> Tensor:
 
 def _reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, eps: float
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     compute, outputs = check.compute_dtype(x.dtype), weight.shape[0]
     if x.numel() == 0:  # PyTorch refuses a grid that is smaller than the kernel
         return x.new_empty((*x.shape[:-1], outputs)), x.new_empty((*x.shape[:-1], outputs))
     convolve = F.conv1d if x.dim() == 3 else F.conv2d
     taps, shift = weight.to(x.dtype).to(compute), None if bias is None else bias.to(compute)
     groups, padding = x.shape[-1] // weight.shape[1], _padding(weight)
-    y = convolve(x.to(compute).movedim(-1, 1), taps, shift, padding=padding, groups=groups)
+    with torch.autocast(x.device.type, enabled=False):
+        y = convolve(x.to(compute).movedim(-1, 1), taps, shift, padding=padding, groups=groups)
     for axis in range(2, y.dim()):  # an even kernel gives one position too many
         y = y.narrow(axis, 0, x.shape[axis - 1])
     y = y.movedim(1, -1).to(x.dtype).contiguous()
@@ -147,10 +148,10 @@ def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 _conv_layer_norm_gelu = define(
     "conv_layer_norm_gelu(Tensor x, Tensor weight, Tensor? bias, bool residual, float eps) -> (Tensor, Tensor)",
-    _shape, _reference, Gradient(_gradient, _setup), triton="convolution",
+    _shape, _reference, Gradient(_gradient, _setup), triton="convolution", native=False,
 )  # fmt: skip
 _conv_layer_norm_gelu_backward = define(
     "conv_layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor? bias, bool residual,"
     " float eps) -> (Tensor, Tensor, Tensor)",
-    _backward_shape, _backward_reference, triton="convolution",
+    _backward_shape, _backward_reference, triton="convolution", native=False,
 )  # fmt: skip

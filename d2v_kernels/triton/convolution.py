@@ -32,6 +32,8 @@ PROGRAMS = 1024
 LEAST_ROWS = 1024
 """Of a part: the sums of one cost as much to write and read as 64 rows."""
 
+_FAR = tl.constexpr(1 << 30)
+
 
 @dataclass(frozen=True)
 class ConvolutionTile:
@@ -63,7 +65,7 @@ def weights_tile(columns: int, outputs: int, element_size: int) -> ConvolutionTi
     block = min(most, power_of_two(columns, 16))
     if element_size == 4:
         return ConvolutionTile(32, block, width, 4, 1)
-    return ConvolutionTile(64, block, width, 8 if block * width > 8192 else 4, 2)
+    return ConvolutionTile(64, block, width, 8 if block == most else 4, 2)
 
 
 @triton.jit
@@ -77,13 +79,14 @@ def _load_windows(
     """
     tap, c = q // IN, q % IN
     down, across = SIGN * (tap // KW - KH // 2), SIGN * (tap % KW - KW // 2)
-    # Below 0 is a large unsigned number.
-    mask = inside[:, None] & (q < KH * KW * IN)[None, :]
-    mask &= ((place // WIDTH)[:, None] + down[None, :]).to(tl.uint32) < height.to(tl.uint32)
-    if KW > 1:
-        mask &= ((place % WIDTH)[:, None] + across[None, :]).to(tl.uint32) < WIDTH
     step = (down.to(tl.int64) * WIDTH + across) * (GROUPS * IN) + c
     rows = r.to(tl.int64) * (GROUPS * IN)
+    # One comparison an axis: below 0 is a large unsigned number, and what lies behind the end is put far away.
+    row = tl.where(inside, place // WIDTH, _FAR)
+    down = tl.where(q < KH * KW * IN, down, _FAR)
+    mask = (row[:, None] + down[None, :]).to(tl.uint32) < height.to(tl.uint32)
+    if KW > 1:
+        mask &= ((place % WIDTH)[:, None] + across[None, :]).to(tl.uint32) < WIDTH
     return tl.load(x + (rows[:, None] + step[None, :]), mask=mask, other=0.0, cache_modifier=".ca")
 
 
@@ -159,8 +162,8 @@ class _Call:
         self.outputs, self.narrow = weight.shape[:2]
         self.groups = x.shape[-1] // self.narrow
         self.taps = weight.shape[2:].numel()
-        if self.rows >= 1 << 31:
-            raise ValueError(f"conv_layer_norm_gelu: tokens of x: expected less than 2^31, got {self.rows}")
+        if self.rows >= _FAR.value // 2:
+            raise ValueError(f"conv_layer_norm_gelu: tokens of x: expected less than 2^29, got {self.rows}")
         self.flags = {"WIDTH": x.shape[2] if x.dim() == 4 else 1, "KH": weight.shape[2],
                       "KW": weight.shape[3] if x.dim() == 4 else 1, "GROUPS": self.groups}  # fmt: skip
 
