@@ -3,6 +3,7 @@
 from . import _define, _native
 from . import triton as _triton
 from .ops.attention import Alibi, alibi_slopes, attend
+from .ops.convolution import conv_layer_norm_gelu
 from .ops.ema import EmaPlan, merge_ema_state, split_ema_state, update_ema_
 from .ops.gelu import gelu, gelu_linear, layer_norm_gelu
 from .ops.layers import average_layers
@@ -31,6 +32,7 @@ __all__ = [
     "alibi_slopes",
     "attend",
     "average_layers",
+    "conv_layer_norm_gelu",
     "dropout_add_layer_norm",
     "gather_tokens",
     "gelu",

@@ -226,13 +226,13 @@ def _backward_in_place_reference(grad: Tensor, x: Tensor) -> Tensor:
     return y
 
 
-def _norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def normed_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     normal, _ = standardise_rows(x.to(check.compute_dtype(x.dtype)), eps)
     z = affine(normal, weight, bias)
     return (z * _normal_cdf(z)).to(x.dtype).contiguous()
 
 
-def _norm_backward_reference(
+def normed_gelu_gradient(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = check.compute_dtype(x.dtype)
@@ -269,12 +269,12 @@ def _norm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _layer_norm_gelu = define(
     "layer_norm_gelu(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-    _norm_shape, _norm_reference, Gradient(_norm_gradient, _norm_setup), triton="gelu",
+    _norm_shape, normed_gelu, Gradient(_norm_gradient, _norm_setup), triton="gelu",
 )  # fmt: skip
 _layer_norm_gelu_backward = define(
     "layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor, Tensor, Tensor)",
-    _norm_backward_shape, _norm_backward_reference, triton="gelu",
+    _norm_backward_shape, normed_gelu_gradient, triton="gelu",
 )  # fmt: skip
 _gelu = define("gelu(Tensor x) -> Tensor", _shape, _reference, Gradient(_gradient, _setup), triton="gelu")
 _gelu_backward = define(

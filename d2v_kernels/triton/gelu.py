@@ -46,8 +46,8 @@ def _normal_cdf(z):
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    x, weight, bias, out, rows, channels, x_row, eps,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, weight, bias, added, out, rows, channels, x_row, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_ADDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     c = tl.arange(0, BLOCK_C)[None, :]
@@ -55,13 +55,17 @@ def _forward_kernel(
     values = tl.load(x + r * x_row + c, mask=mask, other=0.0).to(tl.float32)
     z, _ = standardised(values, mask, channels, eps, 1)
     z = _affine(z, weight, bias, c, c < channels, HAS_WEIGHT, HAS_BIAS)
-    tl.store(out + r * channels + c, rounded(z * _normal_cdf(z), out.dtype.element_ty), mask=mask)
+    y = z * _normal_cdf(z)
+    if HAS_ADDED:
+        y += tl.load(added + r * channels + c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + r * channels + c, rounded(y, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "per_split"])
 def _backward_kernel(
-    grad, x, weight, bias, out, weight_sums, bias_sums, rows, per_split, channels, grad_row, x_row, eps,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad, x, weight, bias, out, weight_sums, bias_sums, shift_sums, rows, per_split, channels, grad_row, x_row, eps,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
@@ -70,6 +74,7 @@ def _backward_kernel(
     end = tl.minimum(rows, (split + 1) * per_split)
     weight_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     bias_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    shift_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for start in range(split * per_split, end, BLOCK_R):
         r = start + lane
         mask = (r < end) & inside
@@ -87,11 +92,16 @@ def _backward_kernel(
             g = g * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
         g_mean = tl.sum(g, 1, keep_dims=True) / channels
         dot = tl.sum(g * normal, 1, keep_dims=True) / channels
-        tl.store(out + r * channels + c, rounded((g - g_mean - normal * dot) * scale, out.dtype.element_ty), mask=mask)
+        g = (g - g_mean - normal * dot) * scale
+        if HAS_SHIFT:
+            shift_sum += g
+        tl.store(out + r * channels + c, rounded(g, out.dtype.element_ty), mask=mask)
     if HAS_WEIGHT:
         tl.store(weight_sums + split * channels + c, tl.sum(weight_sum, 0, keep_dims=True), mask=inside)
     if HAS_BIAS:
         tl.store(bias_sums + split * channels + c, tl.sum(bias_sum, 0, keep_dims=True), mask=inside)
+    if HAS_SHIFT:
+        tl.store(shift_sums + split * channels + c, tl.sum(shift_sum, 0, keep_dims=True), mask=inside)
 
 
 @triton.jit
@@ -149,6 +159,13 @@ def _backward_into(out: Tensor, grad: Tensor, x: Tensor) -> Tensor:
 
 
 def layer_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return normed_gelu(x, weight, bias, None, eps)
+
+
+def normed_gelu(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, added: Tensor | None, eps: float
+) -> Tensor:
+    """layer_norm_gelu, plus a contiguous tensor of that shape if given."""
     rows, channels = x.shape
     out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -156,33 +173,45 @@ def layer_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     tile = row_tile(channels)
     with on_device(x):
         _forward_kernel[(divide_up(rows, tile.rows),)](
-            x, x if weight is None else weight, x if bias is None else bias, out, rows, channels, x.stride(0), eps,
-            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **tile.options,
+            *_or(x, weight, bias, added), out, rows, channels, x.stride(0), eps, HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None, HAS_ADDED=added is not None, **tile.options,
         )  # fmt: skip
     return out
+
+
+def _or(x: Tensor, *given: Tensor | None) -> list[Tensor]:
+    """x, and x for pointers that are not used."""
+    return [x, *(x if t is None else t for t in given)]
 
 
 def layer_norm_gelu_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return normed_gelu_backward(grad, x, weight, bias, None, eps)[:3]
+
+
+def normed_gelu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, and of a vector `shift` that was added to all rows of x; shape (0,) for None."""
     rows, channels = x.shape
     out = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
-    affine = [torch.empty((0,) if t is None else (channels,), dtype=(x if t is None else t).dtype, device=x.device)
-              for t in (weight, bias)]  # fmt: skip
+    vectors = (weight, bias, shift)
+    results = [torch.empty((0,) if t is None else (channels,), dtype=(x if t is None else t).dtype, device=x.device)
+               for t in vectors]  # fmt: skip
     if out.numel() == 0:
-        return out, affine[0].zero_(), affine[1].zero_()
+        return out, results[0].zero_(), results[1].zero_(), results[2].zero_()
     tile = backward_tile(channels)
     per_split = rows_per_split(rows, tile, GELU_SPLITS, blocks=4)
     splits = divide_up(rows, per_split)
     sums = [out if t is None else torch.empty((splits, channels), dtype=torch.float32, device=x.device)
-            for t in (weight, bias)]  # fmt: skip
+            for t in vectors]  # fmt: skip
     with on_device(x):
         _backward_kernel[(splits,)](
-            grad, x, x if weight is None else weight, x if bias is None else bias, out, *sums, rows, per_split,
-            channels, grad.stride(0), x.stride(0), eps, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-            **tile.options,
+            grad, *_or(x, weight, bias), out, *sums, rows, per_split, channels, grad.stride(0), x.stride(0), eps,
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, HAS_SHIFT=shift is not None, **tile.options,
         )  # fmt: skip
-        for t, part, result in zip((weight, bias), sums, affine, strict=True):
+        for t, part, result in zip(vectors, sums, results, strict=True):
             if t is not None:
                 column_sums(part, result)
-    return out, affine[0], affine[1]
+    return out, results[0], results[1], results[2]
