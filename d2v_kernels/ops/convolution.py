@@ -148,10 +148,10 @@ def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 _conv_layer_norm_gelu = define(
     "conv_layer_norm_gelu(Tensor x, Tensor weight, Tensor? bias, bool residual, float eps) -> (Tensor, Tensor)",
-    _shape, _reference, Gradient(_gradient, _setup), triton="convolution", native=False,
+    _shape, _reference, Gradient(_gradient, _setup), triton="convolution",
 )  # fmt: skip
 _conv_layer_norm_gelu_backward = define(
     "conv_layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor? bias, bool residual,"
     " float eps) -> (Tensor, Tensor, Tensor)",
-    _backward_shape, _backward_reference, triton="convolution", native=False,
+    _backward_shape, _backward_reference, triton="convolution",
 )  # fmt: skip
