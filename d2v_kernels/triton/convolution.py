@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention import dot
 from .gelu import normed_gelu, normed_gelu_backward
-from .runtime import OPTIONS, column_sums, divide_up, dot, on_device, power_of_two, rounded
+from .runtime import OPTIONS, column_sums, divide_up, on_device, power_of_two, rounded
 
 PROGRAMS = 1024
 """Of the weight's gradient, at most twice as many: about 4 of its parts on each of an H200's SMs at a time."""
