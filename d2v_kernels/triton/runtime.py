@@ -117,20 +117,6 @@ def rounded(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, TYPE: tl.constexpr):
-    """Product of operands in TYPE, float32 accumulation; the interpreter cannot multiply bfloat16.
-
-    float32 operands are split in three tensor floats: about float32's accuracy, on the tensor cores; AMD's multiply
-    float32 itself.
-    """
-    if a.dtype != TYPE:
-        a = rounded(a, TYPE)
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
 def standardised(x, mask, count, eps, AXIS: tl.constexpr):
     """(x - mean) / sqrt(var + eps) over the masked part of an axis, 0 elsewhere, and 1 / sqrt(var + eps).
 
