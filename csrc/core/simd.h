@@ -341,8 +341,22 @@ D2V_INLINE Vec<A> load_part(const T* p, int n) {
 }
 template <class A, class T>
 D2V_INLINE void store_part(T* p, Vec<A> v, int n) {
+#if defined(__AVX512F__)
+  if (sizeof(A) == 4 && sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << n) - 1), bit_cast<__m512i>(v));
+    return;
+  }
+#endif
   T whole[kLanes<A>];
   store<A>(whole, v);
+#if defined(__AVX512F__)
+  if (sizeof(A) == 4 && sizeof(T) == 2) {
+    __m256i h;
+    memcpy(&h, whole, sizeof(T) == 2 ? sizeof(h) : 0);
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), h);
+    return;
+  }
+#endif
   memcpy(p, whole, static_cast<size_t>(n) * sizeof(T));
 }
 
