@@ -40,7 +40,8 @@ def make_positions(config: Config) -> Positions:
         return RelativePositions(encoder, stem.grid)
     if stem.positions == "conv":
         seen = "positions-see-padding" in config.published
-        return ConvPositions(stem, encoder, zero_input=config.version == 1 or not seen, zero_between=not seen)
+        zeros = {"zero_input": config.version == 1 or not seen, "zero_between": not seen}
+        return ConvPositions(stem, encoder, **zeros, fused=config.run.fuses_convolutions)
     if stem.positions == "none":
         return Positions(encoder)
     if stem.modality == "vision":
