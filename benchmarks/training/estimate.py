@@ -50,8 +50,8 @@ SCALARS = {"restore_tokens": 966, "gelu": 336, "gelu_backward_": 336, "layer_nor
 """Warp instructions a KiB that is moved, counted in compiled code for sm_90 (Triton, CUDA)."""
 PAIRS = {"attention": (12, 20), "attention_backward": (24, 40)}
 """Instructions of a thread for a pair of query and key besides products, and for its dropout; assumed."""
-LAUNCHES = {FUSED: 3, f"{FUSED}_backward": 7, "native_layer_norm_backward": 3, "layer_norm_gelu_backward": 2, "attention_backward": 3,
-            "convolution_backward": 4, "linalg_vector_norm": 1 / LIST}  # fmt: skip
+LAUNCHES = {FUSED: 3, f"{FUSED}_backward": 7, "native_layer_norm_backward": 3, "layer_norm_gelu_backward": 2,
+            "attention_backward": 3, "convolution_backward": 4, "linalg_vector_norm": 1 / LIST}  # fmt: skip
 """Kernels of an operator, where not one; assumed."""
 SILENT = re.compile(r"view|^(t|detach|alias|(un)?squeeze|transpose|permute|unbind|select|slice|expand|(new_)?empty\w*|"
                     r"split\w*|_record_function_\w+|device|scalar_tensor|as_strided)$")  # fmt: skip

@@ -171,9 +171,8 @@ class Run:
     one graph, from the stem to the loss with the teacher in it: quicker where the calls between the blocks count, and
     slower to compile; in one process, without layer drop."""
     convolution: Literal["auto", "library", "fused"] = setting("auto", free=True, rare=True)
-    """Grouped convolutions of the decoder and of speech's positions, each with its norm, GELU and residual. library:
-    PyTorch's (cuDNN, oneDNN); fused: one operator of d2v_kernels, Triton on GPUs, not measured there yet; auto: at
-    present the library's."""
+    """Grouped convolutions of decoder and speech positions. library: PyTorch's (cuDNN, oneDNN), then norm, GELU and
+    residual; fused: all in one operator, Triton's on GPUs, which is not measured there yet; auto: the library's."""
     teacher_graph: bool = setting(False, free=True, rare=True)
     """Run the teacher as a CUDA graph: on GPUs, with ddp, without compile, for batches without padding."""
     activation_checkpointing: bool = setting(False, free=True)
@@ -192,11 +191,6 @@ class Run:
     """Limit on prediction_std; 0 turns the collapse rule off."""
     collapse_content_spread: float = setting(0.01, free=True, rare=True)
     """Limit on content_spread; 0 turns the collapse rule off."""
-
-    @property
-    def fuses_convolutions(self) -> bool:
-        """Whether grouped convolutions are one operator with norm, GELU and residual."""
-        return self.convolution == "fused"
 
     @property
     def last(self) -> int:

@@ -103,8 +103,8 @@ class Data2Vec(nn.Module):
         self.head: RegressionHead | None = None
         self.mask_token: nn.Parameter | None = None
         if config.version == 2:
-            dims, fused = 2 if config.stem.modality == "vision" else 1, config.run.fuses_convolutions
-            self.decoder = ConvDecoder(config.decoder, width, dims, fused)
+            dims = 2 if config.stem.modality == "vision" else 1
+            self.decoder = ConvDecoder(config.decoder, width, dims, config.run.convolution)
         else:
             self.head = RegressionHead(config.head, width)
             if config.stem.modality != "text":

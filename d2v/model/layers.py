@@ -72,9 +72,10 @@ def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     return (y[:, :-1] if surplus else y).contiguous()
 
 
-def fused_layer(conv: nn.Conv1d | nn.Conv2d, x: Tensor, residual: bool = False) -> Tensor:
+def fused_layer(conv: nn.Module, x: Tensor, residual: bool = False) -> Tensor:
     """GELU of a layer norm of a convolution of x (B,T,C) or (B,H,W,C), plus x if wanted, as one operator; the
     convolution has stride 1 and keeps the size of the grid."""
+    assert isinstance(conv, (nn.Conv1d, nn.Conv2d))
     return conv_layer_norm_gelu(x, conv.weight, conv.bias, residual=residual, eps=NORM_EPS)
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import INTERPRETED, OPTIONS, PRECISION, column_sums, divide_up, on_device, power_of_two, rounded
+from .runtime import OPTIONS, column_sums, divide_up, dot, on_device, power_of_two, rounded
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -53,20 +53,6 @@ def attention_tile(kernel: str, width: int, element_size: int) -> AttentionTile:
         "dkdv": (64, 32, 8) if narrow else (32, 64, 8),
     }[kernel]
     return AttentionTile(queries, keys, channels, warps, 2)
-
-
-@triton.jit
-def dot(a, b, TYPE: tl.constexpr):
-    """Product of operands in TYPE, float32 accumulation; the interpreter cannot multiply bfloat16.
-
-    float32 operands are split in three tensor floats: about float32's accuracy, on the tensor cores; AMD's multiply
-    float32 itself.
-    """
-    if a.dtype != TYPE:
-        a = rounded(a, TYPE)
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit

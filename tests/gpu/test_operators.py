@@ -171,7 +171,12 @@ def test_layer_norm_gelu(place, backend, dtype, shape) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("shape", "taps"),
-    [((2, 150, 96), (96, 48, 19)), ((3, 40, 72), (72, 24, 4)), ((2, 9, 7, 30), (20, 3, 3, 5)), ((1, 1, 16), (16, 8, 3))],
+    [
+        ((2, 150, 96), (96, 48, 19)),
+        ((3, 40, 72), (72, 24, 4)),
+        ((2, 9, 7, 30), (20, 3, 3, 5)),
+        ((1, 1, 16), (16, 8, 3)),
+    ],
 )
 def test_conv_layer_norm_gelu(place, backend, dtype, shape, taps) -> None:
     place.need("conv_layer_norm_gelu", backend, dtype)

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 if sys.argv[1:2] == ["amd"]:
     torch.version.hip = "7.0"  # what the launchers ask
 
-from d2v_kernels.triton import attention, convolution, ema, gelu, layers, loss, tokens
+from d2v_kernels.triton import attention, convolution, ema, gelu, layers, loss, runtime_norm, tokens
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -111,8 +111,8 @@ def front_end(dtype: torch.dtype, affine: torch.dtype | None, count: int = 100) 
 
 def decoder_norm(count: int = 100) -> None:
     x = rows(count, 768)
-    gelu.normed_gelu(x, None, None, x, 1e-5)
-    gelu.normed_gelu_backward(x, x, None, None, x[0], 1e-5)
+    runtime_norm.normed_gelu(x, None, None, x, 1e-5)
+    runtime_norm.normed_gelu_backward(x, x, None, None, x[0], 1e-5)
 
 
 def activation(dtype: torch.dtype, count: int = 100, width: int = 3072) -> None:

@@ -19,9 +19,9 @@ FOLDER = Path(__file__).resolve().parents[2] / "d2v_kernels" / "triton"
 WIDE = {
     "lengths", "valid", "positions", "dropout_keys", "tokens._restore_noise_kernel:keys", "index", "restore",
     "prediction_rows", "target_rows", "table",  # integers
-    "slopes", "log_sum", "delta", "parts", "weight_sums", "bias_sums", "shift_sums", "sums", "means", "spreads", "m2s", "batch_means",
+    "slopes", "log_sum", "delta", "parts", "weight_sums", "bias_sums", "sums", "means", "spreads", "m2s", "batch_means",
     "batch_spreads", "errors", "moments", "deviations", "loss", "prediction_std", "target_std",
-    "runtime._column_sums_kernel:x",  # float32
+    "shift_sums", "runtime._column_sums_kernel:x",  # float32
 }  # fmt: skip
 COPY = "what was loaded, in its own type"
 INTEGERS = "lengths and counts of rows, integers"
@@ -29,7 +29,7 @@ COUNT = "a count of rows in float32, never NaN"
 REASONS = {
     ("cast", "runtime.rounded"): "the one place of narrow casts",
     ("arithmetic", "runtime.rounded"): "x is float32: `dot` rounds what is not narrow already",
-    ("reduction", "attention.dot"): "the compiler's tensor cores add in float32, the interpreter is given float32",
+    ("reduction", "runtime.dot"): "the compiler's tensor cores add in float32, the interpreter is given float32",
     ("store", "ema._update_chunk"): "`_moved` gives the average's own type, rounded or as loaded",
     ("store", "tokens._gather_kernel"): COPY,
     ("store", "tokens._restore_kernel"): COPY,
@@ -42,7 +42,7 @@ EXTREMA = {
     ("attention._attention_dq_kernel", "tl.minimum(tl.load(lengths + n).to(tl.int32), tokens)"): INTEGERS,
     ("attention._attention_dkdv_kernel", "tl.minimum(tl.load(lengths + n).to(tl.int32), tokens)"): INTEGERS,
     ("convolution._convolution_weights_kernel", "tl.minimum(rows, begin + per_split)"): INTEGERS,
-    ("gelu._backward_kernel", "tl.minimum(rows, (split + 1) * per_split)"): INTEGERS,
+    ("runtime_norm._backward_kernel", "tl.minimum(rows, (split + 1) * per_split)"): INTEGERS,
     ("layers._one_read_kernel", "tl.maximum(length, 1)"): INTEGERS,
     ("layers._statistics_kernel", "tl.maximum(length, 1)"): INTEGERS,
     ("layers._statistics_kernel", "tl.maximum(counts, 0.0)"): COUNT,

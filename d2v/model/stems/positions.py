@@ -233,22 +233,23 @@ class ConvPositions(Positions):
     """
 
     def __init__(
-        self, stem: Stem, encoder: Encoder, *, zero_input: bool = True, zero_between: bool = True, fused: bool = False
-    ) -> None:
+        self, stem: Stem, encoder: Encoder, *, zero_input: bool = True, zero_between: bool = True,
+        convolution: str = "auto",
+    ) -> None:  # fmt: skip
         """
         Args:
             stem: layers, width and groups of the convolutions.
             encoder: width C.
             zero_input: write 0 at padded frames before the convolutions.
             zero_between: and between them.
-            fused: each with norm and GELU as one operator.
+            convolution: as in `config.run`.
         """
         super().__init__(encoder)
         width, groups = encoder.width, stem.position_groups
         if width % groups:
             raise ValueError(f"stem.position_groups: expected a divisor of encoder.width {width}, got {groups}")
         kernel = max(3, stem.position_width // stem.position_layers)
-        self.zero_input, self.zero_between, self.fused = zero_input, zero_between, fused
+        self.zero_input, self.zero_between, self.convolution = zero_input, zero_between, convolution
         self.norm = LayerNorm(width, eps=NORM_EPS) if stem.position_norm else None
         self.convs = nn.ModuleList(
             nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups) for _ in range(stem.position_layers)
@@ -280,5 +281,5 @@ class ConvPositions(Positions):
             assert isinstance(conv, nn.Conv1d)
             if valid is not None and self.zero_between and (i > 0 or self.norm is not None):
                 x = x * valid[..., None]
-            x = fused_layer(conv, x) if self.fused else norm_gelu(convolve(conv, x))
+            x = fused_layer(conv, x) if self.convolution == "fused" else norm_gelu(convolve(conv, x))
         return x

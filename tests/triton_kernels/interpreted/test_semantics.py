@@ -60,7 +60,12 @@ def arguments(op: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "layer_norm_gelu_backward": lambda: (normal(12, 40), rows, normal(40), normal(40), 1e-5),
         "conv_layer_norm_gelu": lambda: (normal(2, 6, 40), normal(40, 10, 3), wide, True, 1e-5),
         "conv_layer_norm_gelu_backward": lambda: (
-            *(normal(2, 6, 40) for _ in range(3)), normal(40, 10, 3), wide, True, 1e-5),
+            *(normal(2, 6, 40) for _ in range(3)),
+            normal(40, 10, 3),
+            wide,
+            True,
+            1e-5,
+        ),
         "gelu": lambda: (rows,),
         "gelu_backward": lambda: (normal(12, 40), rows),
         "gelu_backward_": lambda: (normal(12, 40), rows),
