@@ -27,8 +27,6 @@ from . import registry
 
 TRITON_FAMILIES: dict[str, str] = {}
 """For operators that Triton has kernels for: the file in `triton/`."""
-NATIVE: list[str] = []
-"""Operators that there is native code for, on a CPU at least."""
 REFERENCE = registry.Backend("reference", {}, lambda case: [])
 """Plain PyTorch bodies: the definition of every operator, right in float64, on any device."""
 _shapes: dict[str, Callable[..., Call]] = {}
@@ -81,7 +79,6 @@ def define(
     gradient: Gradient | None = None,
     *,
     triton: str = "",
-    native: bool = True,
     values: Callable[..., None] | None = None,
     prepare: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[..., R]:
@@ -93,7 +90,6 @@ def define(
         reference: body in plain PyTorch.
         gradient: None: double backward is refused for "..._backward", and another operator has no gradient.
         triton: name of the file in `triton/` that has a function of the operator's name; empty where none has.
-        native: the native libraries have it.
         values: checks values on the host; called like `shape`, in real calls only.
         prepare: changes the arguments before everything else.
     """
@@ -104,8 +100,6 @@ def define(
     written = [i for i, argument in enumerate(schema.partition("->")[0].split(",")) if "!" in argument]
     if triton:
         TRITON_FAMILIES[op] = triton
-    if native:
-        NATIVE.append(op)
 
     def body(*arguments: Any) -> Any:
         if prepare is not None:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from ._define import NATIVE
 from ._device_table import DeviceTable
 from ._env import highest_isa
-from .registry import Backend, Case
+from .registry import OPERATORS, Backend, Case
 
 LIB = Path(__file__).resolve().parent / "lib"
 CPU_LIBRARY, CUDA_LIBRARY, MODULE = "libd2v_cpu", "libd2v_cuda", "_native"
@@ -237,4 +236,4 @@ def _missing(device: str) -> list[str]:
 def backend() -> Backend:
     """The backend, for the operators defined so far; loads what there is."""
     load()
-    return Backend("native", {op: _body(op) for op in NATIVE}, _limits, make_ema_plan, _missing)
+    return Backend("native", {op: _body(op) for op in OPERATORS}, _limits, make_ema_plan, _missing)

@@ -152,8 +152,8 @@ def check_equal(config: Config, inputs: Tensor, masks: Masks, device: torch.devi
 # ---- what a step spends its time and memory on
 
 PRODUCTS = (
-    "mm", "linear", "convolution", "conv1d", "conv2d", "attention", "gemm", "xmma", "cutlass", "wgrad", "dgrad",
-    "fprop", "flash", "fmha", "nvjet",
+    "mm", "linear", "convolution", "conv_layer", "conv1d", "conv2d", "attention", "gemm", "xmma", "cutlass", "wgrad",
+    "dgrad", "fprop", "flash", "fmha", "nvjet",
 )  # fmt: skip
 """Parts of the names of operators and kernels that are matrix products, convolutions or attention."""
 

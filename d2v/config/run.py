@@ -170,6 +170,9 @@ class Run:
     """With compile. blocks: each transformer block of student and teacher. network: all of a pre-training forward as
     one graph, from the stem to the loss with the teacher in it: quicker where the calls between the blocks count, and
     slower to compile; in one process, without layer drop."""
+    convolution: Literal["auto", "library", "fused"] = setting("auto", free=True, rare=True)
+    """Grouped convolutions of decoder and speech positions. library: PyTorch's (cuDNN, oneDNN), then norm, GELU and
+    residual; fused: all in one operator, Triton's on GPUs, which is not measured there yet; auto: the library's."""
     teacher_graph: bool = setting(False, free=True, rare=True)
     """Run the teacher as a CUDA graph: on GPUs, with ddp, without compile, for batches without padding."""
     activation_checkpointing: bool = setting(False, free=True)

@@ -103,7 +103,8 @@ class Data2Vec(nn.Module):
         self.head: RegressionHead | None = None
         self.mask_token: nn.Parameter | None = None
         if config.version == 2:
-            self.decoder = ConvDecoder(config.decoder, width, dims=2 if config.stem.modality == "vision" else 1)
+            dims = 2 if config.stem.modality == "vision" else 1
+            self.decoder = ConvDecoder(config.decoder, width, dims, config.run.convolution)
         else:
             self.head = RegressionHead(config.head, width)
             if config.stem.modality != "text":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config import Decoder, Head
-from d2v.model.layers import norm_gelu
+from d2v.model.layers import fused_layer, norm_gelu
 from d2v_kernels import gelu_linear
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -22,19 +22,20 @@ class ConvDecoder(nn.Module):
     (`project`), which is exact.
     """
 
-    def __init__(self, config: Decoder, width: int, dims: int) -> None:
+    def __init__(self, config: Decoder, width: int, dims: int, convolution: str = "auto") -> None:
         """
         Args:
             config: layers, width, kernel, groups, residual, projection.
             width: channels C of the tokens that enter and of the predictions.
             dims: axes of the token grid: 1 for sequences, 2 for images.
+            convolution: as in `config.run`.
         """
         super().__init__()
         inputs = [width] + [config.width] * config.layers
         for name, channels in (("width of the encoder", width), ("decoder.width", config.width)):
             if config.layers and channels % config.groups:
                 raise ValueError(f"decoder.groups: expected a divisor of the {name} {channels}, got {config.groups}")
-        self.residual, self.trim = config.residual, config.kernel % 2 == 0
+        self.residual, self.trim, self.convolution = config.residual, config.kernel % 2 == 0, convolution
         self.dropout = nn.Dropout(config.input_dropout)
         self.blocks = nn.ModuleList(
             _CONVOLUTIONS[dims](c, config.width, config.kernel, padding=config.kernel // 2, groups=config.groups)
@@ -61,6 +62,9 @@ class ConvDecoder(nn.Module):
         shown = None if valid is None else valid.view(n, *grid, 1)
         for conv in self.blocks:
             x = x if shown is None else x * shown
+            if self.convolution == "fused":
+                x = fused_layer(conv, x, self.residual and conv.in_channels == conv.out_channels)
+                continue
             y = conv(x.movedim(-1, 1)).movedim(1, -1)
             if self.trim:  # an even kernel yields one position too many on every axis
                 for axis in range(1, y.dim() - 1):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2v_kernels import layer_norm_gelu
+from d2v_kernels import conv_layer_norm_gelu, layer_norm_gelu
 
 NORM_EPS = 1e-5
 _LEAST_CHANNELS = 16
@@ -70,6 +70,13 @@ def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     y = conv(x.transpose(1, 2)).transpose(1, 2)
     surplus = conv.kernel_size[0] % 2 == 0 and conv.padding[0] != 0
     return (y[:, :-1] if surplus else y).contiguous()
+
+
+def fused_layer(conv: nn.Module, x: Tensor, residual: bool = False) -> Tensor:
+    """GELU of a layer norm of a convolution of x (B,T,C) or (B,H,W,C), plus x if wanted, as one operator; the
+    convolution has stride 1 and keeps the size of the grid."""
+    assert isinstance(conv, (nn.Conv1d, nn.Conv2d))
+    return conv_layer_norm_gelu(x, conv.weight, conv.bias, residual=residual, eps=NORM_EPS)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

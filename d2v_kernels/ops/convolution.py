@@ -1,4 +1,4 @@
-"""Grouped convolutions over tokens with channels last, each with layer norm, GELU and residual: positions and decoder."""
+"""Grouped convolutions over tokens with channels last, with layer norm, GELU and residual: positions and decoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .gelu import normed_gelu, normed_gelu_gradient
 def conv_layer_norm_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False, eps: float = 1e-5
 ) -> Tensor:
-    """gelu(layer_norm(conv(x) + bias)), plus x if wanted: a layer of data2vec 2.0's decoder (Baevski et al. 2022b, 3.3).
+    """gelu(layer_norm(conv(x) + bias)), plus x if wanted: a layer of data2vec 2.0's decoder (Baevski et al. 2022, 3.3).
 
     A grouped convolution of stride 1 that sees zeros around the grid and keeps its size: tap j of an axis with k taps
     meets the token j - k // 2 further on. Layer norm over the channels without gain and bias, exact GELU. Neither the
@@ -93,9 +93,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, eps: float
-) -> tuple[Tensor, Tensor]:
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, eps: float) -> tuple[Tensor, Tensor]:
     compute, outputs = check.compute_dtype(x.dtype), weight.shape[0]
     if x.numel() == 0:  # PyTorch refuses a grid that is smaller than the kernel
         return x.new_empty((*x.shape[:-1], outputs)), x.new_empty((*x.shape[:-1], outputs))

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gelu import normed_gelu, normed_gelu_backward
 from .runtime import OPTIONS, column_sums, divide_up, dot, on_device, power_of_two, rounded
+from .runtime_norm import normed_gelu, normed_gelu_backward
 
 PROGRAMS = 1024
 """Of the weight's gradient, at most twice as many: about 4 of its parts on each of an H200's SMs at a time."""
@@ -225,7 +225,8 @@ def conv_layer_norm_gelu(
 def conv_layer_norm_gelu_backward(
     grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_y, *_, of_bias = normed_gelu_backward(*(t.view(-1, t.shape[-1]) for t in (grad, y)), None, None, bias, eps)
+    rows = (y.shape[:-1].numel(), y.shape[-1])
+    of_y, *_, of_bias = normed_gelu_backward(grad.view(rows), y.view(rows), None, None, bias, eps)
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(weight), of_bias
     call = _Call(x, weight)

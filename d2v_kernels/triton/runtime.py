@@ -21,6 +21,8 @@ PRECISION = tl.constexpr("ieee" if AMD else "tf32x3")
 """Of products of float32 operands, which are split in three tensor floats where a target has those."""
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
+WIDENED = tl.constexpr(IS_INTERPRETED)
+"""Products get float32 operands."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # A multiply and the add after it round once, on every version of Triton alike.
 OPTIONS = {"enable_fp_fusion": True}
@@ -125,7 +127,7 @@ def dot(a, b, TYPE: tl.constexpr):
     """
     if a.dtype != TYPE:
         a = rounded(a, TYPE)
-    if INTERPRETED:
+    if WIDENED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
 
