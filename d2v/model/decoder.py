@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config import Decoder, Head
-from d2v.model.layers import fused_layer, norm_gelu
+from d2v.model.layers import Linear, fused_layer, norm_gelu, takes_fused_layer
 from d2v_kernels import gelu_linear
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -62,7 +62,7 @@ class ConvDecoder(nn.Module):
         shown = None if valid is None else valid.view(n, *grid, 1)
         for conv in self.blocks:
             x = x if shown is None else x * shown
-            if self.convolution == "fused":
+            if takes_fused_layer(self.convolution, x):
                 x = fused_layer(conv, x, self.residual and conv.in_channels == conv.out_channels)
                 continue
             y = conv(x.movedim(-1, 1)).movedim(1, -1)
@@ -90,7 +90,7 @@ def stack_linears(widths: Sequence[int]) -> nn.Sequential:
     N(0, 0.02^2))."""
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.GELU()]
+        layers += [Linear(inputs, outputs), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 
 

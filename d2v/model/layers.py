@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2v_kernels import conv_layer_norm_gelu, layer_norm_gelu
+from d2v_kernels import conv_layer_norm_gelu, layer_norm_gelu, linear, prefers_conv_layer_norm_gelu
+from d2v_kernels.ops.linear import product, takes_onednn
 
 NORM_EPS = 1e-5
 _LEAST_CHANNELS = 16
@@ -30,6 +31,14 @@ class LayerNorm(nn.LayerNorm):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A linear layer whose products on a CPU are made by the quicker library; see `d2v_kernels.choose_products`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...,C) -> (...,D)."""
+        return linear(x, self.weight, self.bias)
 
 
 def norm_gelu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -70,6 +79,13 @@ def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     y = conv(x.transpose(1, 2)).transpose(1, 2)
     surplus = conv.kernel_size[0] % 2 == 0 and conv.padding[0] != 0
     return (y[:, :-1] if surplus else y).contiguous()
+
+
+def takes_fused_layer(choice: str, x: Tensor) -> bool:
+    """Whether `fused_layer` runs for this `run.convolution`; auto: where it was measured to be the quicker one."""
+    if choice != "auto":
+        return choice == "fused"
+    return not torch.compiler.is_compiling() and prefers_conv_layer_norm_gelu(x.device.type, _product_dtype(x))
 
 
 def fused_layer(conv: nn.Module, x: Tensor, residual: bool = False) -> Tensor:
@@ -128,13 +144,7 @@ class _StridedConvolution(torch.autograd.Function):
             if x.itemsize == 2:  # what is rounded to 16 bits and added to should be small: the shorter part
                 windows.reverse()
             for number, (part, window) in enumerate(windows):
-                product = taps[part].flatten(0, 1)
-                if number > 0:
-                    result.addmm_(window, product)
-                elif bias is None:
-                    torch.mm(window, product, out=result)
-                else:
-                    torch.addmm(bias, window, product, out=result)
+                _multiply(window, taps[part].flatten(0, 1), result, bias, add=number > 0)
         return y
 
     @staticmethod
@@ -150,11 +160,7 @@ class _StridedConvolution(torch.autograd.Function):
             taps = weight.to(x.dtype).permute(0, 2, 1).contiguous()  # (D,k,C)
             for rows, result in zip(grad, of_x, strict=True):
                 for part, window in _windows(result, kernel, stride, count):
-                    product = taps[:, part].flatten(1)
-                    if part.start > 0:
-                        window.addmm_(rows, product)
-                    else:
-                        torch.mm(rows, product, out=window)
+                    _multiply(rows, taps[:, part].flatten(1), window, None, add=part.start > 0)
         if ctx.needs_input_grad[1]:
             sums = weight.new_zeros(kernel, channels, outputs)
             for rows, sample in zip(grad, x, strict=True):
@@ -166,9 +172,24 @@ class _StridedConvolution(torch.autograd.Function):
         return of_x, of_weight, of_bias, None
 
 
+def _multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, *, add: bool) -> None:
+    """out = a b + bias, or with `add` out += a b."""
+    if takes_onednn(a):
+        made = product(a, b, None if add else bias)
+        out.add_(made) if add else out.copy_(made)
+    elif add:
+        out.addmm_(a, b)
+    elif bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
 def _add_product(sums: Tensor, x: Tensor, y: Tensor) -> None:
     """sums (C,D) += x^T y of x (n,C) and y (n,D). A sum in their 16 bits would round every part's addition."""
-    if sums.dtype == x.dtype:
+    if takes_onednn(x):
+        sums.add_(product(x.mT, y))
+    elif sums.dtype == x.dtype:
         sums.addmm_(x.mT, y)
     else:
         sums.add_((y.mT @ x).mT)  # in this order the library need not transpose the longer operand

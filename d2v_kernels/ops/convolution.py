@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._define import Call, Gradient, define
+from .._native import cpu_level
 from .gelu import normed_gelu, normed_gelu_gradient
 
 
@@ -50,6 +51,19 @@ def conv_layer_norm_gelu(
         x = x.to(torch.get_autocast_dtype(place))
     bias = None if bias is None else bias.contiguous()
     return _conv_layer_norm_gelu(x.contiguous(), weight.contiguous(), bias, residual, eps)[0]
+
+
+def prefers_conv_layer_norm_gelu(device: str, dtype: torch.dtype) -> bool:
+    """Whether `conv_layer_norm_gelu` was measured to beat PyTorch's convolution, `layer_norm_gelu` and addition.
+
+    Args:
+        device: type of a device.
+        dtype: of the rows, under autocast its own.
+
+    Returns:
+        True on CPUs in bfloat16, where native code is loaded and AMX is not in use, which nobody measured.
+    """
+    return device == "cpu" and dtype == torch.bfloat16 and cpu_level() not in ("", "amx")
 
 
 def _shape(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, eps: float) -> Call:

@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _checks as check
 from .._define import Call, Gradient, define
+from .linear import product
 from .norm import affine, standardise_gradient, standardise_rows
 
 
@@ -78,7 +78,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(_gelu(x).to(weight.dtype), weight, bias)
+    return product(_gelu(x).to(weight.dtype), weight.t(), bias)
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -98,12 +98,12 @@ class _GeluLinear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         of_x = of_weight = None
         if need_x:
-            of_x = (grad @ weight).to(x.dtype)
+            of_x = product(grad, weight).to(x.dtype)
             y = _gelu_backward_(of_x, x)
         elif need_weight:
             y = _gelu(x)
         if need_weight:
-            of_weight = grad.t() @ y.to(weight.dtype)
+            of_weight = product(grad.t(), y.to(weight.dtype))
         return of_x, of_weight, grad.sum(0) if need_bias else None
 
 

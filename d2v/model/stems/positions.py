@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v.config import Encoder, Stem
-from d2v.model.layers import NORM_EPS, LayerNorm, convolve, fused_layer, norm_gelu, valid_positions
+from d2v.model.layers import (
+    NORM_EPS,
+    LayerNorm,
+    convolve,
+    fused_layer,
+    norm_gelu,
+    takes_fused_layer,
+    valid_positions,
+)
 from d2v.model.transformer import AttentionBias
 from d2v_kernels import Alibi, Masks, alibi_slopes, gather_tokens
 
@@ -281,5 +289,6 @@ class ConvPositions(Positions):
             assert isinstance(conv, nn.Conv1d)
             if valid is not None and self.zero_between and (i > 0 or self.norm is not None):
                 x = x * valid[..., None]
-            x = fused_layer(conv, x) if self.convolution == "fused" else norm_gelu(convolve(conv, x))
+            fused = takes_fused_layer(self.convolution, x)
+            x = fused_layer(conv, x) if fused else norm_gelu(convolve(conv, x))
         return x
