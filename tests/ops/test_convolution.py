@@ -139,6 +139,19 @@ def test_slices_and_expanded_gradients(backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_takes_any_order_of_axes(backend) -> None:
+    """As a compiler may keep them; a forward of the operator itself does not."""
+    x, weight, bias = inputs((2, 9, 8), (8, 4, 3), F32)
+    given, order = [x + 1, x, x + 2, weight], lambda t: t.mT.contiguous().mT
+    with use_backend(backend):
+        want = ops.conv_layer_norm_gelu_backward(*given, bias, True, 1e-5)
+        got = ops.conv_layer_norm_gelu_backward(*map(order, given), bias, True, 1e-5)
+        with pytest.raises(ValueError, match="layout of x: expected contiguous"):
+            ops.conv_layer_norm_gelu(order(x), weight, bias, True, 1e-5)
+    assert all(torch.equal(a, b) and b.is_contiguous() for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_reaches_its_neighbours_only(backend) -> None:
     x, weight, bias = inputs((2, 12, 8), (8, 4, 3), F32)
     x[1, 5, 2] = math.nan
