@@ -41,10 +41,14 @@ D2V_DECLARE(avx512)
 #if defined(D2V_HAS_AVX512BF16)
 extern const AttentionKernels attention_bf16_kernels_avx512bf16;
 extern const ConvolutionKernels convolution_kernels_avx512bf16;
+extern const GeluKernels gelu_kernels_avx512bf16;
+extern const NormKernels norm_kernels_avx512bf16;
 #endif
 #if defined(D2V_HAS_AMX)
 extern const AttentionKernels attention_bf16_kernels_amx;
 extern const ConvolutionKernels convolution_kernels_amx;
+extern const GeluKernels gelu_kernels_amx;
+extern const NormKernels norm_kernels_amx;
 #endif
 
 namespace {
@@ -127,6 +131,7 @@ Tables pick() {
     if (level >= 4 && products && may_use_tiles()) {
       found.isa = "amx", found.bf16_attention = &attention_bf16_kernels_amx;
       found.bf16_convolution = &convolution_kernels_amx;
+      found.gelu = &gelu_kernels_amx, found.norm = &norm_kernels_amx;
       return found;
     }
 #endif
@@ -135,6 +140,7 @@ Tables pick() {
     if (products && (level == 3 || (level > 3 && !__builtin_cpu_is("intel")))) {
       found.isa = "avx512bf16", found.bf16_attention = &attention_bf16_kernels_avx512bf16;
       found.bf16_convolution = &convolution_kernels_avx512bf16;
+      found.gelu = &gelu_kernels_avx512bf16, found.norm = &norm_kernels_avx512bf16;
     }
 #endif
     return found;
