@@ -93,10 +93,14 @@ def _backward_shape(
     call = _shape(op, x, weight, bias, residual, eps)
     for name, t in (("grad", grad), ("y", y)):
         check.shape(op, name, t, (*x.shape[:-1], weight.shape[0]))
-        check.contiguous(op, name, t)
         check.dtype(op, name, t, x.dtype)
         check.device(op, name, t, x)
     return call._replace(outputs=(x, weight, ((0,), x.dtype) if bias is None else bias))
+
+
+def _contiguous(*arguments: Any) -> tuple[Any, ...]:
+    """A gradient may arrive expanded, and a compiler keeps tensors near convolutions in another order."""
+    return tuple(t.contiguous() if isinstance(t, Tensor) else t for t in arguments)
 
 
 def _padding(weight: Tensor) -> list[int]:
@@ -152,9 +156,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, y, weight, bias = ctx.saved_tensors
-    of_x, of_weight, of_bias = _conv_layer_norm_gelu_backward(
-        grad.contiguous(), x, y, weight, bias, ctx.residual, ctx.eps
-    )
+    of_x, of_weight, of_bias = _conv_layer_norm_gelu_backward(grad, x, y, weight, bias, ctx.residual, ctx.eps)
     return of_x, of_weight, None if bias is None else of_bias, None, None
 
 
@@ -165,5 +167,5 @@ _conv_layer_norm_gelu = define(
 _conv_layer_norm_gelu_backward = define(
     "conv_layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor? bias, bool residual,"
     " float eps) -> (Tensor, Tensor, Tensor)",
-    _backward_shape, _backward_reference, triton="convolution",
+    _backward_shape, _backward_reference, triton="convolution", prepare=_contiguous,
 )  # fmt: skip

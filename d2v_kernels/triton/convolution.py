@@ -13,8 +13,10 @@ would leave no registers. The bias' gradient comes out of the backward pass of t
 
 Bytes of HBM, item size s, a token: forward (C + D) s and the norm's 2 D s (3 D s with residual); backward 3 D s of the
 norm, (C + D) s (and D s with residual) of the gradient of x, and of the weight's, which reads x once and the gradient
-once for each block of columns, mostly from L2. FLOPs: 2 D C/G taps a token, three times with backward: at 48 channels
-and 9 taps 864 for each of 4 bytes, so that products bound it if they reach less than a half of the peak.
+once for each block of columns, mostly from L2. FLOPs: 2 D C/G taps a token, three times with backward. Forward in
+bfloat16 that is 86 (48 channels, 9 taps, residual) to 228 (19 taps) FLOPs a byte, where an H200 has 257: products bound
+it as long as they reach less than a third of the peak. Of a step of 128 x 64 x 64, whose products take 256 cycles of an
+SM, 48 KB go through L1 and shared memory, and each of four warps issues about 200 instructions besides.
 """
 
 from dataclasses import dataclass
@@ -27,10 +29,10 @@ from torch import Tensor
 from .runtime import OPTIONS, column_sums, divide_up, dot, on_device, power_of_two, rounded
 from .runtime_norm import normed_gelu, normed_gelu_backward
 
-PROGRAMS = 1024
-"""Of the weight's gradient, at most twice as many: about 4 of its parts on each of an H200's SMs at a time."""
+PROGRAMS = 512
+"""Of the weight's gradient, at most twice as many; 80 KB each, so that two are on an SM of an H200 at a time."""
 LEAST_ROWS = 1024
-"""Of a part: the sums of one cost as much to write and read as 64 rows."""
+"""Of a part of the rows, for its sums have to be written and read again."""
 
 _FAR = tl.constexpr(1 << 30)
 
@@ -53,8 +55,8 @@ class ConvolutionTile:
 
 
 def convolution_tile(outputs: int, element_size: int) -> ConvolutionTile:
-    """Of the product with the weight; outputs: channels of a group of the result. Two stages, 48 KB, so that four
-    programs leave an SM of an H200 some L1."""
+    """Of the product with the weight; outputs: channels of a group of the result. Two stages of 24 KB: three programs,
+    which is what registers allow, leave an SM of an H200 about 80 KB of L1 for rows that are met again."""
     width = min(64, power_of_two(outputs, 16))
     return ConvolutionTile(64, 32, width, 4, 1) if element_size == 4 else ConvolutionTile(128, 64, width, 4, 2)
 

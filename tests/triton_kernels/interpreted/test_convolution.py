@@ -23,6 +23,7 @@ ops = torch.ops.d2v
 def test_parts(dtype, grid, taps, monkeypatch) -> None:
     """Several of each; a grid that is no multiple of a block, and one that is smaller, so that a block has samples."""
     monkeypatch.setattr(convolution, "LEAST_ROWS", 1)
+    monkeypatch.setattr(convolution, "PROGRAMS", 20)  # two or three parts of several blocks of rows
     monkeypatch.setattr(convolution, "convolution_tile", lambda *_: ConvolutionTile(16, 32, 16, 1, 1))
     monkeypatch.setattr(convolution, "weights_tile", lambda *_: ConvolutionTile(16, 32, 16, 1, 1))
     generator = torch.Generator().manual_seed(0)
