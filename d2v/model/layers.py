@@ -10,8 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2v_kernels import conv_layer_norm_gelu, layer_norm_gelu, linear, prefers_conv_layer_norm_gelu
-from d2v_kernels.ops.linear import product, takes_onednn
+from d2v_kernels import (
+    conv_layer_norm_gelu,
+    layer_norm_gelu,
+    linear,
+    multiply_into,
+    prefers_conv_layer_norm_gelu,
+)
 
 NORM_EPS = 1e-5
 _LEAST_CHANNELS = 16
@@ -144,7 +149,7 @@ class _StridedConvolution(torch.autograd.Function):
             if x.itemsize == 2:  # what is rounded to 16 bits and added to should be small: the shorter part
                 windows.reverse()
             for number, (part, window) in enumerate(windows):
-                _multiply(window, taps[part].flatten(0, 1), result, bias, add=number > 0)
+                multiply_into(result, window, taps[part].flatten(0, 1), bias, add=number > 0)
         return y
 
     @staticmethod
@@ -160,7 +165,7 @@ class _StridedConvolution(torch.autograd.Function):
             taps = weight.to(x.dtype).permute(0, 2, 1).contiguous()  # (D,k,C)
             for rows, result in zip(grad, of_x, strict=True):
                 for part, window in _windows(result, kernel, stride, count):
-                    _multiply(rows, taps[:, part].flatten(1), window, None, add=part.start > 0)
+                    multiply_into(window, rows, taps[:, part].flatten(1), add=part.start > 0)
         if ctx.needs_input_grad[1]:
             sums = weight.new_zeros(kernel, channels, outputs)
             for rows, sample in zip(grad, x, strict=True):
@@ -172,24 +177,9 @@ class _StridedConvolution(torch.autograd.Function):
         return of_x, of_weight, of_bias, None
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, *, add: bool) -> None:
-    """out = a b + bias, or with `add` out += a b."""
-    if takes_onednn(a):
-        made = product(a, b, None if add else bias)
-        out.add_(made) if add else out.copy_(made)
-    elif add:
-        out.addmm_(a, b)
-    elif bias is None:
-        torch.mm(a, b, out=out)
-    else:
-        torch.addmm(bias, a, b, out=out)
-
-
 def _add_product(sums: Tensor, x: Tensor, y: Tensor) -> None:
     """sums (C,D) += x^T y of x (n,C) and y (n,D). A sum in their 16 bits would round every part's addition."""
-    if takes_onednn(x):
-        sums.add_(product(x.mT, y))
-    elif sums.dtype == x.dtype:
-        sums.addmm_(x.mT, y)
+    if sums.dtype == x.dtype:
+        multiply_into(sums, x.mT, y, add=True)
     else:
         sums.add_((y.mT @ x).mT)  # in this order the library need not transpose the longer operand
