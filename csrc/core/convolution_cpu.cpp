@@ -46,7 +46,11 @@ struct Numbers {
       store_lanes<Unit, P>(to + c, load_lanes<Unit, P>(x + c, lanes), lanes);
     });
   }
-  static void put(Unit* to, Vec<Unit> value, Vec<Unit>) { store<Unit>(to, value); }
+  static void put(Unit* to, Vec<Unit> value, Vec<Unit>) {
+    T rounded[kLanes<Unit>];  // to the type of the rows, as words are
+    store<Unit>(rounded, value);
+    store<Unit>(to, load<Unit>(rounded));
+  }
 
   // Windows times packed weights: rows of `inner` units each begin a window of K units.
   void multiply(bool add, int64_t rows, int64_t columns, int64_t K, const Unit* windows, int64_t inner,
@@ -206,35 +210,31 @@ int64_t space_bytes(const ConvolutionArgs* a) {
 // ---- kernels ----
 
 // Weights of `count` outputs from d on for one input and tap of group g, then zeros; with `transposed` those of the
-// gradient: ends exchanged, taps reversed. Rounded to the type of the rows, as products of 16 bits want them.
-template <class T, class W>
-D2V_INLINE Vec<Acc<T>> weights_at(const Sizes& s, const ConvolutionWeight* w, int64_t g, int64_t d, int64_t c,
-                                  int64_t tap, int64_t count) {
+// gradient: ends exchanged, taps reversed.
+template <class A, class W>
+D2V_INLINE Vec<A> weights_at(const Sizes& s, const ConvolutionWeight* w, int64_t g, int64_t d, int64_t c, int64_t tap,
+                             int64_t count) {
   const int64_t place = w->transposed ? ((g * s.inputs + c) * s.outputs + d) * s.taps + s.taps - 1 - tap
                                       : ((g * s.outputs + d) * s.inputs + c) * s.taps + tap;
   const int64_t step = w->transposed ? s.taps : s.inputs * s.taps;
   const W* const data = static_cast<const W*>(w->data) + place;
-  typedef Acc<T> A;
   A lanes[kLanes<A>] = {};
-  for (int64_t i = 0; i < kLanes<A> && i < count; ++i) {
-    lanes[i] = widen(narrow<T>(static_cast<A>(widen(data[i * step]))));
-  }
+  for (int64_t i = 0; i < kLanes<A> && i < count; ++i) lanes[i] = static_cast<A>(widen(data[i * step]));
   return bit_cast<Vec<A>>(lanes);
 }
 
 template <class K, class W>
 void pack_group(const ConvolutionArgs* a, const ConvolutionWeight* weight, int64_t g, typename K::Operands::Unit* to) {
   typedef typename K::Operands P;
-  typedef typename K::Type T;
-  typedef Acc<T> A;
+  typedef Acc<typename K::Type> A;
   const Sizes s(a);
   const int64_t columns = whole(s.outputs), inner = P::inner(s.inputs);
   for (int64_t tap = 0; tap < s.taps; ++tap) {
     for (int64_t c = 0; c < s.inputs; c += P::kEach) {
       for (int64_t d = 0; d < s.outputs; d += kLanes<A>) {
-        const Vec<A> even = weights_at<T, W>(s, weight, g, d, c, tap, s.outputs - d);
+        const Vec<A> even = weights_at<A, W>(s, weight, g, d, c, tap, s.outputs - d);
         const bool two = P::kEach == 2 && c + 1 < s.inputs;
-        const Vec<A> odd = two ? weights_at<T, W>(s, weight, g, d, c + 1, tap, s.outputs - d) : Vec<A>{};
+        const Vec<A> odd = two ? weights_at<A, W>(s, weight, g, d, c + 1, tap, s.outputs - d) : Vec<A>{};
         P::put(to + (tap * inner + c / P::kEach) * columns + d, even, odd);
       }
     }

@@ -79,7 +79,7 @@ def check_lengths(lengths: Tensor | None, batch: int, longest: int, shortest: in
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """A convolution over (B,T,C) with the result in the same layout; an even kernel's surplus position is cut."""
     if _suits_products(conv, x):
-        x = x.to(_product_dtype(x)).contiguous()
+        x = x.to(product_dtype(x)).contiguous()
         return _StridedConvolution.apply(x, conv.weight, conv.bias, conv.stride[0])
     y = conv(x.transpose(1, 2)).transpose(1, 2)
     surplus = conv.kernel_size[0] % 2 == 0 and conv.padding[0] != 0
@@ -90,7 +90,7 @@ def takes_fused_layer(choice: str, x: Tensor) -> bool:
     """Whether `fused_layer` runs for this `run.convolution`; auto: where it was measured to be the quicker one."""
     if choice != "auto":
         return choice == "fused"
-    return not torch.compiler.is_compiling() and prefers_conv_layer_norm_gelu(x.device.type, _product_dtype(x))
+    return not torch.compiler.is_compiling() and prefers_conv_layer_norm_gelu(x.device.type, product_dtype(x))
 
 
 def fused_layer(conv: nn.Module, x: Tensor, residual: bool = False) -> Tensor:
@@ -100,10 +100,11 @@ def fused_layer(conv: nn.Module, x: Tensor, residual: bool = False) -> Tensor:
     return conv_layer_norm_gelu(x, conv.weight, conv.bias, residual=residual, eps=NORM_EPS)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of matrix products of x on a CPU: under autocast its own, but for float64, which it leaves alone."""
-    cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-    return torch.get_autocast_dtype("cpu") if cast else x.dtype
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of matrix products of x: under autocast its own, but for float64, which it leaves alone."""
+    place = x.device.type
+    cast = torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(place) if cast else x.dtype
 
 
 def _suits_products(conv: nn.Conv1d, x: Tensor) -> bool:
@@ -114,7 +115,7 @@ def _suits_products(conv: nn.Conv1d, x: Tensor) -> bool:
         return False
     if x.shape[1] < kernel:  # PyTorch says what is wrong
         return False
-    dtype, own = _product_dtype(x), conv.weight.dtype
+    dtype, own = product_dtype(x), conv.weight.dtype
     return stride <= kernel <= 2 * stride and (dtype == own or (dtype == torch.bfloat16 and own == torch.float32))
 
 
