@@ -6,6 +6,8 @@ relative bias (1.0 images); all may have ALiBi.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,8 +22,8 @@ from d2v.model.layers import (
     takes_fused_layer,
     valid_positions,
 )
-from d2v.model.transformer import AttentionBias
-from d2v_kernels import Alibi, Masks, alibi_slopes, gather_tokens
+from d2v.model.transformer import AttentionBias, Packing
+from d2v_kernels import Alibi, Masks, alibi_slopes, gather_tokens, prefers_packed
 
 
 def grid_coordinates(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -86,6 +88,9 @@ class AlibiScale(nn.Module):
 class Positions(nn.Module):
     """No positions of its own; the base of those that have some. May hold an ALiBi."""
 
+    packed = "never"
+    """Whether blocks get the valid tokens of full rows alone, as in `config.run`."""
+
     def __init__(self, config: Encoder, grid: tuple[int, int] | None = None) -> None:
         """
         Args:
@@ -93,7 +98,7 @@ class Positions(nn.Module):
             grid: rows and columns of patches.
         """
         super().__init__()
-        self.extra = config.extra_tokens
+        self.extra, self.head_width = config.extra_tokens, config.width // config.heads
         self.alibi = AlibiScale(config, grid) if config.alibi != "none" else None
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -122,12 +127,27 @@ class Positions(nn.Module):
             positions: (N,V) positions of the visible tokens; None: all T.
         """
         if lengths is not None:
+            if positions is None and self._packs(x, lengths):
+                packing = Packing.of(lengths + self.extra, x.shape[1] + self.extra, x.device)
+                places = packing.keep[0] % x.shape[1]
+                bias = AttentionBias() if self.alibi is None else self.alibi.attention_bias(None, places)
+                return replace(bias, packing=packing)
             lengths = (lengths + self.extra).to(x.device, non_blocking=True)
         if self.alibi is None:
             return AttentionBias(lengths)
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         return self.alibi.attention_bias(lengths, positions, self.extra)
+
+    def _packs(self, x: Tensor, lengths: Tensor) -> bool:
+        """Of rows that are full before the padding; extra tokens have no place in a packed ALiBi."""
+        if self.packed == "never" or torch.compiler.is_compiling() or (self.extra > 0 and self.alibi is not None):
+            return False
+        if int(lengths.sum()) == x.shape[0] * x.shape[1]:
+            return False
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return self.packed == "always" or prefers_packed(kind, dtype, self.head_width, alibi=self.alibi is not None)
 
 
 class SequencePositions(Positions):
