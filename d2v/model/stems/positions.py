@@ -127,7 +127,7 @@ class Positions(nn.Module):
             positions: (N,V) positions of the visible tokens; None: all T.
         """
         if lengths is not None:
-            if positions is None and self._packs(x, lengths):
+            if positions is None and self._packs(x):
                 packing = Packing.of(lengths + self.extra, x.shape[1] + self.extra, x.device)
                 places = packing.keep[0] % x.shape[1]
                 bias = AttentionBias() if self.alibi is None else self.alibi.attention_bias(None, places)
@@ -139,11 +139,9 @@ class Positions(nn.Module):
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         return self.alibi.attention_bias(lengths, positions, self.extra)
 
-    def _packs(self, x: Tensor, lengths: Tensor) -> bool:
-        """Of rows that are full before the padding; extra tokens have no place in a packed ALiBi."""
+    def _packs(self, x: Tensor) -> bool:
+        """Whether blocks get full rows packed; extra tokens have no place in a packed ALiBi."""
         if self.packed == "never" or torch.compiler.is_compiling() or (self.extra > 0 and self.alibi is not None):
-            return False
-        if int(lengths.sum()) == x.shape[0] * x.shape[1]:
             return False
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
