@@ -13,38 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from d2v.config import Encoder
 from d2v.model.layers import LayerNorm, Linear
-from d2v_kernels import (
-    Alibi,
-    Packed,
-    attend,
-    dropout_add_layer_norm,
-    gather_tokens,
-    gelu_linear,
-    pack_lengths,
-    restore_tokens,
-)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Where the valid tokens of rows lie when they follow one another without padding."""
-
-    layout: Packed
-    keep: Tensor
-    """(1,total) int64: place among the N*T tokens of the rows."""
-    restore: Tensor
-    """(1,N*T) int64: place among the packed ones; `total` at padding."""
-    shape: tuple[int, int]
-    """N, T."""
-
-    @staticmethod
-    def of(lengths: Tensor, tokens: int, device: torch.device) -> Packing:
-        """Of rows of `tokens` tokens; lengths: (N,) int64 on the host, up to which they are valid."""
-        valid = (torch.arange(tokens) < lengths[:, None]).flatten()
-        keep, places = valid.nonzero().T, (valid.cumsum(0) - 1).where(valid, lengths.sum())
-        pinned = (x.pin_memory() if device.type == "cuda" else x for x in (keep, places[None]))
-        keep, restore = (x.to(device, non_blocking=True) for x in pinned)
-        return Packing(pack_lengths(lengths, device), keep, restore, (len(lengths), tokens))
+from d2v_kernels import Alibi, Packed, attend, dropout_add_layer_norm, gelu_linear
 
 
 @dataclass(frozen=True)
@@ -61,19 +30,18 @@ class AttentionBias:
     """(N or 1, E+T, E+T): distances that ALiBi uses for tokens on a grid; None: those of their positions."""
     table: Tensor | None = None
     """(H,E+T,E+T): bias of all pairs of tokens, for relative positions; None: none."""
-    packing: Packing | None = None
-    """The blocks take (1,total,C), where ALiBi has positions (total,), in place of (N,E+T,C); None: they do not."""
+    packed: Packed | None = None
+    """Layout without padding: the blocks take (1,total,C) in place of (N,E+T,C), ALiBi has positions (total,)."""
+    tokens: int = 0
+    """E+T, with `packed`."""
 
     def pack(self, x: Tensor) -> Tensor:
         """What the blocks take, of rows (N,E+T,C)."""
-        return x if self.packing is None else gather_tokens(x.reshape(1, -1, x.shape[2]), self.packing.keep)
+        return x if self.packed is None else self.packed.unpad(x).unsqueeze(0)
 
     def unpack(self, x: Tensor) -> Tensor:
         """Rows (N,E+T,C) of what the blocks give; 0 at padding, where that was not computed."""
-        if self.packing is None:
-            return x
-        rows = restore_tokens(x, self.packing.restore, fill=x.new_zeros(x.shape[2]))
-        return rows.view(*self.packing.shape, x.shape[2])
+        return x if self.packed is None else self.packed.pad(x.squeeze(0), self.tokens)
 
     def matrix_of(self, index: int) -> Tensor | None:
         """(N or 1, H, E+T, E+T) of one block, where attention cannot compute it from positions."""
@@ -98,9 +66,9 @@ NO_BIAS = AttentionBias()
 
 def mix_tokens(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias, index: int, dropout: float) -> Tensor:
     """Attention of block `index`; all (N,T,H,D). Padding is never a key; as a query it sees what the others see."""
-    if bias.packing is not None:
+    if bias.packed is not None:
         sequences = (x.squeeze(0) for x in (q, k, v))
-        mixed = attend(*sequences, packed=bias.packing.layout, alibi=bias.alibi_of(index), dropout=dropout)
+        mixed = attend(*sequences, packed=bias.packed, alibi=bias.alibi_of(index), dropout=dropout)
         return mixed.unsqueeze(0)
     matrix = bias.matrix_of(index)
     if matrix is None:

@@ -413,23 +413,12 @@ def _run_each(engine: Engine, query: Tensor, key: Tensor, value: Tensor, options
 
 def _run_padded(engine: Engine, query: Tensor, key: Tensor, value: Tensor, options: _Options, packed: Packed) -> Tensor:
     """Rows of the longest length, and back; no host read."""
-    starts, lengths = packed.starts[:-1].long(), packed.starts.diff()
-    step = torch.arange(packed.longest, device=query.device)
-    place = (starts[:, None] + step).clamp(max=query.shape[0] - 1)
-    inside = step < lengths[:, None]
-
-    def pad(x: Tensor) -> Tensor:
-        rows = inside.view(*inside.shape, *[1] * (x.dim() - 1))
-        return torch.where(rows, x[place], x.new_zeros(()))
-
     alibi = options.alibi
     if alibi is not None:
-        alibi = alibi._replace(positions=pad(alibi.positions))
-    dense = options._replace(packed=None, valid=lengths, alibi=alibi)
-    out = engine.run(pad(query), pad(key), pad(value), dense)
-    token = torch.arange(query.shape[0], device=query.device)
-    row = torch.searchsorted(packed.starts[1:].long(), token, right=True)
-    return out[row, token - starts[row]]
+        places = F.pad(alibi.positions, (0, 1))[packed.places(packed.longest)[1][0]]
+        alibi = alibi._replace(positions=places.view(len(packed.lengths), -1))
+    dense = options._replace(packed=None, valid=packed.starts.diff(), alibi=alibi)
+    return packed.unpad(engine.run(packed.pad(query), packed.pad(key), packed.pad(value), dense))
 
 
 class Engine(NamedTuple):

@@ -16,8 +16,10 @@ import d2v_kernels.ops.attention as engines
 from d2v import Config, Data2Vec
 from d2v.config.finetune import HeadSettings
 from d2v.model.finetuned import FineTuned
+from d2v.model.stems import positions
 from d2v.model.task_heads import make_head
-from d2v.model.transformer import AttentionBias, InputBlock, Packing, TransformerEncoder
+from d2v.model.transformer import AttentionBias, InputBlock, TransformerEncoder
+from d2v_kernels import pack_lengths
 
 # Recipe, fields of the encoder, and how often a training forward packs: of student and teacher.
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -47,12 +49,12 @@ def train(model: Data2Vec, equal: bool = False) -> tuple[dict[str, Tensor], int]
     torch.manual_seed(1)
     model._drawn = 0  # the same masks at every call
     model.zero_grad()
-    with mock.patch.object(Packing, "of", side_effect=Packing.of) as of:
+    with mock.patch.object(positions, "pack_lengths", side_effect=pack_lengths) as packing:
         out = model(*batch_of(model.config, equal))
     out.loss.backward()
     results = {"loss": out.loss, "prediction": out.prediction, "targets": out.targets}
     results |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: x.detach().clone() for name, x in results.items()}, of.call_count
+    return {name: x.detach().clone() for name, x in results.items()}, packing.call_count
 
 
 def assert_near(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-5) -> None:
@@ -157,7 +159,7 @@ def test_any_lengths(lengths: list[int]) -> None:
     torch.manual_seed(0)
     context, blocks = InputBlock(config), TransformerEncoder(config)
     x = torch.randn(len(lengths), 7, config.width, requires_grad=True)
-    bias = AttentionBias(packing=Packing.of(torch.tensor(lengths, dtype=torch.int64), 7, x.device))
+    bias = AttentionBias(packed=pack_lengths(lengths, "cpu"), tokens=7)
     assert context(x, bias).shape == (1, sum(lengths), config.width)
     out = blocks(context(x, bias), bias)
     assert out.shape == x.shape

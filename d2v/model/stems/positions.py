@@ -22,8 +22,8 @@ from d2v.model.layers import (
     takes_fused_layer,
     valid_positions,
 )
-from d2v.model.transformer import AttentionBias, Packing
-from d2v_kernels import Alibi, Masks, alibi_slopes, gather_tokens, prefers_packed
+from d2v.model.transformer import AttentionBias
+from d2v_kernels import Alibi, Masks, alibi_slopes, gather_tokens, pack_lengths, prefers_packed
 
 
 def grid_coordinates(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -128,10 +128,10 @@ class Positions(nn.Module):
         """
         if lengths is not None:
             if positions is None and self._packs(x):
-                packing = Packing.of(lengths + self.extra, x.shape[1] + self.extra, x.device)
-                places = packing.keep[0] % x.shape[1]
+                packed, tokens = pack_lengths(lengths + self.extra, x.device), x.shape[1] + self.extra
+                places = packed.places(tokens)[0][0] % tokens
                 bias = AttentionBias() if self.alibi is None else self.alibi.attention_bias(None, places)
-                return replace(bias, packing=packing)
+                return replace(bias, packed=packed, tokens=tokens)
             lengths = (lengths + self.extra).to(x.device, non_blocking=True)
         if self.alibi is None:
             return AttentionBias(lengths)
