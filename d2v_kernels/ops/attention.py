@@ -37,7 +37,7 @@ class Alibi(NamedTuple):
     """(H,) or (1,) float32, learned; None for 1. Its gradient is 0 where it is below 0, and bitwise repeatable."""
 
 
-ONE_BY_ONE = 1 << 13
+ONE_BY_ONE = 1 << 15
 """Elements of a packed query that a sequence has on average where each is worth a call of its own on a CPU."""
 
 

@@ -405,7 +405,7 @@ def test_bias_and_its_scale() -> None:
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("one_by_one", [0, 1 << 13])
+@pytest.mark.parametrize("one_by_one", [0, 1 << 15])
 def test_packed_is_one_sequence_after_the_other(monkeypatch, with_bias, one_by_one) -> None:
     monkeypatch.setattr(engines, "ONE_BY_ONE", one_by_one)
     lengths = [3, 0, 17, 1, 9]
@@ -426,7 +426,7 @@ def test_packed_is_one_sequence_after_the_other(monkeypatch, with_bias, one_by_o
     assert attend(*(x[:0] for x in inputs), packed=pack_lengths([0, 0], "cpu")).shape == (0, 2, 8)
 
 
-@pytest.mark.parametrize("one_by_one", [0, 1 << 13])
+@pytest.mark.parametrize("one_by_one", [0, 1 << 15])
 def test_packed_sequences_drop_by_their_own_keys(monkeypatch, one_by_one) -> None:
     monkeypatch.setattr(engines, "ONE_BY_ONE", one_by_one)
     lengths, keys = torch.tensor([4, 0, 7]), torch.tensor([5, 6, 7])
