@@ -144,7 +144,8 @@ class Positions(nn.Module):
         if self.packed == "never" or torch.compiler.is_compiling() or (self.extra > 0 and self.alibi is not None):
             return False
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if casts else x.dtype
         return self.packed == "always" or prefers_packed(kind, dtype, self.head_width, alibi=self.alibi is not None)
 
 
