@@ -177,7 +177,7 @@ class Run:
     packed: Literal["auto", "always", "never"] = setting("auto", free=True, rare=True)
     """Blocks take the valid tokens of padded rows alone: student and teacher of 1.0, teacher of 2.0, fine-tuning,
     features; not with compile or drop path. The same but for rounding, and dropout drops other elements. auto: on GPUs
-    with xformers for fp16 and bf16; on CPUs never: but always is quicker there, tiny models aside."""
+    with xformers for fp16 and bf16; on CPUs never, though always is quicker there but for tiny models."""
     teacher_graph: bool = setting(False, free=True, rare=True)
     """Run the teacher as a CUDA graph: on GPUs, with ddp, without compile, for batches without padding."""
     activation_checkpointing: bool = setting(False, free=True)
