@@ -2,7 +2,7 @@
 
 from . import _define, _native
 from . import triton as _triton
-from .ops.attention import Alibi, alibi_slopes, attend
+from .ops.attention import Alibi, alibi_slopes, attend, prefers_packed
 from .ops.convolution import conv_layer_norm_gelu, prefers_conv_layer_norm_gelu
 from .ops.ema import EmaPlan, merge_ema_state, split_ema_state, update_ema_
 from .ops.gelu import gelu, gelu_linear, layer_norm_gelu
@@ -47,6 +47,7 @@ __all__ = [
     "multiply_into",
     "pack_lengths",
     "prefers_conv_layer_norm_gelu",
+    "prefers_packed",
     "restore_tokens",
     "split_ema_state",
     "update_ema_",

@@ -174,6 +174,10 @@ class Run:
     """Grouped convolutions of decoder and speech positions. library: PyTorch's (cuDNN, oneDNN), then norm, GELU and
     residual; fused: all in one operator, Triton's on GPUs, which is not measured there yet; auto: fused on CPUs in
     bf16, else the library's."""
+    packed: Literal["auto", "always", "never"] = setting("auto", free=True, rare=True)
+    """Blocks take the valid tokens of padded rows alone: student and teacher of 1.0, teacher of 2.0, fine-tuning,
+    features; not with compile or drop path. The same but for rounding, and dropout drops other elements. auto: on GPUs
+    with xformers for fp16 and bf16; on CPUs never, though always is quicker there but for tiny models."""
     teacher_graph: bool = setting(False, free=True, rare=True)
     """Run the teacher as a CUDA graph: on GPUs, with ddp, without compile, for batches without padding."""
     activation_checkpointing: bool = setting(False, free=True)

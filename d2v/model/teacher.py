@@ -116,8 +116,7 @@ class Teacher(nn.Module):
             bias = positions.attention_bias(x, lengths)
             x = parts["context"](positions(x, lengths), bias)
             tensors = parts["blocks"].collect(x, top_k, source, bias)
-        extra = x.shape[1] - features.shape[1]
-        return [t[:, extra:] for t in tensors]
+        return [t[:, t.shape[1] - features.shape[1] :] for t in tensors]
 
     def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
         """`Data2Vec.encode` with the averaged weights."""
@@ -187,11 +186,12 @@ def encode_parts(parts: Mapping[str, Any], inputs: Tensor, lengths: Tensor | Non
         tokens, lengths = stem.measure(inputs, lengths)
         x = stem(inputs, lengths)
         bias = positions.attention_bias(x, lengths)
-        x = context.embed(positions(x, lengths))
+        x = context.embed(positions(x, lengths), bias)
         for i, block in enumerate(blocks[:layer]):
             x = block(x, bias, i).output
         if layer is None and main.norm is not None:
             x = main.norm(x)
+        x = bias.unpack(x)
     extra = x.shape[1] - tokens
     valid = valid_positions(lengths, tokens, x.device)
     if valid is None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from d2v.config import Encoder
 from d2v.model.layers import LayerNorm, Linear
-from d2v_kernels import Alibi, attend, dropout_add_layer_norm, gelu_linear
+from d2v_kernels import Alibi, Packed, attend, dropout_add_layer_norm, gelu_linear
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,18 @@ class AttentionBias:
     """(N or 1, E+T, E+T): distances that ALiBi uses for tokens on a grid; None: those of their positions."""
     table: Tensor | None = None
     """(H,E+T,E+T): bias of all pairs of tokens, for relative positions; None: none."""
+    packed: Packed | None = None
+    """Layout without padding: the blocks take (1,total,C) in place of (N,E+T,C), ALiBi has positions (total,)."""
+    tokens: int = 0
+    """E+T, with `packed`."""
+
+    def pack(self, x: Tensor) -> Tensor:
+        """What the blocks take, of rows (N,E+T,C)."""
+        return x if self.packed is None else self.packed.unpad(x).unsqueeze(0)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Rows (N,E+T,C) of what the blocks give; 0 at padding, where that was not computed."""
+        return x if self.packed is None else self.packed.pad(x.squeeze(0), self.tokens)
 
     def matrix_of(self, index: int) -> Tensor | None:
         """(N or 1, H, E+T, E+T) of one block, where attention cannot compute it from positions."""
@@ -54,6 +66,10 @@ NO_BIAS = AttentionBias()
 
 def mix_tokens(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias, index: int, dropout: float) -> Tensor:
     """Attention of block `index`; all (N,T,H,D). Padding is never a key; as a query it sees what the others see."""
+    if bias.packed is not None:
+        sequences = (x.squeeze(0) for x in (q, k, v))
+        mixed = attend(*sequences, packed=bias.packed, alibi=bias.alibi_of(index), dropout=dropout)
+        return mixed.unsqueeze(0)
     matrix = bias.matrix_of(index)
     if matrix is None:
         return attend(q, k, v, valid=bias.lengths, alibi=bias.alibi_of(index), dropout=dropout)
@@ -244,17 +260,18 @@ class InputBlock(nn.Module):
         self.blocks = nn.ModuleList(Block(config, 0.0, keep_residual) for _ in range(config.prenet_depth))
         initialise_linears(self, config.init_std)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Input (N,E+T,C) of the first block from tokens (N,T,C)."""
+    def embed(self, x: Tensor, bias: AttentionBias = NO_BIAS) -> Tensor:
+        """Input (N,E+T,C) of the first block, or what `bias` packs of it, from tokens (N,T,C)."""
         if self.extra_tokens is not None:
             x = torch.cat([self.extra_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+        x = bias.pack(x)
         if self.norm is not None:
             x = self.norm(x)
         return self.dropout(x)
 
     def forward(self, x: Tensor, bias: AttentionBias = NO_BIAS) -> Tensor:
-        """Tokens (N,T,C) to (N,E+T,C), E extra tokens first; `bias` counts them."""
-        x = self.embed(x)
+        """Tokens (N,T,C) to (N,E+T,C), E extra tokens first, or packed; `bias` counts them."""
+        x = self.embed(x, bias)
         for i, block in enumerate(self.blocks):
             x = run_block(block, x, bias, i, self.recompute)
         return x
@@ -284,7 +301,7 @@ class TransformerEncoder(nn.Module):
             _rescale_outputs(self.blocks, config.init_std)
 
     def forward(self, x: Tensor, bias: AttentionBias = NO_BIAS) -> Tensor:
-        """(N,T,C) to (N,T,C); in training a block is skipped with probability `layer_drop`."""
+        """(N,T,C), or packed, to (N,T,C); in training a block is skipped with probability `layer_drop`."""
         skipped: Collection[int] = ()
         if self.training and self.layer_drop > 0.0:  # those of the update, or new ones where no trainer chose any
             chosen = self.skipped
@@ -292,7 +309,7 @@ class TransformerEncoder(nn.Module):
         for i, block in enumerate(self.blocks):
             if i not in skipped:
                 x = run_block(block, x, bias, self.first + i, self.recompute)
-        return x if self.norm is None else self.norm(x)
+        return bias.unpack(x if self.norm is None else self.norm(x))
 
     def draw_skipped(self, uniform: Sequence[float]) -> frozenset[int]:
         """Blocks whose number of [0, 1) is below `layer_drop`."""
@@ -302,7 +319,7 @@ class TransformerEncoder(nn.Module):
         """Target tensors of the top K blocks, lowest first; stops after the last tensor it needs.
 
         Args:
-            x: (N,T,C) input of the first main block.
+            x: (N,T,C), or packed: input of the first main block.
             top_k: number of blocks K.
             source: "ffn", the MLP output before the residual sum, or "block", the block's output.
             bias: padding, ALiBi and relative positions of the tokens.
@@ -315,7 +332,7 @@ class TransformerEncoder(nn.Module):
         for i, block in enumerate(self.blocks):
             x, f = block(x, bias, self.first + i, output=i < last or source == "block")
             if i >= first:
-                tensors.append(f if source == "ffn" else x)
+                tensors.append(bias.unpack(f if source == "ffn" else x))
         return tensors
 
 

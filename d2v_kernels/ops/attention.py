@@ -2,7 +2,7 @@
 
 An engine answers `why_not` with a list of reasons like a backend of an operator; the first with an empty list runs.
 Besides PyTorch's and xformers' own kernels there is the operator `torch.ops.d2v.attention` (an engine by each backend)
-for what they cannot do. Packed sequences go to xformers on GPUs, elsewhere through padding to an engine for dense ones.
+for what they cannot do. Packed sequences go to xformers on GPUs, else padded or one by one to an engine for dense ones.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class Alibi(NamedTuple):
     to and from every token. (total,) for packed sequences, which have no extra tokens."""
     scale: Tensor | None = None
     """(H,) or (1,) float32, learned; None for 1. Its gradient is 0 where it is below 0, and bitwise repeatable."""
+
+
+ONE_BY_ONE = 1 << 15
+"""Elements of a packed query that a sequence has on average where each is worth a call of its own on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,16 @@ def _check_layout(query: Tensor, valid: Tensor | None, alibi: Alibi | None) -> N
 
 
 # ---- choice
+
+
+def prefers_packed(device: str, dtype: torch.dtype, width: int, *, alibi: bool = False) -> bool:
+    """Whether `attend` has an engine that takes packed sequences as they are, in heads of this width.
+
+    Example:
+        >>> prefers_packed("cpu", torch.float32, 64)
+        False
+    """
+    return ENGINES[_choose("auto", device, dtype, width, True, False, alibi, False, False)].packed
 
 
 def preferred_engines(request: Request) -> tuple[str, ...]:
@@ -374,29 +388,37 @@ def _with_zeros(out: Tensor, empty: Tensor | None) -> Tensor:
 
 
 def _run(engine: Engine, query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
-    """Packed sequences through an engine for dense ones: rows of the longest length, and back; no host read."""
+    """Packed sequences through an engine for dense ones, where it takes no packed ones."""
     packed = options.packed
     if packed is None or engine.packed:
         return engine.run(query, key, value, options)
     if query.shape[0] == 0:
         return query.clone()
-    starts, lengths = packed.starts[:-1].long(), packed.starts.diff()
-    step = torch.arange(packed.longest, device=query.device)
-    place = (starts[:, None] + step).clamp(max=query.shape[0] - 1)
-    inside = step < lengths[:, None]
+    one_by_one = query.device.type == "cpu" and query.numel() >= ONE_BY_ONE * len(packed.lengths)
+    return (_run_each if one_by_one else _run_padded)(engine, query, key, value, options, packed)
 
-    def pad(x: Tensor) -> Tensor:
-        rows = inside.view(*inside.shape, *[1] * (x.dim() - 1))
-        return torch.where(rows, x[place], x.new_zeros(()))
 
+def _run_each(engine: Engine, query: Tensor, key: Tensor, value: Tensor, options: _Options, packed: Packed) -> Tensor:
+    """A call for each sequence, on views."""
+    results, alibi, keys, lengths = [], options.alibi, options.dropout_keys, list(packed.lengths)
+    places = None if alibi is None else alibi.positions[None].split(lengths, 1)
+    rows = (x[None].split(lengths, 1) for x in (query, key, value))
+    for n, (q, k, v) in enumerate(zip(*rows, strict=True)):
+        if lengths[n] > 0:
+            biased = alibi if alibi is None or places is None else alibi._replace(positions=places[n])
+            own = None if keys is None else keys[n : n + 1]
+            results.append(engine.run(q, k, v, options._replace(packed=None, alibi=biased, dropout_keys=own)))
+    return torch.cat(results, 1).squeeze(0)
+
+
+def _run_padded(engine: Engine, query: Tensor, key: Tensor, value: Tensor, options: _Options, packed: Packed) -> Tensor:
+    """Rows of the longest length, and back; no host read."""
     alibi = options.alibi
     if alibi is not None:
-        alibi = alibi._replace(positions=pad(alibi.positions))
-    dense = options._replace(packed=None, valid=lengths, alibi=alibi)
-    out = engine.run(pad(query), pad(key), pad(value), dense)
-    token = torch.arange(query.shape[0], device=query.device)
-    row = torch.searchsorted(packed.starts[1:].long(), token, right=True)
-    return out[row, token - starts[row]]
+        places = F.pad(alibi.positions, (0, 1))[packed.places(packed.longest)[1][0]]
+        alibi = alibi._replace(positions=places.view(len(packed.lengths), -1))
+    dense = options._replace(packed=None, valid=packed.starts.diff(), alibi=alibi)
+    return packed.unpad(engine.run(packed.pad(query), packed.pad(key), packed.pad(value), dense))
 
 
 class Engine(NamedTuple):

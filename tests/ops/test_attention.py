@@ -405,7 +405,9 @@ def test_bias_and_its_scale() -> None:
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_packed_is_one_sequence_after_the_other(with_bias) -> None:
+@pytest.mark.parametrize("one_by_one", [0, 1 << 15])
+def test_packed_is_one_sequence_after_the_other(monkeypatch, with_bias, one_by_one) -> None:
+    monkeypatch.setattr(engines, "ONE_BY_ONE", one_by_one)
     lengths = [3, 0, 17, 1, 9]
     packed = pack_lengths(torch.tensor(lengths), "cpu")
     assert packed.starts.tolist() == [0, 3, 3, 20, 21, 30]
@@ -422,6 +424,19 @@ def test_packed_is_one_sequence_after_the_other(with_bias) -> None:
     grad = torch.randn_like(got)
     torch.testing.assert_close(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want_all, inputs, grad))
     assert attend(*(x[:0] for x in inputs), packed=pack_lengths([0, 0], "cpu")).shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize("one_by_one", [0, 1 << 15])
+def test_packed_sequences_drop_by_their_own_keys(monkeypatch, one_by_one) -> None:
+    monkeypatch.setattr(engines, "ONE_BY_ONE", one_by_one)
+    lengths, keys = torch.tensor([4, 0, 7]), torch.tensor([5, 6, 7])
+    rows = [torch.randn(3, 7, 2, 8) for _ in range(3)]
+    valid = torch.arange(7) < lengths[:, None]
+    want = attend(*rows, valid=lengths, dropout=0.4, dropout_keys=keys)[valid]
+    packed = pack_lengths(lengths, "cpu")
+    got = attend(*(x[valid] for x in rows), packed=packed, dropout=0.4, dropout_keys=keys)
+    torch.testing.assert_close(got, want)
+    assert not torch.allclose(got, attend(*(x[valid] for x in rows), packed=packed))
 
 
 def test_drawn_dropout_follows_the_generator() -> None:

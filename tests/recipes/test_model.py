@@ -106,10 +106,11 @@ def test_step_fails_without_operator(broken: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "name", ["vision-tiny", "speech-base", "text-base", "speech1-base", "text1-base", "vision1-base"]
 )
-def test_forward_reads_nothing_from_the_device(name: str) -> None:
+@pytest.mark.parametrize("packed", ["auto", "always"])
+def test_forward_reads_nothing_from_the_device(name: str, packed: str) -> None:
     """On the meta device, where tensors have no values, any read of a value raises. Padding does not change that."""
     config = with_class_token() if name == "vision-tiny" else make_config(name)
-    model = Data2Vec(config)
+    model = Data2Vec(config.replace("run.packed", packed))
     if config.stem.modality == "vision":
         inputs, lengths = torch.randn(2, 3, config.stem.image_size, config.stem.image_size), None
     else:

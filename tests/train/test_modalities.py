@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,9 +21,11 @@ from d2v.cli import main
 from d2v.config import Config
 from d2v.evaluate.features import extract
 from d2v.evaluate.probe import probe
+from d2v.model.stems import positions
 from d2v.train.logging import read_metrics
 from d2v.train.pretraining import pretrain
 from d2v.train.trainer import Trainer
+from d2v_kernels import pack_lengths
 
 from .test_train import assert_same_run
 
@@ -62,14 +65,16 @@ def make(tmp_path: Path) -> Make:
     return build
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_stopping_anywhere_and_resuming_is_exact(recipe: str, make: Make, tmp_path: Path) -> None:
-    folder = pretrain(make(recipe, "whole", data={"workers": 1}))
+@pytest.mark.parametrize(("recipe", "packed"), [*((r, "auto") for r in RECIPES), ("speech1-tiny", "always")])
+def test_stopping_anywhere_and_resuming_is_exact(recipe: str, packed: str, make: Make, tmp_path: Path) -> None:
+    with mock.patch.object(positions, "pack_lengths", side_effect=pack_lengths) as packing:
+        folder = pretrain(make(recipe, "whole", data={"workers": 1}, run={"packed": packed}))
+    assert (packing.call_count > 0) == (packed == "always")
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [3, 6, 7]
     assert all(math.isfinite(v) for line in lines for v in line.values() if v is not None)
     assert lines[-1]["valid_step"] == 7
-    parts = make(recipe, "parts")
+    parts = make(recipe, "parts", run={"packed": packed})
     original = Trainer.run_update
 
     def then_stop(self: Trainer, batches: Any) -> Any:

@@ -35,6 +35,15 @@ def make_stem(config: Config) -> Any:
 
 def make_positions(config: Config) -> Positions:
     """The positions of a configuration."""
+    positions = _make_positions(config)
+    # Compiled blocks would be compiled for every batch; drop path is drawn a row; published statistics read padding.
+    reads_padding = {"statistics-over-padding", "loss-on-padding", "norms-over-batch"} & config.published
+    if not (config.run.compile or config.encoder.drop_path > 0.0 or reads_padding):
+        positions.packed = config.run.packed
+    return positions
+
+
+def _make_positions(config: Config) -> Positions:
     stem, encoder = config.stem, config.encoder
     if stem.positions == "relative":
         return RelativePositions(encoder, stem.grid)

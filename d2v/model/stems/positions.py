@@ -6,6 +6,8 @@ relative bias (1.0 images); all may have ALiBi.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from d2v.model.layers import (
     valid_positions,
 )
 from d2v.model.transformer import AttentionBias
-from d2v_kernels import Alibi, Masks, alibi_slopes, gather_tokens
+from d2v_kernels import Alibi, Masks, alibi_slopes, gather_tokens, pack_lengths, prefers_packed
 
 
 def grid_coordinates(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -86,6 +88,9 @@ class AlibiScale(nn.Module):
 class Positions(nn.Module):
     """No positions of its own; the base of those that have some. May hold an ALiBi."""
 
+    packed = "never"
+    """Whether blocks get the valid tokens of full rows alone, as in `config.run`."""
+
     def __init__(self, config: Encoder, grid: tuple[int, int] | None = None) -> None:
         """
         Args:
@@ -93,7 +98,7 @@ class Positions(nn.Module):
             grid: rows and columns of patches.
         """
         super().__init__()
-        self.extra = config.extra_tokens
+        self.extra, self.head_width = config.extra_tokens, config.width // config.heads
         self.alibi = AlibiScale(config, grid) if config.alibi != "none" else None
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -122,12 +127,26 @@ class Positions(nn.Module):
             positions: (N,V) positions of the visible tokens; None: all T.
         """
         if lengths is not None:
+            if positions is None and self._packs(x):
+                packed, tokens = pack_lengths(lengths + self.extra, x.device), x.shape[1] + self.extra
+                places = packed.places(tokens)[0][0] % tokens
+                bias = AttentionBias() if self.alibi is None else self.alibi.attention_bias(None, places)
+                return replace(bias, packed=packed, tokens=tokens)
             lengths = (lengths + self.extra).to(x.device, non_blocking=True)
         if self.alibi is None:
             return AttentionBias(lengths)
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         return self.alibi.attention_bias(lengths, positions, self.extra)
+
+    def _packs(self, x: Tensor) -> bool:
+        """Whether blocks get full rows packed; extra tokens have no place in a packed ALiBi."""
+        if self.packed == "never" or torch.compiler.is_compiling() or (self.extra > 0 and self.alibi is not None):
+            return False
+        kind = x.device.type
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if casts else x.dtype
+        return self.packed == "always" or prefers_packed(kind, dtype, self.head_width, alibi=self.alibi is not None)
 
 
 class SequencePositions(Positions):
