@@ -86,13 +86,15 @@ class Count:
         return self.reads / self.bytes
 
 
-def main_loop(flow: Flow, turn: str) -> list[Instruction]:
+def main_loop(flow: Flow, turn: str, without: str = "") -> list[Instruction]:
     """One turn of the innermost loop that moves at least half of what any loop does; the whole kernel without one."""
-    whole = flow.longest(0, set(range(len(flow.blocks))))
-    ways = [(body, flow.longest(head, body)) for head, body in flow.loops()]
+    whole = flow.longest(0, set(range(len(flow.blocks))), without)
+    ways = [(body, flow.longest(head, body, without)) for head, body in flow.loops()]
     most = max((weight(way) for _, way in ways), default=0)
     if turn == "whole" or most == 0:
         return whole
+    if turn == "longest":
+        return max((way for _, way in ways if weight(way)), key=len)
     large = [(body, way) for body, way in ways if 2 * weight(way) >= most]
     inner = [(body, way) for body, way in large if not any(other < body for other, _ in large)]
     return max(inner, key=lambda found: (weight(found[1]), len(found[1])))[1]
@@ -152,7 +154,7 @@ def count(cuobjdump: str, cubin: Path, ptx: str, rows: list[Row], dynamic: int =
     codes, used, threads, found = disassemble(cuobjdump, cubin), resources(cuobjdump, cubin), threads_of(ptx), {}
     for row in rows:
         (name,) = [name for name in codes if re.search(row.pattern, name)]
-        way = main_loop(Flow(codes[name]), row.turn)
+        way = main_loop(Flow(codes[name]), row.turn, row.without)
         registers, static = used[name]
         warps = resident_warps(threads[name], registers, static + dynamic + row.shared)
         names = Counter(i.name for i in way)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 SHARE, FLIGHT = 0.85, 30 * 1024
 TILE = 2 * 7 * 256 * 16  # dynamic shared memory of average_instance_kernel: two layers, 7 slots of 256 threads
+RARE = "UTMALDG|UCGABAR_ARV"  # one thread requests a layer; clusters are for few and long samples
 STAGES = 3 * 8 * 256 * 16  # of average_bulk_kernel: three layers, 8 slots of 256 threads
 
 
@@ -14,8 +15,9 @@ class Row:
     """A kernel at a setting that the recipes use.
 
     `source` is the .cu file or the case of support.triton_compile; `pattern` finds one kernel in it. `turn` is what is
-    counted: the loop with the most bytes ("loop"), or the whole kernel ("whole"). `moved`: bytes that a warp moves in it by
-    other means than its own accesses; `cached`: bytes of its accesses that come from a cache. `flight` and `shared`: bytes on the way in an SM, and dynamic shared memory, where
+    counted: the loop with the most bytes ("loop") or instructions ("longest"), or the whole kernel ("whole"). `moved`: bytes that a warp moves in it by
+    other means than its own accesses; `without`: blocks with such an instruction are gone
+    around, because few warps or launches pass them; `cached`: bytes of its accesses that come from a cache. `flight` and `shared`: bytes on the way in an SM, and dynamic shared memory, where
     the launch decides. `share` is the most of the issue budget, `least` the least in flight; a row that is beyond 85 % or
     below 30 KiB says why.
     """
@@ -25,6 +27,7 @@ class Row:
     pattern: str
     share: float = SHARE
     turn: str = "loop"
+    without: str = ""
     moved: int = 0
     cached: int = 0
     flight: int = 0
@@ -39,11 +42,11 @@ ROWS = [
     Row("update_ema_, many tensors", "ema.cu", "17update_ema_kernelIffNS0_8EmaTableE"),
     Row("update_ema_ in two halves", "ema.cu", f"23update_split_ema_kernelI{BF16}NS0_8EmaTableE"),
     Row("average_layers, bulk copies, bf16", "layers.cu", f"19average_bulk_kernelI{BF16}Li8E",
-        moved=8 * 512, shared=STAGES, flight=2 * STAGES // 3 * 2),
+        moved=8 * 512, without=RARE, shared=STAGES, flight=2 * STAGES // 3 * 2),
     Row("average_layers, bulk copies, 64 bytes, bf16", "layers.cu", f"19average_bulk_kernelI{BF16}Li4E",
-        moved=8 * 512, shared=STAGES, flight=2 * STAGES // 3 * 2),
+        moved=8 * 512, without=RARE, shared=STAGES, flight=2 * STAGES // 3 * 2),
     Row("average_layers, bulk copies, fp32", "layers.cu", "19average_bulk_kernelIfLi8E",
-        moved=8 * 512, shared=STAGES, flight=2 * STAGES // 3 * 2),
+        moved=8 * 512, without=RARE, shared=STAGES, flight=2 * STAGES // 3 * 2),
     Row("average_layers, tile, bf16", "layers.cu", f"23average_instance_kernelI{BF16}Li8ELi256E", shared=TILE),
     Row("average_layers, tile, fp32", "layers.cu", "23average_instance_kernelIfLi8ELi256E", shared=TILE),
     Row("average_layers, rows, bf16", "layers.cu", f"19average_rows_kernelI{BF16}Li1E"),
@@ -54,8 +57,8 @@ ROWS = [
     Row("average_layers, second pass, bf16", "layers.cu", f"23combine_channels_kernelI{BF16}Li8E"),
     Row("average_layers, merge", "layers.cu", "19merge_pieces_kernelIfE"),
     Row("gather_tokens, restore_tokens", "tokens.cu", "16copy_rows_kernelI5uint4E"),
-    Row("restore_tokens, noise, bf16", "tokens.cu", f"20restore_noise_kernelI{BF16}Li8E"),
-    Row("restore_tokens, noise, fp32", "tokens.cu", "20restore_noise_kernelIfLi4E"),
+    Row("restore_tokens, noise, bf16", "tokens.cu", f"20restore_noise_kernelI{BF16}Li8E", turn="longest"),
+    Row("restore_tokens, noise, fp32", "tokens.cu", "20restore_noise_kernelIfLi4E", turn="longest"),
     Row("gather_tokens backward, bf16", "tokens.cu", f"16sum_slots_kernelI{BF16}Li8E"),
     Row("gather_tokens backward, fp32", "tokens.cu", "16sum_slots_kernelIfLi4E"),
     Row("restore_tokens backward, fill, bf16", "tokens.cu", f"17sum_filled_kernelI{BF16}fLi8E"),
@@ -63,7 +66,7 @@ ROWS = [
     Row("gelu backward, bf16", "GELU", "_gelu_backward_kernel"),
     Row("gelu, fp32", "GELU, float32", "_gelu_kernel"),
     Row("gelu backward, fp32", "GELU, float32", "_gelu_backward_kernel"),
-    Row("layer_norm_gelu, bf16", "speech front-end", "_forward_kernel"),
+    Row("layer_norm_gelu, bf16", "speech front-end", "_forward_kernel", cached=4096),
     Row("layer_norm_gelu backward, bf16", "speech front-end", "_backward_kernel"),
     Row("layer_norm_gelu, fp32", "decoder, no affine", "_forward_kernel"),
     Row("layer_norm_gelu backward, fp32", "decoder, no affine", "_backward_kernel"),
@@ -77,7 +80,7 @@ ROWS = [
     Row("average_layers, second pass, bf16 (Triton)", "speech: instance", "_combine_kernel"),
     Row("gather_tokens (Triton)", "gather", "_gather_kernel"),
     Row("restore_tokens (Triton)", "restore with rows", "_restore_kernel"),
-    Row("restore_tokens, noise, bf16 (Triton)", "restore with noise", "_restore_noise_kernel"),
+    Row("restore_tokens, noise, bf16 (Triton)", "restore with noise", "_restore_noise_kernel", turn="longest"),
     Row("gather_tokens backward, bf16 (Triton)", "gather backward", "_inverse_gather_kernel"),
     Row("restore_tokens backward, fill, bf16 (Triton)", "restore with noise", "_fill_sums_kernel"),
     Row("sums over rows (Triton)", "restore with noise", "_column_sums_kernel"),

@@ -145,28 +145,40 @@ class Flow:
                         left += self.before[block]
         return sorted(found.items())
 
-    def longest(self, head: int, body: set[int]) -> list[Instruction]:
-        """The longest way from `head` through `body`, to where it leaves or comes back; of inner loops one turn."""
-        best: dict[int, tuple[int, int | None]] = {}
-        open_blocks: set[int] = set()
+    def longest(self, head: int, body: set[int], without: str = "") -> list[Instruction]:
+        """The longest way from `head` through `body`, to where it leaves or comes back; of inner loops one turn.
 
-        def walk(n: int) -> int:
-            if n in best:
-                return best[n][0]
-            open_blocks.add(n)
-            ways = [
-                (walk(f), f) for f in self.next[n] if f in body and f != head and f not in open_blocks
-                and f not in self.dominators[n]
-            ]  # fmt: skip
-            open_blocks.discard(n)
+        Code under the same condition as an instruction of a name that the expression `without` fits is gone around.
+        """
+        ends = [n for n in body if head in self.next[n]]
+        for n in sorted(body) if without else ():
+            if n in body and any(re.fullmatch(without, i.name) for i in self.blocks[n]):
+                apart = [d for d in self.dominators[n] & body if not any(d in self.dominators[end] for end in ends)]
+                outermost = min(apart, key=lambda d: len(self.dominators[d]), default=len(self.blocks))
+                body = {m for m in body if outermost not in self.dominators[m]}
+        best: dict[int, tuple[int, int | None]] = {}
+        for n in self._backwards(head, body):
+            ways = [(best[f][0], f) for f in self.next[n] if f in best and f not in self.dominators[n]]
             length, following = max(ways, default=(0, None))
             best[n] = (length + len(self.blocks[n]), following)
-            return best[n][0]
-
-        walk(head)
         path: list[Instruction] = []
         at: int | None = head
         while at is not None:
             path += self.blocks[at]
             at = best[at][1]
         return path
+
+    def _backwards(self, head: int, body: set[int]) -> list[int]:
+        """What is reached from `head` in `body`, each block behind those that follow it."""
+        order: list[int] = []
+        seen, stack = {head}, [(head, iter(self.next[head]))]
+        while stack:
+            n, following = stack[-1]
+            f = next((f for f in following if f in body and f not in seen), None)
+            if f is None:
+                order.append(n)
+                stack.pop()
+            else:
+                seen.add(f)
+                stack.append((f, iter(self.next[f])))
+        return order
