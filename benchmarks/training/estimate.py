@@ -42,11 +42,11 @@ START, LIST = 2e-6, 32
 """Seconds that a GPU loses between two kernels, and tensors that one launch over a list takes; both assumed."""
 SHARES = {"matrix products": 0.6, "attention": 0.3, "convolutions": 0.4, "grouped convolutions": 0.05}
 """Of the peak, reached by products of a group; assumed. Groups of 24 to 48 channels fill a small part of a tile."""
-SCALARS = {"restore_tokens": 966, "gelu": 336, "gelu_backward_": 336, "layer_norm_gelu": 440,
-           "layer_norm_gelu_backward": 520, "average_layers": 327, "gather_tokens": 17}  # fmt: skip
-"""Warp instructions a KiB that is moved, counted in compiled code for sm_90 (Triton, CUDA)."""
-PAIRS = {"attention": (12, 20), "attention_backward": (24, 40)}
-"""Instructions of a thread for a pair of query and key besides products, and for its dropout; assumed."""
+SCALARS = {"restore_tokens": 344, "gelu": 145, "gelu_backward_": 116, "layer_norm_gelu": 182,
+           "layer_norm_gelu_backward": 202, "average_layers": 195, "gather_tokens": 17}  # fmt: skip
+"""Warp instructions a KiB that is moved, bfloat16, as `make counts` finds them in compiled code for sm_90."""
+PAIRS = {"attention": (14, 7, 20), "attention_backward": (44, 27, 50)}
+"""Instructions of a thread for a pair of query and key, for its ALiBi, for its dropout; counted likewise."""
 LAUNCHES = {"native_layer_norm_backward": 3, "layer_norm_gelu_backward": 2, "attention_backward": 3,
             "convolution_backward": 4, "linalg_vector_norm": 1 / LIST}  # fmt: skip
 """Kernels of an operator, where not one; assumed."""
@@ -155,10 +155,11 @@ def _work(func: Any, name: str, args: Any, outputs: list[Tensor]) -> tuple[float
     backward = "backward" in name
     if "attention" in name:  # d2v has (N,T,H,D), PyTorch (N,H,T,D)
         (query, key), own = args[1:3] if backward else args[:2], name.startswith("attention")
-        plain, random = PAIRS["attention_backward" if backward else "attention"]
+        plain, alibi, random = PAIRS["attention_backward" if backward else "attention"]
+        biased = own and args[6 if backward else 3] is not None
         multiplied = query.numel() * key.shape[1 if own else 2]
         lanes = multiplied / query.shape[-1] / 32.0
-        return (8.0 if backward else 4.0) * multiplied, lanes * (plain + random * (own and args[-2] > 0.0))
+        return (8.0 if backward else 4.0) * multiplied, lanes * (plain + alibi * biased + random * (own and args[-2] > 0.0))
     if name == "convolution_backward":  # PyTorch's count takes grouped weights for those without groups
         grad, _, weight = args[:3]
         return 2.0 * grad.shape[0] * math.prod(grad.shape[2:]) * weight.numel() * sum(args[-1][:2]), 0.0

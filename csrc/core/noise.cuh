@@ -2,7 +2,7 @@
 // et al. 2011) and Box-Muller. Counter (c / 4, row, 0, 0) gives channels c .. c + 3.
 //
 // A result in 16 bits has no use for more than the hardware's own logarithm, root, sine and cosine, which are off by
-// 2^-20 or less: a tenth of the instructions, and the same number in nearly all cases.
+// 2^-20 or less: a third of the instructions, and the same number in nearly all cases.
 #pragma once
 #include "vec.cuh"
 
@@ -92,9 +92,11 @@ __device__ __forceinline__ void normal_pair(uint32_t radius, uint32_t angle, flo
   float length, cosine, sine;
   if constexpr (sizeof(T) == 2) {
     constexpr float kTwoPi = 6.2831853f, kStep = kTwoPi * 0x1p-24f;
-    // The angle less half a turn, so that its size is at most pi; the length below zero makes up for it. Near 1 the
-    // approximate logarithm might have the wrong sign.
-    length = -std * quick_root(fabsf(1.3862944f * quick_log2(to_uniform(radius))));  // 2 ln 2
+    // Near 1 the approximate logarithm has no digits left, and -2 ln u is 2 (1 - u).
+    const float u = to_uniform(radius), near_one = multiply_add(-2.0f, u, 2.0f);
+    const float square = near_one < 0x1p-10f ? near_one : -1.3862944f * quick_log2(u);  // 2 ln 2
+    // The angle less half a turn, so that its size is at most pi; the length below zero makes up for it.
+    length = -std * quick_root(square);
     quick_turn(multiply_add(static_cast<float>(angle >> 8), kStep, 0.5f * kStep - 0.5f * kTwoPi), &cosine, &sine);
   } else {
     length = std * sqrtf(-2.0f * logf(to_uniform(radius)));

@@ -50,7 +50,7 @@ def attention_tile(kernel: str, width: int, element_size: int) -> AttentionTile:
         # Fewer keys at once, for two more operands than the forward has.
         "dq": (64, 32, 4 if narrow else 8),
         # Two accumulators of keys x channels, 8 warps to hold them.
-        "dkdv": (64, 32, 8) if narrow else (32, 64, 8),
+        "dkdv": (64, 64, 8) if narrow else (32, 64, 8),
     }[kernel]
     return AttentionTile(queries, keys, channels, warps, 2)
 

@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from codegen.issue_rows import FLIGHT, ROWS, Row
+from codegen.issue_rows import FLIGHT, ROWS, SHARE, Row
 from codegen.sass import Flow, Instruction, disassemble
 from codegen.toolchain import KERNELS, ROOT, build_machine_code, find_toolkit
 
@@ -200,6 +200,16 @@ def problems(counts: dict[Row, Count]) -> list[str]:
     return found
 
 
+def loose(counts: dict[Row, Count]) -> list[str]:
+    """Rows whose bounds allow a tenth more than is there, although they are beyond the general ones."""
+    return [
+        row.kernel
+        for row, c in counts.items()
+        if (row.share > SHARE and max(c.share(), c.pipe_share) < 0.9 * row.share)
+        or (row.least < FLIGHT and c.flight > 1.1 * row.least * c.needed)
+    ]
+
+
 def table(counts: dict[Row, Count]) -> str:
     """Markdown, in the order of `ROWS`."""
     lines = [
@@ -227,9 +237,9 @@ def documented() -> dict[str, float]:
 
 
 def undocumented(counts: dict[Row, Count]) -> list[str]:
-    """Rows whose number in the document is off by more than a twentieth: other compilers differ by less."""
+    """Rows whose number in the document is off by more than a tenth: other compilers differ by less."""
     stored = documented()
-    return [row.kernel for row, c in counts.items() if abs(stored.get(row.kernel, 0.0) / c.per_kib - 1.0) > 0.05]
+    return [row.kernel for row, c in counts.items() if abs(stored.get(row.kernel, 0.0) / c.per_kib - 1.0) > 0.1]
 
 
 def compile_and_count() -> dict[Row, Count]:
