@@ -90,7 +90,7 @@ def test_launch(needs_triton, width, size) -> None:
         for n in (tile.queries, tile.keys, tile.channels, tile.warps):
             assert n & (n - 1) == 0
         assert tile.queries >= 16 and tile.keys >= 16 and tile.channels >= max(16, width)  # smallest product
-        assert tile.keys % 4 == 0  # one call of Philox decides on four keys
+        assert tile.keys % 16 == 0  # one call of Philox decides on sixteen keys
         assert tile.stages >= 1
     assert attention.attention_tile("forward", 64, 2) == attention.AttentionTile(64, 64, 64, 4, 2)
     assert attention.attention_tile("forward", 80, 2).channels == 128
