@@ -113,9 +113,10 @@ D2V_INLINE VD exp_vector(VD x) {
 }
 
 // 32-bit numbers, of which the highest eight bits decide, of the weights of one query, keys 0 on (place_of, attention.h).
-// A block of 64 keys takes 16 words; of them every row of 8 keys takes two of each call, shifted alike.
+// A block of 64 keys takes four calls: every row of 8 keys the first or the last two words of each, shifted alike.
 D2V_INLINE void draw_words(uint32_t* words, int64_t count, uint32_t query, uint32_t head, uint64_t key) {
   typedef uint32_t Eight __attribute__((vector_size(32)));
+  typedef uint64_t Pairs __attribute__((vector_size(32)));
   constexpr int L = kLanes<float>, kWords = 2 * L < 16 ? 16 : 2 * L;
   VU64 counter = first_counters();
   for (int64_t first = 0; first < count; first += 4 * kWords) {
@@ -126,14 +127,17 @@ D2V_INLINE void draw_words(uint32_t* words, int64_t count, uint32_t query, uint3
       memcpy(drawn + at, &low, sizeof(low));
       memcpy(drawn + at + L, &high, sizeof(high));
     }
-    for (int64_t j = first; j < count && j < first + 4 * kWords; j += 8) {
-      const DropoutPlace place = place_of(j - first);
-      Eight eight;
-      for (int call = 0; call < 4; ++call) {
-        memcpy(reinterpret_cast<char*>(&eight) + 8 * call, drawn + 4 * (place.counter + call) + place.word, 8);
+    for (int block = 0; block < kWords / 16; ++block) {
+      Pairs a, b;
+      memcpy(&a, drawn + 16 * block, sizeof(a));
+      memcpy(&b, drawn + 16 * block + 8, sizeof(b));
+      const Eight pairs[2] = {bit_cast<Eight>(Pairs{a[0], a[2], b[0], b[2]}),
+                              bit_cast<Eight>(Pairs{a[1], a[3], b[1], b[3]})};
+      for (int row = 0; row < 8; ++row) {
+        const int64_t j = first + 64 * block + 8 * row;
+        const Eight numbers = pairs[row % 2] << static_cast<uint32_t>(row / 2 * 8);
+        if (j < count) memcpy(words + j, &numbers, sizeof(numbers));
       }
-      eight <<= static_cast<uint32_t>(place.shift);
-      memcpy(words + j, &eight, sizeof(eight));
     }
   }
 }
