@@ -45,7 +45,7 @@ SHARES = {"matrix products": 0.6, "attention": 0.3, "convolutions": 0.4, "groupe
 SCALARS = {"restore_tokens": 344, "gelu": 145, "gelu_backward_": 116, "layer_norm_gelu": 182,
            "layer_norm_gelu_backward": 202, "average_layers": 195, "gather_tokens": 17}  # fmt: skip
 """Warp instructions a KiB that is moved, bfloat16, as `make counts` finds them in compiled code for sm_90."""
-PAIRS = {"attention": (14, 7, 20), "attention_backward": (44, 27, 50)}
+PAIRS = {"attention": (14, 7, 10), "attention_backward": (36, 19, 26)}
 """Instructions of a thread for a pair of query and key, for its ALiBi, for its dropout; counted likewise."""
 LAUNCHES = {"native_layer_norm_backward": 3, "layer_norm_gelu_backward": 2, "attention_backward": 3,
             "convolution_backward": 4, "linalg_vector_norm": 1 / LIST}  # fmt: skip
@@ -159,7 +159,8 @@ def _work(func: Any, name: str, args: Any, outputs: list[Tensor]) -> tuple[float
         biased = own and args[6 if backward else 3] is not None
         multiplied = query.numel() * key.shape[1 if own else 2]
         lanes = multiplied / query.shape[-1] / 32.0
-        return (8.0 if backward else 4.0) * multiplied, lanes * (plain + alibi * biased + random * (own and args[-2] > 0.0))
+        drops = own and args[-2] > 0.0
+        return (8.0 if backward else 4.0) * multiplied, lanes * (plain + alibi * biased + random * drops)
     if name == "convolution_backward":  # PyTorch's count takes grouped weights for those without groups
         grad, _, weight = args[:3]
         return 2.0 * grad.shape[0] * math.prod(grad.shape[2:]) * weight.numel() * sum(args[-1][:2]), 0.0

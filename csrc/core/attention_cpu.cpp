@@ -112,8 +112,9 @@ D2V_INLINE VD exp_vector(VD x) {
   return select_nan_too(y, x);
 }
 
-// 32-bit numbers, of which the highest eight bits decide, of the weights of one query, keys 0 on (place_of, attention.h).
-// A block of 64 keys takes four calls: every row of 8 keys the first or the last two words of each, shifted alike.
+// 32-bit numbers, of which the highest eight bits decide, of the weights of one query, keys 0 on (place_of,
+// attention.h). A block of 64 keys takes four calls: every row of 8 keys the first or the last two words of each,
+// shifted alike.
 D2V_INLINE void draw_words(uint32_t* words, int64_t count, uint32_t query, uint32_t head, uint64_t key) {
   typedef uint32_t Eight __attribute__((vector_size(32)));
   typedef uint64_t Pairs __attribute__((vector_size(32)));

@@ -70,8 +70,8 @@ struct BulkTile {
   }
 };
 
-// Moments of a channel of the block, merged with those of the cluster's other blocks: all blocks add them in the order of
-// time and get the same bits. All threads come here; those of `owner` have moments, and leave with the merged ones.
+// Moments of a channel of the block, merged with those of the cluster's other blocks: all blocks add them in the order
+// of time and get the same bits. All threads come here; those of `owner` have moments, and leave with the merged ones.
 // `moments` has a place for every other layer: a block may write those of the next one while another still reads these.
 template <int CHANNELS>
 __device__ __forceinline__ void merge_cluster(const BulkGrid& grid, int length, float inverse, bool owner,
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     if constexpr (kOnePass<T>) {
       if (end > 0) widen(tile.read(stage, 0), pivot);
     } else {
-      tile.for_steps(stage, [&](const float(&x)[N], int) {
+      tile.for_steps(stage, [&](const float (&x)[N], int) {
 #pragma unroll
         for (int n = 0; n < N; ++n) pivot[n] += x[n];
       });
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
 #pragma unroll
       for (int n = 0; n < N; ++n) pivot[n] = divide(pivot[n], here, inverse_here);
     }
-    tile.for_steps(stage, [&](const float(&x)[N], int) {
+    tile.for_steps(stage, [&](const float (&x)[N], int) {
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const float d = x[n] - pivot[n];
@@ -164,14 +164,16 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     if (courier && k > 0) tile.request(k - 1 + grid.stages, stage > 0 ? stage - 1 : grid.stages - 1);
     float mean, m2;
     if (owner) block_moments(moments, threadIdx.x, here, inverse_here, &mean, &m2);
-    if (grid.ranks > 1) merge_cluster<kChannels>(grid, static_cast<int>(length), inverse, owner, peers[k & 1], &mean, &m2);
+    if (grid.ranks > 1) {
+      merge_cluster<kChannels>(grid, static_cast<int>(length), inverse, owner, peers[k & 1], &mean, &m2);
+    }
     if (owner) {
       moments.mean[threadIdx.x] = mean;
       moments.scale[threadIdx.x] = share * reciprocal_root(m2 * inverse + eps);
     }
     __syncthreads();
     const Vec<float, N> centre = load<N>(&moments.mean[column]), scale = load<N>(&moments.scale[column]);
-    tile.for_steps(stage, [&](const float(&x)[N], int i) {
+    tile.for_steps(stage, [&](const float (&x)[N], int i) {
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         total[i][n] = multiply_add(x[n] - centre.v[n], scale.v[n], total[i][n]);

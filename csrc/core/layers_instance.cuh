@@ -32,9 +32,9 @@ __device__ __forceinline__ void sum_groups(float (&v)[N], float (*scratch)[V * N
   for (int n = 0; n < N; ++n) v[n] = sum_lanes<V>(v[n]);
 }
 
-// How a layer's statistics are made. 16-bit numbers: one pass over distances from a pivot, the sample's first time step,
-// which is at most root(steps) standard deviations away from the mean: the variance loses a digit or two, of the eleven
-// bits or fewer that the numbers have. Wider ones: the mean first, which then is the pivot.
+// How a layer's statistics are made. 16-bit numbers: one pass over distances from a pivot, the sample's first time
+// step, which is at most root(steps) standard deviations away from the mean: the variance loses a digit or two, of the
+// eleven bits or fewer that the numbers have. Wider ones: the mean first, which then is the pivot.
 template <class T>
 constexpr bool kOnePass = sizeof(T) == 2;
 
@@ -84,8 +84,9 @@ __device__ __forceinline__ void block_moments(const Moments& moments, int channe
 }
 
 // A block holds all time steps of V x 16 bytes of channels of one sample, two layers of them in shared memory: while
-// the statistics of one are made, the next one arrives. A thread reads from shared memory what it copied there and, behind
-// a barrier, the first time step; the barrier of the sums stands between reading a place and copying to it again. The average of the thread's elements stays in its registers.
+// the statistics of one are made, the next one arrives. A thread reads from shared memory what it copied there and,
+// behind a barrier, the first time step; the barrier of the sums stands between reading a place and copying to it
+// again. The average of the thread's elements stays in its registers.
 template <class T, int V, int THREADS>
 struct InstanceTile {
   static constexpr int N = kAccessBytes / sizeof(T), kGroups = THREADS / V, kWarps = THREADS / 32;

@@ -75,8 +75,8 @@ __device__ __forceinline__ void store(T* p, const Vec<T, N>& v) {
   *reinterpret_cast<Vec<T, N>*>(p) = v;
 }
 
-// What load() gives, kept as it came until it is widened: bfloat16 stays in 32-bit words, of which a shift and a mask make
-// two numbers; taken apart into elements first, they would be three instructions more.
+// What load() gives, kept as it came until it is widened: bfloat16 stays in 32-bit words, of which a shift and a mask
+// make two numbers; taken apart into elements first, they would be three instructions more.
 template <class T, int N>
 struct PackedOf {
   using type = Vec<T, N>;

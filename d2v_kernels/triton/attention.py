@@ -50,7 +50,7 @@ def attention_tile(kernel: str, width: int, element_size: int) -> AttentionTile:
         "forward": (64, 64, 4 if narrow else 8),
         # Fewer keys at once, for two more operands than the forward has.
         "dq": (64, 32, 4 if narrow else 8),
-        # Two accumulators of keys x channels; with 64 keys at once 4 warps would spill, and 8 make dropout's calls twice.
+        # Two accumulators of keys x channels; with 64 keys 4 warps would spill, and 8 make dropout's calls twice.
         "dkdv": (64, 32, 4) if narrow else (32, 64, 8),
     }[kernel]
     return AttentionTile(queries, keys, channels, warps, 2)
@@ -112,9 +112,10 @@ def _distances(place_i, place_j, i, j, extra):
 def _kept(key, head, i, first, threshold, BLOCK_N: tl.constexpr):
     """Which weights of queries i and keys first .. first + BLOCK_N - 1 dropout keeps; first is a multiple of BLOCK_N.
 
-    Key j goes by byte place / 4 from the top of word place % 4 at counter (j // 64 * 4 + j % 8 // 2, i, head, 0), place =
-    j // 8 % 8 * 2 + j % 2. It is written down for each weight, but those of one call are what one thread has of a row of 64
-    in the layout of a product's result: the compiler leaves one call. The threshold has no bits below the highest eight.
+    Key j goes by byte place / 4 from the top of word place % 4 at counter (j // 64 * 4 + j % 8 // 2, i, head, 0), place
+    being j // 8 % 8 * 2 + j % 2. It is written down for each weight, but those of one call are what one thread has of a
+    row of 64 in the layout of a product's result: the compiler leaves one call. The threshold has no bits below the
+    highest eight.
     """
     n = tl.arange(0, BLOCK_N)[None, :]
     row = i.to(tl.uint32)[:, None]

@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import OPTIONS, Tile, column_sums, divide_up, on_device, reciprocal, rounded, rows_per_split, standardised, total
+from .runtime import (
+    OPTIONS,
+    Tile,
+    column_sums,
+    divide_up,
+    on_device,
+    reciprocal,
+    rounded,
+    rows_per_split,
+    standardised,
+    total,
+)
 
 GELU_SPLITS = 512  # parts of the rows, each with its partial sums for weight and bias
 GELU_ELEMENTS, GELU_WARPS = 1024, 4  # of GELU alone: 8 elements a thread, 16 bytes of bfloat16
@@ -67,10 +78,10 @@ def _affine(x, weight, bias, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
 def _normal_cdf(z, TYPE: tl.constexpr):
     """Phi(z) for a result in TYPE.
 
-    For bfloat16 1 / (1 + 2^-q), q an odd polynomial fitted to log2(Phi / (1 - Phi)): z Phi is off by at most 5e-5, and by
-    4e-4 of itself (a ninth of bfloat16's rounding) down to 3e-4; a third of erf's instructions.
+    For bfloat16 1 / (1 + 2^-q), q an odd polynomial fitted to log2(Phi / (1 - Phi)): z Phi is off by at most 5e-5, and
+    by 4e-4 of itself (a ninth of bfloat16's rounding) down to 3e-4; a third of erf's instructions.
     """
-    if TYPE != tl.bfloat16:
+    if tl.bfloat16 != TYPE:
         return 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476))
     s = z * z
     p = (8.150724966071721e-07 * s - 2.0963107090210542e-05) * s - 9.610630640519620e-04

@@ -133,9 +133,9 @@ def _hardware(name: tl.constexpr, x):
 def _normal(bits_radius, bits_angle, TYPE: tl.constexpr):
     """Box-Muller: two normal numbers of two 32-bit ones.
 
-    A result in 16 bits has no use for more than NVIDIA's own logarithm, root, sine and cosine, off by 2^-20 or less. Near 1
-    that logarithm has no digits left, and -2 ln u is 2 (1 - u); the angle is best below half a turn, and the length below
-    zero makes up for half a turn less.
+    A result in 16 bits has no use for more than NVIDIA's own logarithm, root, sine and cosine, off by 2^-20 or less.
+    Near 1 that logarithm has no digits left, and -2 ln u is 2 (1 - u); the angle is best below half a turn, and the
+    length below zero makes up for half a turn less.
     """
     u = ((bits_radius >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
     v = ((bits_angle >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08

@@ -1,9 +1,10 @@
 """Does a kernel keep up with memory? Warp instructions a KiB in its main loop against what an SM can issue meanwhile.
 
-`make counts` compiles every kernel for sm_90, counts and writes the table of docs/gpu-first-run.md; the tests compare each
-kernel with its row in `ROWS` and the table with what they count. Nothing is measured: a share of 85 % says that scheduling
-leaves room for memory, not how fast a kernel is. Bytes in flight are loads that a warp has begun before it needs the first,
-times the warps that fit on an SM: by latency and rate about 30 KiB have to be, of which stores take no part.
+`make counts` compiles every kernel for sm_90, counts and writes the table of docs/gpu-first-run.md; the tests compare
+each kernel with its row in `ROWS` and the table with what they count. Nothing is measured: a share of 85 % says that
+scheduling leaves room for memory, not how fast a kernel is. Bytes in flight are loads that a warp has begun before it
+needs the first, times the warps that fit on an SM: by latency and rate about 30 KiB have to be, of which stores take
+no part.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from codegen.issue_rows import FLIGHT, ROWS, SHARE, Row
+from codegen.issue_rows import FLIGHT, PAIRS, ROWS, SHARE, Row
 from codegen.sass import Flow, Instruction, disassemble
 from codegen.toolchain import KERNELS, ROOT, build_machine_code, find_toolkit
 
@@ -27,7 +28,7 @@ DOCUMENT = ROOT / "docs" / "gpu-first-run.md"
 
 @dataclass(frozen=True)
 class Gpu:
-    """Multiprocessors with four schedulers each, clock in Hz, bytes a second of a copy (about 90 % of the quoted rate)."""
+    """Multiprocessors with four schedulers each, clock in Hz, bytes a second of a copy (about 90 % of the quoted)."""
 
     name: str
     multiprocessors: int
@@ -213,25 +214,60 @@ def loose(counts: dict[Row, Count]) -> list[str]:
 def table(counts: dict[Row, Count]) -> str:
     """Markdown, in the order of `ROWS`."""
     lines = [
-        "| kernel | warp instructions a KiB | share of issue, H200 | busiest pipe | A100 | B200 | registers | KiB in flight |"
-        " needed | why not better |",
+        "| kernel | warp instructions a KiB | share of issue, H200 | busiest pipe | A100 | B200 | registers |"
+        " KiB in flight | needed | why not better |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in (row for row in ROWS if row in counts):
         c = counts[row]
         lines.append(
             f"| {row.kernel} | {c.per_kib:.0f} | {c.share():.0%} | {c.pipe} {c.pipe_share:.0%} | {c.share(80):.0%} |"
-            f" {c.share(100):.0%} | {c.registers} | {c.flight / 1024:.0f} | {FLIGHT * c.needed / 1024:.0f} | {row.why} |"
+            f" {c.share(100):.0%} | {c.registers} | {c.flight / 1024:.0f} | {FLIGHT * c.needed / 1024:.0f} |"
+            f" {row.why} |"
         )
     return "\n".join(lines) + "\n"
 
 
-BEGIN, END = "<!-- counts: make counts -->\n", "<!-- /counts -->\n"
+@dataclass(frozen=True)
+class PairCount:
+    """Of an attention kernel: instructions of a thread for a pair of query and key, registers, shared bytes."""
+
+    per_pair: float
+    registers: int
+    shared: int
 
 
-def documented() -> dict[str, float]:
-    """Per kernel of the document's table: warp instructions a KiB."""
-    text = DOCUMENT.read_text().partition(BEGIN)[2].partition(END)[0]
+def count_attention(cuobjdump: str, folder: Path, kernels: list[dict]) -> dict[tuple[str, str], PairCount]:
+    """By case and kernel, from a folder of triton_kernels.attention_compile."""
+    found = {}
+    for kernel in (k for k in kernels if k["architecture"] == 90):
+        stem = f"{folder}/{kernel['file']}"
+        ((name, code),) = disassemble(cuobjdump, Path(f"{stem}.cubin")).items()
+        flow = Flow(code)
+        turn = max((flow.longest(head, body) for head, body in flow.loops()), key=len)
+        threads = threads_of(Path(f"{stem}.ptx").read_text())[name]
+        registers = resources(cuobjdump, Path(f"{stem}.cubin"))[name][0]
+        per_pair = len(turn) * threads / kernel["pairs"]
+        found[kernel["case"], kernel["name"]] = PairCount(per_pair, registers, kernel["shared"])
+    return found
+
+
+def pair_table(counts: dict[tuple[str, str], PairCount]) -> str:
+    """Markdown, in the order of `PAIRS`."""
+    lines = ["| kernel | instructions a pair | registers | KiB of shared memory |", "|---|---|---|---|"]
+    for case, name in PAIRS:
+        c = counts[case, name]
+        lines.append(f"| {case}: {name} | {c.per_pair:.1f} | {c.registers} | {c.shared / 1024:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+COUNTS = ("<!-- counts: make counts -->\n", "<!-- /counts -->\n")
+PAIR_COUNTS = ("<!-- pairs: make counts -->\n", "<!-- /pairs -->\n")
+
+
+def documented(marks: tuple[str, str] = COUNTS) -> dict[str, float]:
+    """First and second column of one of the document's tables."""
+    text = DOCUMENT.read_text().partition(marks[0])[2].partition(marks[1])[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
     return {cells[0]: float(cells[1]) for cells in rows}
 
@@ -242,7 +278,7 @@ def undocumented(counts: dict[Row, Count]) -> list[str]:
     return [row.kernel for row, c in counts.items() if abs(stored.get(row.kernel, 0.0) / c.per_kib - 1.0) > 0.1]
 
 
-def compile_and_count() -> dict[Row, Count]:
+def compile_and_count() -> tuple[dict[Row, Count], dict[tuple[str, str], PairCount]]:
     """Everything, in a temporary folder."""
     tools = find_toolkit()
     if isinstance(tools, str) or tools.cuobjdump is None:
@@ -253,16 +289,20 @@ def compile_and_count() -> dict[Row, Count]:
         for source in KERNELS:
             counts |= count_cuda(tools.cuobjdump, build_machine_code(tools, here, source, "90"), source.name)
         environment = {**os.environ, "TRITON_CACHE_DIR": f"{folder}/cache"}
-        command = [sys.executable, "-m", "support.triton_compile", f"{folder}/triton", "90"]
-        subprocess.run(command, check=True, env=environment)
-        report = json.loads((here / "triton" / "report.json").read_text())
-        counts |= count_triton(tools.cuobjdump, here / "triton", report["kernels"])
-    return counts
+        reports = []
+        for module in ("support.triton_compile", "triton_kernels.attention_compile"):
+            target = here / module
+            target.mkdir()
+            subprocess.run([sys.executable, "-m", module, str(target), "90"], check=True, env=environment)
+            reports.append((target, json.loads((target / "report.json").read_text())["kernels"]))
+        counts |= count_triton(tools.cuobjdump, *reports[0])
+        return counts, count_attention(tools.cuobjdump, *reports[1])
+
 
 if __name__ == "__main__":
-    counts = compile_and_count()
-    print(table(counts))
-    print("\n".join(problems(counts)))
+    counts, pairs = compile_and_count()
+    print(table(counts), pair_table(pairs), *problems(counts), sep="\n")
     if sys.argv[1:] == ["--write"]:
-        before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-        DOCUMENT.write_text(before + BEGIN + table(counts) + END + rest.partition(END)[2])
+        for (begin, end), text in ((COUNTS, table(counts)), (PAIR_COUNTS, pair_table(pairs))):
+            before, _, rest = DOCUMENT.read_text().partition(begin)
+            DOCUMENT.write_text(before + begin + text + end + rest.partition(end)[2])

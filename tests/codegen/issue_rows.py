@@ -14,12 +14,13 @@ STAGES = 3 * 8 * 256 * 16  # of average_bulk_kernel: three layers, 8 slots of 25
 class Row:
     """A kernel at a setting that the recipes use.
 
-    `source` is the .cu file or the case of support.triton_compile; `pattern` finds one kernel in it. `turn` is what is
-    counted: the loop with the most bytes ("loop") or instructions ("longest"), or the whole kernel ("whole"). `moved`: bytes that a warp moves in it by
-    other means than its own accesses; `without`: blocks with such an instruction are gone
-    around, because few warps or launches pass them; `cached`: bytes of its accesses that come from a cache. `flight` and `shared`: bytes on the way in an SM, and dynamic shared memory, where
-    the launch decides. `share` is the most of the issue budget, `least` the least in flight; a row that is beyond 85 % or
-    below 30 KiB says why.
+    `source` is the .cu file or the case of support.triton_compile; `pattern` finds one kernel in it. `turn` is what
+    is counted: the loop with the most bytes ("loop") or instructions ("longest"), or the whole kernel ("whole").
+    `moved`: bytes that a warp moves in it by other means than its own accesses; `without`: blocks with such an
+    instruction are gone around, because few warps or launches pass them; `cached`: bytes of its accesses that come
+    from a cache. `flight` and `shared`: bytes on the way in an SM, and dynamic shared memory, where the launch
+    decides. `share` is the most of the issue budget, `least` the least in flight; a row that is beyond 85 % or below
+    30 KiB says why.
     """
 
     kernel: str
@@ -88,14 +89,23 @@ ROWS = [
     Row("average_layers, second pass, bf16 (Triton)", "speech: instance", "_combine_kernel"),
     Row("gather_tokens (Triton)", "gather", "_gather_kernel"),
     Row("restore_tokens (Triton)", "restore with rows", "_restore_kernel"),
-    Row("restore_tokens, noise, bf16 (Triton)", "restore with noise", "_restore_noise_kernel", turn="longest", share=2.05,
-        why="as in CUDA, and keys of the rounds are made for every call; CUDA is preferred"),
+    Row("restore_tokens, noise, bf16 (Triton)", "restore with noise", "_restore_noise_kernel", turn="longest",
+        share=2.05, why="as in CUDA, and keys of the rounds are made for every call; CUDA is preferred"),
     Row("gather_tokens backward, bf16 (Triton)", "gather backward", "_inverse_gather_kernel", least=14 * 1024,
         why="one matching row at a time; CUDA is preferred"),
     Row("restore_tokens backward, fill, bf16 (Triton)", "restore with noise", "_fill_sums_kernel", least=24 * 1024,
         why="CUDA is preferred"),
     Row("sums over rows (Triton)", "restore with noise", "_column_sums_kernel"),
 ]  # fmt: skip
+PAIRS = {
+    ("speech", "attention_kernel"): 31,
+    ("speech", "attention_dq_kernel"): 40,
+    ("speech", "attention_dkdv_kernel"): 43,
+    ("huge", "attention_kernel"): 31,
+    ("huge", "attention_dq_kernel"): 47,
+    ("huge", "attention_dkdv_kernel"): 37,
+}
+"""Most instructions of a thread for a pair of query and key, by case of triton_kernels.attention_compile."""
 SMALL = {
     "invert_index_kernel": "reads an index, 4 bytes a row",
     "average_long_rows_kernel": "only rows of more than 3072 channels, of float64 or not aligned to 16 bytes",

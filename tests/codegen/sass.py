@@ -1,16 +1,15 @@
 """Reads machine code: instructions and bytes on the longest way through a kernel's main loop, and loads under way.
 
-Text comes from `cuobjdump -sass`. Blocks and natural loops are found by dominators, so code that the compiler has put out
-of line belongs to the loop that it is reached from. Of an `if` the longer side is taken, inner loops are passed once: an
-upper bound of one turn in which every branch that has work is taken. What is called (rare cases of a division or a root)
-is not followed.
+Text comes from `cuobjdump -sass`. Blocks and natural loops are found by dominators, so code that the compiler has put
+out of line belongs to the loop that it is reached from. Of an `if` the longer side is taken, inner loops are passed
+once: an upper bound of one turn in which every branch that has work is taken. What is called (rare cases of a
+division or a root) is not followed.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -52,8 +52,11 @@ def compile_all(folder: Path, architectures: list[int]) -> dict[str, Any]:
                 (folder / f"{file}.ptx").write_text(kernel.asm["ptx"])
                 (folder / f"{file}.cubin").write_bytes(kernel.asm["cubin"])
                 shared = kernel.metadata.shared
+                part = {"attention_kernel": "forward"}.get(name, name.split("_")[1])
+                tile = attention.attention_tile(part, CASES[case][1], 2)
                 kernels.append(
                     {"architecture": architecture, "case": case, "name": name, "file": file, "shared": shared,
+                     "pairs": tile.queries * tile.keys,
                      "licences": find_licences(kernel)}
                 )  # fmt: skip
             with Compilations(architecture) as others:

@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from codegen import issue
+from codegen.issue_rows import PAIRS
 from codegen.toolchain import find_cuobjdump
 from triton_kernels.conftest import ARCHITECTURES, OLDER, run_child
 from triton_kernels.test_machine_code import float_extrema, narrow_casts
@@ -74,6 +76,18 @@ def test_no_local_memory(compiled) -> None:
         assert found.groups() == ("0", "0"), (
             f"triton {report['triton']}, {kernel['file']}: stack, local {found.groups()}"
         )
+
+
+def test_instructions_a_pair(compiled) -> None:
+    """As few as the table of docs/gpu-first-run.md says, and not a tenth fewer than the bound."""
+    tool, (folder, report) = find_cuobjdump(), compiled
+    if tool is None or report["triton"] == OLDER.name.removeprefix("triton-"):
+        pytest.skip("of the installed Triton, and with cuobjdump only")
+    counts, stored = issue.count_attention(tool, folder, report["kernels"]), issue.documented(issue.PAIR_COUNTS)
+    assert counts.keys() == PAIRS.keys()
+    for (case, name), most in PAIRS.items():
+        assert 0.9 * most < counts[case, name].per_pair <= most, (case, name, counts[case, name])
+        assert stored[f"{case}: {name}"] == pytest.approx(counts[case, name].per_pair, rel=0.1), "make counts"
 
 
 def test_other_sizes_compile_nothing_new(compiled) -> None:
