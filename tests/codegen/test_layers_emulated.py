@@ -135,7 +135,7 @@ def test_large_offset_keeps_variance(device, norm, limits) -> None:
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_outlier_first_costs_few_digits(device, dtype, norm, limits) -> None:
-    """20 standard deviations, as far as one of 400 time steps can lie: sums about it cost some 400 units of the variance."""
+    """20 standard deviations, as far as one of 400 time steps can lie: sums about it cost some 400 units."""
     device.d2v_emu_set_device(*limits)
     layers = [random_rows((1, 400, 16), dtype, i) for i in range(2)]
     for x in layers:
