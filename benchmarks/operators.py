@@ -114,13 +114,14 @@ def _gpu_makers() -> tuple[Any, ...]:
         average, ema, partial(make.gather, **tokens), partial(make.gather_backward, **tokens),
         partial(make.restore, **tokens), partial(make.loss, dtype=BF16, goals={"eager": 4.0, "compile": 1.5, **HOST}),
         partial(blocks.attention, dtype=BF16, goals={"eager": 3.0, **HOST}, op="attention forward + backward"),
+        partial(blocks.convolution, dtype=BF16, goals={"eager": 2.0}),
     )  # fmt: skip
 
 
 def gpu_cases() -> list[Case]:
     """What is measured on a GPU, the most wanted first."""
     uncompiled = {"eager": 10.0, "ceiling": 0.9}
-    average, ema, gather, gather_backward, restore, loss, attention = _gpu_makers()
+    average, ema, gather, gather_backward, restore, loss, attention, convolution = _gpu_makers()
     return [
         average("speech 2.0", 8, 3, 999, 768),
         average("images B16", 10, 16, 196, 768, out_norm="layer"),
@@ -131,6 +132,8 @@ def gpu_cases() -> list[Case]:
         restore("images B16", 256, 196, 39, 768),
         loss("images B16", 256 * 157, 16 * 196, 768),
         attention("speech 2.0", 24, 500, 12, 64),
+        convolution("speech 2.0, positions", 24, 999, 768, 768, 16, 19),
+        convolution("images B16", 256, 196, 768, 768, 16, 3, axes=2),
         blocks.front_end("speech 2.0, first layer", 3 * 63999),
         average("images B256", 10, 256, 196, 768, out_norm="layer"),
         average("speech 1.0", 8, 11, 999, 768, goals=uncompiled),
@@ -153,13 +156,14 @@ def gpu_cases() -> list[Case]:
         loss("text 1.0", 16 * 157, 16 * 512, 768, beta=4.0),
         attention("speech 2.0", 24, 500, 12, 64, dropout=0.1),
         attention("speech 2.0 large", 12, 450, 16, 64, dropout=0.1),
+        convolution("speech 2.0, decoder", 24, 999, 384, 384, 16, 7),
         loss("images B256", 4096 * 157, 256 * 196, 768),
     ]
 
 
 def tiny_cases() -> list[Case]:
     """One small case of each kind, for runs without a GPU."""
-    average, ema, gather, gather_backward, restore, loss, attention = _gpu_makers()
+    average, ema, gather, gather_backward, restore, loss, attention, convolution = _gpu_makers()
     return [
         average("tiny", 3, 2, 20, 32),
         average("tiny", 3, 2, 20, 32, norm="layer", goals={}),
@@ -172,6 +176,7 @@ def tiny_cases() -> list[Case]:
         blocks.front_end("tiny", 9, 32),
         attention("tiny", 2, 20, 2, 16),
         attention("tiny", 2, 20, 2, 16, dropout=0.1),
+        convolution("tiny", 2, 9, 32, 32, 4, 3, axes=2),
     ]
 
 

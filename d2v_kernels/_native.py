@@ -7,6 +7,7 @@ the objects that live longer than a call. Each is optional: without them the ref
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.machinery
 import json
@@ -125,9 +126,18 @@ def build_record() -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     if CPU_LIBRARY in _libraries:
-        _libraries[CPU_LIBRARY].d2v_cpu_isa.restype = ctypes.c_char_p
-        record["isa"] = _libraries[CPU_LIBRARY].d2v_cpu_isa().decode()
+        record["isa"] = cpu_level()
     return record
+
+
+@functools.cache
+def cpu_level() -> str:
+    """Instruction level of the CPU kernels; empty where their library is not loaded."""
+    if CPU_LIBRARY not in _libraries:
+        return ""
+    _libraries[CPU_LIBRARY].d2v_cpu_isa.restype = ctypes.c_char_p
+    level: bytes = _libraries[CPU_LIBRARY].d2v_cpu_isa()
+    return level.decode()
 
 
 class NativePlan:

@@ -36,6 +36,7 @@ def samples(
     log_sum, positions = torch.full((2, 2, t), 9.0, device=device, dtype=wide), torch.arange(2 * t, device=device).int()
     slopes, lengths = torch.ones(2, device=device, dtype=wide), keys + t // 2
     attention = (slopes, positions.view(2, t), lengths, None, keys, 0.1, 0.125)
+    taps = normal(width, width // 2, 3, of=wide)
     half, full = (x if x.itemsize == 2 else x.bfloat16()), x.float()
     found: dict[str, tuple[Any, ...]] = {
         "average_layers": ([x, grad], "instance", "layer", None, 1e-5, wide),
@@ -49,6 +50,8 @@ def samples(
         "masked_regression_loss_backward": (one, rows[picked], target, picked, picked, 0.0, 1.0),
         "layer_norm_gelu": (rows, weight, bias, 1e-5),
         "layer_norm_gelu_backward": (grad.flatten(0, 1), rows, weight, bias, 1e-5),
+        "conv_layer_norm_gelu": (x, taps, weight, True, 1e-5),
+        "conv_layer_norm_gelu_backward": (grad, x, x + grad, taps, weight, True, 1e-5),
         "gelu": (x,),
         "gelu_backward": (grad, x),
         "gelu_backward_": (grad.clone(), x),

@@ -40,15 +40,20 @@ from .forms import Form, group_of
 
 START, LIST = 2e-6, 32
 """Seconds that a GPU loses between two kernels, and tensors that one launch over a list takes; both assumed."""
-SHARES = {"matrix products": 0.6, "attention": 0.3, "convolutions": 0.4, "grouped convolutions": 0.05}
-"""Of the peak, reached by products of a group; assumed. Groups of 24 to 48 channels fill a small part of a tile."""
-SCALARS = {"restore_tokens": 344, "gelu": 145, "gelu_backward_": 116, "layer_norm_gelu": 182,
-           "layer_norm_gelu_backward": 202, "average_layers": 195, "gather_tokens": 17}  # fmt: skip
-"""Warp instructions a KiB that is moved, bfloat16, as `make counts` finds them in compiled code for sm_90."""
+FUSED = "conv_layer_norm_gelu"
+SHARES = {"matrix products": 0.6, "attention": 0.3, "convolutions": 0.4, "grouped convolutions": 0.05, FUSED: 0.2}
+"""Of the peak, reached by products of a group; assumed. Groups of 24 to 48 channels fill a small part of the library's
+tiles. The Triton form pads 48 to 64 and brings every number of its windows through shared memory, which bounds it to
+about 0.33, and issues almost as many other instructions as its products take cycles (counted in code for sm_90)."""
+SCALARS = {"restore_tokens": 344, "gelu": 145, "gelu_backward_": 116, "layer_norm_gelu": 180,
+           "layer_norm_gelu_backward": 202, FUSED: 122, f"{FUSED}_backward": 161, "average_layers": 195,
+           "gather_tokens": 17}  # fmt: skip
+"""Warp instructions a KiB that is moved, bfloat16, as `make counts` finds them in compiled code for sm_90; of a fused
+convolution those of its norm."""
 PAIRS = {"attention": (14, 7, 10), "attention_backward": (36, 19, 26)}
 """Instructions of a thread for a pair of query and key, for its ALiBi, for its dropout; counted likewise."""
-LAUNCHES = {"native_layer_norm_backward": 3, "layer_norm_gelu_backward": 2, "attention_backward": 3,
-            "convolution_backward": 4, "linalg_vector_norm": 1 / LIST}  # fmt: skip
+LAUNCHES = {FUSED: 3, f"{FUSED}_backward": 7, "native_layer_norm_backward": 3, "layer_norm_gelu_backward": 2,
+            "attention_backward": 3, "convolution_backward": 4, "linalg_vector_norm": 1 / LIST}  # fmt: skip
 """Kernels of an operator, where not one; assumed."""
 SILENT = re.compile(r"view|^(t|detach|alias|(un)?squeeze|transpose|permute|unbind|select|slice|expand|(new_)?empty\w*|"
                     r"split\w*|_record_function_\w+|device|scalar_tensor|as_strided)$")  # fmt: skip
@@ -128,6 +133,8 @@ class Recorder(TorchDispatchMode):
             read = min(read, 2.0 * written)  # only the rows that are asked for
         moved, (flops, instructions) = read + written, _work(func, name, args, outputs)
         instructions += SCALARS.get(name, 0) * moved / 1024.0
+        if group == FUSED:
+            moved, instructions = _add_norm(moved, outputs[0] if name == FUSED else args[2], args)
         if "convolutions" in group:
             moved *= 2.0  # the library may copy to the layout that it wants
         launches = LAUNCHES.get(name, max(1, math.ceil(len(inputs) / LIST)))
@@ -150,6 +157,16 @@ def _bytes(tensors: Iterable[Tensor]) -> float:
     return float(sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in tensors))
 
 
+def _add_norm(moved: float, y: Tensor, args: Any) -> tuple[float, float]:
+    """Bytes of a fused convolution, and the instructions of its norm. Besides what comes and goes, its kernels hand on
+    `y` (N,...,D): forward the norm reads it and the residual; backward the gradient of y is written and read twice, and
+    what is added to the gradient of x read again."""
+    one, residual = float(y.numel() * y.itemsize), float(args[-2])
+    if len(args) == 5:
+        return moved + (1.0 + residual) * one, SCALARS[FUSED] * (2.0 + residual) * one / 1024.0
+    return moved + (3.0 + residual) * one, SCALARS[f"{FUSED}_backward"] * 3.0 * one / 1024.0
+
+
 def _work(func: Any, name: str, args: Any, outputs: list[Tensor]) -> tuple[float, float]:
     """FLOPs of products, a multiply-add as 2, without what attention computes again; and attention's instructions."""
     backward = "backward" in name
@@ -164,6 +181,9 @@ def _work(func: Any, name: str, args: Any, outputs: list[Tensor]) -> tuple[float
     if name == "convolution_backward":  # PyTorch's count takes grouped weights for those without groups
         grad, _, weight = args[:3]
         return 2.0 * grad.shape[0] * math.prod(grad.shape[2:]) * weight.numel() * sum(args[-1][:2]), 0.0
+    if name.startswith(FUSED):
+        y, weight = (args[2], args[3]) if backward else (outputs[0], args[1])
+        return (4.0 if backward else 2.0) * y.numel() / y.shape[-1] * weight.numel(), 0.0
     count = flop_registry.get(func.overloadpacket)
     return (float(count(*args, out_val=outputs[0])) if count else 0.0), 0.0
 
@@ -209,9 +229,12 @@ def _on_paper() -> Iterator[None]:
         yield
 
 
-def count_step(case: StepCase) -> tuple[list[Kernel], float]:
-    """Kernels of a bfloat16 step of the form `d2v`, and the FLOPs that the model needs (`d2v.train.flops`)."""
-    config = make_config(case, "bf16")
+def count_step(case: StepCase, convolution: str = "library") -> tuple[list[Kernel], float]:
+    """Kernels of a bfloat16 step of the form `d2v`, and the FLOPs that the model needs (`d2v.train.flops`).
+
+    `convolution`: run.convolution, whose `auto` would ask for this CPU and not for the GPU, where it is `library`.
+    """
+    config = make_config(case, "bf16").replace("run.convolution", convolution)
     inputs, masks, measured = draw_batch(case, config)
     with _on_paper():
         form = Form("d2v", config, Data2Vec(config).state_dict(), torch.device("cpu"))
@@ -260,14 +283,16 @@ def estimate(name: str, recipe: str, as_json: bool = False) -> str:
     seconds = max(gpu, host * machine.launch)
     unit = {"vision": "images", "speech": "s of audio", "text": "tokens"}[case.modality]
     rate, mfu = case.samples * (case.length or 1.0) / seconds, needed / seconds / machine.peak
+    fused = sum(k.seconds(machine) for k in count_step(case, "fused")[0])
     result = {"estimate": True, "machine": name, "case": case.name, "rates": dataclasses.asdict(machine), "unit": unit,
-              "seconds": seconds, "a second": rate, "mfu": mfu, "groups": lines, "measured": measured}  # fmt: skip
+              "seconds": seconds, "a second": rate, "mfu": mfu, "groups": lines, "measured": measured,
+              "seconds with run.convolution fused": fused}  # fmt: skip
     if as_json:
         return json.dumps({**result, "kernels": [vars(k) | {"seconds": k.seconds(machine)} for k in kernels]})
     goals = [("MFU", mfu, LEAST_MFU, ".0%")]
     if recipe in TARGETS and name == "h200":
         goals.append((f"{unit} a second", rate, TARGETS[recipe], ",.0f"))
-    shares = ", ".join(f"{group} {share:.0%}" for group, share in SHARES.items())
+    shares = ", ".join(f"{group} {share:.0%}" for group, share in SHARES.items() if group != FUSED)
     return "\n".join([
         f"ESTIMATE, no measurement: {case.name}, bfloat16, eager form d2v, one {name}.", "",
         f"Assumed: {machine.peak / 1e12:.0f} TFLOP/s, of it {shares}; {machine.memory_rate / 1e12:.2f} TB/s; "
@@ -275,6 +300,8 @@ def estimate(name: str, recipe: str, as_json: bool = False) -> str:
         f"{machine.launch * 1e6:g}.", "", *_tables(lines, measured, kernels, machine), "",
         f"Step {seconds * 1e3:.1f} ms (GPU {gpu * 1e3:.1f}, launches {host * machine.launch * 1e3:.1f}); needed: "
         f"{needed / 1e12:.2f} TFLOP; {rate:,.0f} {unit} a second.",
+        f"With run.convolution fused {fused * 1e3:.1f} ms on the GPU, if its products reach {SHARES[FUSED]:.0%} of the "
+        "peak: an assumption, too.",
         *(f"{what} {value:{form}}: target {goal:{form}} {'' if value >= goal else 'NOT '}reached by this estimate."
           for what, value, goal, form in goals),
     ])  # fmt: skip

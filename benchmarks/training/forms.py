@@ -152,8 +152,8 @@ def check_equal(config: Config, inputs: Tensor, masks: Masks, device: torch.devi
 # ---- what a step spends its time and memory on
 
 PRODUCTS = (
-    "mm", "linear", "convolution", "conv1d", "conv2d", "attention", "gemm", "xmma", "cutlass", "wgrad", "dgrad",
-    "fprop", "flash", "fmha", "nvjet",
+    "mm", "linear", "convolution", "conv_layer", "conv1d", "conv2d", "attention", "gemm", "xmma", "cutlass", "wgrad",
+    "dgrad", "fprop", "flash", "fmha", "nvjet",
 )  # fmt: skip
 """Parts of the names of operators and kernels that are matrix products, convolutions or attention."""
 
@@ -161,7 +161,7 @@ PRODUCTS = (
 GROUPS = {
     "attention": r"attention|flash",
     "convolutions": r"conv",
-    "matrix products": r"^(mm|addmm|bmm|baddbmm|linear)_?$",
+    "matrix products": r"^(mm|addmm|bmm|baddbmm|linear|_linear_pointwise)_?$",
     "norms": r"layer_norm|batch_norm|group_norm",
     "dropout": r"dropout|bernoulli",
     "optimiser and clipping": r"adamw|^_foreach|vector_norm",

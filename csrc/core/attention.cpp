@@ -10,16 +10,6 @@
 namespace d2v {
 namespace {
 
-// Zeros that begin on a cache line.
-class Space {
- public:
-  explicit Space(int64_t bytes) : memory_(static_cast<size_t>(bytes + 64)) {}
-  void* data() { return memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64; }
-
- private:
-  std::vector<char> memory_;
-};
-
 int64_t element_bytes(const AttentionArgs& a) { return a.wide ? 8 : 4; }
 
 // The kernels with bf16 products, where they take this.

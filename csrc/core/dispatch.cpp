@@ -13,6 +13,7 @@
 #endif
 
 #include "attention.h"
+#include "convolution.h"
 #include "ema.h"
 #include "gelu.h"
 #include "layers.h"
@@ -22,13 +23,14 @@
 
 namespace d2v {
 
-#define D2V_DECLARE(isa)                                 \
-  extern const AttentionKernels attention_kernels_##isa; \
-  extern const EmaKernels ema_kernels_##isa;             \
-  extern const GeluKernels gelu_kernels_##isa;           \
-  extern const LayersKernels layers_kernels_##isa;       \
-  extern const LossKernels loss_kernels_##isa;           \
-  extern const NormKernels norm_kernels_##isa;           \
+#define D2V_DECLARE(isa)                                     \
+  extern const AttentionKernels attention_kernels_##isa;     \
+  extern const ConvolutionKernels convolution_kernels_##isa; \
+  extern const EmaKernels ema_kernels_##isa;                 \
+  extern const GeluKernels gelu_kernels_##isa;               \
+  extern const LayersKernels layers_kernels_##isa;           \
+  extern const LossKernels loss_kernels_##isa;               \
+  extern const NormKernels norm_kernels_##isa;               \
   extern const TokensKernels tokens_kernels_##isa;
 D2V_DECLARE(base)
 #if defined(D2V_X86_LEVELS)
@@ -38,9 +40,15 @@ D2V_DECLARE(avx512)
 #undef D2V_DECLARE
 #if defined(D2V_HAS_AVX512BF16)
 extern const AttentionKernels attention_bf16_kernels_avx512bf16;
+extern const ConvolutionKernels convolution_kernels_avx512bf16;
+extern const GeluKernels gelu_kernels_avx512bf16;
+extern const NormKernels norm_kernels_avx512bf16;
 #endif
 #if defined(D2V_HAS_AMX)
 extern const AttentionKernels attention_bf16_kernels_amx;
+extern const ConvolutionKernels convolution_kernels_amx;
+extern const GeluKernels gelu_kernels_amx;
+extern const NormKernels norm_kernels_amx;
 #endif
 
 namespace {
@@ -53,13 +61,15 @@ struct Tables {
   const LossKernels* loss;
   const NormKernels* norm;
   const TokensKernels* tokens;
-  const AttentionKernels *attention, *bf16_attention;  // bf16: with bf16 products, null without
+  const AttentionKernels *attention, *bf16_attention;        // bf16: with bf16 products, null without
+  const ConvolutionKernels *convolution, *bf16_convolution;  // the same without them
 };
 
 #define D2V_TABLES(isa, ema_isa)                                                                                       \
   Tables {                                                                                                             \
     #isa, &ema_kernels_##ema_isa, &ema_kernels_##isa, &gelu_kernels_##isa, &layers_kernels_##isa, &loss_kernels_##isa, \
-        &norm_kernels_##isa, &tokens_kernels_##isa, &attention_kernels_##isa, nullptr                                  \
+        &norm_kernels_##isa, &tokens_kernels_##isa, &attention_kernels_##isa, nullptr, &convolution_kernels_##isa,     \
+        &convolution_kernels_##isa                                                                                     \
   }
 
 #if defined(D2V_X86_LEVELS)
@@ -120,6 +130,8 @@ Tables pick() {
 #if defined(D2V_HAS_AMX)
     if (level >= 4 && products && may_use_tiles()) {
       found.isa = "amx", found.bf16_attention = &attention_bf16_kernels_amx;
+      found.bf16_convolution = &convolution_kernels_amx;
+      found.gelu = &gelu_kernels_amx, found.norm = &norm_kernels_amx;
       return found;
     }
 #endif
@@ -127,6 +139,8 @@ Tables pick() {
     // one with AMX; there attention through fp32 is the quicker one by a tenth to a quarter): by name alone.
     if (products && (level == 3 || (level > 3 && !__builtin_cpu_is("intel")))) {
       found.isa = "avx512bf16", found.bf16_attention = &attention_bf16_kernels_avx512bf16;
+      found.bf16_convolution = &convolution_kernels_avx512bf16;
+      found.gelu = &gelu_kernels_avx512bf16, found.norm = &norm_kernels_avx512bf16;
     }
 #endif
     return found;
@@ -153,6 +167,9 @@ const LayersKernels& layers_kernels() { return *tables().layers; }
 const LossKernels& loss_kernels() { return *tables().loss; }
 const AttentionKernels& attention_kernels() { return *tables().attention; }
 const AttentionKernels* attention_bf16_kernels() { return tables().bf16_attention; }
+const ConvolutionKernels& convolution_kernels(DType type) {
+  return type == kBFloat16 ? *tables().bf16_convolution : *tables().convolution;
+}
 const NormKernels& norm_kernels() { return *tables().norm; }
 const TokensKernels& tokens_kernels() { return *tables().tokens; }
 

@@ -13,6 +13,10 @@ namespace {
 constexpr int64_t kPiece = 4096;    // elements that are not cut
 constexpr int64_t kBlockRows = 16;  // rows that are gone through twice while they are in the caches
 
+// What is computed here is read at once by a matrix product, so it goes past the caches only where it would not stay in
+// the last one.
+constexpr int64_t kStreamActivations = 8 << 20;
+
 char* at(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
 const char* at(const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; }
 
@@ -32,7 +36,7 @@ void statistics(const NormGeluArgs& a, int64_t begin, int64_t rows, A* mean, A* 
 template <class A>
 void norm_forward(const NormGeluArgs& a, void* out, Parallel parallel) {
   const int64_t blocks = (a.rows + kBlockRows - 1) / kBlockRows, row_bytes = a.C * size_of(a.type);
-  const bool stream = a.rows * row_bytes >= kStreamBytes;
+  const bool stream = a.rows * row_bytes >= kStreamActivations;
   parallel_for(parallel, blocks, grain_of(2 * kBlockRows * row_bytes), [&](int64_t b0, int64_t b1) {
     A mean[kBlockRows], scale[kBlockRows];
     for (int64_t b = b0; b < b1; ++b) {
@@ -77,7 +81,7 @@ void norm_backward(const NormGeluArgs& a, const NormGeluGradient& g, Parallel pa
 void gelu(DType type, const void* x, void* out, int64_t n, Parallel parallel) {
   const int64_t size = size_of(type);
   for_pieces(parallel, n, 2 * size, [&](int64_t begin, int64_t count) {
-    gelu_kernels().forward(type, at(x, begin * size), at(out, begin * size), count, n * size >= kStreamBytes);
+    gelu_kernels().forward(type, at(x, begin * size), at(out, begin * size), count, n * size >= kStreamActivations);
   });
 }
 
@@ -85,7 +89,7 @@ void gelu_backward(DType type, const void* grad, const void* x, void* out, void*
   const int64_t size = size_of(type);
   for_pieces(parallel, n, 4 * size, [&](int64_t begin, int64_t count) {
     const int64_t b = begin * size;
-    gelu_kernels().backward(type, at(grad, b), at(x, b), at(out, b), at(y, b), count, n * size >= kStreamBytes);
+    gelu_kernels().backward(type, at(grad, b), at(x, b), at(out, b), at(y, b), count, n * size >= kStreamActivations);
   });
 }
 

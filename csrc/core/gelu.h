@@ -21,6 +21,7 @@ struct NormGeluArgs {
   DType type;
   const void *weight, *bias;  // C of A each; null: 1 and 0
   double eps;
+  const void* added = nullptr;  // (rows, C) contiguous in x's type, to the result
 };
 // out (rows, C) contiguous in x's type.
 void layer_norm_gelu(const NormGeluArgs& args, void* out, Parallel parallel);

@@ -229,11 +229,13 @@ void norm_forward_of(const NormGeluArgs* k, int64_t begin, int64_t rows, const A
     const T* x = static_cast<const T*>(k->x) + (begin + j) * k->stride;
     T* row = out + (begin + j) * k->C;
     const A m = mean[j], s = scale[j];
+    const T* const added = k->added ? static_cast<const T*>(k->added) + (begin + j) * k->C : nullptr;
     const bool past = stream && is_aligned(row, 64);
     for_vectors<A>(k->C, [&](auto full, int64_t c, int lanes) {
       typedef decltype(full) P;
       const Vec<A> z = affine.template apply<P>(centred<A, P>(x + c, m, lanes) * s, c, lanes);
-      const Vec<A> y = gelu_of<A>(z, Normal<A>::at(z));
+      Vec<A> y = gelu_of<A>(z, Normal<A>::at(z));
+      if (added) y += load_lanes<A, P>(added + c, lanes);
       if (P::value && past) {
         Convert<A, T>::stream(row + c, y);
       } else {

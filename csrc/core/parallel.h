@@ -1,5 +1,8 @@
 // C++ face of Parallel for the host files (never for those compiled per instruction level).
 #pragma once
+#include <cstddef>
+#include <vector>
+
 #include "dtype.h"
 
 namespace d2v {
@@ -22,6 +25,16 @@ inline int64_t segment_rows(int64_t rows, int64_t block) {
   const int64_t share = (rows + kSegments - 1) / kSegments, blocks = (share + block - 1) / block;
   return (blocks > 1 ? blocks : 1) * block;
 }
+
+// Zeros that begin on a cache line.
+class Space {
+ public:
+  explicit Space(int64_t bytes) : memory_(static_cast<size_t>(bytes + 64)) {}
+  void* data() { return memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64; }
+
+ private:
+  std::vector<char> memory_;
+};
 
 // Outputs at least this large leave the caches before anyone reads them: write them past the caches.
 constexpr int64_t kStreamBytes = 1 << 20;

@@ -199,6 +199,9 @@ struct Convert<float, BF16> {
     return bit_cast<VF>(__builtin_convertvector(h, VU) << 16);
   }
   static D2V_INLINE VH round(VF v) {  // to nearest, ties to even; NaN stays NaN
+#if defined(__AVX512BF16__)           // and numbers below 2^-126 become 0
+    return bit_cast<VH>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
+#endif
     const VU u = bit_cast<VU>(v);
     const VU rounded = u + 0x7fffu + ((u >> 16) & 1u);
     const VI is_nan = bit_cast<VI>(u & 0x7fffffffu) > 0x7f800000;
@@ -266,7 +269,20 @@ struct NaturalOrder {
 };
 template <class A, class T>
 struct PairOrder : NaturalOrder<A, T> {};
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__AVX512BF16__)
+template <>
+struct PairOrder<float, BF16> : NaturalOrder<float, BF16> {  // one instruction rounds both
+  template <bool STREAM>
+  static D2V_INLINE void store(BF16* p, Pair<float> v) {
+    const VF both = bit_cast<VF>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(v.b), bit_cast<__m512>(v.a)));
+    if (STREAM) {
+      Convert<float, float>::stream(reinterpret_cast<float*>(p), both);
+    } else {
+      memcpy(p, &both, sizeof(both));
+    }
+  }
+};
+#elif defined(__AVX512F__) || defined(__AVX2__)
 template <>
 struct PairOrder<float, BF16> {  // even and odd elements: a shift and a mask instead of two widening permutes
   static D2V_INLINE Pair<float> load(const BF16* p) {
@@ -341,8 +357,22 @@ D2V_INLINE Vec<A> load_part(const T* p, int n) {
 }
 template <class A, class T>
 D2V_INLINE void store_part(T* p, Vec<A> v, int n) {
+#if defined(__AVX512F__)
+  if (sizeof(A) == 4 && sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << n) - 1), bit_cast<__m512i>(v));
+    return;
+  }
+#endif
   T whole[kLanes<A>];
   store<A>(whole, v);
+#if defined(__AVX512F__)
+  if (sizeof(A) == 4 && sizeof(T) == 2) {
+    __m256i h;
+    memcpy(&h, whole, sizeof(T) == 2 ? sizeof(h) : 0);
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), h);
+    return;
+  }
+#endif
   memcpy(p, whole, static_cast<size_t>(n) * sizeof(T));
 }
 

@@ -157,6 +157,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
 Tensor gelu_cpu(const Tensor& x);
 std::tuple<Tensor, Tensor> gelu_backward_cpu(const Tensor& grad, const Tensor& x);
 Tensor gelu_backward_in_place_cpu(const Tensor& grad, const Tensor& x);
+std::tuple<Tensor, Tensor> conv_layer_norm_gelu_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                    bool residual, double eps);
+std::tuple<Tensor, Tensor, Tensor> conv_layer_norm_gelu_backward_cpu(const Tensor& grad, const Tensor& x,
+                                                                     const Tensor& y, const Tensor& weight,
+                                                                     const OptionalTensor& bias, bool residual,
+                                                                     double eps);
 Tensor layer_norm_gelu_cpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps);
 std::tuple<Tensor, Tensor, Tensor> layer_norm_gelu_backward_cpu(const Tensor& grad, const Tensor& x,
                                                                 const OptionalTensor& weight,

@@ -48,6 +48,8 @@ D2V_LIBRARY(D2V_NAMESPACE, m) {
   m.def(d2v::kMaskedRegressionLossBackward);
   m.def(d2v::kAttention);
   m.def(d2v::kAttentionBackward);
+  m.def(d2v::kConvLayerNormGelu);
+  m.def(d2v::kConvLayerNormGeluBackward);
   m.def(d2v::kLayerNormGelu);
   m.def(d2v::kLayerNormGeluBackward);
   m.def(d2v::kGelu);
@@ -71,6 +73,8 @@ D2V_LIBRARY_IMPL(D2V_NAMESPACE, CPU, m) {
   m.impl("masked_regression_loss_backward", TORCH_BOX(&d2v::masked_regression_loss_backward_cpu));
   m.impl("attention", TORCH_BOX(&d2v::attention_cpu));
   m.impl("attention_backward", TORCH_BOX(&d2v::attention_backward_cpu));
+  m.impl("conv_layer_norm_gelu", TORCH_BOX(&d2v::conv_layer_norm_gelu_cpu));
+  m.impl("conv_layer_norm_gelu_backward", TORCH_BOX(&d2v::conv_layer_norm_gelu_backward_cpu));
   m.impl("layer_norm_gelu", TORCH_BOX(&d2v::layer_norm_gelu_cpu));
   m.impl("layer_norm_gelu_backward", TORCH_BOX(&d2v::layer_norm_gelu_backward_cpu));
   m.impl("gelu", TORCH_BOX(&d2v::gelu_cpu));

@@ -40,6 +40,11 @@ constexpr const char* kGelu = "gelu(Tensor x) -> Tensor";
 constexpr const char* kGeluBackward = "gelu_backward(Tensor grad, Tensor x) -> (Tensor, Tensor)";
 constexpr const char* kGeluBackwardInPlace = "gelu_backward_(Tensor(a!) grad, Tensor x) -> Tensor";
 
+constexpr const char* kConvLayerNormGelu =
+    "conv_layer_norm_gelu(Tensor x, Tensor weight, Tensor? bias, bool residual, float eps) -> (Tensor, Tensor)";
+constexpr const char* kConvLayerNormGeluBackward =
+    "conv_layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor? bias, bool residual,"
+    " float eps) -> (Tensor, Tensor, Tensor)";
 constexpr const char* kDropoutAddLayerNorm =
     "dropout_add_layer_norm(Tensor branch, Tensor residual, Tensor? weight, Tensor? bias, Tensor? keys, float dropout,"
     " float eps) -> (Tensor, Tensor)";

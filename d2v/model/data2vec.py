@@ -103,7 +103,8 @@ class Data2Vec(nn.Module):
         self.head: RegressionHead | None = None
         self.mask_token: nn.Parameter | None = None
         if config.version == 2:
-            self.decoder = ConvDecoder(config.decoder, width, dims=2 if config.stem.modality == "vision" else 1)
+            dims = 2 if config.stem.modality == "vision" else 1
+            self.decoder = ConvDecoder(config.decoder, width, dims, config.run.convolution)
         else:
             self.head = RegressionHead(config.head, width)
             if config.stem.modality != "text":
@@ -322,7 +323,7 @@ class Data2Vec(nn.Module):
         assert masks.keep is not None and masks.restore is not None and self.decoder is not None
         count, tokens = masks.restore.shape
         visible = masks.keep.shape[1]
-        kept = self.decoder.dropout(encoded[:, encoded.shape[1] - visible :])
+        kept = self.decoder.take(encoded[:, encoded.shape[1] - visible :])
         fill: Tensor | Noise
         if noise is not None:
             fill = noise.to(kept)

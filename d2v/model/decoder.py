@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config import Decoder, Head
-from d2v.model.layers import norm_gelu
+from d2v.model.layers import Linear, fused_layer, norm_gelu, product_dtype, takes_fused_layer
 from d2v_kernels import gelu_linear
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -22,19 +22,20 @@ class ConvDecoder(nn.Module):
     (`project`), which is exact.
     """
 
-    def __init__(self, config: Decoder, width: int, dims: int) -> None:
+    def __init__(self, config: Decoder, width: int, dims: int, convolution: str = "auto") -> None:
         """
         Args:
             config: layers, width, kernel, groups, residual, projection.
             width: channels C of the tokens that enter and of the predictions.
             dims: axes of the token grid: 1 for sequences, 2 for images.
+            convolution: as in `config.run`.
         """
         super().__init__()
         inputs = [width] + [config.width] * config.layers
         for name, channels in (("width of the encoder", width), ("decoder.width", config.width)):
             if config.layers and channels % config.groups:
                 raise ValueError(f"decoder.groups: expected a divisor of the {name} {channels}, got {config.groups}")
-        self.residual, self.trim = config.residual, config.kernel % 2 == 0
+        self.residual, self.trim, self.convolution = config.residual, config.kernel % 2 == 0, convolution
         self.dropout = nn.Dropout(config.input_dropout)
         self.blocks = nn.ModuleList(
             _CONVOLUTIONS[dims](c, config.width, config.kernel, padding=config.kernel // 2, groups=config.groups)
@@ -43,6 +44,12 @@ class ConvDecoder(nn.Module):
         hidden = [int(inputs[-1] * config.projection_ratio)] * (config.projection_layers - 1)
         projection = stack_linears([inputs[-1], *hidden, width])
         self.proj = projection if hidden else projection[0]
+
+    def take(self, kept: Tensor) -> Tensor:
+        """Visible tokens (N,V,C) with dropout, in the dtype of the convolutions' operator if that is what runs: better
+        before the many masked ones are among them."""
+        kept = self.dropout(kept)
+        return kept.to(product_dtype(kept)) if takes_fused_layer(self.convolution, kept) else kept
 
     def forward(self, x: Tensor, grid: tuple[int, ...], valid: Tensor | None = None) -> Tensor:
         """Hidden rows of all tokens.
@@ -61,6 +68,9 @@ class ConvDecoder(nn.Module):
         shown = None if valid is None else valid.view(n, *grid, 1)
         for conv in self.blocks:
             x = x if shown is None else x * shown
+            if takes_fused_layer(self.convolution, x):
+                x = fused_layer(conv, x, self.residual and conv.in_channels == conv.out_channels)
+                continue
             y = conv(x.movedim(-1, 1)).movedim(1, -1)
             if self.trim:  # an even kernel yields one position too many on every axis
                 for axis in range(1, y.dim() - 1):
@@ -86,7 +96,7 @@ def stack_linears(widths: Sequence[int]) -> nn.Sequential:
     N(0, 0.02^2))."""
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.GELU()]
+        layers += [Linear(inputs, outputs), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 
 

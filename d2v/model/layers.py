@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2v_kernels import layer_norm_gelu
+from d2v_kernels import (
+    conv_layer_norm_gelu,
+    layer_norm_gelu,
+    linear,
+    multiply_into,
+    prefers_conv_layer_norm_gelu,
+)
 
 NORM_EPS = 1e-5
 _LEAST_CHANNELS = 16
@@ -30,6 +36,14 @@ class LayerNorm(nn.LayerNorm):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A linear layer whose products on a CPU are made by the quicker library; see `d2v_kernels.choose_products`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...,C) -> (...,D)."""
+        return linear(x, self.weight, self.bias)
 
 
 def norm_gelu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -65,17 +79,32 @@ def check_lengths(lengths: Tensor | None, batch: int, longest: int, shortest: in
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """A convolution over (B,T,C) with the result in the same layout; an even kernel's surplus position is cut."""
     if _suits_products(conv, x):
-        x = x.to(_product_dtype(x)).contiguous()
+        x = x.to(product_dtype(x)).contiguous()
         return _StridedConvolution.apply(x, conv.weight, conv.bias, conv.stride[0])
     y = conv(x.transpose(1, 2)).transpose(1, 2)
     surplus = conv.kernel_size[0] % 2 == 0 and conv.padding[0] != 0
     return (y[:, :-1] if surplus else y).contiguous()
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of matrix products of x on a CPU: under autocast its own, but for float64, which it leaves alone."""
-    cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-    return torch.get_autocast_dtype("cpu") if cast else x.dtype
+def takes_fused_layer(choice: str, x: Tensor) -> bool:
+    """Whether `fused_layer` runs for this `run.convolution`; auto: where it was measured to be the quicker one."""
+    if choice != "auto":
+        return choice == "fused"
+    return not torch.compiler.is_compiling() and prefers_conv_layer_norm_gelu(x.device.type, product_dtype(x))
+
+
+def fused_layer(conv: nn.Module, x: Tensor, residual: bool = False) -> Tensor:
+    """GELU of a layer norm of a convolution of x (B,T,C) or (B,H,W,C), plus x if wanted, as one operator; the
+    convolution has stride 1 and keeps the size of the grid."""
+    assert isinstance(conv, (nn.Conv1d, nn.Conv2d))
+    return conv_layer_norm_gelu(x, conv.weight, conv.bias, residual=residual, eps=NORM_EPS)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of matrix products of x: under autocast its own, but for float64, which it leaves alone."""
+    place = x.device.type
+    cast = torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(place) if cast else x.dtype
 
 
 def _suits_products(conv: nn.Conv1d, x: Tensor) -> bool:
@@ -86,7 +115,7 @@ def _suits_products(conv: nn.Conv1d, x: Tensor) -> bool:
         return False
     if x.shape[1] < kernel:  # PyTorch says what is wrong
         return False
-    dtype, own = _product_dtype(x), conv.weight.dtype
+    dtype, own = product_dtype(x), conv.weight.dtype
     return stride <= kernel <= 2 * stride and (dtype == own or (dtype == torch.bfloat16 and own == torch.float32))
 
 
@@ -121,13 +150,7 @@ class _StridedConvolution(torch.autograd.Function):
             if x.itemsize == 2:  # what is rounded to 16 bits and added to should be small: the shorter part
                 windows.reverse()
             for number, (part, window) in enumerate(windows):
-                product = taps[part].flatten(0, 1)
-                if number > 0:
-                    result.addmm_(window, product)
-                elif bias is None:
-                    torch.mm(window, product, out=result)
-                else:
-                    torch.addmm(bias, window, product, out=result)
+                multiply_into(result, window, taps[part].flatten(0, 1), bias, add=number > 0)
         return y
 
     @staticmethod
@@ -143,11 +166,7 @@ class _StridedConvolution(torch.autograd.Function):
             taps = weight.to(x.dtype).permute(0, 2, 1).contiguous()  # (D,k,C)
             for rows, result in zip(grad, of_x, strict=True):
                 for part, window in _windows(result, kernel, stride, count):
-                    product = taps[:, part].flatten(1)
-                    if part.start > 0:
-                        window.addmm_(rows, product)
-                    else:
-                        torch.mm(rows, product, out=window)
+                    multiply_into(window, rows, taps[:, part].flatten(1), add=part.start > 0)
         if ctx.needs_input_grad[1]:
             sums = weight.new_zeros(kernel, channels, outputs)
             for rows, sample in zip(grad, x, strict=True):
@@ -162,6 +181,6 @@ class _StridedConvolution(torch.autograd.Function):
 def _add_product(sums: Tensor, x: Tensor, y: Tensor) -> None:
     """sums (C,D) += x^T y of x (n,C) and y (n,D). A sum in their 16 bits would round every part's addition."""
     if sums.dtype == x.dtype:
-        sums.addmm_(x.mT, y)
+        multiply_into(sums, x.mT, y, add=True)
     else:
         sums.add_((y.mT @ x).mT)  # in this order the library need not transpose the longer operand

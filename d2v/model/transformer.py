@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from d2v.config import Encoder
-from d2v.model.layers import LayerNorm
+from d2v.model.layers import LayerNorm, Linear
 from d2v_kernels import Alibi, attend, dropout_add_layer_norm, gelu_linear
 
 
@@ -69,10 +69,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.key_bias)
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.key_bias)
         self.q_bias = None if config.key_bias else nn.Parameter(torch.zeros(config.width))
         self.v_bias = None if config.key_bias else nn.Parameter(torch.zeros(config.width))
-        self.proj = nn.Linear(config.width, config.width)
+        self.proj = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, bias: AttentionBias = NO_BIAS, index: int = 0) -> Tensor:
         """(N,T,C) to (N,T,C), before any dropout of the result; `index`: number of the block."""
@@ -93,9 +93,9 @@ class Mlp(nn.Module):
     def __init__(self, config: Encoder) -> None:
         super().__init__()
         hidden = int(config.width * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.width, hidden)
+        self.fc1 = Linear(config.width, hidden)
         self.dropout = nn.Dropout(config.activation_dropout)
-        self.fc2 = nn.Linear(hidden, config.width)
+        self.fc2 = Linear(hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         # A compiler has GELU in its own kernels; without dropout in between, the activation need not be kept.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.attention import Alibi, alibi_slopes, attend
+from ..ops.convolution import conv_layer_norm_gelu
 from ..ops.gelu import gelu as own_gelu
 from ..ops.gelu import gelu_linear as own_gelu_linear
 from ..ops.gelu import layer_norm_gelu
@@ -121,6 +122,37 @@ def front_end(name: str, rows: int, c: int = 512) -> Case:
 
     goals, size = {"eager": 3.0, "compile": 1.0, "ceiling": 0.9}, Bytes("4*R*C", R=rows, C=c)
     return Case("layer_norm_gelu", f"{name} rows={rows} C={c}", BF16, size, make, goals, tolerance=1e-2)
+
+
+@family("conv_layer_norm_gelu", "N rows, T tokens, C channels, D channels of the result, G groups, K taps",
+        (8, 250, 768, 768, 16, 9), (2, 9, 32, 32, 4, 3), axes=1)  # fmt: skip
+def convolution(
+    name: str, n: int, t: int, c: int, d: int, groups: int, taps: int, *, dtype: torch.dtype, goals: Goals,
+    axes: int = 1,
+) -> Case:  # fmt: skip
+    """A layer of 2.0's decoder, with residual where the channels agree, forward and backward; axes 2: T is the square
+    of an image's side, K taps on each axis."""
+    side = math.isqrt(t)
+    if axes not in (1, 2) or (axes == 2 and side * side != t):
+        raise ValueError(f"conv_layer_norm_gelu: axes: expected 1, or 2 with a square T, got {axes} with T={t}")
+    grid, residual = ((t,) if axes == 1 else (side, side)), c == d
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return conv_layer_norm_gelu(x, weight, bias, residual=residual)
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        convolve = F.conv1d if axes == 1 else F.conv2d
+        y = convolve(x.movedim(-1, 1), weight, bias.to(x.dtype), padding=taps // 2, groups=groups).movedim(1, -1)
+        for axis, size in enumerate(grid, 1):
+            y = y.narrow(axis, 0, size)
+        y = F.gelu(F.layer_norm(y, (d,)))
+        return y + x if residual else y
+
+    op, label = "conv_layer_norm_gelu forward + backward", f"{name} {n} x {t}, {c} -> {d}, {groups} groups, K={taps}"
+    leaves = [(n, *grid, c), (d, c // groups, *[taps] * axes), (d,)]
+    # Read: x twice, the gradient, the convolution's result; written: that, the result, the gradient of x.
+    return trained(op, label + (" x K" if axes == 2 else ""), leaves, dtype, ours, eager, goals,
+                   formula=f"R*(3*{c} + 4*C)*item", flops=6 * n * t * d * c // groups * taps**axes)  # fmt: skip
 
 
 @family("dropout_add_layer_norm_mixed", "N rows, T tokens, C channels", (8, 125, 384), (2, 6, 32), dropout=0.0)

@@ -31,6 +31,9 @@ READERS: dict[str, Callable[..., Parts]] = {
     "masked_regression_loss": lambda p, target, rows, target_rows, beta, *_: (
         (len(p if rows is None else rows), *target.shape), p, {"beta": beta}),
     "layer_norm_gelu": lambda x, *_: (tuple(x.shape), x, {}),
+    "conv_layer_norm_gelu": lambda x, weight, *_: (
+        (x.shape[0], x.shape[1:-1].numel(), x.shape[-1], weight.shape[0], x.shape[-1] // weight.shape[1],
+         weight.shape[2]), x, {"axes": x.dim() - 2}),
     "gelu": lambda x: ((x.numel() // x.shape[-1], x.shape[-1]), x, {}),
     "attention": lambda q, *rest: (tuple(q.shape), q, {"dropout": rest[-2]}),
     "dropout_add_layer_norm": lambda x, *rest: (tuple(x.shape), x, {"dropout": rest[4]}),

@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _checks as check
 from .._define import Call, Gradient, define
+from ..products import product
 from .norm import affine, standardise_gradient, standardise_rows
 
 
@@ -29,7 +29,7 @@ def gelu(x: Tensor) -> Tensor:
 
     Example:
         >>> x = torch.randn(4, 3)
-        >>> torch.allclose(gelu(x), F.gelu(x), atol=1e-6)
+        >>> torch.allclose(gelu(x), torch.nn.functional.gelu(x), atol=1e-6)
         True
     """
     check.strided("gelu", x)
@@ -78,7 +78,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(_gelu(x).to(weight.dtype), weight, bias)
+    return product(_gelu(x).to(weight.dtype), weight.t(), bias)
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -98,12 +98,12 @@ class _GeluLinear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         of_x = of_weight = None
         if need_x:
-            of_x = (grad @ weight).to(x.dtype)
+            of_x = product(grad, weight).to(x.dtype)
             y = _gelu_backward_(of_x, x)
         elif need_weight:
             y = _gelu(x)
         if need_weight:
-            of_weight = grad.t() @ y.to(weight.dtype)
+            of_weight = product(grad.t(), y.to(weight.dtype))
         return of_x, of_weight, grad.sum(0) if need_bias else None
 
 
@@ -226,13 +226,13 @@ def _backward_in_place_reference(grad: Tensor, x: Tensor) -> Tensor:
     return y
 
 
-def _norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def normed_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     normal, _ = standardise_rows(x.to(check.compute_dtype(x.dtype)), eps)
     z = affine(normal, weight, bias)
     return (z * _normal_cdf(z)).to(x.dtype).contiguous()
 
 
-def _norm_backward_reference(
+def normed_gelu_gradient(
     grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = check.compute_dtype(x.dtype)
@@ -269,12 +269,12 @@ def _norm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _layer_norm_gelu = define(
     "layer_norm_gelu(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-    _norm_shape, _norm_reference, Gradient(_norm_gradient, _norm_setup), triton="gelu",
+    _norm_shape, normed_gelu, Gradient(_norm_gradient, _norm_setup), triton="gelu",
 )  # fmt: skip
 _layer_norm_gelu_backward = define(
     "layer_norm_gelu_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor, Tensor, Tensor)",
-    _norm_backward_shape, _norm_backward_reference, triton="gelu",
+    _norm_backward_shape, normed_gelu_gradient, triton="gelu",
 )  # fmt: skip
 _gelu = define("gelu(Tensor x) -> Tensor", _shape, _reference, Gradient(_gradient, _setup), triton="gelu")
 _gelu_backward = define(

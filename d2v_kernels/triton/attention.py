@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._random import dropped_bytes
-from .runtime import INTERPRETED, OPTIONS, PRECISION, column_sums, divide_up, on_device, power_of_two, rounded
+from .runtime import OPTIONS, column_sums, divide_up, dot, on_device, power_of_two, rounded
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -54,20 +54,6 @@ def attention_tile(kernel: str, width: int, element_size: int) -> AttentionTile:
         "dkdv": (64, 32, 4) if narrow else (32, 64, 8),
     }[kernel]
     return AttentionTile(queries, keys, channels, warps, 2)
-
-
-@triton.jit
-def _dot(a, b, TYPE: tl.constexpr):
-    """Product of operands in TYPE, float32 accumulation; the interpreter cannot multiply bfloat16.
-
-    float32 operands are split in three tensor floats: about float32's accuracy, on the tensor cores; AMD's multiply
-    float32 itself.
-    """
-    if a.dtype != TYPE:
-        a = rounded(a, TYPE)
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -157,7 +143,7 @@ def _attention_kernel(
         j = first + tl.arange(0, BLOCK_N)
         mask = _key_mask(valid + n * tokens, j, length, HAS_VALID)
         k = _load_rows(keys, j, k_t, mask, WIDTH, BLOCK_D)
-        s = _dot(q, tl.trans(k), TYPE) * (scale * _LOG2E)
+        s = dot(q, tl.trans(k), TYPE) * (scale * _LOG2E)
         if ALIBI:
             place_j = _load_positions(positions + n * positions_row, j, tokens, extra)
             s -= slope * _distances(place_i, place_j, i, j, extra)
@@ -170,7 +156,7 @@ def _attention_kernel(
         if DROPOUT:
             p = tl.where(_kept(row_key, h, i, first, threshold, BLOCK_N), p * rescale, 0.0)
         v = _load_rows(values, j, v_t, mask, WIDTH, BLOCK_D)
-        acc = acc * factor[:, None] + _dot(p, v, TYPE)
+        acc = acc * factor[:, None] + dot(p, v, TYPE)
         most = new
     empty = total == 0.0
     acc = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
@@ -218,20 +204,20 @@ def _attention_dq_kernel(
         mask = _key_mask(valid + n * tokens, j, length, HAS_VALID)
         k = _load_rows(keys, j, k_t, mask, WIDTH, BLOCK_D)
         v = _load_rows(values, j, v_t, mask, WIDTH, BLOCK_D)
-        s = _dot(q, tl.trans(k), TYPE) * (scale * _LOG2E)
+        s = dot(q, tl.trans(k), TYPE) * (scale * _LOG2E)
         distance = s
         if ALIBI:
             place_j = _load_positions(positions + n * positions_row, j, tokens, extra)
             distance = _distances(place_i, place_j, i, j, extra)
             s -= slope * distance
         p = tl.where(mask[None, :], tl.math.exp2(s - lse[:, None]), 0.0)
-        of_p = _dot(g, tl.trans(v), TYPE)
+        of_p = dot(g, tl.trans(v), TYPE)
         if DROPOUT:
             of_p = tl.where(_kept(row_key, h, i, first, threshold, BLOCK_N), of_p * rescale, 0.0)
         of_s = p * (of_p - d[:, None])
         if ALIBI:
             of_slope += tl.sum(of_s * distance, 1)
-        acc += _dot(of_s, k, TYPE)
+        acc += dot(of_s, k, TYPE)
     if ALIBI:
         tl.store(parts + (n * blocks + block) * heads + h, -tl.sum(of_slope, 0))
     place = of_query + n * tokens * heads * WIDTH + h * WIDTH
@@ -275,20 +261,20 @@ def _attention_dkdv_kernel(
         q = _load_rows(queries, i, q_t, i < tokens, WIDTH, BLOCK_D)
         lse = tl.load(log_sum + pair * tokens + i, mask=i < tokens, other=float("inf")) * _LOG2E
         d = tl.load(delta + pair * tokens + i, mask=i < tokens, other=0.0)
-        s = _dot(q, tl.trans(k), TYPE) * (scale * _LOG2E)
+        s = dot(q, tl.trans(k), TYPE) * (scale * _LOG2E)
         if ALIBI:
             place_i = _load_positions(positions + n * positions_row, i, tokens, extra)
             s -= slope * _distances(place_i, place_j, i, j, extra)
         p = tl.where(mask[None, :], tl.math.exp2(s - lse[:, None]), 0.0)
         g = _load_rows(grads, i, g_t, i < tokens, WIDTH, BLOCK_D)
-        of_p = _dot(g, tl.trans(v), TYPE)
+        of_p = dot(g, tl.trans(v), TYPE)
         dropped = p
         if DROPOUT:
             kept = _kept(row_key, h, i, first, threshold, BLOCK_N)
             dropped = tl.where(kept, p, 0.0)
             of_p = tl.where(kept, of_p * rescale, 0.0)
-        value_acc += _dot(tl.trans(dropped), g, TYPE)
-        key_acc += _dot(tl.trans(p * (of_p - d[:, None])), q, TYPE)
+        value_acc += dot(tl.trans(dropped), g, TYPE)
+        key_acc += dot(tl.trans(p * (of_p - d[:, None])), q, TYPE)
     place, stride = n * tokens * heads * WIDTH + h * WIDTH, heads * WIDTH
     if DROPOUT:
         value_acc = value_acc * rescale

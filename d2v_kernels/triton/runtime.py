@@ -23,6 +23,8 @@ IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
 NVIDIA = tl.constexpr(not (AMD or IS_INTERPRETED))
 """Whether PTX may be written."""
+WIDENED = tl.constexpr(IS_INTERPRETED)
+"""Products get float32 operands."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # A multiply and the add after it round once, on every version of Triton alike.
 OPTIONS = {"enable_fp_fusion": True}
@@ -132,6 +134,20 @@ def total(x, AXIS: tl.constexpr):
     if len(x.shape) == 3:
         x = tl.sum(x, 0, keep_dims=True)
     return tl.sum(x, AXIS, keep_dims=True)
+
+
+@triton.jit
+def dot(a, b, TYPE: tl.constexpr):
+    """Product of operands in TYPE, float32 accumulation; the interpreter cannot multiply bfloat16.
+
+    float32 operands are split in three tensor floats: about float32's accuracy, on the tensor cores; AMD's multiply
+    float32 itself.
+    """
+    if a.dtype != TYPE:
+        a = rounded(a, TYPE)
+    if WIDENED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit

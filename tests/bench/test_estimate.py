@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
@@ -83,6 +84,27 @@ def test_products_are_those_of_the_model(counted: Counted, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_fused_convolutions(counted: Counted, name: str) -> None:
+    """The same products under another name, without the norms and sums that they hold."""
+    kernels, needed = paper.count_step(CASES[name], "fused")
+    assert sum(k.flops for k in kernels) == pytest.approx(needed, rel=1e-2)
+    groups = {k.group for k in kernels}
+    assert paper.FUSED in groups and not groups & {"grouped convolutions"}
+    fused = {k.name: k for k in kernels if k.group == paper.FUSED and k.shapes[-1][-1] != 0}
+    assert set(fused) == {paper.FUSED, f"{paper.FUSED}_backward"}
+    x, weight = (math.prod(s) for s in fused[paper.FUSED].shapes[:2])
+    one = fused[paper.FUSED]
+    rows, outputs = x // one.shapes[0][-1], one.shapes[1][0]
+    assert one.flops / one.calls == 2 * rows * weight
+    residual = one.shapes[0][-1] == outputs  # both recipes have it
+    # x and (again with residual) x, the convolution's result written and read, the result; float32 weights.
+    least = 2 * ((1 + residual) * x + 3 * rows * outputs) + 4 * (weight + outputs)
+    assert one.bytes / one.calls == least
+    library = sum(k.bytes for k in counted[name][0] if k.group in ("grouped convolutions", "layer_norm_gelu"))
+    assert sum(k.bytes for k in kernels if k.group == paper.FUSED) < library
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_every_kernel_takes_time(counted: Counted, name: str) -> None:
     for machine in MACHINES.values():
         assert all(k.seconds(machine) > 0.0 and k.bytes > 0.0 and k.launches > 0.0 for k in counted[name][0])
@@ -157,7 +179,7 @@ def test_measured_groups_have_the_same_names(counted: Counted) -> None:
 def test_table_with_and_without_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, counted: Counted) -> None:
     monkeypatch.setattr(paper, "RESULTS", tmp_path)
     monkeypatch.setattr(paper, "find_case", lambda recipe: CASES["vision"])
-    monkeypatch.setattr(paper, "count_step", lambda case: counted["vision"])
+    monkeypatch.setattr(paper, "count_step", lambda case, convolution="library": counted["vision"])
     text = paper.estimate("h200", "vision-base")
     assert text.startswith("ESTIMATE, no measurement") and "measured" not in text.split("\n", 1)[1]
     assert "MFU 0%: target 40% NOT reached" in text

@@ -230,16 +230,18 @@ def table(counts: dict[Row, Count]) -> str:
 
 @dataclass(frozen=True)
 class PairCount:
-    """Of an attention kernel: instructions of a thread for a pair of query and key, registers, shared bytes."""
+    """Of a kernel that multiplies matrices: instructions of a thread for a number of the left operand, which is a pair
+    of query and key or of row and column; registers, shared bytes."""
 
     per_pair: float
     registers: int
     shared: int
 
 
-def count_attention(cuobjdump: str, folder: Path, kernels: list[dict]) -> dict[tuple[str, str], PairCount]:
-    """By case and kernel, from a folder of triton_kernels.attention_compile."""
-    found = {}
+def count_products(cuobjdump: str, folder: Path, kernels: list[dict]) -> dict[tuple[str, str], PairCount]:
+    """By case and kernel, from a folder of triton_kernels.products_compile; a kernel that runs forward and backward by
+    its larger count."""
+    found: dict[tuple[str, str], list[PairCount]] = {}
     for kernel in (k for k in kernels if k["architecture"] == 90):
         stem = f"{folder}/{kernel['file']}"
         ((name, code),) = disassemble(cuobjdump, Path(f"{stem}.cubin")).items()
@@ -247,9 +249,10 @@ def count_attention(cuobjdump: str, folder: Path, kernels: list[dict]) -> dict[t
         turn = max((flow.longest(head, body) for head, body in flow.loops()), key=len)
         threads = threads_of(Path(f"{stem}.ptx").read_text())[name]
         registers = resources(cuobjdump, Path(f"{stem}.cubin"))[name][0]
-        per_pair = len(turn) * threads / kernel["pairs"]
-        found[kernel["case"], kernel["name"]] = PairCount(per_pair, registers, kernel["shared"])
-    return found
+        found.setdefault((kernel["case"], kernel["name"]), []).append(
+            PairCount(len(turn) * threads / kernel["pairs"], registers, kernel["shared"])
+        )
+    return {key: max(counts, key=lambda c: c.per_pair) for key, counts in found.items()}
 
 
 def pair_table(counts: dict[tuple[str, str], PairCount]) -> str:
@@ -290,13 +293,13 @@ def compile_and_count() -> tuple[dict[Row, Count], dict[tuple[str, str], PairCou
             counts |= count_cuda(tools.cuobjdump, build_machine_code(tools, here, source, "90"), source.name)
         environment = {**os.environ, "TRITON_CACHE_DIR": f"{folder}/cache"}
         reports = []
-        for module in ("support.triton_compile", "triton_kernels.attention_compile"):
+        for module in ("support.triton_compile", "triton_kernels.products_compile"):
             target = here / module
             target.mkdir()
             subprocess.run([sys.executable, "-m", module, str(target), "90"], check=True, env=environment)
             reports.append((target, json.loads((target / "report.json").read_text())["kernels"]))
         counts |= count_triton(tools.cuobjdump, *reports[0])
-        return counts, count_attention(tools.cuobjdump, *reports[1])
+        return counts, count_products(tools.cuobjdump, *reports[1])
 
 
 if __name__ == "__main__":

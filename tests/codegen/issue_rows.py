@@ -73,6 +73,8 @@ ROWS = [
     Row("gelu backward, fp32", "GELU, float32", "_gelu_backward_kernel"),
     Row("layer_norm_gelu, bf16", "speech front-end", "_forward_kernel", cached=4096),
     Row("layer_norm_gelu backward, bf16", "speech front-end", "_backward_kernel"),
+    Row("layer_norm_gelu and residual, bf16", "decoder, bias and residual", "_forward_kernel"),
+    Row("layer_norm_gelu backward with the bias' sums, bf16", "decoder, bias and residual", "_backward_kernel"),
     Row("layer_norm_gelu, fp32", "decoder, no affine", "_forward_kernel"),
     Row("layer_norm_gelu backward, fp32", "decoder, no affine", "_backward_kernel"),
     Row("loss", "loss", "_partial_loss_kernel", least=12 * 1024,
@@ -104,8 +106,19 @@ PAIRS = {
     ("huge", "attention_kernel"): 31,
     ("huge", "attention_dq_kernel"): 47,
     ("huge", "attention_dkdv_kernel"): 37,
+    ("positions", "convolution_kernel"): 3.7,
+    ("positions", "convolution_weights_kernel"): 3.9,
+    ("images", "convolution_kernel"): 4,
+    ("images", "convolution_weights_kernel"): 4.9,
+    ("decoder's first", "convolution_kernel"): 3.4,
+    ("decoder's first", "convolution_weights_kernel"): 3.5,
+    ("decoder", "convolution_kernel"): 3.05,
+    ("decoder", "convolution_weights_kernel"): 3.5,
+    ("large images", "convolution_kernel"): 3.1,
+    ("large images", "convolution_weights_kernel"): 4.75,
 }
-"""Most instructions of a thread for a pair of query and key, by case of triton_kernels.attention_compile."""
+"""Most instructions of a thread for a number of the left operand, a pair of query and key or of a row and a column of
+the windows, by case of triton_kernels.products_compile. Products bound these kernels, so bytes are no measure."""
 SMALL = {
     "invert_index_kernel": "reads an index, 4 bytes a row",
     "average_long_rows_kernel": "only rows of more than 3072 channels, of float64 or not aligned to 16 bytes",

@@ -24,6 +24,8 @@ WITH_CUDA = {
 WITHOUT_CUDA = {
     "attention",
     "attention_backward",
+    "conv_layer_norm_gelu",
+    "conv_layer_norm_gelu_backward",
     "dropout_add_layer_norm",
     "dropout_add_layer_norm_backward",
     "dropout_add_layer_norm_mixed",

@@ -169,6 +169,32 @@ def test_layer_norm_gelu(place, backend, dtype, shape) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("shape", "taps"),
+    [
+        ((2, 150, 96), (96, 48, 19)),
+        ((3, 40, 72), (72, 24, 4)),
+        ((2, 9, 7, 30), (20, 3, 3, 5)),
+        ((1, 1, 16), (16, 8, 3)),
+    ],
+)
+def test_conv_layer_norm_gelu(place, backend, dtype, shape, taps) -> None:
+    place.need("conv_layer_norm_gelu", backend, dtype)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=generator) for s in (shape, taps, taps[:1]))
+    x, weight, residual = x.to(dtype), (weight / taps[1]).to(dtype), shape[-1] == taps[0]
+    moved = (*place.put(x, weight, bias), residual, 1e-5)
+    out, y = ops.conv_layer_norm_gelu(*moved)
+    compare(y, *(pair[1] for pair in both(reference.conv_layer_norm_gelu, x, weight, bias, residual, 1e-5)))
+    normed = both(lambda y, x: reference.layer_norm_gelu(y.flatten(0, -2), None, None, 1e-5).view(y.shape)
+                  + (x if residual else 0.0), y, x)  # fmt: skip
+    compare(out, *normed)
+    grad = torch.randn(out.shape, generator=generator).to(dtype)
+    got = ops.conv_layer_norm_gelu_backward(place.put(grad), moved[0], y, *moved[1:])
+    compare(got, *both(reference.conv_layer_norm_gelu_backward, grad, x, y, weight, bias, residual, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(70, 512), (9, 101), (1,)])
 def test_gelu(place, backend, dtype, shape) -> None:
     place.need("gelu", backend, dtype)
@@ -206,5 +232,7 @@ def test_bits_repeat(place, backend) -> None:
         if backend == "triton":  # native has no loss on a GPU
             results += [*ops.masked_regression_loss(x, x.flip(0), rows, rows, 0.0, 1.0)]
             results += [*ops.layer_norm_gelu_backward(x, x.flip(0).contiguous(), x[0], x[1], 1e-5)]
+            tokens, taps = x.view(4, 50, 96), x.view(-1)[: 96 * 24 * 5].view(96, 24, 5)
+            results += [*ops.conv_layer_norm_gelu_backward(tokens, tokens, tokens.flip(0), taps, x[0], True, 1e-5)]
         runs.append(results)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

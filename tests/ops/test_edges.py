@@ -18,6 +18,7 @@ from d2v_kernels import (
     alibi_slopes,
     attend,
     average_layers,
+    conv_layer_norm_gelu,
     dropout_add_layer_norm,
     gather_tokens,
     gelu,
@@ -38,6 +39,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of (2,T,8)
     "restore_tokens fill": lambda x: restore_tokens(torch.ones(2, 1, 8), INDEX, fill=x),
     "dropout_add_layer_norm branch": lambda x: dropout_add_layer_norm(x, torch.ones_like(x))[0],
     "dropout_add_layer_norm residual": lambda x: dropout_add_layer_norm(torch.ones_like(x).contiguous(), x)[1],
+    "conv_layer_norm_gelu": lambda x: conv_layer_norm_gelu(x, torch.ones(8, 4, 3), residual=True),
     "gelu": gelu,
     "gelu_linear": lambda x: gelu_linear(x, torch.ones(3, 8)),
     "layer_norm_gelu": layer_norm_gelu,
@@ -56,7 +58,7 @@ def test_channels_that_do_not_lie_side_by_side(name: str, monkeypatch: pytest.Mo
         results = [run(x) for x in (first.mT, first.mT, first.mT.contiguous())]
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[2])
     texts = [str(warning.message) for warning in said]
-    silent = name in ("gelu", "gelu_linear")  # of any strides, as documented
+    silent = name in ("gelu", "gelu_linear", "conv_layer_norm_gelu")  # of any strides, as documented
     assert len(set(texts)) == len(texts) and all("has strides (40, 1" in text for text in texts)
     assert bool(texts) != silent
     if results[0].requires_grad:
@@ -150,6 +152,8 @@ ARRAY = torch.ones(1, 3, 4).numpy()
         lambda x, i: gelu(ARRAY),
         lambda x, i: gelu_linear(ARRAY, x[0]),
         lambda x, i: gelu_linear(x, x[0], ARRAY),
+        lambda x, i: conv_layer_norm_gelu(ARRAY, x),
+        lambda x, i: conv_layer_norm_gelu(x, x.mT, ARRAY),
         lambda x, i: layer_norm_gelu(ARRAY),
         lambda x, i: layer_norm_gelu(x, ARRAY),
         lambda x, i: gather_tokens(ARRAY, i),

@@ -106,6 +106,17 @@ def build_norm_gelu(r: random.Random, dtype: torch.dtype) -> Arguments:
     return {"x": x, "weight": weight, "bias": bias, "eps": r.choice([1e-5, 1e-3, 1.0])}
 
 
+def build_convolution(r: random.Random, dtype: torch.dtype) -> Arguments:
+    groups, narrow, axes = r.randint(1, 3), r.randint(1, 4), r.randint(1, 2)
+    wide, residual = r.randint(3, 5), r.random() < 0.3
+    taps = [r.randint(1, 5) for _ in range(axes)]
+    x = floats(r, [size(r, 0), *(size(r, 0) for _ in range(axes)), groups * narrow], dtype)
+    outputs = groups * (narrow if residual else wide)
+    weight, bias = floats(r, [outputs, narrow, *taps], dtype), floats(r, [outputs], r.choice(FLOATS))
+    return {"x": x, "weight": weight, "bias": bias if r.random() < 0.5 else None, "residual": residual,
+            "eps": r.choice([1e-2, 1.0])}  # fmt: skip
+
+
 def build_layers(r: random.Random, dtype: torch.dtype) -> Arguments:
     b, t, c = size(r), size(r), size(r, 1, 40)
     layers = [floats(r, (b, t, c), dtype) for _ in range(r.randint(1, 4))]
@@ -311,6 +322,10 @@ OPERATORS = {
     ),
     "layer_norm_gelu": Operator(
         dk.layer_norm_gelu, build_norm_gelu, rows=("weight", "bias"), tensors=("x",), fitted=("weight", "bias"),
+        numbers={"eps": [NAN, 0.0, -1.0, INF]}, gradients=("x", "weight", "bias"),
+    ),
+    "conv_layer_norm_gelu": Operator(
+        dk.conv_layer_norm_gelu, build_convolution, tensors=("x", "weight"), fitted=("bias",),
         numbers={"eps": [NAN, 0.0, -1.0, INF]}, gradients=("x", "weight", "bias"),
     ),
     "average_layers": Operator(

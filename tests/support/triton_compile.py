@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 if sys.argv[1:2] == ["amd"]:
     torch.version.hip = "7.0"  # what the launchers ask
 
-from d2v_kernels.triton import attention, ema, gelu, layers, loss, tokens
+from d2v_kernels.triton import attention, convolution, ema, gelu, layers, loss, runtime_norm, tokens
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -109,6 +109,12 @@ def front_end(dtype: torch.dtype, affine: torch.dtype | None, count: int = 100) 
     gelu.layer_norm_gelu_backward(x, x, weight, weight, 1e-5)
 
 
+def decoder_norm(count: int = 100) -> None:
+    x = rows(count, 768)
+    runtime_norm.normed_gelu(x, None, None, x, 1e-5)
+    runtime_norm.normed_gelu_backward(x, x, None, None, x[0], 1e-5)
+
+
 def activation(dtype: torch.dtype, count: int = 100, width: int = 3072) -> None:
     x = rows(count, width, dtype=dtype)
     gelu.gelu(x)
@@ -148,6 +154,7 @@ CASES: dict[str, Callable[[], object]] = {
     "loss, selected rows": lambda: regression(BF16, BF16, True),
     "speech front-end": lambda: front_end(BF16, F32),
     "decoder, no affine": lambda: front_end(F32, None),
+    "decoder, bias and residual": decoder_norm,
     "GELU": lambda: activation(BF16),
     "GELU, float32": lambda: activation(F32),
 }
@@ -237,9 +244,19 @@ def attend(dtype: torch.dtype, alibi: bool, dropout: float) -> None:
     attention.attention_backward(out, q, k, v, out, log_sum, *rest)
 
 
-ATTENTION: dict[str, Callable[[], object]] = {
+def convolve(x: Tensor, weight: Tensor, residual: bool) -> None:
+    bias = weight.flatten(1)[:, 0].contiguous()
+    out, y = convolution.conv_layer_norm_gelu(x, weight, bias, residual, 1e-5)
+    convolution.conv_layer_norm_gelu_backward(out, x, y, weight, bias, residual, 1e-5)
+
+
+PRODUCTS: dict[str, Callable[[], object]] = {
     "attention": lambda: attend(BF16, True, 0.1),
     "attention, float32": lambda: attend(F32, False, 0.0),
+    "positions": lambda: convolve(rows(2, 500, 768), rows(768, 48, 19, dtype=F32), False),
+    "decoder of images": lambda: convolve(rows(2, 14, 14, 768), rows(768, 48, 3, 3, dtype=F32), True),
+    "decoder of speech": lambda: convolve(rows(2, 500, 384), rows(384, 24, 7, dtype=F32), True),
+    "decoder, float32": lambda: convolve(rows(2, 500, 768, dtype=F32), rows(384, 48, 7, dtype=F32), False),
 }
 
 
@@ -247,7 +264,7 @@ def measure_amd(architectures: list[str]) -> list[tuple[str, str, str, int]]:
     """Architecture, case, kernel and bytes of local memory (LDS) of everything that is compiled."""
     found = []
     for architecture in architectures:
-        for case, call in {**CASES, **ATTENTION}.items():
+        for case, call in {**CASES, **PRODUCTS}.items():
             with Compilations(architecture) as done:
                 call()
             for name, kernel in done.kernels.values():

@@ -21,15 +21,15 @@ WIDE = {
     "prediction_rows", "target_rows", "table",  # integers
     "slopes", "log_sum", "delta", "parts", "weight_sums", "bias_sums", "sums", "means", "spreads", "m2s", "batch_means",
     "batch_spreads", "errors", "moments", "deviations", "loss", "prediction_std", "target_std",
-    "runtime._column_sums_kernel:x",  # float32
+    "shift_sums", "runtime._column_sums_kernel:x",  # float32
 }  # fmt: skip
 COPY = "what was loaded, in its own type"
 INTEGERS = "lengths and counts of rows, integers"
 COUNT = "a count of rows in float32, never NaN"
 REASONS = {
     ("cast", "runtime.rounded"): "the one place of narrow casts",
-    ("arithmetic", "runtime.rounded"): "x is float32: `_dot` rounds what is not narrow already",
-    ("reduction", "attention._dot"): "the compiler's tensor cores add in float32, the interpreter is given float32",
+    ("arithmetic", "runtime.rounded"): "x is float32: `dot` rounds what is not narrow already",
+    ("reduction", "runtime.dot"): "the compiler's tensor cores add in float32, the interpreter is given float32",
     ("store", "ema._update_chunk"): "`_moved` gives the average's own type, rounded or as loaded",
     ("store", "tokens._gather_kernel"): COPY,
     ("store", "tokens._restore_kernel"): COPY,
@@ -41,7 +41,8 @@ EXTREMA = {
     ("attention._attention_kernel", "tl.minimum(tl.load(lengths + n).to(tl.int32), tokens)"): INTEGERS,
     ("attention._attention_dq_kernel", "tl.minimum(tl.load(lengths + n).to(tl.int32), tokens)"): INTEGERS,
     ("attention._attention_dkdv_kernel", "tl.minimum(tl.load(lengths + n).to(tl.int32), tokens)"): INTEGERS,
-    ("gelu._backward_kernel", "tl.minimum(rows, (split + 1) * per_split)"): INTEGERS,
+    ("convolution._convolution_weights_kernel", "tl.minimum(rows, begin + per_split)"): INTEGERS,
+    ("runtime_norm._backward_kernel", "tl.minimum(rows, (split + 1) * per_split)"): INTEGERS,
     ("layers._one_read_kernel", "tl.maximum(length, 1)"): INTEGERS,
     ("layers._statistics_kernel", "tl.maximum(length, 1)"): INTEGERS,
     ("layers._statistics_kernel", "tl.maximum(counts, 0.0)"): COUNT,

@@ -7,7 +7,7 @@ the forms that only large shapes reach small enough. Numbers that the interprete
 What no interpreter shows: programs run one after the other and whole blocks at once, so races, missing barriers and the
 order of lanes in a sum stay hidden; a multiply and an add round twice; exp, log, erf and tensor-float products are
 NumPy's; addresses, widths and pipelined loads are not the GPU's. PTX and machine code are read for casts, maxima and
-accesses (test_machine_code.py, test_attention_code.py); accuracy on a GPU is for tests/gpu.
+accesses (test_machine_code.py, test_products_code.py); accuracy on a GPU is for tests/gpu.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton_kernels.conftest import run_child
 
 from d2v_kernels import _env
 
-FAMILIES = ("layers", "ema", "tokens", "loss", "gelu", "gelu_linear", "attention")
+FAMILIES = ("layers", "ema", "tokens", "loss", "gelu", "gelu_linear", "convolution", "attention")
 OPERATORS = [f"tests/ops/test_{family}.py" for family in FAMILIES]
 # Too many programs for an interpreter, or float64; `interpreted` has small tests of the same properties.
 LEFT_OUT = ["published", "gradcheck", "thread_count", "is_normal", "monitors_see"]

@@ -7,8 +7,10 @@ import json
 import pytest
 from triton_kernels.conftest import run_child
 from triton_kernels.test_machine_code import BUDGETS
+from triton_kernels.test_products_code import KERNELS as PRODUCTS
+from triton_kernels.test_products_code import LEAST_SHARED
 
-KERNELS = {*BUDGETS, "attention_kernel", "attention_dq_kernel", "attention_dkdv_kernel"}
+KERNELS = {*BUDGETS, *PRODUCTS}
 LDS = 64 * 1024
 """Local memory of a workgroup on gfx9."""
 
@@ -28,3 +30,10 @@ def test_sm_120(needs_triton, triton_cache, tmp_path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = json.loads((tmp_path / "report.json").read_text())["kernels"]
     assert {kernel["name"] for kernel in kernels} == set(BUDGETS)
+    done = run_child(
+        "-m", "triton_kernels.products_compile", str(tmp_path), "120", TRITON_CACHE_DIR=triton_cache
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    kernels = json.loads((tmp_path / "report.json").read_text())["kernels"]
+    assert {kernel["name"] for kernel in kernels} == PRODUCTS
+    assert all(kernel["shared"] <= LEAST_SHARED for kernel in kernels), kernels

@@ -40,7 +40,8 @@ def make_positions(config: Config) -> Positions:
         return RelativePositions(encoder, stem.grid)
     if stem.positions == "conv":
         seen = "positions-see-padding" in config.published
-        return ConvPositions(stem, encoder, zero_input=config.version == 1 or not seen, zero_between=not seen)
+        zero_input, choice = config.version == 1 or not seen, config.run.convolution
+        return ConvPositions(stem, encoder, zero_input=zero_input, zero_between=not seen, convolution=choice)
     if stem.positions == "none":
         return Positions(encoder)
     if stem.modality == "vision":

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v.config import Encoder, Stem
-from d2v.model.layers import NORM_EPS, LayerNorm, convolve, norm_gelu, valid_positions
+from d2v.model.layers import (
+    NORM_EPS,
+    LayerNorm,
+    convolve,
+    fused_layer,
+    norm_gelu,
+    takes_fused_layer,
+    valid_positions,
+)
 from d2v.model.transformer import AttentionBias
 from d2v_kernels import Alibi, Masks, alibi_slopes, gather_tokens
 
@@ -232,20 +240,24 @@ class ConvPositions(Positions):
     published code zeroes the first input only (1.0) or nothing (2.0).
     """
 
-    def __init__(self, stem: Stem, encoder: Encoder, *, zero_input: bool = True, zero_between: bool = True) -> None:
+    def __init__(
+        self, stem: Stem, encoder: Encoder, *, zero_input: bool = True, zero_between: bool = True,
+        convolution: str = "auto",
+    ) -> None:  # fmt: skip
         """
         Args:
             stem: layers, width and groups of the convolutions.
             encoder: width C.
             zero_input: write 0 at padded frames before the convolutions.
             zero_between: and between them.
+            convolution: as in `config.run`.
         """
         super().__init__(encoder)
         width, groups = encoder.width, stem.position_groups
         if width % groups:
             raise ValueError(f"stem.position_groups: expected a divisor of encoder.width {width}, got {groups}")
         kernel = max(3, stem.position_width // stem.position_layers)
-        self.zero_input, self.zero_between = zero_input, zero_between
+        self.zero_input, self.zero_between, self.convolution = zero_input, zero_between, convolution
         self.norm = LayerNorm(width, eps=NORM_EPS) if stem.position_norm else None
         self.convs = nn.ModuleList(
             nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups) for _ in range(stem.position_layers)
@@ -277,5 +289,6 @@ class ConvPositions(Positions):
             assert isinstance(conv, nn.Conv1d)
             if valid is not None and self.zero_between and (i > 0 or self.norm is not None):
                 x = x * valid[..., None]
-            x = norm_gelu(convolve(conv, x))
+            fused = takes_fused_layer(self.convolution, x)
+            x = fused_layer(conv, x) if fused else norm_gelu(convolve(conv, x))
         return x

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config import Stem
-from d2v.model.layers import NORM_EPS, LayerNorm, check_lengths, convolve, norm_gelu, valid_positions
+from d2v.model.layers import NORM_EPS, LayerNorm, Linear, check_lengths, convolve, norm_gelu, valid_positions
 
 SAMPLE_RATE = 16_000
 _WINDOW, _HOP, _FFT = 400, 160, 512  # 25 ms every 10 ms
@@ -97,7 +97,7 @@ class WaveformStem(SpeechStem):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(channels, eps=NORM_EPS) for channels in inputs[1:])
         self.norm = LayerNorm(inputs[-1], eps=config.norm_eps)
-        self.proj = nn.Linear(inputs[-1], width)
+        self.proj = Linear(inputs[-1], width)
         for conv in self.convs:
             assert isinstance(conv, nn.Conv1d)
             nn.init.kaiming_normal_(conv.weight)
@@ -134,7 +134,7 @@ class LogMelStem(SpeechStem):
         self.register_buffer("window", torch.hann_window(_WINDOW), persistent=False)
         self.register_buffer("filters", mel_filters(config.mel_bins), persistent=False)
         self.norm = LayerNorm(width_in, eps=NORM_EPS)
-        self.proj = nn.Linear(width_in, width)
+        self.proj = Linear(width_in, width)
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Tokens (B,T,C) of waveforms (B,S) at 16 kHz that `measure` took, or of what `prepare` made of them; padded

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v.config import Stem
+from d2v_kernels import linear
 
 
 class PatchStem(nn.Module):
@@ -50,4 +50,4 @@ class PatchStem(nn.Module):
         p = self.proj.kernel_size[0]
         patches = inputs.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         flat = patches.reshape(batch, (height // p) * (width // p), channels * p * p)
-        return F.linear(flat, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(flat, self.proj.weight.flatten(1), self.proj.bias)

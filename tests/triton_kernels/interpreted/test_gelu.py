@@ -12,7 +12,7 @@ from support.accuracy import assert_accurate
 from support.tensors import FLOATS, in_layout, random_rows
 
 from d2v_kernels import use_backend
-from d2v_kernels.triton import gelu
+from d2v_kernels.triton import runtime_norm
 from d2v_kernels.triton.runtime import Tile, power_of_two
 
 ops = torch.ops.d2v
@@ -21,8 +21,8 @@ ops = torch.ops.d2v
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("rows", "channels"), [(50, 40), (3, 1100)])
 def test_gradients_over_parts(dtype, rows, channels, monkeypatch) -> None:
-    monkeypatch.setattr(gelu, "GELU_SPLITS", 3)
-    monkeypatch.setattr(gelu, "backward_tile", lambda c: Tile(4, power_of_two(c), 1))
+    monkeypatch.setattr(runtime_norm, "GELU_SPLITS", 3)
+    monkeypatch.setattr(runtime_norm, "backward_tile", lambda c, affine: Tile(4, power_of_two(c), 1))
     x = in_layout(random_rows((rows, channels), dtype, 0, offset=2.0), "sliced")
     grad = in_layout(random_rows((rows, channels), dtype, 1), "rows_apart")
     weight, bias = random_rows((channels,), torch.float32, 2), random_rows((channels,), dtype, 3)

@@ -1,4 +1,4 @@
-"""What Triton makes of the attention kernels for GPUs that are not here, and their launch choice."""
+"""What Triton makes of the kernels that multiply matrices, for GPUs that are not here, and their launch choices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from triton_kernels.test_machine_code import float_extrema, narrow_casts
 from d2v_kernels import _env
 
 pytestmark = pytest.mark.skipif(_env.triton_interpreter(), reason="of a process without the interpreter")
-KERNELS = {"attention_kernel", "attention_dq_kernel", "attention_dkdv_kernel"}
+CONVOLUTIONS = {"convolution_kernel", "convolution_weights_kernel"}
+KERNELS = {"attention_kernel", "attention_dq_kernel", "attention_dkdv_kernel", *CONVOLUTIONS}
+ALL_FLOAT32 = {"convolution_weights_kernel"}
+"""Kernels whose results are float32."""
 LEAST_SHARED = 99 * 1024  # what one block gets on the smallest GPUs named (sm_86, sm_89, sm_120)
 
 
@@ -28,9 +31,9 @@ def compiled(request, needs_triton, triton_cache, tmp_path_factory) -> tuple[Pat
         if not OLDER.is_dir():
             pytest.skip(f"no triton {request.param} in {OLDER}")
         before, architectures = str(OLDER), (90,)
-    folder = tmp_path_factory.mktemp("attention")
+    folder = tmp_path_factory.mktemp("products")
     done = run_child(
-        "-m", "triton_kernels.attention_compile", str(folder), *map(str, architectures), BEFORE=before,
+        "-m", "triton_kernels.products_compile", str(folder), *map(str, architectures), BEFORE=before,
         TRITON_CACHE_DIR=triton_cache,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -45,7 +48,7 @@ def test_kernels(compiled) -> None:
     assert {k["name"] for k in report["kernels"]} == KERNELS
     for kernel in report["kernels"]:
         ptx, where = (folder / f"{kernel['file']}.ptx").read_text(), kernel["file"]
-        wide = re.findall(r"ld\.global[\w.:]*\.v(?:4\.\w32|2\.\w64)|cp\.async\.cg", ptx)
+        wide = re.findall(r"ld\.global[\w.:]*\.v(?:4\.\w32|2\.\w64)|cp\.async\.c[ag].*\], 0x10", ptx)
         assert wide, where
         assert not re.search(r"ld\.global[\w.:]*\.b16", ptx), f"{where}: rows of half precision two bytes at a time"
         assert re.search(r"wgmma\.mma|mma\.sync|tcgen05\.mma", ptx), where
@@ -60,7 +63,9 @@ def test_only_the_running_maximum_drops_nan(compiled) -> None:
         ptx = (folder / f"{kernel['file']}.ptx").read_text()
         assert float_extrema(ptx) == ({"max.f32"} if kernel["name"] == "attention_kernel" else set()), kernel["file"]
         assert not kernel["licences"], kernel["file"]
-        assert narrow_casts(ptx) and all(".rn." in name for name in narrow_casts(ptx)), kernel["file"]
+        casts = narrow_casts(ptx)
+        assert bool(casts) != (kernel["name"] in ALL_FLOAT32), kernel["file"]
+        assert all(".rn." in name for name in casts), kernel["file"]
 
 
 def test_no_local_memory(compiled) -> None:
@@ -83,7 +88,7 @@ def test_instructions_a_pair(compiled) -> None:
     tool, (folder, report) = find_cuobjdump(), compiled
     if tool is None or report["triton"] == OLDER.name.removeprefix("triton-"):
         pytest.skip("of the installed Triton, and with cuobjdump only")
-    counts, stored = issue.count_attention(tool, folder, report["kernels"]), issue.documented(issue.PAIR_COUNTS)
+    counts, stored = issue.count_products(tool, folder, report["kernels"]), issue.documented(issue.PAIR_COUNTS)
     assert counts.keys() == PAIRS.keys()
     for (case, name), most in PAIRS.items():
         assert 0.9 * most < counts[case, name].per_pair <= most, (case, name, counts[case, name])
@@ -96,7 +101,7 @@ def test_other_sizes_compile_nothing_new(compiled) -> None:
 
 @pytest.mark.parametrize("width", [1, 16, 31, 32, 64, 80, 96, 128])
 @pytest.mark.parametrize("size", [2, 4])
-def test_launch(needs_triton, width, size) -> None:
+def test_launch_of_attention(needs_triton, width, size) -> None:
     from d2v_kernels.triton import attention
 
     for kernel in ("forward", "dq", "dkdv"):
@@ -108,3 +113,20 @@ def test_launch(needs_triton, width, size) -> None:
         assert tile.stages >= 1
     assert attention.attention_tile("forward", 64, 2) == attention.AttentionTile(64, 64, 64, 4, 2)
     assert attention.attention_tile("forward", 80, 2).channels == 128
+
+
+@pytest.mark.parametrize("narrow", [1, 3, 16, 24, 48, 64, 80, 768])
+@pytest.mark.parametrize("taps", [1, 7, 9, 19, 25])
+@pytest.mark.parametrize("size", [2, 4])
+def test_launch_of_convolutions(needs_triton, narrow, taps, size) -> None:
+    from d2v_kernels.triton import convolution
+
+    product, weights = convolution.convolution_tile(narrow, size), convolution.weights_tile(taps * narrow, narrow, size)
+    for tile, summed in ((product, product.columns), (weights, weights.rows)):
+        for n in (tile.rows, tile.columns, tile.outputs, tile.warps):
+            assert n & (n - 1) == 0
+        assert min(tile.rows, tile.columns, tile.outputs) >= 16  # smallest product
+        loaded = tile.rows * tile.columns + summed * tile.outputs
+        assert tile.stages * loaded * size <= LEAST_SHARED
+    assert convolution.convolution_tile(48, 2) == convolution.ConvolutionTile(128, 64, 64, 4, 2)
+    assert convolution.weights_tile(24 * 7, 24, 2) == convolution.ConvolutionTile(64, 256, 32, 8, 2)
