@@ -9,7 +9,7 @@ PYTEST := $(RUN) -m pytest
 GPU_RUN := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu
 GPU_OUT := $(or $(OUT),benchmarks/results)
 
-.PHONY: help setup quickstart test test-all soak bench bench-check gpu gpu-dry structure lint format clean
+.PHONY: help setup quickstart test test-all soak bench bench-check gpu gpu-dry counts structure lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ gpu:  ## with an NVIDIA GPU: build in place, GPU tests, sanitizer, benchmarks, r
 
 gpu-dry:  ## every stage of `make gpu` without a GPU, on tiny shapes; its records are marked emulated
 	$(GPU_RUN) --output $(GPU_OUT) --dry
+
+counts: setup  ## machine code of every kernel: instructions a KiB against what a GPU issues; table of docs/gpu-first-run.md
+	PYTHONPATH=tests:. $(RUN) -m codegen.issue --write
 
 structure:  ## size of each package, its largest folder, its import circles
 	$(PYTHON) scripts/structure.py

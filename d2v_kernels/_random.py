@@ -27,14 +27,24 @@ def philox(key: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Te
     return x0, x1, x2, x3
 
 
-def dropout_threshold(dropout: float) -> int:
-    """An element is dropped where its 32-bit number is below this one."""
-    return round(dropout * 2.0**32)
-
-
 def keep_mask(keys: Tensor, rows: tuple[Tensor, ...], count: int, dropout: float) -> Tensor:
     """(..., count) bool, True where dropout keeps an element: number i is word i % 4 of Philox with counter
     (i / 4, *rows); keys and rows have a last dimension of 1 for it."""
     groups = torch.arange((count + 3) // 4, device=keys.device)
     words = philox(keys, (groups, *rows))
-    return torch.stack(words, dim=-1).flatten(-2)[..., :count] >= dropout_threshold(dropout)
+    return torch.stack(words, dim=-1).flatten(-2)[..., :count] >= round(dropout * 2.0**32)
+
+
+def dropped_bytes(dropout: float) -> int:
+    """Of 256 numbers, so many drop a weight of attention: the nearest to `dropout`, 255 at most."""
+    return min(round(dropout * 256), 255)
+
+
+def keep_weights(keys: Tensor, rows: tuple[Tensor, ...], count: int, dropout: float) -> Tensor:
+    """As `keep_mask`, of attention's weights, sixteen decisions a call: key j goes by byte `place` / 4 from the top of
+    word `place` % 4 of Philox with counter (j / 64 * 4 + j % 8 / 2, *rows), where place is j / 8 % 8 * 2 + j % 2."""
+    j = torch.arange(count, device=keys.device)
+    call, place = j // 64 * 4 + j % 8 // 2, j // 8 % 8 * 2 + j % 2
+    calls = torch.arange((count + 63) // 64 * 4, device=keys.device)
+    words = torch.stack(philox(keys, (calls, *rows)), dim=-1).flatten(-2)[..., call * 4 + place % 4]
+    return ((words >> (24 - place // 4 * 8)) & 255) >= dropped_bytes(dropout)

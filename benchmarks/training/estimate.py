@@ -45,11 +45,13 @@ SHARES = {"matrix products": 0.6, "attention": 0.3, "convolutions": 0.4, "groupe
 """Of the peak, reached by products of a group; assumed. Groups of 24 to 48 channels fill a small part of the library's
 tiles. The Triton form pads 48 to 64 and brings every number of its windows through shared memory, which bounds it to
 about 0.33, and issues almost as many other instructions as its products take cycles (counted in code for sm_90)."""
-SCALARS = {"restore_tokens": 966, "gelu": 336, "gelu_backward_": 336, "layer_norm_gelu": 440,
-           "layer_norm_gelu_backward": 520, "average_layers": 327, "gather_tokens": 17}  # fmt: skip
-"""Warp instructions a KiB that is moved, counted in compiled code for sm_90 (Triton, CUDA)."""
-PAIRS = {"attention": (12, 20), "attention_backward": (24, 40)}
-"""Instructions of a thread for a pair of query and key besides products, and for its dropout; assumed."""
+SCALARS = {"restore_tokens": 344, "gelu": 145, "gelu_backward_": 116, "layer_norm_gelu": 180,
+           "layer_norm_gelu_backward": 202, FUSED: 122, f"{FUSED}_backward": 161, "average_layers": 195,
+           "gather_tokens": 17}  # fmt: skip
+"""Warp instructions a KiB that is moved, bfloat16, as `make counts` finds them in compiled code for sm_90; of a fused
+convolution those of its norm."""
+PAIRS = {"attention": (14, 7, 10), "attention_backward": (36, 19, 26)}
+"""Instructions of a thread for a pair of query and key, for its ALiBi, for its dropout; counted likewise."""
 LAUNCHES = {FUSED: 3, f"{FUSED}_backward": 7, "native_layer_norm_backward": 3, "layer_norm_gelu_backward": 2,
             "attention_backward": 3, "convolution_backward": 4, "linalg_vector_norm": 1 / LIST}  # fmt: skip
 """Kernels of an operator, where not one; assumed."""
@@ -161,8 +163,8 @@ def _add_norm(moved: float, y: Tensor, args: Any) -> tuple[float, float]:
     what is added to the gradient of x read again."""
     one, residual = float(y.numel() * y.itemsize), float(args[-2])
     if len(args) == 5:
-        return moved + (1.0 + residual) * one, SCALARS["layer_norm_gelu"] * (2.0 + residual) * one / 1024.0
-    return moved + (3.0 + residual) * one, SCALARS["layer_norm_gelu_backward"] * 3.0 * one / 1024.0
+        return moved + (1.0 + residual) * one, SCALARS[FUSED] * (2.0 + residual) * one / 1024.0
+    return moved + (3.0 + residual) * one, SCALARS[f"{FUSED}_backward"] * 3.0 * one / 1024.0
 
 
 def _work(func: Any, name: str, args: Any, outputs: list[Tensor]) -> tuple[float, float]:
@@ -170,10 +172,12 @@ def _work(func: Any, name: str, args: Any, outputs: list[Tensor]) -> tuple[float
     backward = "backward" in name
     if "attention" in name:  # d2v has (N,T,H,D), PyTorch (N,H,T,D)
         (query, key), own = args[1:3] if backward else args[:2], name.startswith("attention")
-        plain, random = PAIRS["attention_backward" if backward else "attention"]
+        plain, alibi, random = PAIRS["attention_backward" if backward else "attention"]
+        biased = own and args[6 if backward else 3] is not None
         multiplied = query.numel() * key.shape[1 if own else 2]
         lanes = multiplied / query.shape[-1] / 32.0
-        return (8.0 if backward else 4.0) * multiplied, lanes * (plain + random * (own and args[-2] > 0.0))
+        drops = own and args[-2] > 0.0
+        return (8.0 if backward else 4.0) * multiplied, lanes * (plain + alibi * biased + random * drops)
     if name == "convolution_backward":  # PyTorch's count takes grouped weights for those without groups
         grad, _, weight = args[:3]
         return 2.0 * grad.shape[0] * math.prod(grad.shape[2:]) * weight.numel() * sum(args[-1][:2]), 0.0
@@ -225,8 +229,11 @@ def _on_paper() -> Iterator[None]:
         yield
 
 
-def count_step(case: StepCase, convolution: str = "auto") -> tuple[list[Kernel], float]:
-    """Kernels of a bfloat16 step of the form `d2v`, and the FLOPs that the model needs (`d2v.train.flops`)."""
+def count_step(case: StepCase, convolution: str = "library") -> tuple[list[Kernel], float]:
+    """Kernels of a bfloat16 step of the form `d2v`, and the FLOPs that the model needs (`d2v.train.flops`).
+
+    `convolution`: run.convolution, whose `auto` would ask for this CPU and not for the GPU, where it is `library`.
+    """
     config = make_config(case, "bf16").replace("run.convolution", convolution)
     inputs, masks, measured = draw_batch(case, config)
     with _on_paper():

@@ -11,6 +11,16 @@ struct Heads {
   DType type;
 };
 
+// Where the byte lies that decides on the weight of key j: at the top of a word of Philox with counter (counter, query,
+// head, 0), shifted left. The sixteen keys of a call are those that a thread of a GPU has of a row of 64 logits.
+struct DropoutPlace {
+  int64_t counter, word, shift;
+};
+inline DropoutPlace place_of(int64_t j) {
+  const int64_t place = j / 8 % 8 * 2 + j % 2;
+  return {j / 64 * 4 + j % 8 / 2, place % 4, place / 4 * 8};
+}
+
 struct AttentionArgs {
   Heads query, key, value;
   int64_t N, T, H, D;
@@ -25,7 +35,7 @@ struct AttentionArgs {
   const int64_t* keys;  // (N), of dropout
   int64_t key_stride;
   bool drops;             // false: no number is low enough
-  uint32_t last_dropped;  // a weight is dropped where its number is not above this one
+  uint32_t last_dropped;  // a weight is dropped where its number is not above this one, whose low 24 bits are ones
   double rescale;         // 1 / (1 - probability), of the weights that are left
   double scale;           // of the logits
   bool stream;            // results leave the caches before anyone reads them; set by `attention` itself

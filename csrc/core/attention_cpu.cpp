@@ -112,16 +112,34 @@ D2V_INLINE VD exp_vector(VD x) {
   return select_nan_too(y, x);
 }
 
-// 32-bit numbers of the weights of one query, keys 0 on: word j % 4 of Philox at counter (j / 4, query, head).
+// 32-bit numbers, of which the highest eight bits decide, of the weights of one query, keys 0 on (place_of,
+// attention.h). A block of 64 keys takes four calls: every row of 8 keys the first or the last two words of each,
+// shifted alike.
 D2V_INLINE void draw_words(uint32_t* words, int64_t count, uint32_t query, uint32_t head, uint64_t key) {
-  constexpr int L = kLanes<float>;
+  typedef uint32_t Eight __attribute__((vector_size(32)));
+  typedef uint64_t Pairs __attribute__((vector_size(32)));
+  constexpr int L = kLanes<float>, kWords = 2 * L < 16 ? 16 : 2 * L;
   VU64 counter = first_counters();
-  for (int64_t j = 0; j < count; j += 2 * L, counter += static_cast<uint64_t>(L / 2)) {
-    const Words w = philox(counter, query, key, head);
-    VU low, high;
-    word_pair(w, &low, &high);
-    memcpy(words + j, &low, sizeof(low));
-    memcpy(words + j + L, &high, sizeof(high));
+  for (int64_t first = 0; first < count; first += 4 * kWords) {
+    uint32_t drawn[kWords];
+    for (int at = 0; at < kWords; at += 2 * L, counter += static_cast<uint64_t>(L / 2)) {
+      VU low, high;
+      word_pair(philox(counter, query, key, head), &low, &high);
+      memcpy(drawn + at, &low, sizeof(low));
+      memcpy(drawn + at + L, &high, sizeof(high));
+    }
+    for (int block = 0; block < kWords / 16; ++block) {
+      Pairs a, b;
+      memcpy(&a, drawn + 16 * block, sizeof(a));
+      memcpy(&b, drawn + 16 * block + 8, sizeof(b));
+      const Eight pairs[2] = {bit_cast<Eight>(Pairs{a[0], a[2], b[0], b[2]}),
+                              bit_cast<Eight>(Pairs{a[1], a[3], b[1], b[3]})};
+      for (int row = 0; row < 8; ++row) {
+        const int64_t j = first + 64 * block + 8 * row;
+        const Eight numbers = pairs[row % 2] << static_cast<uint32_t>(row / 2 * 8);
+        if (j < count) memcpy(words + j, &numbers, sizeof(numbers));
+      }
+    }
   }
 }
 

@@ -62,8 +62,7 @@ struct Distances {
   }
 };
 
-// Dropout of the weights of one vector of queries: the words of four keys at once, word j % 4 of Philox at counter
-// (j / 4, query, head).
+// Dropout of the weights of one vector of queries, drawn for 64 keys at once.
 class Dropout {
  public:
   Dropout(const AttentionArgs* a, const Head& head, int64_t query)
@@ -72,24 +71,27 @@ class Dropout {
   }
   // x where the weight to this token is kept, else 0; tokens ascend.
   D2V_INLINE VF keep(VF x, int64_t token) {
-    if (token / 4 != group_) draw(token / 4);
-    return words_[token % 4] > last_ ? x : VF{};
+    if (token / 64 != block_) draw(token / 64);
+    const DropoutPlace place = place_of(token % 64);
+    return (words_[place.counter][place.word] << static_cast<uint32_t>(place.shift)) > last_ ? x : VF{};
   }
 
  private:
-  D2V_INLINE void draw(int64_t group) {
-    group_ = group;
-    const VU64 counter = VU64{} + static_cast<uint64_t>(group);
-    const Words even = philox(counter, queries_, key_, head_), odd = philox(counter, queries_ + 1, key_, head_);
-    words_[0] = bit_cast<VU>((even.x0 & 0xffffffffu) | (odd.x0 << 32));
-    words_[1] = bit_cast<VU>((even.x1 & 0xffffffffu) | (odd.x1 << 32));
-    words_[2] = bit_cast<VU>((even.x2 & 0xffffffffu) | (odd.x2 << 32));
-    words_[3] = bit_cast<VU>((even.x3 & 0xffffffffu) | (odd.x3 << 32));
+  D2V_INLINE void draw(int64_t block) {
+    block_ = block;
+    for (int64_t call = 0; call < 4; ++call) {
+      const VU64 counter = VU64{} + static_cast<uint64_t>(4 * block + call);
+      const Words even = philox(counter, queries_, key_, head_), odd = philox(counter, queries_ + 1, key_, head_);
+      words_[call][0] = bit_cast<VU>((even.x0 & 0xffffffffu) | (odd.x0 << 32));
+      words_[call][1] = bit_cast<VU>((even.x1 & 0xffffffffu) | (odd.x1 << 32));
+      words_[call][2] = bit_cast<VU>((even.x2 & 0xffffffffu) | (odd.x2 << 32));
+      words_[call][3] = bit_cast<VU>((even.x3 & 0xffffffffu) | (odd.x3 << 32));
+    }
   }
-  VU words_[4];
+  VU words_[4][4];
   VU64 queries_{};
   uint64_t key_;
-  int64_t group_ = -1;
+  int64_t block_ = -1;
   uint32_t head_, last_;
 };
 

@@ -296,8 +296,8 @@ cudaError_t launch_step(const LayersArgs& a, void* workspace, Stream on) {
 // The slots that a tile needs, or 0 if it does not fit.
 int count_slots(int64_t T, int threads, int vectors, int64_t shared_bytes) {
   const int64_t groups = threads / vectors, slots = (T + groups - 1) / groups;
-  // Beside the tile there are the sums of each warp: two of them, up to 64 channels of 4 bytes.
-  const int64_t sums = 2 * (threads / 32) * 64 * 4;
+  // Beside the tile there are the sums of each warp, two of them, and three more, up to 64 channels of 4 bytes.
+  const int64_t sums = (2 * (threads / 32) + 3) * 64 * 4;
   return slots <= kMaxSlots && 2 * slots * threads * kAccessBytes + sums <= shared_bytes ? static_cast<int>(slots) : 0;
 }
 
@@ -309,8 +309,8 @@ BulkPlan cut_sample(int64_t T, int vectors, int ranks, int64_t shared_bytes) {
   // Boxes of one size, an even number of rows (of 64 bytes, where places in shared memory are multiples of 128).
   const int boxes = static_cast<int>((part + kBoxRows - 1) / kBoxRows);
   const int rows = static_cast<int>((part + boxes - 1) / boxes + 1) / 2 * 2, steps = boxes * rows;
-  // Beside the stages there are sums and moments: of 8 warps and 6 more, up to 64 channels of 4 bytes, and barriers.
-  constexpr int64_t kBeside = (2 * kBulkThreads / 32 + 6) * 64 * 4 + 8 * kBulkStages + 128, kReserved = 1024;
+  // Beside the stages there are sums and moments: of 8 warps and 7 more, up to 64 channels of 4 bytes, and barriers.
+  constexpr int64_t kBeside = (2 * kBulkThreads / 32 + 7) * 64 * 4 + 8 * kBulkStages + 128, kReserved = 1024;
   const int64_t stage = int64_t{steps} * vectors * kAccessBytes;
   // Two blocks on a multiprocessor, if each then has two stages or more; more than three hide nothing more.
   const int64_t shared = (shared_bytes - kReserved) / 2 - kBeside, alone = shared_bytes - kBeside;

@@ -42,8 +42,8 @@ struct BulkTile {
 
   __device__ __forceinline__ int time(int i) const { return static_cast<int>(threadIdx.x) / V + i * kGroups; }
   __device__ __forceinline__ unsigned char* stage(int s) const { return stages + s * grid.steps * kRowBytes; }
-  __device__ __forceinline__ const Vec<T, N>* row(int s, int i) const {
-    return reinterpret_cast<const Vec<T, N>*>(stage(s) + time(i) * kRowBytes) + threadIdx.x % V;
+  __device__ __forceinline__ Packed<T, N> read(int s, int time) const {
+    return load_packed<N>(reinterpret_cast<const T*>(stage(s) + time * kRowBytes) + threadIdx.x % V * N);
   }
 
   // By one thread.
@@ -57,41 +57,49 @@ struct BulkTile {
     }
   }
 
-  // Sum over the time steps of f(element, n), n the place of the channel among the thread's.
-  template <class F>
-  __device__ __forceinline__ void add(int s, float (&sum)[N], F f) const {
+  // add(numbers of a time step, number of the slot) for each time step of the thread.
+  template <class Add>
+  __device__ __forceinline__ void for_steps(int s, Add add) const {
 #pragma unroll
     for (int i = 0; i < kBulkSlots; ++i) {
       if (time(i) >= end) continue;
-      const Vec<T, N> x = *row(s, i);
-#pragma unroll
-      for (int n = 0; n < N; ++n) sum[n] = f(widen(x.v[n]), n, sum[n]);
+      float x[N];
+      widen(read(s, time(i)), x);
+      add(x, i);
     }
   }
 };
 
-// Moments of the block's channels, merged with those of the cluster's other blocks: in the order of time, so that all
-// blocks get the same bits. `moments` has a place for every other layer: a block may write those of the next one while
-// another still reads these.
+// Moments of a channel of the block, merged with those of the cluster's other blocks: all blocks add them in the order
+// of time and get the same bits. All threads come here; those of `owner` have moments, and leave with the merged ones.
+// `moments` has a place for every other layer: a block may write those of the next one while another still reads these.
 template <int CHANNELS>
-__device__ __forceinline__ void merge_cluster(const BulkGrid& grid, int64_t length, const float (*moments)[CHANNELS],
-                                              float (*merged)[CHANNELS]) {
+__device__ __forceinline__ void merge_cluster(const BulkGrid& grid, int length, float inverse, bool owner,
+                                              float (*moments)[CHANNELS], float* mean, float* m2) {
+  const int channel = threadIdx.x;
+  if (owner) moments[0][channel] = *mean, moments[1][channel] = *m2;
   cluster_barrier();
-  if (threadIdx.x < CHANNELS) {
-    float mean = 0, m2 = 0, seen = 0;
-#pragma unroll 1
-    for (int r = 0; r < grid.ranks; ++r) {
-      const float count = static_cast<float>(clamp_steps(length - int64_t{r} * grid.steps, grid.steps));
-      if (count == 0) break;
-      const float other_mean = load_peer(&moments[0][threadIdx.x], r),
-                  other_m2 = load_peer(&moments[1][threadIdx.x], r);
-      merge_moments(&mean, &m2, seen, count / (seen + count), other_mean, other_m2);
-      seen += count;
-    }
-    merged[0][threadIdx.x] = mean;
-    merged[1][threadIdx.x] = m2;
+  if (!owner) return;
+  // All reads are on the way before the first is needed.
+  float means[kBulkRanks] = {}, m2s[kBulkRanks] = {}, counts[kBulkRanks] = {}, distance = 0;
+#pragma unroll
+  for (int r = 0; r < kBulkRanks; ++r) {
+    if (r >= grid.ranks || r * grid.steps >= length) continue;
+    means[r] = load_peer(&moments[0][channel], r);
+    m2s[r] = load_peer(&moments[1][channel], r);
+    counts[r] = static_cast<float>(clamp_steps(length - r * grid.steps, grid.steps));
   }
-  __syncthreads();
+#pragma unroll
+  for (int r = 1; r < kBulkRanks; ++r) {
+    if (counts[r] > 0) distance = multiply_add(means[r] - means[0], counts[r] * inverse, distance);
+  }
+  *mean = means[0] + distance;
+  *m2 = 0;
+#pragma unroll
+  for (int r = 0; r < kBulkRanks; ++r) {
+    const float d = means[r] - *mean;
+    if (counts[r] > 0) *m2 = multiply_add(counts[r] * d, d, *m2 + m2s[r]);
+  }
 }
 #endif
 
@@ -103,9 +111,9 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
   using Tile = BulkTile<T, V>;
   constexpr int N = Tile::N, kChannels = V * N;
   D2V_DYNAMIC_SHARED(unsigned char, stages);
-  D2V_SHARED(float, scratch, [2][Tile::kWarps][kChannels]);
-  D2V_SHARED(float, moments, [2][2][kChannels]);  // of every other layer: mean, squared distances
-  D2V_SHARED(float, merged, [2][kChannels]);
+  using Moments = TileMoments<T, kChannels, Tile::kWarps>;
+  D2V_SHARED(Moments, shared, [1]);
+  D2V_SHARED(float, peers, [2][2][kChannels]);  // of every other layer: mean, squared distances
   D2V_SHARED(CopyBarrier, arrived, [kBulkStages]);
   const int rank = static_cast<int>(blockIdx.x) % grid.ranks;
   const uint32_t part = blockIdx.x / grid.ranks, local = part / grid.tiles;
@@ -115,12 +123,14 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
   const int64_t channel = first_channel + column;
   const int first = rank * grid.steps, end = clamp_steps(length - first, grid.steps);
   const Tile tile = {maps, grid, stages, arrived, list.K, static_cast<int>(sample), first_channel, first, end};
+  Moments& moments = shared[0];
   const float inverse = 1.0f / static_cast<float>(length), eps = static_cast<float>(out.eps);
   const float here = static_cast<float>(end > 0 ? end : 1), inverse_here = 1.0f / here,
               share = 1.0f / static_cast<float>(list.K);
   if (threadIdx.x == 0) init_copies(arrived, grid.stages);
   __syncthreads();
-  if (threadIdx.x == 0) {
+  const bool courier = threadIdx.x == kBulkThreads - 32, owner = threadIdx.x < kChannels;
+  if (courier) {
 #pragma unroll 1
     for (int s = 0; s < grid.stages; ++s) tile.request(s, s);
   }
@@ -129,39 +139,46 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
 #pragma unroll 1
   for (int k = 0; k < list.K; ++k) {
     wait_bytes(&arrived[stage], parity);
-    float mean[N] = {}, scale[N] = {};
-    tile.add(stage, mean, [](float x, int, float sum) { return sum + x; });
-    sum_groups<V, N, Tile::kWarps>(mean, scratch[0]);
-    // After that barrier nobody reads the layer before this one any more.
-    if (threadIdx.x == 0 && k > 0) tile.request(k - 1 + grid.stages, stage > 0 ? stage - 1 : grid.stages - 1);
+    float pivot[N] = {}, sum[N] = {}, squares[N] = {};
+    if constexpr (kOnePass<T>) {
+      if (end > 0) widen(tile.read(stage, 0), pivot);
+    } else {
+      tile.for_steps(stage, [&](const float (&x)[N], int) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) mean[n] = divide(mean[n], here, inverse_here);
-    tile.add(stage, scale, [&](float x, int n, float sum) { return multiply_add(x - mean[n], x - mean[n], sum); });
-    sum_groups<V, N, Tile::kWarps>(scale, scratch[1]);
-    if (grid.ranks > 1) {
-      if (threadIdx.x < V) {
+        for (int n = 0; n < N; ++n) pivot[n] += x[n];
+      });
+      sum_groups<V, N, Tile::kWarps>(pivot, moments.first);
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-          moments[k & 1][0][column + n] = mean[n];
-          moments[k & 1][1][column + n] = scale[n];
-        }
-      }
-      merge_cluster<kChannels>(grid, length, moments[k & 1], merged);
-      const Vec<float, N> all_mean = load<N>(&merged[0][column]), all_m2 = load<N>(&merged[1][column]);
-#pragma unroll
-      for (int n = 0; n < N; ++n) mean[n] = all_mean.v[n], scale[n] = all_m2.v[n];
+      for (int n = 0; n < N; ++n) pivot[n] = divide(pivot[n], here, inverse_here);
     }
-#pragma unroll
-    for (int n = 0; n < N; ++n) scale[n] = share * reciprocal_root(scale[n] * inverse + eps);
-#pragma unroll
-    for (int i = 0; i < kBulkSlots; ++i) {
-      if (tile.time(i) >= end) continue;
-      const Vec<T, N> x = *tile.row(stage, i);
+    tile.for_steps(stage, [&](const float (&x)[N], int) {
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        total[i][n] = multiply_add(widen(x.v[n]) - mean[n], scale[n], total[i][n]);
+        const float d = x[n] - pivot[n];
+        sum[n] += d;
+        squares[n] = multiply_add(d, d, squares[n]);
       }
+    });
+    share_sums<T, V>(sum, squares, pivot, &moments);
+    // After that barrier nobody reads the layer before this one any more.
+    if (courier && k > 0) tile.request(k - 1 + grid.stages, stage > 0 ? stage - 1 : grid.stages - 1);
+    float mean, m2;
+    if (owner) block_moments(moments, threadIdx.x, here, inverse_here, &mean, &m2);
+    if (grid.ranks > 1) {
+      merge_cluster<kChannels>(grid, static_cast<int>(length), inverse, owner, peers[k & 1], &mean, &m2);
     }
+    if (owner) {
+      moments.mean[threadIdx.x] = mean;
+      moments.scale[threadIdx.x] = share * reciprocal_root(m2 * inverse + eps);
+    }
+    __syncthreads();
+    const Vec<float, N> centre = load<N>(&moments.mean[column]), scale = load<N>(&moments.scale[column]);
+    tile.for_steps(stage, [&](const float (&x)[N], int i) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        total[i][n] = multiply_add(x[n] - centre.v[n], scale.v[n], total[i][n]);
+      }
+    });
     if (++stage == grid.stages) stage = 0, parity ^= 1;
   }
   if (grid.ranks > 1) cluster_barrier();  // nobody leaves while its moments are read

@@ -9,7 +9,7 @@ namespace d2v {
 namespace {
 
 constexpr int kPassThreads = 256, kPassWarps = kPassThreads / 32;
-constexpr int kStatRows = 4;     // of a chunk: its statistics are made from registers in two passes, then merged
+constexpr int kStatRows = 4;     // of a chunk, loaded before the first is needed
 constexpr int kCombineRows = 4;  // of a thread
 
 // Per (piece, layer, channel): mean, and the squared distances from it (`scale` of a sample that is one piece).
@@ -25,47 +25,42 @@ struct Pieces {
 };
 constexpr int kPieceRows = 256;  // of batch norm, about: the moments of that many rows are a hundredth of their bytes
 
+// Sums of distances from a pivot, the mean of the first rows, and of their squares.
 template <class T, int N>
 struct ChannelMoments {
   using A = Acc<T>;
-  A mean[N] = {}, m2[N] = {};
+  A pivot[N] = {}, sum[N] = {}, squares[N] = {};
   int count = 0;
 
-  // `used` says which of the rows count; `rows` is how many, at least 1.
-  __device__ __forceinline__ void add_chunk(const Vec<T, N> (&x)[kStatRows], const bool (&used)[kStatRows], int rows) {
-    const A inverse = A{1} / static_cast<A>(rows), before = static_cast<A>(count);
-    count += rows;
-    const A weight = static_cast<A>(rows) / static_cast<A>(count);
+  template <int ROWS>
+  __device__ __forceinline__ void add(const Packed<T, N> (&x)[ROWS]) {
+    if (count == 0) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      A m = 0, s = 0;
+      for (int i = 0; i < ROWS; ++i) {
+        A wide[N];
+        widen(x[i], wide);
 #pragma unroll
-      for (int i = 0; i < kStatRows; ++i) m += used[i] ? widen(x[i].v[n]) : A{0};
-      m *= inverse;
-#pragma unroll
-      for (int i = 0; i < kStatRows; ++i) {
-        const A d = used[i] ? widen(x[i].v[n]) - m : A{0};
-        s = multiply_add(d, d, s);
+        for (int n = 0; n < N; ++n) pivot[n] = multiply_add(wide[n], A{1} / ROWS, pivot[n]);
       }
-      merge_moments(&mean[n], &m2[n], before, weight, m, s);
+    }
+    count += ROWS;
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      A wide[N];
+      widen(x[i], wide);
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const A d = wide[n] - pivot[n];
+        sum[n] += d;
+        squares[n] = multiply_add(d, d, squares[n]);
+      }
     }
   }
-};
 
-// The rows of a piece in order: the time steps of its first sample, then those of the next.
-struct PieceRows {
-  const LayerList& list;
-  const int64_t T, steps, count;           // time steps: of a sample in all, of it in the piece, of the piece
-  const int64_t first_sample, first_step;  // the sample is number so many of the launch
-
-  struct Row {
-    int64_t local, t;
-    bool used;
-  };
-  __device__ __forceinline__ Row operator[](int64_t i) const {
-    const int sample = count == steps ? 0 : static_cast<int>(i) / static_cast<int>(steps);
-    const int64_t local = first_sample + sample, t = first_step + i - sample * steps;
-    return {local, t, i < count && t < length_of(list, local, T)};
+  __device__ __forceinline__ void finish(int n, A inverse, A* mean, A* m2) const {
+    const A distance = sum[n] * inverse;
+    *mean = pivot[n] + distance;
+    *m2 = squares_about_mean(sum[n], squares[n], distance);
   }
 };
 
@@ -87,26 +82,36 @@ __global__ void __launch_bounds__(kPassThreads, 3)
   const int k = static_cast<int>(item - piece * list.K);
   const int64_t local = group * pieces.samples, step = slice * pieces.steps, left = samples - local;
   const int64_t whole = left < pieces.samples ? left : pieces.samples;
-  const PieceRows rows = {list, out.T, pieces.steps, whole * pieces.steps, local, step};
+  // Short samples take a part of the warps each.
+  int time_warps = kPassWarps;
+  while (time_warps > 1 && time_warps / 2 * kStatRows >= pieces.steps) time_warps /= 2;
+  const int64_t stride = list.time_stride[k];
+  const int turn = time_warps * kStatRows;
   ChannelMoments<T, N> moments;
-  for (int64_t i = warp * kStatRows; i < rows.count; i += kPassWarps * kStatRows) {
-    Vec<T, N> x[kStatRows];
-    bool used[kStatRows];
-    int count = 0;
+  for (int64_t i = warp / time_warps; i < whole; i += kPassWarps / time_warps) {
+    const int64_t length = length_of(list, local + i, out.T) - step;
+    const int end = length < pieces.steps ? static_cast<int>(length) : pieces.steps;
+    int t = warp % time_warps * kStatRows;
+    const T* from = element<T>(list, k, list.first_sample + local + i, step + t, c);
+#pragma unroll 1
+    for (; t + kStatRows <= end; t += turn, from += turn * stride) {
+      Packed<T, N> x[kStatRows] = {};
 #pragma unroll
-    for (int j = 0; j < kStatRows; ++j) {
-      const PieceRows::Row row = rows[i + j];
-      used[j] = row.used;
-      count += row.used;
-      if (row.used && c < out.C) x[j] = load<N>(element<T>(list, k, list.first_sample + row.local, row.t, c));
+      for (int j = 0; j < kStatRows; ++j) {
+        if (c < out.C) x[j] = load_packed<N>(from + j * stride);
+      }
+      moments.add(x);
     }
-    if (count > 0) moments.add_chunk(x, used, count);
+#pragma unroll 1
+    for (int j = 0; j < kStatRows && t + j < end; ++j) {
+      Packed<T, N> x[1] = {};
+      if (c < out.C) x[0] = load_packed<N>(from + j * stride);
+      moments.add(x);
+    }
   }
+  const A inverse = A{1} / static_cast<A>(moments.count > 0 ? moments.count : 1);
 #pragma unroll
-  for (int n = 0; n < N; ++n) {
-    means[warp][lane * N + n] = moments.mean[n];
-    m2s[warp][lane * N + n] = moments.m2[n];
-  }
+  for (int n = 0; n < N; ++n) moments.finish(n, inverse, &means[warp][lane * N + n], &m2s[warp][lane * N + n]);
   if (lane == 0) rows_of[warp] = moments.count;
   __syncthreads();
   // Launches count samples from first_sample on, which is a whole number of pieces.

@@ -40,6 +40,7 @@ constexpr int kBulkLayers = 32;  // that are described in the kernel's parameter
 constexpr int kBulkThreads = 256;
 constexpr int kBulkSlots = 8;  // rows of a thread: what two blocks' registers take without spilling
 constexpr int kBulkStages = 4;
+constexpr int kBulkRanks = 8;     // blocks of a cluster at most
 constexpr int kSpreadSteps = 64;  // a sample that one block could hold is spread over more in parts of so many at least
 // tiled: tiles of every layer can be described (describe_tiles).
 BulkPlan plan_bulk(int64_t B, int64_t T, int64_t C, int64_t K, DType type, bool tiled, const DeviceLimits& limits);

@@ -27,10 +27,11 @@ struct RowGroup {
     return sum_block<WARPS>(v, scratch);
   }
 
-  __device__ __forceinline__ void read(const T* row, Vec<T, N> (&x)[kVectors]) const {
+  __device__ __forceinline__ void read(const T* row, Packed<T, N> (&x)[kVectors]) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (channel(i) < C) x[i] = load<N>(row + channel(i));
+      x[i] = {};
+      if (channel(i) < C) x[i] = load_packed<N>(row + channel(i));
     }
   }
 
@@ -58,7 +59,7 @@ struct RowGroup {
   }
 };
 
-// WARPS warps per row; while a layer is worked on, the next one's row is on the way.
+// WARPS warps per row; while a layer is worked on, the rows of the next two are on the way.
 template <class T, int WARPS>
 __global__ void __launch_bounds__(WARPS == 1 ? 256 : 32 * WARPS, WARPS == 1 ? 2 : 16 / WARPS)
     average_rows_kernel(D2V_PARAMETER(LayerList) list, D2V_PARAMETER(Output) out, uint32_t rows, RowNorms norms) {
@@ -74,17 +75,16 @@ __global__ void __launch_bounds__(WARPS == 1 ? 256 : 32 * WARPS, WARPS == 1 ? 2 
   const float share = 1.0f / static_cast<float>(list.K), eps = static_cast<float>(out.eps);
   float total[kVectors][N] = {};
   if (valid) {
-    Vec<T, N> next[kVectors];
-    group.read(element<T>(list, 0, sample, t, 0), next);
-#pragma unroll 1
-    for (int k = 0; k < list.K; ++k) {
+    Packed<T, N> even[kVectors], odd[kVectors];
+    // Layer k, which is in `from`, to which layer k + 2 is then on the way.
+    const auto add_layer = [&](int k, Packed<T, N>(&from)[kVectors]) {
       float x[kVectors][N];
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-#pragma unroll
-        for (int n = 0; n < N; ++n) x[i][n] = group.channel(i) < out.C ? widen(next[i].v[n]) : 0.0f;
+        widen(from[i], x[i]);
+        keep(x[i]);
       }
-      if (k + 1 < list.K) group.read(element<T>(list, k + 1, sample, t, 0), next);
+      if (k + 2 < list.K) group.read(element<T>(list, k + 2, sample, t, 0), from);
       float mean = 0, scale = share;
       if (norms.layers) group.measure(x, eps, share, &mean, &scale);
 #pragma unroll
@@ -92,6 +92,13 @@ __global__ void __launch_bounds__(WARPS == 1 ? 256 : 32 * WARPS, WARPS == 1 ? 2 
 #pragma unroll
         for (int n = 0; n < N; ++n) total[i][n] = multiply_add(x[i][n] - mean, scale, total[i][n]);
       }
+    };
+    group.read(element<T>(list, 0, sample, t, 0), even);
+    if (list.K > 1) group.read(element<T>(list, 1, sample, t, 0), odd);
+#pragma unroll 1
+    for (int k = 0; k < list.K; k += 2) {
+      add_layer(k, even);
+      if (k + 1 < list.K) add_layer(k + 1, odd);
     }
     if (norms.mean) {
       float mean, scale;

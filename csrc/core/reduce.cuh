@@ -34,4 +34,13 @@ __device__ __forceinline__ void merge_moments(A* mean, A* m2, A before, A weight
   *m2 += other_m2 + delta * delta * (before * weight);
 }
 
+// Sum of squared distances from the mean, of `count` numbers whose distances from a pivot add up to `sum`, their
+// squares to `squares`; what the pivot is away from the mean costs digits only if it is many standard deviations. NaN
+// stays.
+template <class A>
+__device__ __forceinline__ A squares_about_mean(A sum, A squares, A mean_distance) {
+  const A m2 = squares - sum * mean_distance;
+  return m2 < A{0} ? A{0} : m2;
+}
+
 }  // namespace d2v

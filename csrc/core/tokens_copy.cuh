@@ -91,12 +91,17 @@ __global__ void __launch_bounds__(kTokenThreads)
   if (row >= rows) return;
   RowOrigin origin;
   for_rows<1>(source, row, rows, [&](int, const RowOrigin& o) { origin = o; });
-  const T* const from = in_global(reinterpret_cast<const T*>(origin.from));
+  const int first = static_cast<int>(threadIdx.x) & (lanes - 1);
+  T* to = out + (row * vectors + first) * N;
+  if (origin.beyond < 0) {
+    const T* from = in_global(reinterpret_cast<const T*>(origin.from)) + first * N;
+    for (int64_t v = first; v < vectors; v += lanes, from += lanes * N, to += lanes * N) store<N>(to, load<N>(from));
+    return;
+  }
   const uint32_t beyond = static_cast<uint32_t>(origin.beyond);
-  const uint64_t key = static_cast<uint64_t>(in_global(noise_keys.keys)[origin.row * noise_keys.stride]);
-  T* const to = out + row * vectors * N;
-  for (int64_t v = threadIdx.x & (lanes - 1); v < vectors; v += lanes) {
-    store<N>(to + v * N, origin.beyond < 0 ? load<N>(from + v * N) : noise<T, N>(v * N, beyond, key, noise_keys.std));
+  const RoundKeys keys = round_keys(static_cast<uint64_t>(in_global(noise_keys.keys)[origin.row * noise_keys.stride]));
+  for (int64_t v = first; v < vectors; v += lanes, to += lanes * N) {
+    store<N>(to, noise<T, N>(static_cast<uint32_t>(v * N), beyond, keys, noise_keys.std));
   }
 }
 

@@ -130,15 +130,19 @@ __global__ void __launch_bounds__(kTokenThreads, 3)
   T* const to = slot < out.visible ? kept : out.fill + (sample * hidden + slot - out.visible) * C;
   const T* const grad = static_cast<const T*>(in.grad);
   constexpr int kColumns = RowSum<T, N>::kColumns;
+  // Of the clones from m0 on, this lane's; up to 32 clones, it is read once for all channels.
+  const auto entry_of = [&](int64_t m0) {
+    const int64_t m = m0 + lane;
+    return m < in.clones ? in_global(in.inverse)[(sample * in.clones + m) * in.slots + slot] : kNobody;
+  };
+  const uint32_t first = entry_of(0);
   for (int64_t c0 = 0; c0 < C; c0 += kColumns * 32 * N) {
     const int64_t c = c0 + lane * N;
     RowSum<T, N> sum;
 #pragma unroll
     for (int u = 0; u < kColumns; ++u) sum.use[u] = c + u * 32 * N < C;
     for (int64_t m0 = 0; m0 < in.clones; m0 += 32) {
-      const int64_t row = sample * in.clones + m0;
-      const uint32_t entry = m0 + lane < in.clones ? in_global(in.inverse)[(row + lane) * in.slots + slot] : kNobody;
-      add_clones(in, grad + c, row, slot, entry, &sum);
+      add_clones(in, grad + c, sample * in.clones + m0, slot, m0 == 0 ? first : entry_of(m0), &sum);
     }
     sum.write(in_global(to) + c);
   }

@@ -1,5 +1,7 @@
 // Several elements of global memory in one access, and the conversions between element and arithmetic types.
 #pragma once
+#include <string.h>
+
 #include "device.h"
 
 namespace d2v {
@@ -71,6 +73,54 @@ __device__ __forceinline__ Vec<T, N> load(const T* p) {
 template <int N, class T>
 __device__ __forceinline__ void store(T* p, const Vec<T, N>& v) {
   *reinterpret_cast<Vec<T, N>*>(p) = v;
+}
+
+// What load() gives, kept as it came until it is widened: bfloat16 stays in 32-bit words, of which a shift and a mask
+// make two numbers; taken apart into elements first, they would be three instructions more.
+template <class T, int N>
+struct PackedOf {
+  using type = Vec<T, N>;
+};
+template <>
+struct PackedOf<__nv_bfloat16, 8> {
+  using type = Vec<uint32_t, 4>;
+};
+template <class T, int N>
+using Packed = typename PackedOf<T, N>::type;
+
+template <int N, class T>
+__device__ __forceinline__ Packed<T, N> load_packed(const T* p) {
+  Packed<T, N> v;
+#if defined(__CUDACC__)
+  v = *reinterpret_cast<const Packed<T, N>*>(p);
+#else
+  memcpy(&v, p, sizeof(v));
+#endif
+  return v;
+}
+
+// From here on these numbers are kept: the compiler does not make them again from what they came from.
+template <int N>
+__device__ __forceinline__ void keep([[maybe_unused]] float (&x)[N]) {
+#if defined(__CUDACC__)
+#pragma unroll
+  for (int n = 0; n < N; ++n) asm volatile("" : "+f"(x[n]));
+#endif
+}
+
+template <class T, int N>
+__device__ __forceinline__ void widen(const Vec<T, N>& from, Acc<T> (&to)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) to[n] = widen(from.v[n]);
+}
+template <int W>
+__device__ __forceinline__ void widen(const Vec<uint32_t, W>& from, float (&to)[2 * W]) {
+#pragma unroll
+  for (int i = 0; i < W; ++i) {
+    const uint32_t low = from.v[i] << 16, high = from.v[i] & 0xffff0000u;
+    memcpy(&to[2 * i], &low, sizeof(low));
+    memcpy(&to[2 * i + 1], &high, sizeof(high));
+  }
 }
 
 }  // namespace d2v

@@ -104,7 +104,11 @@ class Attention {
   // What dropout leaves of a weight.
   double left_of(int64_t n, int64_t h, int64_t i, int64_t j) const {
     if (!c_.dropout) return 1;
-    return random_word(static_cast<uint64_t>(keys_[static_cast<size_t>(n)]), j, i, h) > kLastDropped ? 4.0 / 3.0 : 0;
+    const uint64_t key = static_cast<uint64_t>(keys_[static_cast<size_t>(n)]);
+    // Number `place` of the sixteen of a call.
+    const int64_t call = j / 64 * 4 + j % 8 / 2, place = j / 8 % 8 * 2 + j % 2;
+    const uint32_t word = random_word(key, call * 4 + place % 4, i, h) << (place / 4 * 8);
+    return word > kLastDropped ? 4.0 / 3.0 : 0;
   }
 
   void add_query(int64_t n, int64_t h, int64_t i, std::vector<Doubles>* all) const {

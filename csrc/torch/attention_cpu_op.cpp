@@ -1,4 +1,5 @@
 // attention and its gradient on CPU tensors.
+#include <algorithm>
 #include <cmath>
 
 #include "../core/attention.h"
@@ -52,7 +53,9 @@ void describe_valid(const Call& call, const OptionalTensor& lengths, const Optio
 
 void set_dropout(const Call& call, const OptionalTensor& keys, double dropout, AttentionArgs* a) {
   STD_TORCH_CHECK(dropout >= 0 && dropout < 1, call.op, ": dropout: expected 0 or more and less than 1, got ", dropout);
-  a->rescale = 1.0 / (1.0 - dropout);
+  // Of 256 numbers so many drop a weight; ties to even as in Python.
+  const double dropped = std::min(std::nearbyint(dropout * 256), 255.0);
+  a->rescale = 1.0 / (1.0 - dropped / 256);
   if (dropout == 0) return;
   STD_TORCH_CHECK(keys.has_value(), call.op, ": dropout keys: expected a tensor where dropout is above 0, got None");
   call.check("dropout keys", *keys, 1);
@@ -60,9 +63,8 @@ void set_dropout(const Call& call, const OptionalTensor& keys, double dropout, A
   check_size(call.op, "number of dropout keys", a->N, keys->size(0));
   a->keys = keys->const_data_ptr<int64_t>();
   a->key_stride = keys->stride(0);
-  const double dropped = std::nearbyint(dropout * 0x1p32);  // of 2^32 numbers, ties to even as in Python
   a->drops = dropped > 0;
-  a->last_dropped = a->drops ? static_cast<uint32_t>(dropped - 1) : 0;
+  a->last_dropped = a->drops ? (static_cast<uint32_t>(dropped) << 24) - 1 : 0;
 }
 
 AttentionArgs describe(const Call& call, const Tensor& query, const Tensor& key, const Tensor& value,

@@ -95,7 +95,8 @@ def attend(
             None: all. Not with `packed`. A query whose row has no valid key gives 0, and lends no gradient.
         packed: layout of sequences that lie one after the other.
         alibi: bias by distance of positions.
-        dropout: probability in [0, 1) that a weight is dropped; pass 0 in evaluation.
+        dropout: probability in [0, 1) that a weight is dropped; pass 0 in evaluation. Where this library's own operator
+            runs it is rounded to 1/256, and what is kept is divided by what that leaves.
         dropout_keys: (N,) int64, one key a row (sequence): the dropped weights are a pure function of key, head, query
             and key position, so they depend on neither batch nor rank. None: drawn from the device's generator.
         engine: "auto", or one of `ENGINES` to force it.

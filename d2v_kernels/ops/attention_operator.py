@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .._define import Call, Gradient, define
-from .._random import keep_mask
+from .._random import dropped_bytes, keep_weights
 
 PART = 1 << 22
 """Attention weights, in elements, that the reference body makes at once: of whole rows, else of some heads of a row."""
@@ -126,8 +126,8 @@ class _Part:
         assert self.keys is not None
         t = x.shape[-1]
         queries = torch.arange(t, device=x.device)[:, None]
-        kept = keep_mask(self.keys, (queries, self.heads), t, self.dropout)
-        return torch.where(kept, x / (1.0 - self.dropout), x.new_zeros(()))
+        kept = keep_weights(self.keys, (queries, self.heads), t, self.dropout)
+        return torch.where(kept, x / (1.0 - dropped_bytes(self.dropout) / 256), x.new_zeros(()))
 
 
 def _parts(tensors: Sequence[Tensor], rest: tuple[Any, ...]) -> Iterator[_Part]:

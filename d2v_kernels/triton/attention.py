@@ -9,8 +9,8 @@ each query for the one for keys and values, which walks over queries for one blo
 no atomics, the same bits every time. Bytes from HBM: forward 4*s an element of the query (keys and values of a head
 come from L2 after their first use), backward 9*s; the published code moves about 41 bytes for each of T x T weights.
 
-Dropout: Philox4x32-10 with the key of the row and counter (j // 4, i, head, 0) decides on weights j .. j + 3 of query
-i, so both backward kernels draw what the forward drew, on any block shape.
+Dropout: a call of Philox4x32-10 with the key of the row decides on sixteen weights of query i, a byte each (which, says
+`_kept`), so both backward kernels draw what the forward drew, on any block shape.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._random import dropped_bytes
 from .runtime import OPTIONS, column_sums, divide_up, dot, on_device, power_of_two, rounded
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -49,8 +50,8 @@ def attention_tile(kernel: str, width: int, element_size: int) -> AttentionTile:
         "forward": (64, 64, 4 if narrow else 8),
         # Fewer keys at once, for two more operands than the forward has.
         "dq": (64, 32, 4 if narrow else 8),
-        # Two accumulators of keys x channels, 8 warps to hold them.
-        "dkdv": (64, 32, 8) if narrow else (32, 64, 8),
+        # Two accumulators of keys x channels; with 64 keys 4 warps would spill, and 8 make dropout's calls twice.
+        "dkdv": (64, 32, 4) if narrow else (32, 64, 8),
     }[kernel]
     return AttentionTile(queries, keys, channels, warps, 2)
 
@@ -95,12 +96,21 @@ def _distances(place_i, place_j, i, j, extra):
 
 @triton.jit
 def _kept(key, head, i, first, threshold, BLOCK_N: tl.constexpr):
-    """Which weights of queries i and keys first .. first + BLOCK_N - 1 dropout keeps."""
-    group = (first // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)[None, :]
+    """Which weights of queries i and keys first .. first + BLOCK_N - 1 dropout keeps; first is a multiple of BLOCK_N.
+
+    Key j goes by byte place / 4 from the top of word place % 4 at counter (j // 64 * 4 + j % 8 // 2, i, head, 0), place
+    being j // 8 % 8 * 2 + j % 2. It is written down for each weight, but those of one call are what one thread has of a
+    row of 64 in the layout of a product's result: the compiler leaves one call. The threshold has no bits below the
+    highest eight.
+    """
+    n = tl.arange(0, BLOCK_N)[None, :]
     row = i.to(tl.uint32)[:, None]
-    c0, c1 = group + row * 0, row + group * 0
+    call = (first // 64 * 4 + n // 64 * 4 + n % 8 // 2).to(tl.uint32)
+    c0, c1 = call + row * 0, row + call * 0
     x0, x1, x2, x3 = tl.philox(key, c0, c1, c0 * 0 + head.to(tl.uint32), c0 * 0)
-    return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3)) >= threshold.to(tl.uint32)
+    place = n % 2 + n // 8 % 8 * 2 + first % 64 // 8 * 2
+    word = tl.where(place % 4 == 0, x0, tl.where(place % 4 == 1, x1, tl.where(place % 4 == 2, x2, x3)))
+    return (word << (place // 4 * 8).to(tl.uint32)) >= threshold.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "blocks", "positions_row", "threshold", "key_stride"])
@@ -261,11 +271,13 @@ def _attention_dkdv_kernel(
         dropped = p
         if DROPOUT:
             kept = _kept(row_key, h, i, first, threshold, BLOCK_N)
-            dropped = tl.where(kept, p * rescale, 0.0)
+            dropped = tl.where(kept, p, 0.0)
             of_p = tl.where(kept, of_p * rescale, 0.0)
         value_acc += dot(tl.trans(dropped), g, TYPE)
         key_acc += dot(tl.trans(p * (of_p - d[:, None])), q, TYPE)
     place, stride = n * tokens * heads * WIDTH + h * WIDTH, heads * WIDTH
+    if DROPOUT:
+        value_acc = value_acc * rescale
     _store_rows(of_value + place, j, stride, j < tokens, value_acc, WIDTH, BLOCK_D)
     _store_rows(of_key + place, j, stride, j < tokens, key_acc * scale, WIDTH, BLOCK_D)
 
@@ -289,7 +301,8 @@ class _Call:
             self.tensors[2] = lengths.contiguous()
         self.integers = (extra, 0 if positions is None else positions.shape[1],
                          0 if dropout_keys is None else dropout_keys.stride(0))  # fmt: skip
-        self.floats = (self.scale, min(round(dropout * 2.0**32), 2**32 - 1), 1.0 / (1.0 - dropout))
+        dropped = dropped_bytes(dropout)
+        self.floats = (self.scale, dropped << 24, 1.0 / (1.0 - dropped / 256))
         self.flags = {"ALIBI": slopes is not None, "HAS_LENGTHS": lengths is not None, "HAS_VALID": valid is not None,
                       "DROPOUT": dropout > 0.0, "WIDTH": self.width}  # fmt: skip
 

@@ -10,33 +10,36 @@ import triton.language as tl
 from torch import Tensor
 
 from .runtime import OPTIONS, divide_up, on_device, rounded
-from .runtime_norm import normal_cdf, normed_gelu, normed_gelu_backward
+from .runtime_norm import normal_cdf, normal_density, normed_gelu, normed_gelu_backward
 
 GELU_ELEMENTS, GELU_WARPS = 1024, 4  # of GELU alone: 8 elements a thread, 16 bytes of bfloat16
 
 
 @triton.jit
-def _gelu_of(z):
+def _gelu_of(z, cdf):
     """At -inf the limit 0, where the product is not a number."""
-    return tl.where(z == float("-inf"), 0.0, z * normal_cdf(z))
+    return tl.where(z == float("-inf"), 0.0, z * cdf)
 
 
 @triton.jit  # specialised on count: a multiple of 16, as it nearly always is, lets masked accesses be 16 bytes wide
 def _gelu_kernel(x, out, count, BLOCK: tl.constexpr):
+    TYPE: tl.constexpr = out.dtype.element_ty
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(x + i, mask=i < count, other=0.0).to(tl.float32)
-    tl.store(out + i, rounded(_gelu_of(z), out.dtype.element_ty), mask=i < count)
+    tl.store(out + i, rounded(_gelu_of(z, normal_cdf(z, TYPE)), TYPE), mask=i < count)
 
 
 @triton.jit
 def _gelu_backward_kernel(grad, x, out, y, count, BLOCK: tl.constexpr):
+    TYPE: tl.constexpr = out.dtype.element_ty
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(x + i, mask=i < count, other=0.0).to(tl.float32)
     g = tl.load(grad + i, mask=i < count, other=0.0).to(tl.float32)
-    density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    slope = normal_cdf(z) + tl.where(density == 0.0, 0.0, z * density)  # 0 times infinity is no number
-    tl.store(out + i, rounded(g * slope, out.dtype.element_ty), mask=i < count)
-    tl.store(y + i, rounded(_gelu_of(z), y.dtype.element_ty), mask=i < count)
+    density = normal_density(z)
+    cdf = normal_cdf(z, TYPE)
+    slope = cdf + tl.where(density == 0.0, 0.0, z * density)  # 0 times infinity is no number
+    tl.store(out + i, rounded(g * slope, TYPE), mask=i < count)
+    tl.store(y + i, rounded(_gelu_of(z, cdf), TYPE), mask=i < count)
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -76,9 +76,10 @@ def _row_kernel(
         if NORM:
             x, _ = standardised(x, mask, channels, eps, 1)
         total += x
-    total = total / len(layers)
+    total = tl.where(mask, total / len(layers), 0.0)
     if OUT_NORM:
         total, _ = standardised(total, mask, channels, eps, 1)
+        total = tl.where(mask, total, 0.0)
     tl.store(out + row * channels + c, rounded(total, out.dtype.element_ty), mask=inside)
 
 
@@ -102,9 +103,10 @@ def _one_read_kernel(
         x = tl.load(start + t * pick(token_strides, k) + c, mask=mask, other=0.0).to(tl.float32)
         x, _ = standardised(x, mask, count, eps, 0)
         total += x
-    total = total / len(layers)
+    total = tl.where(mask, total / len(layers), 0.0)
     if OUT_NORM:
         total, _ = standardised(total, mask, count, eps, 0)
+        total = tl.where(mask, total, 0.0)
     place = out + (b * tokens + t) * channels + c
     tl.store(place, rounded(total, out.dtype.element_ty), mask=(t < tokens) & (c < channels))
 
@@ -205,6 +207,7 @@ def _combine_kernel(
     total = tl.where(mask, total / len(layers), 0.0)
     if OUT_NORM:
         total, _ = standardised(total, mask, channels, eps, 1)
+        total = tl.where(mask, total, 0.0)
     place = out + (b * tokens + t) * channels + c
     tl.store(place, rounded(total, out.dtype.element_ty), mask=(t < tokens) & inside)
 

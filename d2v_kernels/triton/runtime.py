@@ -21,6 +21,8 @@ PRECISION = tl.constexpr("ieee" if AMD else "tf32x3")
 """Of products of float32 operands, which are split in three tensor floats where a target has those."""
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
+NVIDIA = tl.constexpr(not (AMD or IS_INTERPRETED))
+"""Whether PTX may be written."""
 WIDENED = tl.constexpr(IS_INTERPRETED)
 """Products get float32 operands."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -119,6 +121,22 @@ def rounded(x, TYPE: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x to two units in the last place, for x of at least 1: no number is scaled, as a division has to do."""
+    if NVIDIA:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return 1.0 / x
+
+
+@triton.jit
+def total(x, AXIS: tl.constexpr):
+    """Sums over an axis, and over the first one of a block of three dimensions; all are kept."""
+    if len(x.shape) == 3:
+        x = tl.sum(x, 0, keep_dims=True)
+    return tl.sum(x, AXIS, keep_dims=True)
+
+
+@triton.jit
 def dot(a, b, TYPE: tl.constexpr):
     """Product of operands in TYPE, float32 accumulation; the interpreter cannot multiply bfloat16.
 
@@ -134,16 +152,17 @@ def dot(a, b, TYPE: tl.constexpr):
 
 @triton.jit
 def standardised(x, mask, count, eps, AXIS: tl.constexpr):
-    """(x - mean) / sqrt(var + eps) over the masked part of an axis, 0 elsewhere, and 1 / sqrt(var + eps).
+    """(x - mean) / sqrt(var + eps) over the masked part of `total`'s axes, and 1 / sqrt(var + eps). x is 0 where the
+    mask is false; of what the result is there nothing is said.
 
     Two passes over registers. The mean of what is left after the first centring is taken off as well: it is the
     rounding error of a mean far from zero.
     """
-    mean = tl.sum(tl.where(mask, x, 0.0), AXIS, keep_dims=True) / count
-    centred = tl.where(mask, x - mean, 0.0)
-    rest = tl.sum(centred, AXIS, keep_dims=True) / count
-    scale = tl.rsqrt(tl.sum(centred * centred, AXIS, keep_dims=True) / count - rest * rest + eps)
-    return tl.where(mask, (centred - rest) * scale, 0.0), scale
+    inverse = 1.0 / count
+    centred = tl.where(mask, x - total(x, AXIS) * inverse, 0.0)
+    rest = total(centred, AXIS) * inverse
+    scale = tl.rsqrt(total(centred * centred, AXIS) * inverse - rest * rest + eps)
+    return centred * scale - rest * scale, scale
 
 
 @triton.jit

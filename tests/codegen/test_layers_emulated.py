@@ -131,6 +131,22 @@ def test_large_offset_keeps_variance(device, norm, limits) -> None:
     check(layers, norm, "none", None, torch.float32, factor=3.0)
 
 
+@pytest.mark.parametrize("limits", [SMALL, A100, H200], ids=str)
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_outlier_first_costs_few_digits(device, dtype, norm, limits) -> None:
+    """20 standard deviations, as far as one of 400 time steps can lie: sums about it cost some 400 units."""
+    device.d2v_emu_set_device(*limits)
+    layers = [random_rows((1, 400, 16), dtype, i) for i in range(2)]
+    for x in layers:
+        x[:, 0] = 1000.0
+    got = emu.average_layers(layers, norm, "none", None, 1e-5, torch.float32)
+    truth = reference.average_layers([x.double() for x in layers], norm, "none", None, 1e-5, torch.float64)
+    assert float(truth.max()) > 19.9
+    worst = float((got.double() - truth).abs().max() / truth.max())
+    assert worst < (1e-6 if dtype == torch.float32 else 2 * 400 * 2.0**-24), worst
+
+
 @pytest.mark.parametrize(("norm", "limits"), NORMS_ON_DEVICES, ids=str)
 @pytest.mark.parametrize("c", [16, 15])
 def test_nan_stays_and_does_not_spread(device, norm, c, limits) -> None:

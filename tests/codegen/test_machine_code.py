@@ -236,7 +236,7 @@ def test_layers_arrive_by_bulk_copies(compiled: tuple[Budget, Path], toolkit) ->
         assert len(re.findall(copies, part)) == (2 if there else 0)
         assert len(re.findall(r"mbarrier\.arrive\.expect_tx", part)) == (2 if there else 0)
         assert len(re.findall(r"mbarrier\.try_wait\.parity", part)) == there
-        assert len(re.findall(r"ld\.shared::cluster\.f32", part)) == (2 if there else 0)
+        assert len(re.findall(r"ld\.shared::cluster\.f32", part)) == (2 * 8 if there else 0)
         # Before the first read of another block's moments, and before the end.
         assert len(re.findall(r"barrier\.cluster\.arrive\.release\.aligned", part)) == (2 if there else 0)
         assert not re.search(r"\bld\.global", part)

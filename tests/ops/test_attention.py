@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import d2v_kernels.ops.attention as engines
 import d2v_kernels.ops.attention_operator as attention_operator
 from d2v_kernels import Alibi, alibi_slopes, attend, pack_lengths, registry, use_backend
+from d2v_kernels._random import dropped_bytes, keep_weights
 
 ops = torch.ops.d2v
 Case = dict[str, Any]
@@ -87,7 +88,7 @@ def formula(case: Case, dtype: torch.dtype, kept: Tensor | None = None, dropout:
     log_sum = torch.where(any_key[..., 0], torch.logsumexp(s, -1), math.inf)
     dropped, of_p = p, g @ v.mT
     if kept is not None:
-        dropped, of_p = (torch.where(kept, x / (1 - dropout), 0.0) for x in (p, of_p))
+        dropped, of_p = (torch.where(kept, x / (1 - dropped_bytes(dropout) / 256), 0.0) for x in (p, of_p))
     out = dropped @ v
     result = out if dtype == torch.float64 else out.to(case["grad"].dtype).to(dtype)
     of_s = p * (of_p - (g * result).sum(-1, keepdim=True))
@@ -160,6 +161,10 @@ def test_dropout(backend, dropout) -> None:
     case["slopes"] = case["slopes"] * 0.01
     plain, dropped = (weights(case, backend, p)[..., :61] for p in (0.0, dropout))
     kept = dropped != 0.0
+    places = (torch.arange(61)[:, None], torch.arange(2)[:, None, None])
+    assert torch.equal(kept, keep_weights(case["keys"][:, None, None, None], places, 61, dropout))
+    dropout = dropped_bytes(rate := dropout) / 256
+    assert abs(dropout - rate) <= 1 / 512
     torch.testing.assert_close(dropped, torch.where(kept, plain / (1 - dropout), 0.0), rtol=1e-4, atol=1e-7)
     share = 1.0 - float(kept.float().mean())
     assert abs(share - dropout) < 5.0 * (dropout * (1 - dropout) / kept.numel()) ** 0.5

@@ -182,7 +182,7 @@ def write_report(folder: Path, architectures: list[int]) -> None:
                 (folder / f"{written[key]}.cubin").write_bytes(kernel.asm["cubin"])
                 kernels.append(
                     {"architecture": architecture, "case": case, "name": name, "file": written[key],
-                     "licences": find_licences(kernel)}
+                     "licences": find_licences(kernel), "shared": kernel.metadata.shared}
                 )  # fmt: skip
     (folder / "report.json").write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1))
 

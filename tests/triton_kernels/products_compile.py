@@ -7,6 +7,7 @@ Then calls the launchers with other numbers of rows and tokens, and reports how 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import triton
 from support.triton_compile import BF16, F32, Compilations, convolve, find_licences, rows
 
-from d2v_kernels.triton import attention
+from d2v_kernels.triton import attention, convolution
 
 # Heads, channels of a head, ALiBi, dropout, lengths: the student of 2.0 speech, and huge images (another wide block).
 ATTENTION: dict[str, tuple[int, int, bool, float, bool]] = {
@@ -55,6 +56,20 @@ def call(case: str, n: int = 2, t: int = 500) -> None:
     attention.attention_backward(out, *inputs, out, log_sum, *rest)
 
 
+def pairs(case: str, name: str) -> int:
+    """Numbers of the left operand in one turn of a kernel's loop: pairs of query and key, or of row and column."""
+    if case in CONVOLUTIONS:
+        channels, (outputs, narrow, *taps), _ = CONVOLUTIONS[case]
+        wide = outputs * narrow // channels
+        tile = convolution.weights_tile(math.prod(taps) * narrow, wide, 2)
+        if name == "convolution_kernel":
+            tile = convolution.convolution_tile(wide, 2)
+        return tile.rows * tile.columns
+    part = {"attention_kernel": "forward"}.get(name, name.split("_")[1])
+    block = attention.attention_tile(part, ATTENTION[case][1], 2)
+    return block.queries * block.keys
+
+
 def compile_all(folder: Path, architectures: list[int]) -> dict[str, Any]:
     kernels, more = [], 0
     for architecture in architectures:
@@ -70,7 +85,7 @@ def compile_all(folder: Path, architectures: list[int]) -> dict[str, Any]:
                 shared = kernel.metadata.shared
                 kernels.append(
                     {"architecture": architecture, "case": case, "name": name, "file": file, "shared": shared,
-                     "licences": find_licences(kernel)}
+                     "pairs": pairs(case, name), "licences": find_licences(kernel)}
                 )  # fmt: skip
             with Compilations(architecture) as others:
                 for n, t in OTHER_SIZES:

@@ -24,7 +24,7 @@ def tiles(channels: int) -> list[Tile]:
         layers.row_tile(channels), *one_read, layers.statistics_tile(channels),
         layers.combine_tile(channels, False), layers.combine_tile(channels, True), Tile.copy(channels),
         tokens.noise_tile(channels), Tile.columns(channels), loss.loss_tile(channels), norm.row_tile(channels),
-        norm.backward_tile(channels),
+        norm.backward_tile(channels, True), norm.backward_tile(channels, False),
     ]  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def test_blocks_are_powers_of_two_and_fit(channels) -> None:
 @pytest.mark.parametrize("channels", WIDTHS)
 def test_whole_rows_are_whole(channels) -> None:
     for tile in (layers.row_tile(channels), layers.combine_tile(channels, True), norm.row_tile(channels),
-                 norm.backward_tile(channels)):  # fmt: skip
+                 norm.backward_tile(channels, True), norm.backward_tile(channels, False)):  # fmt: skip
         assert tile.channels >= channels
 
 
@@ -69,8 +69,8 @@ def test_records_are_frozen() -> None:
 def test_splits_cover_the_rows(rows) -> None:
     for tile, per_split, most in (
         (loss.loss_tile(768), runtime.rows_per_split(rows, loss.loss_tile(768), loss.LOSS_SPLITS), loss.LOSS_SPLITS),
-        (norm.backward_tile(512), runtime.rows_per_split(rows, norm.backward_tile(512), norm.GELU_SPLITS, blocks=4),
-         norm.GELU_SPLITS),
+        (norm.backward_tile(512, True),
+         runtime.rows_per_split(rows, norm.backward_tile(512, True), norm.GELU_SPLITS, blocks=4), norm.GELU_SPLITS),
     ):  # fmt: skip
         splits = -(-rows // per_split)
         assert 1 <= splits <= most

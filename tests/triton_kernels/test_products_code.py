@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from codegen import issue
+from codegen.issue_rows import PAIRS
 from codegen.toolchain import find_cuobjdump
 from triton_kernels.conftest import ARCHITECTURES, OLDER, run_child
 from triton_kernels.test_machine_code import float_extrema, narrow_casts
@@ -81,6 +83,18 @@ def test_no_local_memory(compiled) -> None:
         )
 
 
+def test_instructions_a_pair(compiled) -> None:
+    """As few as the table of docs/gpu-first-run.md says, and not a tenth fewer than the bound."""
+    tool, (folder, report) = find_cuobjdump(), compiled
+    if tool is None or report["triton"] == OLDER.name.removeprefix("triton-"):
+        pytest.skip("of the installed Triton, and with cuobjdump only")
+    counts, stored = issue.count_products(tool, folder, report["kernels"]), issue.documented(issue.PAIR_COUNTS)
+    assert counts.keys() == PAIRS.keys()
+    for (case, name), most in PAIRS.items():
+        assert 0.9 * most < counts[case, name].per_pair <= most, (case, name, counts[case, name])
+        assert stored[f"{case}: {name}"] == pytest.approx(counts[case, name].per_pair, rel=0.1), "make counts"
+
+
 def test_other_sizes_compile_nothing_new(compiled) -> None:
     assert compiled[1]["compiled_for_other_sizes"] == 0
 
@@ -95,7 +109,7 @@ def test_launch_of_attention(needs_triton, width, size) -> None:
         for n in (tile.queries, tile.keys, tile.channels, tile.warps):
             assert n & (n - 1) == 0
         assert tile.queries >= 16 and tile.keys >= 16 and tile.channels >= max(16, width)  # smallest product
-        assert tile.keys % 4 == 0  # one call of Philox decides on four keys
+        assert tile.keys % 16 == 0  # one call of Philox decides on sixteen keys
         assert tile.stages >= 1
     assert attention.attention_tile("forward", 64, 2) == attention.AttentionTile(64, 64, 64, 4, 2)
     assert attention.attention_tile("forward", 80, 2).channels == 128

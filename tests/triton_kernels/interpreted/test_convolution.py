@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import reference
-from support.accuracy import assert_accurate
+from support.accuracy import assert_accurate, worst_error
 from support.tensors import FLOATS
 
 from d2v_kernels import use_backend
@@ -40,4 +40,8 @@ def test_parts(dtype, grid, taps, monkeypatch) -> None:
         result = reference.conv_layer_norm_gelu(a, w, s, True, 1e-5)[1]
         wanted.append([result, *reference.conv_layer_norm_gelu_backward(g, a, b, w, s, True, 1e-5)])
     for result, careful, truth in zip(results, *wanted, strict=True):
-        assert_accurate(result, careful.to(result.dtype), truth, factor=8.0)
+        # The bias' gradient is float32, but in bfloat16 sums rows of GELU's short form.
+        kind = max(dtype, result.dtype, key=lambda t: torch.finfo(t).eps)
+        assert_accurate(result.to(kind), careful.to(kind), truth, factor=8.0)
+    if dtype == torch.bfloat16:
+        assert worst_error(results[-1], wanted[1][-1]) <= 3e-4 * float(wanted[1][-1].abs().max())
