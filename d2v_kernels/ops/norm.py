@@ -91,7 +91,7 @@ def _shape(
         check.device(op, "keys", keys, branch)
     check.dropout(op, dropout, "keys", keys)
     check.require(0.0 < eps < math.inf, op, "eps", "above 0", eps)
-    return Call(branch, check.dtypes_of(branch, weight, bias), (branch, branch))
+    return Call(branch, check.dtypes_of(branch, weight, bias), (branch, branch), (str(branch.shape[2]),))
 
 
 def _backward_shape(
@@ -105,7 +105,7 @@ def _backward_shape(
             _shape(op, total, grad, weight, None, keys, dropout, eps, ("total", name))
     vector = (total.shape[2:], check.compute_dtype(total.dtype))
     of_branch = (total.shape if dropout > 0.0 else (0,), total.dtype)
-    return Call(total, check.dtypes_of(total, weight), (of_branch, total, vector, vector))
+    return Call(total, check.dtypes_of(total, weight), (of_branch, total, vector, vector), (str(total.shape[2]),))
 
 
 def _mixed_shape(
@@ -117,7 +117,8 @@ def _mixed_shape(
     check.dtype(op, "residual", residual, torch.float32)
     _shape(op, branch, residual, weight, bias, keys, dropout, eps, mixed=True)
     outputs = ((branch.shape if wanted else (0,), like.dtype) for wanted, like in ((wide, residual), (copy, branch)))
-    return Call(branch, check.dtypes_of(branch, residual, weight, bias), (*outputs, residual))
+    dtypes = check.dtypes_of(branch, residual, weight, bias)
+    return Call(branch, dtypes, (*outputs, residual), (str(branch.shape[2]),))
 
 
 def _mixed_backward_shape(
@@ -134,7 +135,8 @@ def _mixed_backward_shape(
             _shape(op, total, grad, weight, None, keys, dropout, eps, ("total", name), mixed=True)
     vector = (total.shape[2:], torch.float32)
     dtypes = dict.fromkeys((branch_dtype, *check.dtypes_of(total, weight)))
-    return Call(total, tuple(dtypes), ((total.shape, branch_dtype), total, vector, vector))
+    outputs = ((total.shape, branch_dtype), total, vector, vector)
+    return Call(total, tuple(dtypes), outputs, (str(total.shape[2]),))
 
 
 def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -266,21 +268,21 @@ def _affine_gradients(
 _dropout_add_layer_norm = define(
     "dropout_add_layer_norm(Tensor branch, Tensor residual, Tensor? weight, Tensor? bias, Tensor? keys, float dropout,"
     " float eps) -> (Tensor, Tensor)",
-    _shape, _reference, Gradient(_gradient, _setup),
+    _shape, _reference, Gradient(_gradient, _setup), triton="norm",
 )  # fmt: skip
 _dropout_add_layer_norm_backward = define(
     "dropout_add_layer_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor? weight,"
     " Tensor? keys, float dropout, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward_shape, _backward_reference,
+    _backward_shape, _backward_reference, triton="norm",
 )  # fmt: skip
 _dropout_add_layer_norm_mixed = define(
     "dropout_add_layer_norm_mixed(Tensor branch, Tensor residual, Tensor? weight, Tensor? bias, Tensor? keys,"
     " float dropout, float eps, bool wide, bool copy) -> (Tensor, Tensor, Tensor)",
-    _mixed_shape, _mixed_reference, Gradient(_mixed_gradient, _setup_mixed),
+    _mixed_shape, _mixed_reference, Gradient(_mixed_gradient, _setup_mixed), triton="norm",
 )  # fmt: skip
 _dropout_add_layer_norm_mixed_backward = define(
     "dropout_add_layer_norm_mixed_backward(Tensor? grad_normed, Tensor? grad_copy, Tensor? grad_total, Tensor total,"
     " Tensor? weight, Tensor? keys, float dropout, float eps, ScalarType branch_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _mixed_backward_shape, _mixed_backward_reference,
+    _mixed_backward_shape, _mixed_backward_reference, triton="norm",
 )  # fmt: skip

@@ -100,7 +100,7 @@ def _kept(key, head, i, first, threshold, BLOCK_N: tl.constexpr):
     row = i.to(tl.uint32)[:, None]
     c0, c1 = group + row * 0, row + group * 0
     x0, x1, x2, x3 = tl.philox(key, c0, c1, c0 * 0 + head.to(tl.uint32), c0 * 0)
-    return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3)) >= threshold.to(tl.uint32)
+    return in_order(x0, x1, x2, x3) >= threshold.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "blocks", "positions_row", "threshold", "key_stride"])

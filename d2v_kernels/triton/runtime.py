@@ -133,16 +133,30 @@ def dot(a, b, TYPE: tl.constexpr):
 
 
 @triton.jit
+def in_order(x0, x1, x2, x3):
+    """Four words of each call of Philox next to each other along the last axis."""
+    return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
+
+
+@triton.jit
+def total(x, AXIS: tl.constexpr):
+    """Sums over an axis, and over the first one of a block of three dimensions; all are kept."""
+    if len(x.shape) == 3:
+        x = tl.sum(x, 0, keep_dims=True)
+    return tl.sum(x, AXIS, keep_dims=True)
+
+
+@triton.jit
 def standardised(x, mask, count, eps, AXIS: tl.constexpr):
-    """(x - mean) / sqrt(var + eps) over the masked part of an axis, 0 elsewhere, and 1 / sqrt(var + eps).
+    """(x - mean) / sqrt(var + eps) over the masked part of `total`'s axes, 0 elsewhere, and 1 / sqrt(var + eps).
 
     Two passes over registers. The mean of what is left after the first centring is taken off as well: it is the
     rounding error of a mean far from zero.
     """
-    mean = tl.sum(tl.where(mask, x, 0.0), AXIS, keep_dims=True) / count
+    mean = total(tl.where(mask, x, 0.0), AXIS) / count
     centred = tl.where(mask, x - mean, 0.0)
-    rest = tl.sum(centred, AXIS, keep_dims=True) / count
-    scale = tl.rsqrt(tl.sum(centred * centred, AXIS, keep_dims=True) / count - rest * rest + eps)
+    rest = total(centred, AXIS) / count
+    scale = tl.rsqrt(total(centred * centred, AXIS) / count - rest * rest + eps)
     return tl.where(mask, (centred - rest) * scale, 0.0), scale
 
 
