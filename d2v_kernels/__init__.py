@@ -10,7 +10,7 @@ from .ops.layers import average_layers
 from .ops.linear import choose_products, linear
 from .ops.loss import RegressionLoss, masked_regression_loss
 from .ops.masks import Masks, MaskSampler, masks_from_bool
-from .ops.norm import dropout_add_layer_norm
+from .ops.norm import dropout_add_layer_norm, prefers_dropout_add_layer_norm
 from .ops.packing import Packed, pack_lengths
 from .ops.tokens import Noise, gather_tokens, restore_tokens
 from .registry import register_backend, use_backend
@@ -46,6 +46,7 @@ __all__ = [
     "merge_ema_state",
     "pack_lengths",
     "prefers_conv_layer_norm_gelu",
+    "prefers_dropout_add_layer_norm",
     "restore_tokens",
     "split_ema_state",
     "update_ema_",

@@ -46,11 +46,14 @@ SHARES = {"matrix products": 0.6, "attention": 0.3, "convolutions": 0.4, "groupe
 tiles. The Triton form pads 48 to 64 and brings every number of its windows through shared memory, which bounds it to
 about 0.33, and issues almost as many other instructions as its products take cycles (counted in code for sm_90)."""
 SCALARS = {"restore_tokens": 966, "gelu": 336, "gelu_backward_": 336, "layer_norm_gelu": 440,
-           "layer_norm_gelu_backward": 520, "average_layers": 327, "gather_tokens": 17}  # fmt: skip
+           "layer_norm_gelu_backward": 520, "average_layers": 327, "gather_tokens": 17,
+           "dropout_add_layer_norm": 80, "dropout_add_layer_norm_backward": 142, "dropout_add_layer_norm_mixed": 50,
+           "dropout_add_layer_norm_mixed_backward": 87}  # fmt: skip
 """Warp instructions a KiB that is moved, counted in compiled code for sm_90 (Triton, CUDA)."""
 PAIRS = {"attention": (12, 20), "attention_backward": (24, 40)}
 """Instructions of a thread for a pair of query and key besides products, and for its dropout; assumed."""
 LAUNCHES = {FUSED: 3, f"{FUSED}_backward": 7, "native_layer_norm_backward": 3, "layer_norm_gelu_backward": 2,
+            "dropout_add_layer_norm_backward": 3, "dropout_add_layer_norm_mixed_backward": 3,
             "attention_backward": 3, "convolution_backward": 4, "linalg_vector_norm": 1 / LIST}  # fmt: skip
 """Kernels of an operator, where not one; assumed."""
 SILENT = re.compile(r"view|^(t|detach|alias|(un)?squeeze|transpose|permute|unbind|select|slice|expand|(new_)?empty\w*|"

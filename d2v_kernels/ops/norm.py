@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._define import Call, Gradient, define
+from .. import registry
+from .._define import REFERENCE, Call, Gradient, define
 from .._random import keep_mask
 
 
@@ -72,6 +73,31 @@ def dropout_add_layer_norm(
     )
     normed = normed if wide else copied
     return (normed, total, copied) if copy else (normed, total)
+
+
+def prefers_dropout_add_layer_norm(
+    device: str, branch: torch.dtype, residual: torch.dtype, channels: int, dropout: float
+) -> bool:
+    """Whether `dropout_add_layer_norm` beats PyTorch's dropout, sum and layer norm one after the other.
+
+    Args:
+        device: type of a device.
+        branch, residual: dtypes.
+        channels: of a row.
+        dropout: probability.
+
+    Returns:
+        True on CPUs and, where a backend has kernels for such rows, on GPUs: with dropout, which PyTorch draws and keeps,
+        and for two dtypes, of which it writes copies. The former was measured; the latter follows from the bytes.
+    """
+    mixed = residual == torch.float32 and branch in _HALVES
+    if not mixed and (branch != residual or dropout == 0.0):
+        return False
+    if device != "cuda":
+        return device == "cpu"
+    op = f"dropout_add_layer_norm{'_mixed' if mixed else ''}"
+    body = registry.implementation(op, device, tuple(dict.fromkeys((branch, residual))), (str(channels),))
+    return body is not REFERENCE.implementations[op]
 
 
 def _shape(

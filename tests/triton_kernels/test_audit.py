@@ -21,7 +21,7 @@ WIDE = {
     "prediction_rows", "target_rows", "table",  # integers
     "slopes", "log_sum", "delta", "parts", "weight_sums", "bias_sums", "sums", "means", "spreads", "m2s", "batch_means",
     "batch_spreads", "errors", "moments", "deviations", "loss", "prediction_std", "target_std",
-    "shift_sums", "runtime._column_sums_kernel:x",  # float32
+    "shift_sums", "norm._norm_kernel:keys", "norm._norm_backward_kernel:keys", "runtime._column_sums_kernel:x",  # float32
 }  # fmt: skip
 COPY = "what was loaded, in its own type"
 INTEGERS = "lengths and counts of rows, integers"
@@ -43,6 +43,7 @@ EXTREMA = {
     ("attention._attention_dkdv_kernel", "tl.minimum(tl.load(lengths + n).to(tl.int32), tokens)"): INTEGERS,
     ("convolution._convolution_weights_kernel", "tl.minimum(rows, begin + per_split)"): INTEGERS,
     ("runtime_norm._backward_kernel", "tl.minimum(rows, (split + 1) * per_split)"): INTEGERS,
+    ("norm._norm_backward_kernel", "tl.minimum(rows, (split + 1) * per_split)"): INTEGERS,
     ("layers._one_read_kernel", "tl.maximum(length, 1)"): INTEGERS,
     ("layers._statistics_kernel", "tl.maximum(length, 1)"): INTEGERS,
     ("layers._statistics_kernel", "tl.maximum(counts, 0.0)"): COUNT,

@@ -10,8 +10,7 @@ import pytest
 from triton_kernels.conftest import run_child
 
 pytest.importorskip("triton")
-from d2v_kernels.triton import ema, layers, loss, runtime, tokens
-from d2v_kernels.triton import runtime_norm as norm
+from d2v_kernels.triton import ema, layers, loss, norm, runtime, runtime_norm, tokens
 from d2v_kernels.triton.runtime import Tile
 
 WIDTHS = [1, 2, 7, 16, 31, 96, 100, 512, 768, 1024, 1280, 4096, 5000]
@@ -23,8 +22,8 @@ def tiles(channels: int) -> list[Tile]:
     return [
         layers.row_tile(channels), *one_read, layers.statistics_tile(channels),
         layers.combine_tile(channels, False), layers.combine_tile(channels, True), Tile.copy(channels),
-        tokens.noise_tile(channels), Tile.columns(channels), loss.loss_tile(channels), norm.row_tile(channels),
-        norm.backward_tile(channels),
+        tokens.noise_tile(channels), Tile.columns(channels), loss.loss_tile(channels), runtime_norm.row_tile(channels),
+        runtime_norm.backward_tile(channels),
     ]  # fmt: skip
 
 
@@ -42,8 +41,8 @@ def test_blocks_are_powers_of_two_and_fit(channels) -> None:
 
 @pytest.mark.parametrize("channels", WIDTHS)
 def test_whole_rows_are_whole(channels) -> None:
-    for tile in (layers.row_tile(channels), layers.combine_tile(channels, True), norm.row_tile(channels),
-                 norm.backward_tile(channels)):  # fmt: skip
+    for tile in (layers.row_tile(channels), layers.combine_tile(channels, True), runtime_norm.row_tile(channels),
+                 runtime_norm.backward_tile(channels)):  # fmt: skip
         assert tile.channels >= channels
 
 
@@ -69,8 +68,10 @@ def test_records_are_frozen() -> None:
 def test_splits_cover_the_rows(rows) -> None:
     for tile, per_split, most in (
         (loss.loss_tile(768), runtime.rows_per_split(rows, loss.loss_tile(768), loss.LOSS_SPLITS), loss.LOSS_SPLITS),
-        (norm.backward_tile(512), runtime.rows_per_split(rows, norm.backward_tile(512), norm.GELU_SPLITS, blocks=4),
-         norm.GELU_SPLITS),
+        (runtime_norm.backward_tile(512), runtime.rows_per_split(rows, runtime_norm.backward_tile(512), runtime_norm.GELU_SPLITS, blocks=4),
+         runtime_norm.GELU_SPLITS),
+        (runtime_norm.backward_tile(768), runtime.rows_per_split(rows, runtime_norm.backward_tile(768), norm.NORM_SPLITS,
+         blocks=4), norm.NORM_SPLITS),
     ):  # fmt: skip
         splits = -(-rows // per_split)
         assert 1 <= splits <= most
@@ -86,7 +87,7 @@ def test_other_sizes_compile_nothing_new(needs_triton, triton_cache) -> None:
     # 100 channels: the distance between samples is a multiple of 16 or not, and Triton distinguishes.
     first, all_sizes = counts.pop("odd width")
     assert (first, all_sizes) == (1, 2)
-    assert len(counts) == 12
+    assert len(counts) == 14
     for name, (first, all_sizes) in counts.items():
         assert first >= 1
         assert all_sizes == first, f"{name}: {first} kernels for the first size, {all_sizes} for all"
