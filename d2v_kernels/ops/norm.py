@@ -87,8 +87,8 @@ def prefers_dropout_add_layer_norm(
         dropout: probability.
 
     Returns:
-        True on CPUs and, where a backend has kernels for such rows, on GPUs: with dropout, which PyTorch draws and keeps,
-        and for two dtypes, of which it writes copies. The former was measured; the latter follows from the bytes.
+        True on CPUs and, where a backend has kernels for such rows, on GPUs: with dropout, which PyTorch draws and
+        keeps, and for two dtypes, of which it writes copies. Measured on CPUs; on GPUs it follows from the bytes.
     """
     mixed = residual == torch.float32 and branch in _HALVES
     if not mixed and (branch != residual or dropout == 0.0):

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import OPTIONS, column_sums, divide_up, dot, on_device, power_of_two, rounded
+from .runtime import OPTIONS, column_sums, divide_up, dot, in_order, on_device, power_of_two, rounded
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)

@@ -7,8 +7,8 @@ Backward: the gradients and total read, the gradients of the residual and of a b
 5*s, mixed 12 to 20; moments come again from total, what was dropped from the keys. Gradients of weight and bias: up to
 512 fixed parts of the rows, whose float32 sums a second kernel adds up in one order.
 
-Philox takes ten rounds for four elements, half of the instructions of a bfloat16 row and a third of a mixed one; counted
-in code for sm_90 the kernels keep within 60 % of what can be issued while the bytes move.
+Philox takes ten rounds for four elements, up to half of a kernel's instructions; counted in code for sm_90 the kernels
+keep within 60 % of what can be issued while the bytes move.
 """
 
 import torch
@@ -39,8 +39,7 @@ def _columns(channels: tl.constexpr, TYPE: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit
 def _drop(x, key, t, threshold, rescale):
     """x (H, rows, W) of the tokens t (1, rows, 1) with what dropout drops times 0, where NaN stays NaN."""
-    W: tl.constexpr = x.shape[2]
-    group = tl.arange(0, x.shape[0])[:, None, None] * (W // 4) + tl.arange(0, W // 4)[None, None, :]
+    group = tl.arange(0, x.shape[0])[:, None, None] * (x.shape[2] // 4) + tl.arange(0, x.shape[2] // 4)[None, None, :]
     c0, c1 = (group + 0 * t).to(tl.uint32), (0 * group + t).to(tl.uint32)
     words = in_order(*tl.philox(key, c0, c1, 0 * c0, 0 * c0))
     return x * tl.where(words >= threshold.to(tl.uint32), rescale, 0.0)

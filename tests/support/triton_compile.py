@@ -123,8 +123,8 @@ def activation(dtype: torch.dtype, count: int = 100, width: int = 3072) -> None:
 
 def block_norm(dtype: torch.dtype, mixed: bool, dropout: float, n: int = 3, t: int = 125, width: int = 768) -> None:
     """dropout_add_layer_norm; mixed: rows of float32 beside a branch of the dtype."""
-    branch, x, w = (rows(n, t, width, dtype=dtype), rows(n, t, width, dtype=F32 if mixed else dtype), rows(width, dtype=F32))
-    rest = (torch.zeros(n, dtype=torch.int64), dropout, 1e-5)
+    branch, x = (rows(n, t, width, dtype=d) for d in (dtype, F32 if mixed else dtype))
+    w, rest = rows(width, dtype=F32), (torch.zeros(n, dtype=torch.int64), dropout, 1e-5)
     if mixed:
         norm.dropout_add_layer_norm_mixed(branch, x, w, w, *rest, True, True)
         norm.dropout_add_layer_norm_mixed_backward(x, branch, x, x, w, *rest, dtype)

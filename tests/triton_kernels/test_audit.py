@@ -18,10 +18,11 @@ FOLDER = Path(__file__).resolve().parents[2] / "d2v_kernels" / "triton"
 # Pointers to what the operators allocate in float32 or take as integers.
 WIDE = {
     "lengths", "valid", "positions", "dropout_keys", "tokens._restore_noise_kernel:keys", "index", "restore",
+    "norm._norm_kernel:keys", "norm._norm_backward_kernel:keys",
     "prediction_rows", "target_rows", "table",  # integers
     "slopes", "log_sum", "delta", "parts", "weight_sums", "bias_sums", "sums", "means", "spreads", "m2s", "batch_means",
     "batch_spreads", "errors", "moments", "deviations", "loss", "prediction_std", "target_std",
-    "shift_sums", "norm._norm_kernel:keys", "norm._norm_backward_kernel:keys", "runtime._column_sums_kernel:x",  # float32
+    "shift_sums", "runtime._column_sums_kernel:x",  # float32
 }  # fmt: skip
 COPY = "what was loaded, in its own type"
 INTEGERS = "lengths and counts of rows, integers"

@@ -66,9 +66,7 @@ def test_wide_and_mixed_rows_drop_the_same(shape) -> None:
         _, _, mixed = ops.dropout_add_layer_norm_mixed(
             ones.bfloat16(), zeros, None, None, KEYS[: shape[0]], 0.3, 1e-5, True, True
         )
-        _, half = ops.dropout_add_layer_norm(
-            ones.bfloat16(), zeros.bfloat16(), None, None, KEYS[: shape[0]], 0.3, 1e-5
-        )
+        _, half = ops.dropout_add_layer_norm(ones.bfloat16(), zeros.bfloat16(), None, None, KEYS[: shape[0]], 0.3, 1e-5)
     assert torch.equal(mixed != 0.0, kept(shape, 0.3))
     assert torch.equal(half != 0.0, kept(shape, 0.3))
 
