@@ -27,7 +27,7 @@ NORM_SPLITS = 512  # parts of the rows, each with its partial sums for weight an
 def _columns(channels: tl.constexpr, TYPE: tl.constexpr, BLOCK_C: tl.constexpr):
     """Channels (H, 1, W) of rows that are held as (H, rows, W), and which of them exist.
 
-    W is what a warp takes at once, 16 bytes of TYPE a lane, so that Triton gives every row a warp of its own. 16-bit
+    W is what a warp takes at once, 16 bytes of TYPE a lane, so that Triton gives no warp parts of two rows. 16-bit
     numbers beside float32 ones come 8 bytes a lane: Triton would move wider ones through shared memory.
     """
     LANE: tl.constexpr = 128 // TYPE.primitive_bitwidth
@@ -55,7 +55,7 @@ def _norm_kernel(
     TYPE: tl.constexpr = totals.dtype.element_ty
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[None, :, None]
     n, t = r // tokens, r % tokens
-    c, inside = _columns(channels, totals.dtype.element_ty, BLOCK_C)
+    c, inside = _columns(channels, TYPE, BLOCK_C)
     mask = (r < rows) & inside
     x = tl.load(branch + n * branch_n + t * branch_t + c, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(residual + n * residual_n + t * residual_t + c, mask=mask, other=0.0).to(tl.float32)
