@@ -269,6 +269,19 @@ def test_compiles_whole(backend, dropout) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_of_a_dropped_element_stays(backend) -> None:
+    """In the total, and in the gradient of the branch where that of the total is NaN."""
+    branch, residual = torch.full((2, 3, 40), math.nan), torch.zeros(2, 3, 40)
+    with use_backend(backend):
+        _, total = dropout_add_layer_norm(branch, residual, dropout=0.5, keys=make_keys(2))
+        assert total.isnan().all()
+        _, total = dropout_add_layer_norm(branch.nan_to_num(1.0), residual, dropout=0.5, keys=make_keys(2))
+        rest = (total, None, make_keys(2), 0.5, 1e-5)
+        of_branch, *_ = ops.dropout_add_layer_norm_backward(residual, branch, *rest)
+    assert of_branch.isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
 def test_empty(backend, shape) -> None:
     x, weight = torch.zeros(shape, requires_grad=True), torch.ones(4, requires_grad=True)
