@@ -96,6 +96,14 @@ def cpu_cases() -> list[Case]:
                 ("images", 32, 40, BF16, 0.0),
             ]
         ),
+        *(
+            blocks.convolution(name, *sizes, axes=axes, dtype=dtype, goals={"eager": 1.5 if axes == 1 else 1.2})
+            for name, sizes, axes, dtype in [
+                *(("speech, positions", (8, 249, 384, 384, 16, 19), 1, dtype) for dtype in (F32, BF16)),
+                ("text, decoder", (16, 256, 384, 384, 1, 9), 1, BF16),
+                ("images, decoder", (64, 64, 384, 384, 16, 3), 2, BF16),
+            ]
+        ),
         make.masks("speech 1.0", 11, 1, {"kind": "span", "tokens": 999, "ratio": 0.65, "span": 10}),
         make.masks("speech 2.0", 24, 8, speech),
         make.masks("images", 256, 16, images),

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from d2v_kernels import choose_products
+
 INTERVAL = 5.0
 """Seconds between two lines about long work."""
 
@@ -78,12 +80,13 @@ def choose_device(device: str) -> torch.device:
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def prepare_process(threads: int | None, keep_pages: bool) -> None:
-    """Threads and memory of a process that trains: `run.threads` and `run.keep_pages`."""
+def prepare_process(threads: int | None, keep_pages: bool, products: str) -> None:
+    """Threads, memory and products of a process that trains: `run.threads`, `run.keep_pages` and `run.products`."""
     if threads is not None:
         torch.set_num_threads(threads)
     if keep_pages:
         keep_freed_pages()
+    choose_products(products)
 
 
 def keep_freed_pages() -> bool:

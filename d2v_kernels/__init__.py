@@ -7,12 +7,12 @@ from .ops.convolution import conv_layer_norm_gelu, prefers_conv_layer_norm_gelu
 from .ops.ema import EmaPlan, merge_ema_state, split_ema_state, update_ema_
 from .ops.gelu import gelu, gelu_linear, layer_norm_gelu
 from .ops.layers import average_layers
-from .ops.linear import choose_products, linear
 from .ops.loss import RegressionLoss, masked_regression_loss
 from .ops.masks import Masks, MaskSampler, masks_from_bool
 from .ops.norm import dropout_add_layer_norm, prefers_dropout_add_layer_norm
 from .ops.packing import Packed, pack_lengths
 from .ops.tokens import Noise, gather_tokens, restore_tokens
+from .products import choose_products, linear, multiply_into
 from .registry import register_backend, use_backend
 
 register_backend(_native.backend())
@@ -44,6 +44,7 @@ __all__ = [
     "masked_regression_loss",
     "masks_from_bool",
     "merge_ema_state",
+    "multiply_into",
     "pack_lengths",
     "prefers_conv_layer_norm_gelu",
     "prefers_dropout_add_layer_norm",

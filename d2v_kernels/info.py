@@ -6,11 +6,12 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from . import _define, _env, _native, _samples, registry
+from . import _define, _env, _native, _samples, products, registry
 from .ops import attention
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -73,21 +74,38 @@ _TIMED_SHAPES = ((16, 40, 12, 64), (2, 250, 12, 64))  # few visible tokens; spee
 
 def attention_times() -> list[dict[str, Any]]:
     """Milliseconds of forward and backward of plain attention by each engine of the CPU: minima of calls in turns."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for dtype in (torch.float32, torch.bfloat16):
         request = attention.Request("cpu", dtype, 64)
         names = [name for name in ("native", "sdpa") if not attention.why_not_engine(name, request)]
         for shape in _TIMED_SHAPES:
             generator = torch.Generator().manual_seed(0)
             inputs = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
-            best = dict.fromkeys(names, float("inf"))
-            for name in names * 4:
-                start = time.perf_counter()
+
+            def call(name: str, inputs: list[torch.Tensor] = inputs) -> None:
                 attention.attend(*inputs, engine=name).backward(inputs[0].detach())
-                best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
-            row = {"dtype": str(dtype).removeprefix("torch."), "shape": shape, "milliseconds": best}
+
+            row = {"dtype": str(dtype).removeprefix("torch."), "shape": shape, "milliseconds": _race(names, call)}
             rows.append({**row, "chosen": attention.choose_engine(request)})
     return rows
+
+
+def product_times() -> list[dict[str, Any]]:
+    """Milliseconds of a float32 product on the CPU by each library that PyTorch brings; see `choose_products`."""
+    a, b = torch.randn(2, 1024, 1024, generator=torch.Generator().manual_seed(0))
+    names = [name for name in products.CHOICES[1:] if name != "onednn" or torch.backends.mkldnn.is_available()]
+    row = {"dtype": "float32", "shape": (1024, 1024, 1024), "chosen": products.CHOICES[1 + products.takes_onednn(a)]}
+    return [{**row, "milliseconds": _race(names, lambda name: products.product_by(name, a, b))}]
+
+
+def _race(names: list[str], call: Callable[[str], Any]) -> dict[str, float]:
+    """Milliseconds of the quickest of four calls of each, which take turns."""
+    best = dict.fromkeys(names, float("inf"))
+    for name in names * 4:
+        start = time.perf_counter()
+        call(name)
+        best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+    return best
 
 
 def collect(probe: bool = False) -> dict[str, Any]:
@@ -120,12 +138,13 @@ def collect(probe: bool = False) -> dict[str, Any]:
         "operators": operators,
         "attention": attention_engines(),
         "attention_times": attention_times() if probe else [],
+        "product_times": product_times() if probe else [],
     }
 
 
 def _print_text(report: dict[str, Any]) -> None:
     for key, value in report.items():
-        if key in ("operators", "attention", "attention_times"):
+        if key in ("operators", "attention", "attention_times", "product_times"):
             continue
         if isinstance(value, dict):
             print(f"{key}:" + ("" if value else " -"))
@@ -144,12 +163,13 @@ def _print_text(report: dict[str, Any]) -> None:
         print(f"    {row['dtype']:<9}" + "  ".join(f"{name}: {row[name]}" for name in names))
 
     _print_attention(report["attention"])
-    _print_times(report["attention_times"])
+    _print_times("attention on cpu, forward and backward (rows, tokens, heads, width)", report["attention_times"])
+    _print_times("product on cpu (rows, channels, outputs)", report["product_times"])
 
 
-def _print_times(rows: list[dict[str, Any]]) -> None:
+def _print_times(title: str, rows: list[dict[str, Any]]) -> None:
     if rows:
-        print("attention on cpu, forward and backward (rows, tokens, heads, width):")
+        print(f"{title}:")
     for row in rows:
         quickest = min(row["milliseconds"].values())
         times = (f"{name} {ms:.2f} ms ({ms / quickest:.2f} x)" for name, ms in row["milliseconds"].items())
@@ -174,7 +194,8 @@ def _print_attention(rows: list[dict[str, Any]]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Prints the report; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m d2v_kernels.info", description=__doc__)
-    parser.add_argument("--probe", action="store_true", help="run a tiny case of every usable operator; time attention")
+    text = "run a tiny case of every usable operator; time attention and products"
+    parser.add_argument("--probe", action="store_true", help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args(arguments)
     report = collect(options.probe)

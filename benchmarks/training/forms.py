@@ -161,7 +161,7 @@ PRODUCTS = (
 GROUPS = {
     "attention": r"attention|flash",
     "convolutions": r"conv",
-    "matrix products": r"^(mm|addmm|bmm|baddbmm|linear)_?$",
+    "matrix products": r"^(mm|addmm|bmm|baddbmm|linear|_linear_pointwise)_?$",
     "norms": r"layer_norm|batch_norm|group_norm",
     "dropout": r"dropout|bernoulli",
     "optimiser and clipping": r"adamw|^_foreach|vector_norm",

@@ -46,7 +46,11 @@ struct Numbers {
       store_lanes<Unit, P>(to + c, load_lanes<Unit, P>(x + c, lanes), lanes);
     });
   }
-  static void put(Unit* to, Vec<Unit> value, Vec<Unit>) { store<Unit>(to, value); }
+  static void put(Unit* to, Vec<Unit> value, Vec<Unit>) {
+    T rounded[kLanes<Unit>];  // to the type of the rows, as words are
+    store<Unit>(rounded, value);
+    store<Unit>(to, load<Unit>(rounded));
+  }
 
   // Windows times packed weights: rows of `inner` units each begin a window of K units.
   void multiply(bool add, int64_t rows, int64_t columns, int64_t K, const Unit* windows, int64_t inner,

@@ -51,12 +51,12 @@ void norm_forward(const NormGeluArgs& a, void* out, Parallel parallel) {
 template <class A>
 void norm_backward(const NormGeluArgs& a, const NormGeluGradient& g, Parallel parallel) {
   const int64_t per_segment = segment_rows(a.rows, kBlockRows), segments = (a.rows + per_segment - 1) / per_segment;
-  const size_t width = g.sums ? static_cast<size_t>(2 * a.C) : 0;
+  const size_t C = static_cast<size_t>(a.C), of_affine = g.sums ? 2 * C : 0, width = of_affine + (g.totals ? C : 0);
   std::vector<double> totals(static_cast<size_t>(segments) * width, 0.0);
   const int64_t bytes = per_segment * a.C * (2 * size_of(a.type) + size_of(g.type));
   parallel_for(parallel, segments, grain_of(bytes), [&](int64_t s0, int64_t s1) {
     A mean[kBlockRows], scale[kBlockRows];
-    std::vector<A> sums(width), scratch(static_cast<size_t>(a.C));
+    std::vector<A> sums(width), scratch(C);
     for (int64_t s = s0; s < s1; ++s) {
       double* total = totals.data() + static_cast<size_t>(s) * width;
       const int64_t end = std::min(a.rows, (s + 1) * per_segment);
@@ -64,7 +64,8 @@ void norm_backward(const NormGeluArgs& a, const NormGeluGradient& g, Parallel pa
         const int64_t rows = std::min(kBlockRows, end - begin);
         statistics(a, begin, rows, mean, scale);
         std::fill(sums.begin(), sums.end(), A(0));
-        gelu_kernels().norm_backward(&a, &g, begin, rows, mean, scale, width ? sums.data() : nullptr, scratch.data());
+        gelu_kernels().norm_backward(&a, &g, begin, rows, mean, scale, g.sums ? sums.data() : nullptr,
+                                     g.totals ? sums.data() + of_affine : nullptr, scratch.data());
         for (size_t i = 0; i < width; ++i) total[i] += static_cast<double>(sums[i]);
       }
     }
@@ -72,7 +73,7 @@ void norm_backward(const NormGeluArgs& a, const NormGeluGradient& g, Parallel pa
   for (size_t i = 0; i < width; ++i) {
     double sum = 0;
     for (int64_t s = 0; s < segments; ++s) sum += totals[static_cast<size_t>(s) * width + i];
-    static_cast<A*>(g.sums)[i] = static_cast<A>(sum);
+    (i < of_affine ? static_cast<A*>(g.sums)[i] : static_cast<A*>(g.totals)[i - of_affine]) = static_cast<A>(sum);
   }
 }
 

@@ -29,9 +29,10 @@ void layer_norm_gelu(const NormGeluArgs& args, void* out, Parallel parallel);
 struct NormGeluGradient {
   const void* grad;  // (rows, C), last stride 1
   int64_t stride;
-  DType type;  // that of x, or A
-  void* out;   // (rows, C) contiguous in x's type
-  void* sums;  // of weight, then of bias: 2 C of A; null where neither is wanted
+  DType type;              // that of x, or A
+  void* out;               // (rows, C) contiguous in x's type
+  void* sums;              // of weight, then of bias: 2 C of A; null where neither is wanted
+  void* totals = nullptr;  // C of A, or null: sums of out over the rows, before it is rounded
 };
 void layer_norm_gelu_backward(const NormGeluArgs& args, const NormGeluGradient& gradient, Parallel parallel);
 
@@ -43,9 +44,9 @@ struct GeluKernels {
   // Rows [begin, begin + rows), whose mean and scale (A) stand at the front of these arrays.
   void (*norm_forward)(const NormGeluArgs* args, int64_t begin, int64_t rows, const void* mean, const void* scale,
                        void* out, bool stream);
-  // Adds to sums (2 C of A; may be null); scratch: C of A.
+  // Adds to sums (2 C of A) and totals (C), which may be null; scratch: C of A.
   void (*norm_backward)(const NormGeluArgs* args, const NormGeluGradient* gradient, int64_t begin, int64_t rows,
-                        const void* mean, const void* scale, void* sums, void* scratch);
+                        const void* mean, const void* scale, void* sums, void* totals, void* scratch);
 };
 const GeluKernels& gelu_kernels();
 

@@ -280,7 +280,7 @@ D2V_INLINE void first_pass(const T* x, const G* grad, A m, A s, const Affine<A>&
 
 template <class T, class G>
 void norm_backward_of(const NormGeluArgs* k, const NormGeluGradient* gradient, int64_t begin, int64_t rows,
-                      const Acc<T>* mean, const Acc<T>* scale, Acc<T>* sums, Acc<T>* scratch) {
+                      const Acc<T>* mean, const Acc<T>* scale, Acc<T>* sums, Acc<T>* totals, Acc<T>* scratch) {
   typedef Acc<T> A;
   const Affine<A> affine{static_cast<const A*>(k->weight), static_cast<const A*>(k->bias)};
   const A inverse = A(1) / static_cast<A>(k->C);
@@ -297,20 +297,22 @@ void norm_backward_of(const NormGeluArgs* k, const NormGeluGradient* gradient, i
     for_vectors<A>(k->C, [&](auto full, int64_t c, int lanes) {
       typedef decltype(full) P;
       const Vec<A> normal = centred<A, P>(x + c, m, lanes) * s;
-      store_lanes<A, P>(out + c, (load_lanes<A, P>(scratch + c, lanes) - along - normal * dot) * s, lanes);
+      const Vec<A> of_x = (load_lanes<A, P>(scratch + c, lanes) - along - normal * dot) * s;
+      store_lanes<A, P>(out + c, of_x, lanes);
+      if (totals) store_lanes<A, P>(totals + c, load_lanes<A, P>(totals + c, lanes) + of_x, lanes);
     });
   }
 }
 
 void norm_backward(const NormGeluArgs* args, const NormGeluGradient* gradient, int64_t begin, int64_t rows,
-                   const void* mean, const void* scale, void* sums, void* scratch) {
+                   const void* mean, const void* scale, void* sums, void* totals, void* scratch) {
   with_type(args->type, [&](auto zero) {
     typedef decltype(zero) T;
     typedef Acc<T> A;
     const auto run = [&](auto of_grad) {
       norm_backward_of<T, decltype(of_grad)>(args, gradient, begin, rows, static_cast<const A*>(mean),
                                              static_cast<const A*>(scale), static_cast<A*>(sums),
-                                             static_cast<A*>(scratch));
+                                             static_cast<A*>(totals), static_cast<A*>(scratch));
     };
     gradient->type == args->type ? run(T{}) : run(A{});
   });

@@ -199,7 +199,7 @@ struct Convert<float, BF16> {
     return bit_cast<VF>(__builtin_convertvector(h, VU) << 16);
   }
   static D2V_INLINE VH round(VF v) {  // to nearest, ties to even; NaN stays NaN
-#if defined(__AVX512BF16__)          // and numbers below 2^-126 become 0
+#if defined(__AVX512BF16__)           // and numbers below 2^-126 become 0
     return bit_cast<VH>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)));
 #endif
     const VU u = bit_cast<VU>(v);

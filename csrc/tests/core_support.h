@@ -233,6 +233,7 @@ inline uint32_t random_word(uint64_t key, int64_t i, int64_t row, int64_t head =
 
 // core_attention_test.cpp, core_gelu_test.cpp, core_norm_test.cpp
 void test_attention();
+void test_convolution();
 void test_gelu();
 void test_norm();
 // core_rows_test.cpp

@@ -270,6 +270,7 @@ int main() {
   test_tokens();
   test_loss();
   test_attention();
+  test_convolution();
   test_gelu();
   test_norm();
   test_masks();

@@ -76,8 +76,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_layer_norm_gelu_backward_cpu(const Tenso
                     call.op, ": grad and y: expected the dtype and the rows of x with the channels of weight");
   }
   // Gradient of the convolution's result; its sum over rows is that of the bias.
-  Tensor of_y = empty_rows(a, x, a.D), sums = new_tensor(x, {2, a.D}, wide_type(x));
-  const NormGeluGradient norm{grad.const_data_ptr(), a.D, a.type, of_y.mutable_data_ptr(), nullptr};
+  Tensor of_y = empty_rows(a, x, a.D), totals = new_tensor(x, {bias.has_value() ? a.D : 0}, wide_type(x));
+  const NormGeluGradient norm{grad.const_data_ptr(),   a.D,     a.type,
+                              of_y.mutable_data_ptr(), nullptr, bias.has_value() ? totals.mutable_data_ptr() : nullptr};
   layer_norm_gelu_backward(norm_of_rows(call, a, y, eps), norm, torch_parallel());
   Tensor of_weight = torch::stable::new_empty(weight, weight.sizes(), wide_type(x));
   convolution_backward_weight(a, of_y.const_data_ptr(), of_weight.mutable_data_ptr(), torch_parallel());
@@ -87,12 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_layer_norm_gelu_backward_cpu(const Tenso
   a.before_h = a.kernel_h - 1 - a.before_h, a.before_w = a.kernel_w - 1 - a.before_w;
   const ConvolutionEnds ends{nullptr, residual ? grad.const_data_ptr() : nullptr, of_x.mutable_data_ptr()};
   convolution(a, {weight.const_data_ptr(), element_type(call.op, "weight", weight), true}, ends, torch_parallel());
-  Tensor of_bias = new_tensor(x, {0});
-  if (bias.has_value()) {
-    const Tensor rows = torch::stable::flatten(of_y, 0, -2);
-    of_bias = torch::stable::to(torch::stable::sum(rows, std::vector<int64_t>{0}), bias->scalar_type());
-  }
-  return {of_x, torch::stable::to(of_weight, weight.scalar_type()), of_bias};
+  const ScalarType bias_type = bias.has_value() ? bias->scalar_type() : x.scalar_type();
+  return {of_x, torch::stable::to(of_weight, weight.scalar_type()), torch::stable::to(totals, bias_type)};
 }
 
 }  // namespace d2v

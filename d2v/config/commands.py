@@ -223,7 +223,7 @@ class Info:
     """Prints versions and, for every operator and backend, whether it is used or why not."""
 
     probe: bool = False
-    """Run each operator on a small input."""
+    """Run each operator on a small input; time attention and products."""
     json: bool = False
     """Print JSON."""
 

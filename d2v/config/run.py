@@ -172,7 +172,8 @@ class Run:
     slower to compile; in one process, without layer drop."""
     convolution: Literal["auto", "library", "fused"] = setting("auto", free=True, rare=True)
     """Grouped convolutions of decoder and speech positions. library: PyTorch's (cuDNN, oneDNN), then norm, GELU and
-    residual; fused: all in one operator, Triton's on GPUs, which is not measured there yet; auto: the library's."""
+    residual; fused: all in one operator, Triton's on GPUs, which is not measured there yet; auto: fused on CPUs in
+    bf16, else the library's."""
     teacher_graph: bool = setting(False, free=True, rare=True)
     """Run the teacher as a CUDA graph: on GPUs, with ddp, without compile, for batches without padding."""
     activation_checkpointing: bool = setting(False, free=True)
@@ -182,6 +183,9 @@ class Run:
     keep_pages: bool = setting(True, free=True, rare=True)
     """Keep freed memory in the process rather than give it back to the system and ask again at every update; false
     leaves malloc as it is. Only with glibc's malloc."""
+    products: Literal["auto", "library", "onednn"] = setting("auto", free=True, rare=True)
+    """Who multiplies fp32 matrices on a CPU. library: as PyTorch does, by MKL; onednn: oneDNN, which rounds otherwise;
+    auto: oneDNN on AMD's processors from Zen 5 on, where it is twice as quick."""
     device: Literal["auto", "cpu", "cuda"] = setting("auto", free=True)
     """auto: a GPU when there is one."""
     collapse_after: int = setting(5_000, free=True, rare=True)

@@ -92,7 +92,7 @@ def finetune(
     if task == "speech-ctc":
         require_jiwer()
     base, _ = read_defaults(task, checkpoint, data.tokenizer)
-    prepare_process(run.threads, run.keep_pages)
+    prepare_process(run.threads, run.keep_pages, run.products)
     encoder = _encoder_config(base, replace(data, path=train_path), run, optim, options)
     sets = open_sets(task, encoder, test_path, options)
     config = make_config(task, encoder, sets, options)

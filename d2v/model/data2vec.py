@@ -323,7 +323,7 @@ class Data2Vec(nn.Module):
         assert masks.keep is not None and masks.restore is not None and self.decoder is not None
         count, tokens = masks.restore.shape
         visible = masks.keep.shape[1]
-        kept = self.decoder.dropout(encoded[:, encoded.shape[1] - visible :])
+        kept = self.decoder.take(encoded[:, encoded.shape[1] - visible :])
         fill: Tensor | Noise
         if noise is not None:
             fill = noise.to(kept)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config import Decoder, Head
-from d2v.model.layers import Linear, fused_layer, norm_gelu, takes_fused_layer
+from d2v.model.layers import Linear, fused_layer, norm_gelu, product_dtype, takes_fused_layer
 from d2v_kernels import gelu_linear
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -44,6 +44,12 @@ class ConvDecoder(nn.Module):
         hidden = [int(inputs[-1] * config.projection_ratio)] * (config.projection_layers - 1)
         projection = stack_linears([inputs[-1], *hidden, width])
         self.proj = projection if hidden else projection[0]
+
+    def take(self, kept: Tensor) -> Tensor:
+        """Visible tokens (N,V,C) with dropout, in the dtype of the convolutions' operator if that is what runs: better
+        before the many masked ones are among them."""
+        kept = self.dropout(kept)
+        return kept.to(product_dtype(kept)) if takes_fused_layer(self.convolution, kept) else kept
 
     def forward(self, x: Tensor, grid: tuple[int, ...], valid: Tensor | None = None) -> Tensor:
         """Hidden rows of all tokens.

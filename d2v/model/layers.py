@@ -10,8 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2v_kernels import conv_layer_norm_gelu, layer_norm_gelu, linear, prefers_conv_layer_norm_gelu
-from d2v_kernels.ops.linear import product, takes_onednn
+from d2v_kernels import (
+    conv_layer_norm_gelu,
+    layer_norm_gelu,
+    linear,
+    multiply_into,
+    prefers_conv_layer_norm_gelu,
+)
 
 NORM_EPS = 1e-5
 _LEAST_CHANNELS = 16
@@ -74,7 +79,7 @@ def check_lengths(lengths: Tensor | None, batch: int, longest: int, shortest: in
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """A convolution over (B,T,C) with the result in the same layout; an even kernel's surplus position is cut."""
     if _suits_products(conv, x):
-        x = x.to(_product_dtype(x)).contiguous()
+        x = x.to(product_dtype(x)).contiguous()
         return _StridedConvolution.apply(x, conv.weight, conv.bias, conv.stride[0])
     y = conv(x.transpose(1, 2)).transpose(1, 2)
     surplus = conv.kernel_size[0] % 2 == 0 and conv.padding[0] != 0
@@ -85,7 +90,7 @@ def takes_fused_layer(choice: str, x: Tensor) -> bool:
     """Whether `fused_layer` runs for this `run.convolution`; auto: where it was measured to be the quicker one."""
     if choice != "auto":
         return choice == "fused"
-    return not torch.compiler.is_compiling() and prefers_conv_layer_norm_gelu(x.device.type, _product_dtype(x))
+    return not torch.compiler.is_compiling() and prefers_conv_layer_norm_gelu(x.device.type, product_dtype(x))
 
 
 def fused_layer(conv: nn.Module, x: Tensor, residual: bool = False) -> Tensor:
@@ -95,10 +100,11 @@ def fused_layer(conv: nn.Module, x: Tensor, residual: bool = False) -> Tensor:
     return conv_layer_norm_gelu(x, conv.weight, conv.bias, residual=residual, eps=NORM_EPS)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of matrix products of x on a CPU: under autocast its own, but for float64, which it leaves alone."""
-    cast = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-    return torch.get_autocast_dtype("cpu") if cast else x.dtype
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of matrix products of x: under autocast its own, but for float64, which it leaves alone."""
+    place = x.device.type
+    cast = torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(place) if cast else x.dtype
 
 
 def _suits_products(conv: nn.Conv1d, x: Tensor) -> bool:
@@ -109,7 +115,7 @@ def _suits_products(conv: nn.Conv1d, x: Tensor) -> bool:
         return False
     if x.shape[1] < kernel:  # PyTorch says what is wrong
         return False
-    dtype, own = _product_dtype(x), conv.weight.dtype
+    dtype, own = product_dtype(x), conv.weight.dtype
     return stride <= kernel <= 2 * stride and (dtype == own or (dtype == torch.bfloat16 and own == torch.float32))
 
 
@@ -144,7 +150,7 @@ class _StridedConvolution(torch.autograd.Function):
             if x.itemsize == 2:  # what is rounded to 16 bits and added to should be small: the shorter part
                 windows.reverse()
             for number, (part, window) in enumerate(windows):
-                _multiply(window, taps[part].flatten(0, 1), result, bias, add=number > 0)
+                multiply_into(result, window, taps[part].flatten(0, 1), bias, add=number > 0)
         return y
 
     @staticmethod
@@ -160,7 +166,7 @@ class _StridedConvolution(torch.autograd.Function):
             taps = weight.to(x.dtype).permute(0, 2, 1).contiguous()  # (D,k,C)
             for rows, result in zip(grad, of_x, strict=True):
                 for part, window in _windows(result, kernel, stride, count):
-                    _multiply(rows, taps[:, part].flatten(1), window, None, add=part.start > 0)
+                    multiply_into(window, rows, taps[:, part].flatten(1), add=part.start > 0)
         if ctx.needs_input_grad[1]:
             sums = weight.new_zeros(kernel, channels, outputs)
             for rows, sample in zip(grad, x, strict=True):
@@ -172,24 +178,9 @@ class _StridedConvolution(torch.autograd.Function):
         return of_x, of_weight, of_bias, None
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, *, add: bool) -> None:
-    """out = a b + bias, or with `add` out += a b."""
-    if takes_onednn(a):
-        made = product(a, b, None if add else bias)
-        out.add_(made) if add else out.copy_(made)
-    elif add:
-        out.addmm_(a, b)
-    elif bias is None:
-        torch.mm(a, b, out=out)
-    else:
-        torch.addmm(bias, a, b, out=out)
-
-
 def _add_product(sums: Tensor, x: Tensor, y: Tensor) -> None:
     """sums (C,D) += x^T y of x (n,C) and y (n,D). A sum in their 16 bits would round every part's addition."""
-    if takes_onednn(x):
-        sums.add_(product(x.mT, y))
-    elif sums.dtype == x.dtype:
-        sums.addmm_(x.mT, y)
+    if sums.dtype == x.dtype:
+        multiply_into(sums, x.mT, y, add=True)
     else:
         sums.add_((y.mT @ x).mT)  # in this order the library need not transpose the longer operand

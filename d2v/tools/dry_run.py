@@ -32,7 +32,7 @@ def dry_run(config: Config, *, init: str | None = None) -> str:
     memory, length of the run, and the share of a rank for several numbers of ranks. Leaves nothing behind."""
     source, valid = open_data(config)
     device = choose_device(config.run.device)
-    prepare_process(config.run.threads, config.run.keep_pages)
+    prepare_process(config.run.threads, config.run.keep_pages, config.run.products)
     objective = Pretraining(config, source, valid, device)
     if init is not None:
         load_weights(objective.model, init, "model.init")

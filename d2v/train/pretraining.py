@@ -44,7 +44,7 @@ def pretrain(config: Config, *, init: str | None = None, profile: int = 0) -> Pa
         RunStopped: a loss that is not finite, or collapse.
         SystemExit: 75 after SIGTERM and SIGUSR1, 130 after SIGINT, once a checkpoint is saved.
     """
-    prepare_process(config.run.threads, config.run.keep_pages)
+    prepare_process(config.run.threads, config.run.keep_pages, config.run.products)
     with open_ranks(config.run) as ranks:
         folder = RunFolder(config, ranks)
         # With a cache of the index, one rank fills it and the others read it.

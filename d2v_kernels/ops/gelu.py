@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _checks as check
 from .._define import Call, Gradient, define
-from .linear import product
+from ..products import product
 from .norm import affine, standardise_gradient, standardise_rows
 
 
@@ -29,7 +29,7 @@ def gelu(x: Tensor) -> Tensor:
 
     Example:
         >>> x = torch.randn(4, 3)
-        >>> torch.allclose(gelu(x), F.gelu(x), atol=1e-6)
+        >>> torch.allclose(gelu(x), torch.nn.functional.gelu(x), atol=1e-6)
         True
     """
     check.strided("gelu", x)

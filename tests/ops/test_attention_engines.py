@@ -95,7 +95,7 @@ def test_info_times_the_engines(capsys) -> None:
     assert all(set(row["milliseconds"]) == {"native", "sdpa"} for row in rows)
     assert all(0.0 < ms < 60e3 for row in rows for ms in row["milliseconds"].values())
     rows[0]["milliseconds"] = {"native": 3.0, "sdpa": 2.0}
-    info._print_times(rows[:1])
+    info._print_times("attention", rows[:1])
     assert "native 3.00 ms (1.50 x), sdpa 2.00 ms (1.00 x)  chosen: sdpa" in capsys.readouterr().out
 
 

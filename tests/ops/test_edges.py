@@ -26,6 +26,7 @@ from d2v_kernels import (
     layer_norm_gelu,
     masked_regression_loss,
     masks_from_bool,
+    products,
     restore_tokens,
     update_ema_,
 )
@@ -76,8 +77,9 @@ def test_the_operators_themselves_refuse_them() -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_dynamic_shapes(name: str) -> None:
-    """One graph for all lengths, eager values."""
+def test_dynamic_shapes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """One graph for all lengths, eager values, where the same library multiplies."""
+    monkeypatch.setattr(products, "_choice", "library")
     torch.compiler.reset()
     run = FUNCTIONS[name]
     graphs = []

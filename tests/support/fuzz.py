@@ -114,7 +114,7 @@ def build_convolution(r: random.Random, dtype: torch.dtype) -> Arguments:
     outputs = groups * (narrow if residual else wide)
     weight, bias = floats(r, [outputs, narrow, *taps], dtype), floats(r, [outputs], r.choice(FLOATS))
     return {"x": x, "weight": weight, "bias": bias if r.random() < 0.5 else None, "residual": residual,
-            "eps": r.choice([1e-2, 1.0])}  # fmt: skip
+            "eps": r.choice([0.1, 1.0])}  # fmt: skip
 
 
 def build_layers(r: random.Random, dtype: torch.dtype) -> Arguments:

@@ -21,7 +21,7 @@ from d2v.runtime import prepare_process
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-prepare_process(1, sys.argv[1] == "keep")
+prepare_process(1, sys.argv[1] == "keep", "auto")
 sizes = (24 << 20, 40 << 20, 32 << 20)
 counts = []
 for _ in range(5):  # the heap may still grow at first, round small blocks that lie in the way
@@ -59,5 +59,5 @@ def test_another_malloc_is_left_alone(monkeypatch: pytest.MonkeyPatch, error: ty
     monkeypatch.setattr(ctypes, "CDLL", load)
     assert not keep_freed_pages()
     threads = torch.get_num_threads()
-    prepare_process(threads, True)
+    prepare_process(threads, True, "auto")
     assert torch.get_num_threads() == threads

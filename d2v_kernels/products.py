@@ -21,7 +21,7 @@ _choice = "auto"
 
 
 def choose_products(choice: str) -> None:
-    """Who multiplies float32 matrices on CPUs from now on in `linear` and `gelu_linear`.
+    """Who multiplies float32 matrices on CPUs from now on in `linear`, `gelu_linear` and `multiply_into`.
 
     Args:
         choice: "library": PyTorch's own way; "onednn": oneDNN; "auto": oneDNN where it was measured to be twice as
@@ -29,6 +29,10 @@ def choose_products(choice: str) -> None:
 
     Raises:
         ValueError: another choice, or oneDNN where this PyTorch has none.
+
+    Example:
+        >>> choose_products("library")
+        >>> choose_products("auto")
     """
     global _choice
     if choice not in CHOICES:
@@ -62,10 +66,44 @@ def takes_onednn(x: Tensor) -> bool:
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (M,K) times b (K,N), plus bias (N,), any strides; no gradient where oneDNN multiplies."""
-    if takes_onednn(a) and min(*a.shape, b.shape[1]) > 0:
+    return product_by("onednn" if takes_onednn(a) else "library", a, b, bias)
+
+
+def product_by(library: str, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product` by one of `CHOICES` but "auto"."""
+    if library == "onednn" and min(*a.shape, b.shape[1]) > 0:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b.t()), bias, "none", [], "")
         return out
     return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def multiply_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, *, add: bool = False) -> None:
+    """out = a b + bias, or out += a b, without gradient; who multiplies, `choose_products` says.
+
+    Args:
+        out: (M,N), any strides whose elements do not overlap.
+        a, b: (M,K) and (K,N) in the dtype of out.
+        bias: (N,), not with `add`.
+        add: keep what is in `out`.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit.
+
+    Example:
+        >>> sums = torch.zeros(2, 4)
+        >>> multiply_into(sums, torch.ones(2, 3), torch.ones(3, 4), add=True)
+        >>> sums[0]
+        tensor([3., 3., 3., 3.])
+    """
+    if takes_onednn(a):
+        made = product(a, b, bias)
+        out.add_(made) if add else out.copy_(made)
+    elif add:
+        out.addmm_(a, b)
+    elif bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
 
 
 def _dense(x: Tensor) -> Tensor:
