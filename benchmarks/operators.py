@@ -123,13 +123,14 @@ def _gpu_makers() -> tuple[Any, ...]:
         partial(make.restore, **tokens), partial(make.loss, dtype=BF16, goals={"eager": 4.0, "compile": 1.5, **HOST}),
         partial(blocks.attention, dtype=BF16, goals={"eager": 3.0, **HOST}, op="attention forward + backward"),
         partial(blocks.convolution, dtype=BF16, goals={"eager": 2.0}),
+        partial(blocks.norm, dtype=BF16, goals={"eager": 1.5}, dropout=0.1, mixed=True),
     )  # fmt: skip
 
 
 def gpu_cases() -> list[Case]:
     """What is measured on a GPU, the most wanted first."""
     uncompiled = {"eager": 10.0, "ceiling": 0.9}
-    average, ema, gather, gather_backward, restore, loss, attention, convolution = _gpu_makers()
+    average, ema, gather, gather_backward, restore, loss, attention, convolution, norm = _gpu_makers()
     return [
         average("speech 2.0", 8, 3, 999, 768),
         average("images B16", 10, 16, 196, 768, out_norm="layer"),
@@ -142,6 +143,7 @@ def gpu_cases() -> list[Case]:
         attention("speech 2.0", 24, 500, 12, 64),
         convolution("speech 2.0, positions", 24, 999, 768, 768, 16, 19),
         convolution("images B16", 256, 196, 768, 768, 16, 3, axes=2),
+        norm("speech 2.0", 24, 500, 768),
         blocks.front_end("speech 2.0, first layer", 3 * 63999),
         average("images B256", 10, 256, 196, 768, out_norm="layer"),
         average("speech 1.0", 8, 11, 999, 768, goals=uncompiled),
@@ -171,7 +173,7 @@ def gpu_cases() -> list[Case]:
 
 def tiny_cases() -> list[Case]:
     """One small case of each kind, for runs without a GPU."""
-    average, ema, gather, gather_backward, restore, loss, attention, convolution = _gpu_makers()
+    average, ema, gather, gather_backward, restore, loss, attention, convolution, norm = _gpu_makers()
     return [
         average("tiny", 3, 2, 20, 32),
         average("tiny", 3, 2, 20, 32, norm="layer", goals={}),
@@ -181,6 +183,7 @@ def tiny_cases() -> list[Case]:
         gather_backward("tiny", 2, 12, 32, 2, 5),
         restore("tiny", 4, 12, 5, 32),
         loss("tiny", 12, 20, 32),
+        norm("tiny", 2, 6, 32),
         blocks.front_end("tiny", 9, 32),
         attention("tiny", 2, 20, 2, 16),
         attention("tiny", 2, 20, 2, 16, dropout=0.1),

@@ -9,7 +9,7 @@ from .ops.gelu import gelu, gelu_linear, layer_norm_gelu
 from .ops.layers import average_layers
 from .ops.loss import RegressionLoss, masked_regression_loss
 from .ops.masks import Masks, MaskSampler, masks_from_bool
-from .ops.norm import dropout_add_layer_norm
+from .ops.norm import dropout_add_layer_norm, prefers_dropout_add_layer_norm
 from .ops.packing import Packed, pack_lengths
 from .ops.tokens import Noise, gather_tokens, restore_tokens
 from .products import choose_products, linear, multiply_into
@@ -47,6 +47,7 @@ __all__ = [
     "multiply_into",
     "pack_lengths",
     "prefers_conv_layer_norm_gelu",
+    "prefers_dropout_add_layer_norm",
     "prefers_packed",
     "restore_tokens",
     "split_ema_state",

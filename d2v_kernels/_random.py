@@ -27,12 +27,17 @@ def philox(key: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Te
     return x0, x1, x2, x3
 
 
+def dropout_threshold(dropout: float) -> int:
+    """An element is dropped where its 32-bit number is below this one."""
+    return round(dropout * 2.0**32)
+
+
 def keep_mask(keys: Tensor, rows: tuple[Tensor, ...], count: int, dropout: float) -> Tensor:
     """(..., count) bool, True where dropout keeps an element: number i is word i % 4 of Philox with counter
     (i / 4, *rows); keys and rows have a last dimension of 1 for it."""
     groups = torch.arange((count + 3) // 4, device=keys.device)
     words = philox(keys, (groups, *rows))
-    return torch.stack(words, dim=-1).flatten(-2)[..., :count] >= round(dropout * 2.0**32)
+    return torch.stack(words, dim=-1).flatten(-2)[..., :count] >= dropout_threshold(dropout)
 
 
 def dropped_bytes(dropout: float) -> int:

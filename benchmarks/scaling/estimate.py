@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.model import layers, transformer
+from d2v.model import layers
 from d2v.model.data2vec import Data2Vec
 from d2v.model.masking import make_mask_sampler
 from d2v.model.transformer import Block
@@ -173,7 +173,6 @@ def forms_of_gpus() -> Iterator[None]:
     """Meanwhile convolutions and norms take the forms that they have on GPUs, which keep more than those of CPUs."""
     with (
         mock.patch.object(layers, "_suits_products", return_value=False),
-        mock.patch.object(transformer, "_in_one_pass", return_value=False),
         mock.patch.object(layers.LayerNorm, "forward", torch.nn.LayerNorm.forward),
     ):
         yield

@@ -47,12 +47,14 @@ tiles. The Triton form pads 48 to 64 and brings every number of its windows thro
 about 0.33, and issues almost as many other instructions as its products take cycles (counted in code for sm_90)."""
 SCALARS = {"restore_tokens": 344, "gelu": 145, "gelu_backward_": 116, "layer_norm_gelu": 180,
            "layer_norm_gelu_backward": 202, FUSED: 122, f"{FUSED}_backward": 161, "average_layers": 195,
-           "gather_tokens": 17}  # fmt: skip
+           "gather_tokens": 17, "dropout_add_layer_norm": 80, "dropout_add_layer_norm_backward": 142,
+           "dropout_add_layer_norm_mixed": 50, "dropout_add_layer_norm_mixed_backward": 87}  # fmt: skip
 """Warp instructions a KiB that is moved, bfloat16, as `make counts` finds them in compiled code for sm_90; of a fused
 convolution those of its norm."""
 PAIRS = {"attention": (14, 7, 10), "attention_backward": (36, 19, 26)}
 """Instructions of a thread for a pair of query and key, for its ALiBi, for its dropout; counted likewise."""
 LAUNCHES = {FUSED: 3, f"{FUSED}_backward": 7, "native_layer_norm_backward": 3, "layer_norm_gelu_backward": 2,
+            "dropout_add_layer_norm_backward": 3, "dropout_add_layer_norm_mixed_backward": 3,
             "attention_backward": 3, "convolution_backward": 4, "linalg_vector_norm": 1 / LIST}  # fmt: skip
 """Kernels of an operator, where not one; assumed."""
 SILENT = re.compile(r"view|^(t|detach|alias|(un)?squeeze|transpose|permute|unbind|select|slice|expand|(new_)?empty\w*|"

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from d2v.config import Encoder
 from d2v.model.layers import LayerNorm, Linear
-from d2v_kernels import Alibi, Packed, attend, dropout_add_layer_norm, gelu_linear
+from d2v_kernels import Alibi, Packed, attend, dropout_add_layer_norm, gelu_linear, prefers_dropout_add_layer_norm
 
 
 @dataclass(frozen=True)
@@ -141,26 +141,20 @@ def add_and_norm(
     """norm(total) and total = residual + dropout(branch), all (N,T,C); the dropped elements come from drawn row keys.
 
     narrow: under autocast the norm may have the dtype of its matrix products; copy: it is given back once more, in that
-    dtype where it may. On a CPU in one pass with dropout, which neither draws with PyTorch's slow generator nor keeps
-    what it drew, and where autocast mixes dtypes. Else PyTorch's steps are as quick; compiled, `torch.compile` fuses
-    them.
+    dtype where it may. In one pass where `prefers_dropout_add_layer_norm` says so; compiled, `torch.compile` fuses
+    PyTorch's steps.
     """
-    if not _in_one_pass(branch, residual, dropout):
+    n, _, channels = branch.shape
+    if torch.compiler.is_compiling() or not prefers_dropout_add_layer_norm(
+        branch.device.type, branch.dtype, residual.dtype, channels, dropout
+    ):
         return add_and_norm_plain(branch, residual, norm, dropout, narrow, copy)
-    keys = torch.randint(0, 2**62, (branch.shape[0],)) if dropout > 0.0 else None
+    keys = torch.randint(0, 2**62, (n,), device=branch.device) if dropout > 0.0 else None
     branch, residual = (x if x.stride(-1) == 1 else x.contiguous() for x in (branch, residual))
     return dropout_add_layer_norm(
         branch, residual, norm.weight, norm.bias, dropout=dropout, keys=keys, eps=norm.eps,
         normed_dtype=branch.dtype if narrow else None, copy=copy,
     )  # fmt: skip
-
-
-def _in_one_pass(branch: Tensor, residual: Tensor, dropout: float) -> bool:
-    if branch.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    if branch.dtype == residual.dtype:
-        return dropout > 0.0
-    return residual.dtype == torch.float32 and branch.itemsize == 2
 
 
 def add_and_norm_plain(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._define import Call, Gradient, define
+from .. import registry
+from .._define import REFERENCE, Call, Gradient, define
 from .._random import keep_mask
 
 
@@ -74,6 +75,31 @@ def dropout_add_layer_norm(
     return (normed, total, copied) if copy else (normed, total)
 
 
+def prefers_dropout_add_layer_norm(
+    device: str, branch: torch.dtype, residual: torch.dtype, channels: int, dropout: float
+) -> bool:
+    """Whether `dropout_add_layer_norm` beats PyTorch's dropout, sum and layer norm one after the other.
+
+    Args:
+        device: type of a device.
+        branch, residual: dtypes.
+        channels: of a row.
+        dropout: probability.
+
+    Returns:
+        True on CPUs and, where a backend has kernels for such rows, on GPUs: with dropout, which PyTorch draws and
+        keeps, and for two dtypes, of which it writes copies. Measured on CPUs; on GPUs it follows from the bytes.
+    """
+    mixed = residual == torch.float32 and branch in _HALVES
+    if not mixed and (branch != residual or dropout == 0.0):
+        return False
+    if device != "cuda":
+        return device == "cpu"
+    op = f"dropout_add_layer_norm{'_mixed' if mixed else ''}"
+    body = registry.implementation(op, device, tuple(dict.fromkeys((branch, residual))), (str(channels),))
+    return body is not REFERENCE.implementations[op]
+
+
 def _shape(
     op: str, branch: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, keys: Tensor | None,
     dropout: float, eps: float, names: tuple[str, str] = ("branch", "residual"), mixed: bool = False,
@@ -91,7 +117,7 @@ def _shape(
         check.device(op, "keys", keys, branch)
     check.dropout(op, dropout, "keys", keys)
     check.require(0.0 < eps < math.inf, op, "eps", "above 0", eps)
-    return Call(branch, check.dtypes_of(branch, weight, bias), (branch, branch))
+    return Call(branch, check.dtypes_of(branch, weight, bias), (branch, branch), (str(branch.shape[2]),))
 
 
 def _backward_shape(
@@ -105,7 +131,7 @@ def _backward_shape(
             _shape(op, total, grad, weight, None, keys, dropout, eps, ("total", name))
     vector = (total.shape[2:], check.compute_dtype(total.dtype))
     of_branch = (total.shape if dropout > 0.0 else (0,), total.dtype)
-    return Call(total, check.dtypes_of(total, weight), (of_branch, total, vector, vector))
+    return Call(total, check.dtypes_of(total, weight), (of_branch, total, vector, vector), (str(total.shape[2]),))
 
 
 def _mixed_shape(
@@ -117,7 +143,8 @@ def _mixed_shape(
     check.dtype(op, "residual", residual, torch.float32)
     _shape(op, branch, residual, weight, bias, keys, dropout, eps, mixed=True)
     outputs = ((branch.shape if wanted else (0,), like.dtype) for wanted, like in ((wide, residual), (copy, branch)))
-    return Call(branch, check.dtypes_of(branch, residual, weight, bias), (*outputs, residual))
+    dtypes = check.dtypes_of(branch, residual, weight, bias)
+    return Call(branch, dtypes, (*outputs, residual), (str(branch.shape[2]),))
 
 
 def _mixed_backward_shape(
@@ -134,7 +161,8 @@ def _mixed_backward_shape(
             _shape(op, total, grad, weight, None, keys, dropout, eps, ("total", name), mixed=True)
     vector = (total.shape[2:], torch.float32)
     dtypes = dict.fromkeys((branch_dtype, *check.dtypes_of(total, weight)))
-    return Call(total, tuple(dtypes), ((total.shape, branch_dtype), total, vector, vector))
+    outputs = ((total.shape, branch_dtype), total, vector, vector)
+    return Call(total, tuple(dtypes), outputs, (str(total.shape[2]),))
 
 
 def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -266,21 +294,21 @@ def _affine_gradients(
 _dropout_add_layer_norm = define(
     "dropout_add_layer_norm(Tensor branch, Tensor residual, Tensor? weight, Tensor? bias, Tensor? keys, float dropout,"
     " float eps) -> (Tensor, Tensor)",
-    _shape, _reference, Gradient(_gradient, _setup),
+    _shape, _reference, Gradient(_gradient, _setup), triton="norm",
 )  # fmt: skip
 _dropout_add_layer_norm_backward = define(
     "dropout_add_layer_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor? weight,"
     " Tensor? keys, float dropout, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward_shape, _backward_reference,
+    _backward_shape, _backward_reference, triton="norm",
 )  # fmt: skip
 _dropout_add_layer_norm_mixed = define(
     "dropout_add_layer_norm_mixed(Tensor branch, Tensor residual, Tensor? weight, Tensor? bias, Tensor? keys,"
     " float dropout, float eps, bool wide, bool copy) -> (Tensor, Tensor, Tensor)",
-    _mixed_shape, _mixed_reference, Gradient(_mixed_gradient, _setup_mixed),
+    _mixed_shape, _mixed_reference, Gradient(_mixed_gradient, _setup_mixed), triton="norm",
 )  # fmt: skip
 _dropout_add_layer_norm_mixed_backward = define(
     "dropout_add_layer_norm_mixed_backward(Tensor? grad_normed, Tensor? grad_copy, Tensor? grad_total, Tensor total,"
     " Tensor? weight, Tensor? keys, float dropout, float eps, ScalarType branch_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _mixed_backward_shape, _mixed_backward_reference,
+    _mixed_backward_shape, _mixed_backward_reference, triton="norm",
 )  # fmt: skip

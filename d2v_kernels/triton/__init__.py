@@ -20,7 +20,8 @@ from ..registry import Backend, Case
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NORMS = ("none", "layer", "instance", "batch")
-_WIDEST_HEAD = 128
+_WIDEST = {"attention": ("heads", 128), "dropout_add_layer_norm": ("rows", 4096)}
+"""By the operators' names: what one program holds, and of how many channels at most, which the trait says."""
 
 
 @functools.cache
@@ -60,9 +61,10 @@ def _limits(case: Case) -> list[str]:
 
 
 def _trait_limits(case: Case) -> list[str]:
-    if case.op.startswith("attention"):
-        too_wide = [n for n in case.traits if int(n) > _WIDEST_HEAD]
-        return [f"triton has heads of up to {_WIDEST_HEAD} channels, not of {n}" for n in too_wide]
+    for family, (what, widest) in _WIDEST.items():
+        if case.op.startswith(family):
+            too_wide = [n for n in case.traits if int(n) > widest]
+            return [f"triton has {what} of up to {widest} channels, not of {n}" for n in too_wide]
     return [f"triton normalises by {', '.join(_NORMS)}, not by {n}" for n in case.traits if n not in _NORMS]
 
 

@@ -151,6 +151,12 @@ def dot(a, b, TYPE: tl.constexpr):
 
 
 @triton.jit
+def in_order(x0, x1, x2, x3):
+    """Four words of each call of Philox next to each other along the last axis."""
+    return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
+
+
+@triton.jit
 def standardised(x, mask, count, eps, AXIS: tl.constexpr):
     """(x - mean) / sqrt(var + eps) over the masked part of `total`'s axes, and 1 / sqrt(var + eps). x is 0 where the
     mask is false; of what the result is there nothing is said.

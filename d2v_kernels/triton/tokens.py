@@ -22,7 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _checks as check
-from .runtime import NVIDIA, OPTIONS, Tile, column_sums, divide_up, on_device, power_of_two, rounded, warps
+from .runtime import (
+    NVIDIA,
+    OPTIONS,
+    Tile,
+    column_sums,
+    divide_up,
+    in_order,
+    on_device,
+    power_of_two,
+    rounded,
+    warps,
+)  # fmt: skip
 
 _NONE = tl.constexpr(2**31 - 1)
 FILL_SPLITS = 64  # parts of the positions, each with its partial sum
@@ -177,7 +188,7 @@ def _restore_noise_kernel(
             x0, x1, x2, x3 = tl.philox(key, c0, zero + j, zero, zero)
             z0, z1 = _normal(x0, x1, out.dtype.element_ty)
             z2, z3 = _normal(x2, x3, out.dtype.element_ty)
-            z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3)) * std
+            z = in_order(z0, z1, z2, z3) * std
             tl.store(place + start + c, rounded(z, out.dtype.element_ty), mask=start + c < channels)
 
 

@@ -168,6 +168,42 @@ def test_layer_norm_gelu(place, backend, dtype, shape) -> None:
     compare(got, *both(reference.layer_norm_gelu_backward, grad, x, weight, bias, 1e-5))
 
 
+@pytest.mark.parametrize("types", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)])
+@pytest.mark.parametrize("shape", [(3, 70, 64), (2, 9, 101), (2, 17, 768), (1, 3, 1300), (3, 5, 1)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_add_layer_norm(place, backend, types, shape, dropout) -> None:
+    half, kind = types
+    mixed = "" if half == kind else "_mixed"
+    place.need(f"dropout_add_layer_norm{mixed}", backend, half, str(shape[2]), more=(kind,))
+    branch, of_copy = (random_rows(shape, half, i) for i in range(2))
+    residual, of_normed, of_total = (random_rows(shape, kind, i, offset=i - 3.0) for i in range(2, 5))
+    weight, bias = 1.0 + 0.1 * torch.randn(shape[2]), 0.1 * torch.randn(shape[2])
+    last = (torch.tensor([1, -7, 2**40 + 5])[: shape[0]] if dropout else None, dropout, 1e-5)
+    rest = (place.put(last[0]), dropout, 1e-5)
+    moved = (arrange(place, branch, "rows_apart"), arrange(place, residual, "sliced"), *place.put(weight, bias), *rest)
+    grad, straight = arrange(place, of_normed, "offset"), arrange(place, of_total, "rows_apart")
+    if mixed:
+        normed, copied, total = ops.dropout_add_layer_norm_mixed(*moved, True, True)
+        assert torch.equal(copied, normed.to(half))
+        others = (grad, place.put(of_copy), straight)
+        got = ops.dropout_add_layer_norm_mixed_backward(*others, total, moved[2], *rest, half)
+        of_normed = of_normed + of_copy.float()
+    else:
+        normed, total = ops.dropout_add_layer_norm(*moved)
+        got = ops.dropout_add_layer_norm_backward(grad, straight, total, moved[2], *rest)
+    forward, backward = reference.dropout_add_layer_norm, reference.dropout_add_layer_norm_backward
+    compare(total, *(r[1] for r in both(forward, branch, residual, None, None, *last)))
+    none = torch.zeros(shape)  # the norm is that of the total as it is given back
+    compare(normed, *(r[0] for r in both(forward, none, total, weight, bias, None, 0.0, 1e-5)))
+    first = 0 if dropout else 1
+    compare(got[first:], *(r[first:] for r in both(backward, of_normed, of_total, total, weight, *last)))
+    if dropout:
+        kept = forward(none + 1.0, none, None, None, *last)[1] != 0.0
+        assert torch.equal(got[0].cpu() != 0.0, kept & (got[1].cpu() != 0.0))
+    else:
+        assert got[0].numel() == 0 or torch.equal(got[0], got[1].to(half))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("shape", "taps"),
@@ -233,6 +269,7 @@ def test_bits_repeat(place, backend) -> None:
             results += [*ops.masked_regression_loss(x, x.flip(0), rows, rows, 0.0, 1.0)]
             results += [*ops.layer_norm_gelu_backward(x, x.flip(0).contiguous(), x[0], x[1], 1e-5)]
             tokens, taps = x.view(4, 50, 96), x.view(-1)[: 96 * 24 * 5].view(96, 24, 5)
+            results += [*ops.dropout_add_layer_norm_backward(tokens, None, tokens.flip(0), None, rows[:4], 0.1, 1e-5)]
             results += [*ops.conv_layer_norm_gelu_backward(tokens, tokens, tokens.flip(0), taps, x[0], True, 1e-5)]
         runs.append(results)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

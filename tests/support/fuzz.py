@@ -156,6 +156,11 @@ def build_dropout_norm(r: random.Random, dtype: torch.dtype) -> Arguments:
             "dropout": r.choice([0.0, 0.3, 0.99]), "keys": keys(r, shape[0]), "eps": 1e-5}  # fmt: skip
 
 
+def build_mixed_norm(r: random.Random, dtype: torch.dtype) -> Arguments:
+    a = build_dropout_norm(r, dtype if dtype.itemsize == 2 else torch.bfloat16)
+    return {**a, "residual": floats(r, a["branch"].shape, torch.float32), "copy": True}
+
+
 def build_attend(r: random.Random, dtype: torch.dtype) -> Arguments:
     n, t, h, d = size(r, 1, 4), size(r, 1, 40), size(r, 1, 4), size(r, 1, 20)
     query, key, value = (floats(r, (n, t, h, d), dtype) for _ in range(3))
@@ -311,6 +316,11 @@ SPLIT: dict[str, Any] = {
     **EMA, "fitted": ("sources",), "rows": ("averages", "sources"),
     "extra": (overlap("averages"), overlap("low"), negated("averages"), shorter("low"), shorter("sources")),
 }  # fmt: skip
+NORM: dict[str, Any] = dict(
+    rows=("branch", "residual"), tensors=("keys",), fitted=("residual", "keys", "weight"),
+    numbers={"dropout": [NAN, -0.1, 1.0, 7.0], "eps": [NAN, 0.0, -1.0, INF]},
+    gradients=("branch", "residual", "weight", "bias"),
+)  # fmt: skip
 ATTEND: dict[str, Any] = dict(
     rows=("query", "key", "value"), fitted=("key", "value"), gradients=("query", "key", "value")
 )
@@ -345,11 +355,8 @@ OPERATORS = {
         fitted=("target_rows",), ranges=("prediction_rows", "target_rows"),
         numbers={"beta": [NAN, -1.0, INF], "scale": [NAN, INF]}, gradients=("prediction",),
     ),
-    "dropout_add_layer_norm": Operator(
-        dk.dropout_add_layer_norm, build_dropout_norm, rows=("branch", "residual"), tensors=("keys",),
-        fitted=("residual", "keys", "weight"), numbers={"dropout": [NAN, -0.1, 1.0, 7.0], "eps": [NAN, 0.0, -1.0, INF]},
-        gradients=("branch", "residual", "weight", "bias"),
-    ),
+    "dropout_add_layer_norm": Operator(dk.dropout_add_layer_norm, build_dropout_norm, **NORM),
+    "dropout_add_layer_norm mixed": Operator(dk.dropout_add_layer_norm, build_mixed_norm, **NORM),
     "attend": Operator(
         dk.attend, build_attend, **ATTEND,
         numbers={"dropout": [NAN, -0.1, 1.0], "engine": ["x"], "scale": [NAN, INF],

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 if sys.argv[1:2] == ["amd"]:
     torch.version.hip = "7.0"  # what the launchers ask
 
-from d2v_kernels.triton import attention, convolution, ema, gelu, layers, loss, runtime_norm, tokens
+from d2v_kernels.triton import attention, convolution, ema, gelu, layers, loss, norm, runtime_norm, tokens
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -121,6 +121,18 @@ def activation(dtype: torch.dtype, count: int = 100, width: int = 3072) -> None:
     gelu.gelu_backward_(x, x)
 
 
+def block_norm(dtype: torch.dtype, mixed: bool, dropout: float, n: int = 3, t: int = 125, width: int = 768) -> None:
+    """dropout_add_layer_norm; mixed: rows of float32 beside a branch of the dtype."""
+    branch, x = (rows(n, t, width, dtype=d) for d in (dtype, F32 if mixed else dtype))
+    w, rest = rows(width, dtype=F32), (torch.zeros(n, dtype=torch.int64), dropout, 1e-5)
+    if mixed:
+        norm.dropout_add_layer_norm_mixed(branch, x, w, w, *rest, True, True)
+        norm.dropout_add_layer_norm_mixed_backward(x, branch, x, x, w, *rest, dtype)
+    else:
+        norm.dropout_add_layer_norm(branch, x, w, w, *rest)
+        norm.dropout_add_layer_norm_backward(x, x, x, w, *rest)
+
+
 def gather_backward(dtype: torch.dtype) -> None:
     tokens.gather_tokens_backward(rows(32, 39, 768, dtype=dtype), numbers(32, 39), 16, 196)
 
@@ -155,6 +167,12 @@ CASES: dict[str, Callable[[], object]] = {
     "speech front-end": lambda: front_end(BF16, F32),
     "decoder, no affine": lambda: front_end(F32, None),
     "decoder, bias and residual": decoder_norm,
+    "blocks under autocast": lambda: block_norm(BF16, True, 0.1),
+    "blocks under autocast, no dropout": lambda: block_norm(F16, True, 0.0),
+    "blocks, bfloat16": lambda: block_norm(BF16, False, 0.1),
+    "blocks, float32": lambda: block_norm(F32, False, 0.1),
+    "blocks, 1280 channels": lambda: block_norm(BF16, True, 0.1, width=1280),
+    "blocks, the widest rows": lambda: block_norm(BF16, True, 0.1, width=4096),
     "GELU": lambda: activation(BF16),
     "GELU, float32": lambda: activation(F32),
 }
@@ -216,6 +234,11 @@ VARIED: dict[str, tuple[Callable[[int, int], object], list[tuple[int, int]]]] = 
     "restore with rows": (lambda n, t: restore(BF16, False, n, 16, t), [(2, 150), (1, 129), (16, 160), (5, 250)]),
     "loss": (lambda n, _: regression(BF16, F32, True, n), [(300, 0), (1, 0), (2, 0), (16, 0), (4096, 0), (70001, 0)]),
     "GELU": (lambda n, width: activation(BF16, n, width), [(100, 3072), (1, 512), (3, 1280), (70001, 768)]),
+    "blocks": (
+        lambda n, t: block_norm(BF16, True, 0.6 if n % 2 else 0.1, n, t),
+        [(2, 125), (1, 1), (3, 16), (16, 48), (5, 999)],
+    ),
+    "blocks, no dropout": (lambda n, t: block_norm(BF16, False, 0.0, n, t), [(2, 125), (1, 1), (3, 16), (16, 48)]),
     "front-end": (lambda n, _: front_end(BF16, F32, n), [(100, 0), (1, 0), (16, 0), (4097, 0), (70000, 0)]),
 }
 

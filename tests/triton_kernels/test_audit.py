@@ -18,6 +18,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "d2v_kernels" / "triton"
 # Pointers to what the operators allocate in float32 or take as integers.
 WIDE = {
     "lengths", "valid", "positions", "dropout_keys", "tokens._restore_noise_kernel:keys", "index", "restore",
+    "norm._norm_kernel:keys", "norm._norm_backward_kernel:keys",
     "prediction_rows", "target_rows", "table",  # integers
     "slopes", "log_sum", "delta", "parts", "weight_sums", "bias_sums", "sums", "means", "spreads", "m2s", "batch_means",
     "batch_spreads", "errors", "moments", "deviations", "loss", "prediction_std", "target_std",
@@ -43,6 +44,7 @@ EXTREMA = {
     ("attention._attention_dkdv_kernel", "tl.minimum(tl.load(lengths + n).to(tl.int32), tokens)"): INTEGERS,
     ("convolution._convolution_weights_kernel", "tl.minimum(rows, begin + per_split)"): INTEGERS,
     ("runtime_norm._backward_kernel", "tl.minimum(rows, (split + 1) * per_split)"): INTEGERS,
+    ("norm._norm_backward_kernel", "tl.minimum(rows, (split + 1) * per_split)"): INTEGERS,
     ("layers._one_read_kernel", "tl.maximum(length, 1)"): INTEGERS,
     ("layers._statistics_kernel", "tl.maximum(length, 1)"): INTEGERS,
     ("layers._statistics_kernel", "tl.maximum(counts, 0.0)"): COUNT,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton_kernels.conftest import run_child
 
-from d2v_kernels import _env, average_layers, registry, use_backend
+from d2v_kernels import _env, average_layers, prefers_dropout_add_layer_norm, registry, use_backend
 
 pytestmark = pytest.mark.skipif(_env.triton_interpreter(), reason="of a process without the interpreter")
 BACKEND = next(b for b in registry.backends() if b.name == "triton")
@@ -54,6 +54,7 @@ def test_without_triton_everything_else_works() -> None:
     [
         (registry.Case("gather_tokens", "cuda", (torch.float64,)), "triton has no float64 kernels"),
         (registry.Case("average_layers", "cuda", (torch.float32,) * 2, ("group", "none")), "not by group"),
+        (registry.Case("dropout_add_layer_norm", "cuda", (torch.float32,), ("4097",)), "rows of up to 4096 channels"),
         (registry.Case("gather_tokens", "mps", (torch.float32,)), "not on mps"),
         (registry.Case("conv", "cuda", (torch.float32,)), "triton has no conv"),
     ],
@@ -63,10 +64,31 @@ def test_reasons(case, words) -> None:
 
 
 def test_every_operator_has_a_kernel() -> None:
-    """But averages in two halves, an option of the native backend, and the norm that blocks use on a CPU."""
-    without = {"update_split_ema_", "dropout_add_layer_norm", "dropout_add_layer_norm_backward",
-               "dropout_add_layer_norm_mixed", "dropout_add_layer_norm_mixed_backward"}  # fmt: skip
-    assert set(BACKEND.implementations) == set(registry.OPERATORS) - without
+    """But averages in two halves, an option of the native backend."""
+    assert set(BACKEND.implementations) == set(registry.OPERATORS) - {"update_split_ema_"}
+
+
+@pytest.mark.parametrize(
+    ("device", "branch", "dropout", "channels", "expected"),
+    [
+        ("cuda", torch.bfloat16, 0.0, 768, True),  # what blocks have under autocast
+        ("cuda", torch.float32, 0.1, 768, True),
+        ("cuda", torch.float32, 0.0, 768, False),
+        ("cuda", torch.bfloat16, 0.1, 4097, False),
+        ("cuda", torch.float64, 0.1, 768, False),
+        ("cpu", torch.bfloat16, 0.0, 4097, True),
+        ("mps", torch.bfloat16, 0.1, 768, False),
+    ],
+)
+def test_blocks_on_gpus_take_the_norm_in_one_pass(
+    needs_triton, monkeypatch, device, branch, dropout, channels, expected
+) -> None:
+    monkeypatch.setattr(registry, "_warned", {"cuda"})
+    residual = torch.float64 if branch == torch.float64 else torch.float32
+    assert prefers_dropout_add_layer_norm(device, branch, residual, channels, dropout) is expected
+    with use_backend("reference"):
+        forced = prefers_dropout_add_layer_norm(device, branch, residual, channels, dropout)
+    assert forced is (expected and device == "cpu")
 
 
 def test_order_of_preference() -> None:

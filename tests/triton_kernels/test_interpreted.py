@@ -17,7 +17,7 @@ from triton_kernels.conftest import run_child
 
 from d2v_kernels import _env
 
-FAMILIES = ("layers", "ema", "tokens", "loss", "gelu", "gelu_linear", "convolution", "attention")
+FAMILIES = ("layers", "ema", "tokens", "loss", "gelu", "gelu_linear", "norm", "norm_mixed", "convolution", "attention")
 OPERATORS = [f"tests/ops/test_{family}.py" for family in FAMILIES]
 # Too many programs for an interpreter, or float64; `interpreted` has small tests of the same properties.
 LEFT_OUT = ["published", "gradcheck", "thread_count", "is_normal", "monitors_see"]

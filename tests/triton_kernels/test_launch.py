@@ -10,8 +10,7 @@ import pytest
 from triton_kernels.conftest import run_child
 
 pytest.importorskip("triton")
-from d2v_kernels.triton import ema, layers, loss, runtime, tokens
-from d2v_kernels.triton import runtime_norm as norm
+from d2v_kernels.triton import ema, layers, loss, norm, runtime, runtime_norm, tokens
 from d2v_kernels.triton.runtime import Tile
 
 WIDTHS = [1, 2, 7, 16, 31, 96, 100, 512, 768, 1024, 1280, 4096, 5000]
@@ -23,8 +22,8 @@ def tiles(channels: int) -> list[Tile]:
     return [
         layers.row_tile(channels), *one_read, layers.statistics_tile(channels),
         layers.combine_tile(channels, False), layers.combine_tile(channels, True), Tile.copy(channels),
-        tokens.noise_tile(channels), Tile.columns(channels), loss.loss_tile(channels), norm.row_tile(channels),
-        norm.backward_tile(channels, True), norm.backward_tile(channels, False),
+        tokens.noise_tile(channels), Tile.columns(channels), loss.loss_tile(channels), runtime_norm.row_tile(channels),
+        runtime_norm.backward_tile(channels, True), runtime_norm.backward_tile(channels, False),
     ]  # fmt: skip
 
 
@@ -42,8 +41,8 @@ def test_blocks_are_powers_of_two_and_fit(channels) -> None:
 
 @pytest.mark.parametrize("channels", WIDTHS)
 def test_whole_rows_are_whole(channels) -> None:
-    for tile in (layers.row_tile(channels), layers.combine_tile(channels, True), norm.row_tile(channels),
-                 norm.backward_tile(channels, True), norm.backward_tile(channels, False)):  # fmt: skip
+    for tile in (layers.row_tile(channels), layers.combine_tile(channels, True), runtime_norm.row_tile(channels),
+                 runtime_norm.backward_tile(channels, True), runtime_norm.backward_tile(channels, False)):  # fmt: skip
         assert tile.channels >= channels
 
 
@@ -67,11 +66,12 @@ def test_records_are_frozen() -> None:
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 1000, 1024, 1025, 70001, 3_000_000])
 def test_splits_cover_the_rows(rows) -> None:
-    for tile, per_split, most in (
-        (loss.loss_tile(768), runtime.rows_per_split(rows, loss.loss_tile(768), loss.LOSS_SPLITS), loss.LOSS_SPLITS),
-        (norm.backward_tile(512, True),
-         runtime.rows_per_split(rows, norm.backward_tile(512, True), norm.GELU_SPLITS, blocks=4), norm.GELU_SPLITS),
-    ):  # fmt: skip
+    for tile, most, blocks in (
+        (loss.loss_tile(768), loss.LOSS_SPLITS, 1),
+        (runtime_norm.backward_tile(512, True), runtime_norm.GELU_SPLITS, 4),
+        (runtime_norm.backward_tile(768, True), norm.NORM_SPLITS, 4),
+    ):
+        per_split = runtime.rows_per_split(rows, tile, most, blocks)
         splits = -(-rows // per_split)
         assert 1 <= splits <= most
         assert per_split % tile.rows == 0
@@ -86,7 +86,7 @@ def test_other_sizes_compile_nothing_new(needs_triton, triton_cache) -> None:
     # 100 channels: the distance between samples is a multiple of 16 or not, and Triton distinguishes.
     first, all_sizes = counts.pop("odd width")
     assert (first, all_sizes) == (1, 2)
-    assert len(counts) == 12
+    assert len(counts) == 14
     for name, (first, all_sizes) in counts.items():
         assert first >= 1
         assert all_sizes == first, f"{name}: {first} kernels for the first size, {all_sizes} for all"

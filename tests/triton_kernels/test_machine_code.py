@@ -46,6 +46,8 @@ BUDGETS = {
     "backward_kernel": Budget(168),
     "gelu_kernel": Budget(48),
     "gelu_backward_kernel": Budget(64),
+    "norm_kernel": Budget(112),
+    "norm_backward_kernel": Budget(176),
 }
 # Kernels with a maximum of floats, which are counts of rows there; PTX's returns the number where one operand is NaN.
 COUNTING = {"statistics_kernel", "merge_kernel", "partial_loss_kernel", "merge_loss_kernel"}

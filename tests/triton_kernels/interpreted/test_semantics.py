@@ -47,6 +47,10 @@ def arguments(op: str, dtype: torch.dtype) -> tuple[Any, ...]:
 
     keys, index = torch.tensor([1, 2]), torch.tensor([[0, 2, 1, 2], [1, 0, 2, 5]])
     rows, wide = normal(12, 40), normal(40, kind=F32)
+    half, last = BF16 if dtype == F32 else dtype, (wide, keys, 0.5, 1e-5)
+    # Whole numbers, whose sums are exact in every dtype: the norm is that of the rounded sum, the definition's is not.
+    branch, residual = ((4.0 * normal(2, 6, 40, kind=F32)).round().to(dtype) for _ in range(2))
+    affine, tall = (wide, normal(40), *last[1:]), lambda: normal(2, 6, 40, kind=F32)
     return {
         "average_layers": lambda: ([normal(2, 6, 40) for _ in range(3)], "instance", "layer", None, 1e-5, dtype),
         "update_ema_": lambda: ([normal(300)], [normal(300)], [normal(300)], 0.3, None),
@@ -58,6 +62,17 @@ def arguments(op: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "masked_regression_loss_backward": lambda: (wide[0], rows, normal(12, 40), None, None, 0.0, 0.3),
         "layer_norm_gelu": lambda: (rows, wide, normal(40), 1e-5),
         "layer_norm_gelu_backward": lambda: (normal(12, 40), rows, normal(40), normal(40), 1e-5),
+        "dropout_add_layer_norm": lambda: (branch, residual, *affine),
+        "dropout_add_layer_norm_backward": lambda: (*(normal(2, 6, 40) for _ in range(3)), *last),
+        "dropout_add_layer_norm_mixed": lambda: (branch.to(half), residual.float(), *affine, True, True),
+        "dropout_add_layer_norm_mixed_backward": lambda: (
+            tall(),
+            normal(2, 6, 40, kind=half),
+            tall(),
+            tall(),
+            *last,
+            half,
+        ),
         "conv_layer_norm_gelu": lambda: (normal(2, 6, 40), normal(40, 10, 3), wide, True, 1e-5),
         "conv_layer_norm_gelu_backward": lambda: (
             *(normal(2, 6, 40) for _ in range(3)),
