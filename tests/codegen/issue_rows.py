@@ -97,6 +97,13 @@ ROWS = [
         why="one matching row at a time; CUDA is preferred"),
     Row("restore_tokens backward, fill, bf16 (Triton)", "restore with noise", "_fill_sums_kernel", least=24 * 1024,
         why="CUDA is preferred"),
+    *(
+        Row(f"dropout_add_layer_norm{of}{part} (Triton)", case, kernel)
+        for of, case in (
+            (", mixed", "blocks under autocast"), (", bf16", "blocks, bfloat16"), (", fp32", "blocks, float32"),
+        )
+        for part, kernel in (("", "_norm_kernel"), (" backward", "_norm_backward_kernel"))
+    ),
     Row("sums over rows (Triton)", "restore with noise", "_column_sums_kernel"),
 ]  # fmt: skip
 PAIRS = {
