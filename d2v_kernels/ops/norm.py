@@ -89,6 +89,10 @@ def prefers_dropout_add_layer_norm(
     Returns:
         True on CPUs and, where a backend has kernels for such rows, on GPUs: with dropout, which PyTorch draws and
         keeps, and for two dtypes, of which it writes copies. Measured on CPUs; on GPUs it follows from the bytes.
+
+    Example:
+        >>> prefers_dropout_add_layer_norm("cpu", torch.bfloat16, torch.float32, 768, 0.0)
+        True
     """
     mixed = residual == torch.float32 and branch in _HALVES
     if not mixed and (branch != residual or dropout == 0.0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,9 +18,18 @@ from d2v.data.dataset import Batch
 from d2v.model.data2vec import Data2Vec
 from d2v.model.masking import make_mask_sampler
 from d2v.train.flops import PEAKS, Shape, count_flops, count_work, describe_rates, find_peak, shape_of
+from d2v_kernels import choose_products
 
 SAMPLES = 2
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def countable() -> Iterator[None]:
+    """Products that PyTorch's counter knows."""
+    choose_products("library")
+    yield
+    choose_products("auto")
 
 
 def change(config: Config, **sections: dict[str, Any]) -> Config:
