@@ -156,6 +156,16 @@ def test_masked_regression_loss(place, backend, types, beta) -> None:
     compare(got, *both(reference.masked_regression_loss_backward, torch.tensor(0.7), x, y, *arguments))
 
 
+def compare_gradients(got: tuple[Tensor, ...], truth: tuple[Tensor, ...], careful: tuple[Tensor, ...]) -> None:
+    """Of rows and vectors. Beside bfloat16 rows, float32 sums have the error of GELU's short form, up to 1.2e-4."""
+    for result, true, close in zip(got, truth, careful, strict=True):
+        if got[0].dtype == BF16 and result.dtype == F32:
+            error = (result.cpu().double() - true.double()).abs().max()
+            assert float(error) <= 3e-4 * float(true.abs().max())
+        else:
+            compare(result, true, close)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(70, 512), (9, 100), (3, 1)])
 def test_layer_norm_gelu(place, backend, dtype, shape) -> None:
@@ -165,7 +175,7 @@ def test_layer_norm_gelu(place, backend, dtype, shape) -> None:
     moved = (arrange(place, x, "rows_apart"), *place.put(weight, bias), 1e-5)
     compare(ops.layer_norm_gelu(*moved), *both(reference.layer_norm_gelu, x, weight, bias, 1e-5))
     got = ops.layer_norm_gelu_backward(place.put(grad), *moved)
-    compare(got, *both(reference.layer_norm_gelu_backward, grad, x, weight, bias, 1e-5))
+    compare_gradients(got, *both(reference.layer_norm_gelu_backward, grad, x, weight, bias, 1e-5))
 
 
 @pytest.mark.parametrize("types", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)])
@@ -227,7 +237,7 @@ def test_conv_layer_norm_gelu(place, backend, dtype, shape, taps) -> None:
     compare(out, *normed)
     grad = torch.randn(out.shape, generator=generator).to(dtype)
     got = ops.conv_layer_norm_gelu_backward(place.put(grad), moved[0], y, *moved[1:])
-    compare(got, *both(reference.conv_layer_norm_gelu_backward, grad, x, y, weight, bias, residual, 1e-5))
+    compare_gradients(got, *both(reference.conv_layer_norm_gelu_backward, grad, x, y, weight, bias, residual, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
