@@ -19,6 +19,7 @@ from d2v.model.layers import (
     convolve,
     fused_layer,
     norm_gelu,
+    product_dtype,
     takes_fused_layer,
     valid_positions,
 )
@@ -143,10 +144,8 @@ class Positions(nn.Module):
         """Whether blocks get full rows packed; extra tokens have no place in a packed ALiBi."""
         if self.packed == "never" or torch.compiler.is_compiling() or (self.extra > 0 and self.alibi is not None):
             return False
-        kind = x.device.type
-        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if casts else x.dtype
-        return self.packed == "always" or prefers_packed(kind, dtype, self.head_width, alibi=self.alibi is not None)
+        where = x.device.type, product_dtype(x), self.head_width
+        return self.packed == "always" or prefers_packed(*where, alibi=self.alibi is not None)
 
 
 class SequencePositions(Positions):
