@@ -38,6 +38,11 @@ inline Call host_call(const char* op) {
   return {op, "the CPU", -1, [](const Tensor& t) { return t.is_cpu(); }};
 }
 
+// What sums over rows of x are formed in.
+inline ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // ---- average_layers ----
 
 inline Norm norm_of(const char* op, const char* name, const std::string& norm) {

@@ -12,10 +12,6 @@ Tensor checked(const Call& call, const char* name, const Tensor& t) {
   return t;
 }
 
-ScalarType wide_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // A sequence (N, T, C) is a grid of one row.
 ConvolutionArgs describe(const Call& call, const Tensor& x, const Tensor& weight) {
   const int64_t axes = x.dim() - 2;
@@ -55,7 +51,7 @@ std::tuple<Tensor, Tensor> conv_layer_norm_gelu_cpu(const Tensor& x, const Tenso
   Tensor y = empty_rows(a, x, a.D), out = empty_rows(a, x, a.D), shift;
   if (bias.has_value()) {
     check_same_shape(call, "bias", torch::stable::select(torch::stable::flatten(weight, 1, -1), 1, 0), *bias);
-    shift = torch::stable::contiguous(torch::stable::to(*bias, wide_type(x)));
+    shift = torch::stable::contiguous(torch::stable::to(*bias, compute_type(x)));
   }
   const ConvolutionEnds ends{bias.has_value() ? shift.const_data_ptr() : nullptr, nullptr, y.mutable_data_ptr()};
   convolution(a, {weight.const_data_ptr(), element_type(call.op, "weight", weight), false}, ends, torch_parallel());
@@ -76,11 +72,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_layer_norm_gelu_backward_cpu(const Tenso
                     call.op, ": grad and y: expected the dtype and the rows of x with the channels of weight");
   }
   // Gradient of the convolution's result; its sum over rows is that of the bias.
-  Tensor of_y = empty_rows(a, x, a.D), totals = new_tensor(x, {bias.has_value() ? a.D : 0}, wide_type(x));
+  Tensor of_y = empty_rows(a, x, a.D), totals = new_tensor(x, {bias.has_value() ? a.D : 0}, compute_type(x));
   const NormGeluGradient norm{grad.const_data_ptr(),   a.D,     a.type,
                               of_y.mutable_data_ptr(), nullptr, bias.has_value() ? totals.mutable_data_ptr() : nullptr};
   layer_norm_gelu_backward(norm_of_rows(call, a, y, eps), norm, torch_parallel());
-  Tensor of_weight = torch::stable::new_empty(weight, weight.sizes(), wide_type(x));
+  Tensor of_weight = torch::stable::new_empty(weight, weight.sizes(), compute_type(x));
   convolution_backward_weight(a, of_y.const_data_ptr(), of_weight.mutable_data_ptr(), torch_parallel());
   Tensor of_x = torch::stable::empty_like(x);
   std::swap(a.C, a.D);

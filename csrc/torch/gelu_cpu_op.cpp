@@ -17,10 +17,6 @@ void check_like(const char* op, const char* name, const Tensor& expected, const 
   check_same_shape(host_call(op), name, expected, t);
 }
 
-ScalarType compute_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // Weight or bias in the type computed in; keeps alive what the kernels read.
 OptionalTensor vector_of(const char* op, const char* name, const Tensor& x, const OptionalTensor& t) {
   if (!t.has_value()) return std::nullopt;
