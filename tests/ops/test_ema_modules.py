@@ -407,6 +407,8 @@ def run_rank(rank: int, folder: str) -> None:
         for options in ({}, {"copies": torch.bfloat16}, {"buffers": "average"}, {"split": True}):
             if rank < ranks:
                 step_sharded(mesh, **options)
+    # A rank that is done closes its connections while others may still read from them.
+    dist.barrier()
     dist.destroy_process_group()
 
 

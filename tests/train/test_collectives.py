@@ -63,6 +63,7 @@ def reduce_everything(rank: int, config: Config) -> dict[str, Any]:
     means = window.means(ranks.sum_)
     found["failure"] = find_failure({"step": 1, **means}, config.run, 8)
     found["prediction_std"] = str(means["prediction_std"])
+    dist.barrier()
     dist.destroy_process_group()
     return found
 

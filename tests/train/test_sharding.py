@@ -45,6 +45,7 @@ def count_gathers(rank: int, port: int, folder: str) -> None:
             loss.backward()
         counts += [gathers(forward), gathers(backward)]
     Path(folder, str(rank)).write_text(" ".join(map(str, counts)), encoding="utf-8")
+    dist.barrier()
     dist.destroy_process_group()
 
 
