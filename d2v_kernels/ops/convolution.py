@@ -61,13 +61,13 @@ def prefers_conv_layer_norm_gelu(device: str, dtype: torch.dtype) -> bool:
         dtype: of the rows, under autocast its own.
 
     Returns:
-        True on CPUs in bfloat16, where native code is loaded and AMX is not in use, which nobody measured.
+        True on CPUs in bfloat16, where native code is loaded.
 
     Example:
         >>> prefers_conv_layer_norm_gelu("cuda", torch.bfloat16)
         False
     """
-    return device == "cpu" and dtype == torch.bfloat16 and cpu_level() not in ("", "amx")
+    return device == "cpu" and dtype == torch.bfloat16 and cpu_level() != ""
 
 
 def _shape(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, eps: float) -> Call:
