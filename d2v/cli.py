@@ -336,8 +336,8 @@ COMMANDS = {
     ),
     "data pack": Command("write images, speech or text as shards of even size", options.Pack, _pack),
     "data tokenizer": Command(
-        "train a tokenizer on text, or import the published one", options.Tokenizer,
-        "d2v.data.tokenizer:write_tokenizer", ("output", "data.path"),
+        "train a tokenizer on text, or take over another one", options.Tokenizer,
+        "d2v.interop.tokenizer:write_tokenizer", ("output", "data.path"),
     ),
 }  # fmt: skip
 """All commands, in the order of the help."""

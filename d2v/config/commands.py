@@ -285,7 +285,11 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """Writes a tokenizer for --data.tokenizer: byte-level BPE trained on text, or the published one imported."""
+    """Writes a tokenizer for --data.tokenizer: byte-level BPE trained on text, the published one, or your own.
+
+    Models here have the special tokens where RoBERTa has them: <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> last. A
+    tokenizer made elsewhere gets new ids and these names for its special tokens, and is otherwise what it was.
+    """
 
     output: Path
     """Folder to write; absent or empty."""
@@ -295,3 +299,5 @@ class Tokenizer:
     """Tokens, with the 5 special ones and 256 for single bytes."""
     gpt2: str | None = None
     """Folder with encoder.json, vocab.bpe and dict.txt of the published models, in place of --data.path."""
+    source: str | None = setting(None, option="from")
+    """Your own, in place of --data.path: tokenizer.json, or a folder with it or with vocab.json and merges.txt."""

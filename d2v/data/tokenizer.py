@@ -19,12 +19,10 @@ from typing import Any, BinaryIO
 from d2v.data.sources import (
     Rejected,
     check_encoding,
-    check_output,
     count_endings,
     describe_error,
     ending_of,
     find_files,
-    for_example,
     list_left_out,
     open_regular,
     printable,
@@ -236,14 +234,18 @@ class BytePairs:
         ids = {name: self._tokenizer.token_to_id(name) for name in (*SPECIALS, MASK)}
         mask = ids[MASK]
         wrong = {name: ids[name] for i, name in enumerate(SPECIALS) if ids[name] != i}
-        if wrong or mask is None:
-            found = wrong or {MASK: None}
+        if wrong or mask in (None, len(SPECIALS)):  # nothing before the mask: pieces stand behind it
+            found = wrong or {MASK: mask}
             raise ValueError(
-                f"{option}: expected <s> 0, <pad> 1, </s> 2, <unk> 3 and <mask> in {str(file)!r}, got {found}"
+                f"{option}: expected <s> 0, <pad> 1, </s> 2, <unk> 3 and <mask> behind the pieces in {str(file)!r}, got "
+                f"{found}; `d2v data tokenizer --from` makes it fit a new model"
             )
+        assert mask is not None
         self.mask_token: int = mask
-        # Pieces that the published dictionary lacks have ids behind the mask; they are unknown.
-        self._has_more = self._tokenizer.get_vocab_size() > self.vocabulary
+        # Pieces that the published dictionary lacks have ids behind the mask; they are unknown. So is the name of a
+        # special token in a text, which a unigram model takes for any other piece.
+        more = self._tokenizer.get_vocab_size() > self.vocabulary
+        self._has_odd = more or type(self._tokenizer.model).__name__ == "Unigram"
 
     @property
     def vocabulary(self) -> int:
@@ -252,9 +254,10 @@ class BytePairs:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
+        mask = self.mask_token
         encoded = [e.ids for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-        if self._has_more:
-            encoded = [[i if i < self.vocabulary else UNKNOWN for i in ids] for ids in encoded]
+        if self._has_odd:
+            encoded = [[i if len(SPECIALS) <= i < mask else UNKNOWN for i in ids] for ids in encoded]
         return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -315,85 +318,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> tuple[str, int]:
     tokenizer.add_special_tokens([AddedToken(MASK, special=True)])
     text: str = tokenizer.to_str()
     return text, missing
-
-
-def import_gpt2(folder: Path) -> str:
-    """JSON of the published tokenizer: GPT-2's `encoder.json` and `vocab.bpe`, with the ids of fairseq's `dict.txt`.
-
-    Id 4 + i is the GPT-2 piece named in line i of the dictionary; `<mask>` comes behind its last line. Pieces that the
-    dictionary does not name become `<unk>`.
-
-    Raises:
-        ValueError: a file is missing or is not what it should be.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    pieces, merges, names = _read_published(folder)
-    by_number = {str(number): piece for piece, number in pieces.items()}
-    ids = {name: i for i, name in enumerate(SPECIALS)}
-    for i, name in enumerate(names):
-        # Names that are no GPT-2 number are fillers, which never occur.
-        ids[by_number.get(name, f"<{name}>")] = len(SPECIALS) + i
-    mask = len(SPECIALS) + len(names)
-    ids[MASK] = mask
-    for piece in pieces:
-        ids.setdefault(piece, len(ids))
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in (*SPECIALS, MASK)])
-    text: str = tokenizer.to_str()
-    return text
-
-
-def _read_published(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list[str]]:
-    """GPT-2's pieces with their numbers, its merges, and the names in the order of fairseq's dictionary."""
-    texts: dict[str, str] = {}
-    for name in ("encoder.json", "vocab.bpe", "dict.txt"):
-        try:
-            texts[name] = read_text_file(folder / name)
-        except (OSError, ValueError):
-            raise ValueError(
-                f"gpt2: expected encoder.json, vocab.bpe and dict.txt in {str(folder)!r}, no {name}"
-            ) from None
-    try:
-        pieces: Any = json.loads(texts["encoder.json"])
-    except ValueError as error:
-        raise ValueError(f"gpt2: cannot read {str(folder / 'encoder.json')!r}: {error}") from None
-    if not isinstance(pieces, dict) or not all(isinstance(v, int) for v in pieces.values()):
-        raise ValueError(f"gpt2: expected pieces with numbers in {str(folder / 'encoder.json')!r}")
-    merges = [
-        (first, second)
-        for line in texts["vocab.bpe"].split("\n")
-        if line and not line.startswith("#version")
-        for first, second in [line.rstrip("\r").split(" ", 1)]
-    ]
-    names = [line.split(" ", 1)[0] for line in texts["dict.txt"].split("\n") if line.strip()]
-    return pieces, merges, names
-
-
-def write_tokenizer(output: Path, path: str | None, *, vocabulary: int, gpt2: str | None = None) -> str:
-    """Trains a tokenizer on the text at `path`, or imports the published files in `gpt2`; returns a summary.
-
-    Raises:
-        ValueError: both or none are given, no text, an `output` that is not empty.
-    """
-    if (path is None) == (gpt2 is None):
-        raise ValueError(
-            "data.path: expected one of --data.path and --gpt2, got " + ("none" if path is None else "both")
-        )
-    check_output(output)
-    note = ""
-    if gpt2 is not None:
-        text = import_gpt2(Path(gpt2))
-    else:
-        reader = DocumentReader(find_texts(path or "", "data.path"))
-        text, unused = train_tokenizer(reader, vocabulary)
-        note = f", {unused} of them never occur" if unused else ""
-        if reader.rejected:
-            note += f"; left out {len(reader.rejected)}{for_example(reader.rejected)}"
-    save_tokenizer(text, output)
-    return f"{output}: {BytePairs(output, 'output').vocabulary} tokens{note}"
 
 
 def save_tokenizer(text: str, folder: Path) -> None:

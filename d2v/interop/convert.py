@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
 import torch
 
 from d2v.config.finetune import read_config
+from d2v.data.sources import read_text_file
 from d2v.data.tokenizer import FILE as TOKENIZER
-from d2v.data.tokenizer import BytePairs
+from d2v.data.tokenizer import BytePairs, save_tokenizer
 from d2v.folder import CONFIG, find_checkpoint, load_json
 from d2v.interop import fairseq, huggingface
+from d2v.interop.tokenizer import convert_tokenizer
 from d2v.model.data2vec import Data2Vec
 from d2v.model.finetuned import FineTuned
 from d2v.model.saving import ORIGIN, Origin, write_folder
@@ -32,8 +35,11 @@ def import_checkpoint(source: str, output: str) -> str:
     if not path.exists():
         raise ValueError(f"from: expected a checkpoint file or a transformers folder, found none at {source!r}")
     model = huggingface.load(path) if path.is_dir() else fairseq.load(path)
-    write_folder(model, folder)
     encoder = model.encoder if isinstance(model, FineTuned) else model
+    tokenizer, note = _take_tokenizer(path, model) if encoder.config.stem.modality == "text" else (None, "")
+    write_folder(model, folder)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder / "tokenizer")
     count = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
     stem = model.config.stem
     head = ""
@@ -41,26 +47,37 @@ def import_checkpoint(source: str, output: str) -> str:
         settings = model.head.settings
         shown = ", ".join(model.labels[:6]) + (", ..." if len(model.labels) > 6 else "")
         head = f", fine-tuned: {settings.task}, {settings.outputs} outputs ({shown})"
-    note = _import_tokenizer(path, folder) if stem.modality == "text" else ""
     return (
         f"{folder}: data2vec {model.config.version}.0, {stem.modality}, {count / 1e6:.1f} M parameters of the student"
         f"{head}{note}\n{LICENCES}"
     )
 
 
-def _import_tokenizer(source: Path, folder: Path) -> str:
-    """Takes the `tokenizer.json` of a foreign model along; a note about it."""
-    file, kept = (source if source.is_dir() else source.parent) / TOKENIZER, folder / "tokenizer"
-    hint = f"`d2v data tokenizer --help` says how to make one, to be put into {str(kept)!r}."
-    if not file.is_file():
-        return f"\nText needs its tokenizer, and there is no {TOKENIZER} beside the weights: {hint}"
+def _take_tokenizer(source: Path, model: Data2Vec | FineTuned) -> tuple[str | None, str]:
+    """The tokenizer of a foreign model, where it can be taken along, and a note about it.
+
+    Where it has its special tokens at other ids than ours, it gets ours, and the model's embeddings go with them.
+    """
+    folder = source if source.is_dir() else source.parent
+    hint = "`d2v data tokenizer --help` says how to make one, to be put into the folder's tokenizer/."
+    if not (folder / TOKENIZER).is_file():
+        return None, f"\nText needs its tokenizer, and there is no {TOKENIZER} beside the weights: {hint}"
+    encoder = model.encoder if isinstance(model, FineTuned) else model
+    embedding = encoder.stem.embed_tokens
+    assert isinstance(embedding, torch.nn.Embedding)
     try:
-        BytePairs(file.parent, "from")
+        with contextlib.suppress(ValueError):
+            if BytePairs(folder, "from").vocabulary == embedding.num_embeddings:
+                return read_text_file(folder / TOKENIZER), "\nIts tokenizer is in the folder, too."
+        text, ids, added = convert_tokenizer(folder)
+        if added or len(ids) != embedding.num_embeddings or isinstance(model, FineTuned):
+            what = f"{len(ids)} tokens for {embedding.num_embeddings} embeddings, {len(added)} of them new"
+            raise ValueError(f"from: expected special tokens at RoBERTa's ids for such a model, got others and {what}")
     except ValueError as error:
-        return f"\nThe tokenizer was not taken along: {error}; {hint}"
-    kept.mkdir()
-    shutil.copyfile(file, kept / TOKENIZER)
-    return f"\nIts tokenizer is in {str(kept)!r}."
+        return None, f"\nThe tokenizer was not taken along: {error}; {hint}"
+    with torch.no_grad():
+        embedding.weight.copy_(embedding.weight[torch.tensor(ids)])
+    return text, "\nIts tokenizer is in the folder, too, with RoBERTa's special ids; embeddings moved with them."
 
 
 def export_checkpoint(checkpoint: str, format: str, output: str) -> str:

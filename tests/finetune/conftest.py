@@ -46,7 +46,7 @@ def speech_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data2vec 1.0 for text, with its tokenizer."""
-    from d2v.data.tokenizer import write_tokenizer
+    from d2v.interop.tokenizer import write_tokenizer
 
     place = tmp_path_factory.mktemp("models")
     (place / "text.txt").write_text("\n\n".join(f"a good film {i} and a bad film" for i in range(60)))

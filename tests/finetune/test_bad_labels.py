@@ -13,7 +13,7 @@ from support.images import write_tar
 from d2v.cli import main
 from d2v.config.finetune import HeadSettings
 from d2v.data.sources import is_header, read_transcripts
-from d2v.data.tokenizer import write_tokenizer
+from d2v.interop.tokenizer import write_tokenizer
 from d2v.model.data2vec import Data2Vec, strip_pretraining
 from d2v.model.finetuned import FineTuned
 from d2v.model.saving import write_folder

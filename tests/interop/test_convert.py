@@ -15,7 +15,7 @@ from support.families import make_config
 import d2v
 from d2v import recipes
 from d2v.config.finetune import HeadSettings
-from d2v.data.tokenizer import DocumentReader, save_tokenizer, train_tokenizer
+from d2v.data.tokenizer import BytePairs, DocumentReader, save_tokenizer, train_tokenizer
 from d2v.interop import fairseq
 from d2v.interop.convert import export_checkpoint, import_checkpoint
 from d2v.interop.torch_file import read_torch_file
@@ -135,3 +135,33 @@ def test_tokenizers_go_along_both_ways(tmp_path: Path) -> None:
     )
     (tmp_path / "hf" / "tokenizer.json").unlink()
     assert "`d2v data tokenizer" in import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "none"))
+
+
+def test_embeddings_go_where_the_special_tokens_go(tmp_path: Path) -> None:
+    """Folders for transformers often have <mask> as token 4; here it is the last."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    names, alphabet = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=270, special_tokens=names, initial_alphabet=alphabet, show_progress=False
+    )  # fmt: skip
+    made.train_from_iterator(["the cat sat on the mat"] * 9, trainer)
+    size = made.get_vocab_size()
+    config = make_config("text1-base")
+    config = dataclasses.replace(config, stem=dataclasses.replace(config.stem, vocabulary=size, mask_token=size - 1))
+    write_folder(d2v.Data2Vec(config), tmp_path / "run")
+    export_checkpoint(str(tmp_path / "run"), "huggingface", str(tmp_path / "hf"))
+    made.save(str(tmp_path / "hf" / "tokenizer.json"))
+    assert "embeddings moved with them" in import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "new"))
+    before, after = (d2v.Data2Vec.from_checkpoint(tmp_path / n).stem.embed_tokens.weight for n in ("run", "new"))
+    ids = BytePairs(tmp_path / "new" / "tokenizer").encode(["the cat"])[0]
+    assert ids != made.encode("the cat").ids
+    assert torch.equal(after[ids], before[made.encode("the cat").ids])
+    assert torch.equal(after[-1], before[4])
+    made.add_tokens(["more"])
+    made.save(str(tmp_path / "hf" / "tokenizer.json"))
+    assert f"got others and {size + 1} tokens for {size} embeddings" in import_checkpoint(
+        str(tmp_path / "hf"), str(tmp_path / "other")
+    )

@@ -86,7 +86,7 @@ def write_model(folder: Path, recipe: str, text: Path | None = None, **sections:
     torch.manual_seed(0)
     config = make_config(recipe)
     if text is not None:
-        from d2v.data.tokenizer import write_tokenizer
+        from d2v.interop.tokenizer import write_tokenizer
 
         write_tokenizer(folder.parent / "tokenizer", str(text), vocabulary=265, gpt2=None)
         sections |= {"data": {"tokenizer": str(folder.parent / "tokenizer")}}
