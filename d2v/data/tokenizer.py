@@ -237,7 +237,7 @@ class BytePairs:
         if wrong or mask in (None, len(SPECIALS)):  # nothing before the mask: pieces stand behind it
             found = wrong or {MASK: mask}
             raise ValueError(
-                f"{option}: expected <s> 0, <pad> 1, </s> 2, <unk> 3 and <mask> behind the pieces in {str(file)!r}, got "
+                f"{option}: expected <s> 0, <pad> 1, </s> 2, <unk> 3 and <mask> last of all in {str(file)!r}, got "
                 f"{found}; `d2v data tokenizer --from` makes it fit a new model"
             )
         assert mask is not None
