@@ -132,7 +132,7 @@ class EvaluateModel(_OfWhole):
     worst: int = 50
     """Number of samples with the largest errors to list."""
     output: str | None = None
-    """Folder for result.json, worst.tsv and confusion.png; unset: evaluation/ in the run folder, where --checkpoint
+    """Folder for result.json, worst.tsv and tables of classes; unset: evaluation/ in the run folder, where --checkpoint
     names one."""
 
 

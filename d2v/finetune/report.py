@@ -1,9 +1,11 @@
-"""What is written about the predictions on a labelled set: scores, confusion matrix, worst samples."""
+"""What is written about the predictions on a labelled set: scores, classes, confusion matrix, worst samples."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,17 @@ import numpy as np
 from d2v.data.sources import Source
 from d2v.files import write_atomically
 from d2v.finetune.objective import Outcome
-from d2v.finetune.scores import count_confusions, count_errors, score_classes, score_numbers, score_transcripts
+from d2v.finetune.scores import (
+    count_confusions,
+    count_errors,
+    score_classes,
+    score_each_class,
+    score_numbers,
+    score_transcripts,
+)
 
 RESULT, CONFUSION, WORST = "result.json", "confusion.png", "worst.tsv"
+CONFUSION_TABLE, CLASSES = "confusion.csv", "classes.csv"
 MOST_CLASSES = 60
 """Classes that a picture of the confusion matrix can show."""
 MOST_NAMED = 30
@@ -47,16 +57,29 @@ def write_report(
     folder: Path, source: Source, outcomes: Sequence[Outcome], result: dict[str, Any], labels: Sequence[str],
     worst: int,
 ) -> None:  # fmt: skip
-    """Writes result.json, worst.tsv and, for classes, confusion.png into `folder`; result.json comes last."""
+    """Writes worst.tsv, for classes classes.csv, confusion.csv and confusion.png, and last result.json into
+    `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     task = result["task"]
     write_atomically(folder / WORST, _list_worst(source, outcomes, task, labels, worst))
-    if task == "classification" and len(labels) <= MOST_CLASSES:
+    if task == "classification":
         table = count_confusions(
             np.array([o.truth for o in outcomes]), np.array([o.predicted for o in outcomes]), len(labels)
         )
-        draw_confusion(folder / CONFUSION, table, labels)
+        classes = score_each_class(table, labels)
+        result = {**result, "per_class": classes}  # of the file only: there may be a thousand
+        _write_csv(folder / CLASSES, [list(classes[0]), *(list(row.values()) for row in classes)])
+        rows = ([label, *counts] for label, counts in zip(labels, table.tolist(), strict=True))
+        _write_csv(folder / CONFUSION_TABLE, [["true class", *labels], *rows])
+        if len(labels) <= MOST_CLASSES:
+            draw_confusion(folder / CONFUSION, table, labels)
     write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomically(path, text.getvalue())
 
 
 def _list_worst(source: Source, outcomes: Sequence[Outcome], task: str, labels: Sequence[str], count: int) -> str:

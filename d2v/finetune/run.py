@@ -300,6 +300,7 @@ def _conclude(
     if file.is_file():
         print(f"the test set was looked at before: {file}", file=sys.stderr)
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        result.pop("per_class", None)  # is not printed
     else:
         model = FineTuned.load(folder / BEST, config.run.device)
         objective = FineTuning(config, model, sets.modality, sets.test, sets.test, sets.spelling)

@@ -74,6 +74,16 @@ def measure_f1(confusion: np.ndarray) -> float:
     return float(scores[1]) if len(confusion) == 2 else float(scores[sums > 0].mean())
 
 
+def score_each_class(confusion: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """For each class of a confusion matrix (K,K): label, samples, predicted, precision, recall and f1; 0 where there
+    is nothing to divide by."""
+    hits, true, found = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    shares = (hits / np.maximum(found, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(true + found, 1))
+    columns = (labels, true.tolist(), found.tolist(), *(np.round(share, 6).tolist() for share in shares))
+    names = ("label", "samples", "predicted", "precision", "recall", "f1")
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def measure_matthews(confusion: np.ndarray) -> float:
     """Matthews correlation of a confusion matrix (K,K); 0 where all truths or all predictions are alike (Gorodkin
     2004)."""

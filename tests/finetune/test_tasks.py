@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -45,8 +46,23 @@ def test_images(tmp_path: Path, image_model: Path, capsys: pytest.CaptureFixture
     assert result["accuracy"] >= 0.8 and result["accuracy_low"] < result["accuracy"] <= result["accuracy_high"]
     assert result["samples"] == 24 and result["classes"] == 3
     run = tmp_path / "run"
-    assert {p.name for p in (run / "test").iterdir()} == {"result.json", "confusion.png", "worst.tsv"}
-    assert json.loads((run / "test" / "result.json").read_text()) == result
+    assert {p.name for p in (run / "test").iterdir()} == {
+        "result.json", "classes.csv", "confusion.csv", "confusion.png", "worst.tsv",
+    }  # fmt: skip
+    written = json.loads((run / "test" / "result.json").read_text())
+    classes = written.pop("per_class")
+    assert written == result
+    assert [c["label"] for c in classes] == ["dark", "light", "striped"] and {c["samples"] for c in classes} == {8}
+    with (run / "test" / "confusion.csv").open(newline="") as file:
+        names, *rows = csv.reader(file)
+    counts = np.array([row[1:] for row in rows], dtype=int)
+    assert names == ["true class", "dark", "light", "striped"] and [row[0] for row in rows] == names[1:]
+    assert counts.sum() == 24 and np.trace(counts) / 24 == pytest.approx(result["accuracy"], abs=1e-5)
+    assert [c["recall"] for c in classes] == pytest.approx((np.diag(counts) / 8).tolist(), abs=1e-5)
+    with (run / "test" / "classes.csv").open(newline="") as file:
+        assert [{**row, "label": row["label"]} for row in csv.DictReader(file)] == [
+            {name: str(value) for name, value in c.items()} for c in classes
+        ]
     worst = (run / "test" / "worst.tsv").read_text().splitlines()
     assert worst[0].split("\t") == ["sample", "truth", "predicted", "loss", "confidence"] and len(worst) == 25
     lines = lines_of(run)
@@ -54,10 +70,10 @@ def test_images(tmp_path: Path, image_model: Path, capsys: pytest.CaptureFixture
     model, _, _ = load_any(str(run), "cpu")
     assert isinstance(model, FineTuned) and model.labels == ("dark", "light", "striped")
     # The test set is looked at once: the same command says again what was found.
-    (run / "test" / "result.json").write_text(json.dumps({**result, "accuracy": 0.123}))
+    (run / "test" / "result.json").write_text(json.dumps({**result, "per_class": classes, "accuracy": 0.123}))
     assert main(command) == 0
     again = capsys.readouterr()
-    assert last_object(again.out)["accuracy"] == 0.123 and "looked at before" in again.err
+    assert last_object(again.out) == {**result, "accuracy": 0.123} and "looked at before" in again.err
     assert main(["evaluate", "model", "--checkpoint", str(run), "--test", str(test), "--device", "cpu"]) == 0
     evaluated = last_object(capsys.readouterr().out)
     assert evaluated["accuracy"] == result["accuracy"] and evaluated["loss"] == pytest.approx(result["loss"], rel=1e-4)
