@@ -44,7 +44,7 @@ MEANT = {
 """What people call options elsewhere, and what they are here: the first that the command has."""
 _FIRST_WORD = "settings come from the first argument, RECIPE or TASK, and from options such as --run.steps 1000"
 ADVICE = {
-    "config": _FIRST_WORD, "recipe": _FIRST_WORD, "task": _FIRST_WORD,
+    "recipe": _FIRST_WORD, "task": _FIRST_WORD,
     "resume": "the same command resumes a run whose --run.dir holds a checkpoint",
     "gpus": "several processes: torchrun --nproc-per-node N -m d2v ...",
 }  # fmt: skip

@@ -92,6 +92,8 @@ def replace_fields(owner: Any, changes: Mapping[str, Any], where: str = "") -> A
     Raises:
         ValueError: a value of another type; the text begins with `where` and the name.
     """
+    shown = {f.name: where + (f.metadata.get("option") or f.name) for f in dataclasses.fields(owner)}
+    kind: Any = type(owner)
     own: dict[str, Any] = {}
     inner: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
@@ -99,8 +101,8 @@ def replace_fields(owner: Any, changes: Mapping[str, Any], where: str = "") -> A
         if rest:
             inner.setdefault(section, {})[rest] = value
         else:
-            own[name] = convert(_hints(type(owner))[name], value, f"{where}{name}")
-    own |= {name: replace_fields(getattr(owner, name), part, f"{where}{name}.") for name, part in inner.items()}
+            own[name] = _convert(_hints(kind)[name], value, shown[name])
+    own |= {name: replace_fields(getattr(owner, name), part, f"{shown[name]}.") for name, part in inner.items()}
     return dataclasses.replace(owner, **own)
 
 
@@ -129,7 +131,7 @@ def build_section(cls: Any, value: dict[str, Any], where: str) -> Any:
         if dataclasses.is_dataclass(section):
             kwargs[name] = build_section(section, item, f"{where}.{name}")
         else:
-            kwargs[name] = convert(hints[name], item, f"{where}.{name}")
+            kwargs[name] = _convert(hints[name], item, f"{where}.{name}")
     return cls(**kwargs)
 
 
@@ -138,16 +140,16 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, where: str) -> Any:
     """A value of a field's type from JSON: lists become tuples or sets; `ValueError` names one of another type."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (tuple, frozenset) and isinstance(value, (list, tuple, set, frozenset)):
         variadic = origin is frozenset or inner[1:] == (...,)
         if variadic or len(inner) == len(value):
             kinds = [inner[0]] * len(value) if variadic else inner
-            return origin(convert(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+            return origin(_convert(kind, item, where) for kind, item in zip(kinds, value, strict=True))
     elif origin in (typing.Union, types.UnionType):
-        return value if value is None else convert(inner[0], value, where)
+        return value if value is None else _convert(inner[0], value, where)
     elif origin is Literal:
         if any(type(value) is type(choice) and value == choice for choice in inner):
             return value

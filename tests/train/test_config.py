@@ -41,7 +41,7 @@ def test_replace_names_the_nearest_setting(name: str, nearest: str) -> None:
 
 def test_replace_takes_settings_that_belong_together() -> None:
     config = recipes.vision_tiny()
-    with pytest.raises(ValueError, match="a multiple of encoder.heads"):
+    with pytest.raises(ValueError, match=r"a multiple of encoder\.heads"):
         config.replace("encoder.heads", 5)
     other = config.replace({"encoder.heads": 5, "encoder.width": 80, "data.crop_scale": [0.5, 1]})
     assert (other.encoder.heads, other.encoder.width, other.data.crop_scale) == (5, 80, (0.5, 1))
