@@ -35,6 +35,7 @@ from d2v.settings import (
     value_of,
     write_toml,
 )
+from d2v.sweep import sweep
 
 EXTRAS = {
     "train": "tyro tomli PIL webdataset tensorboard tqdm matplotlib sklearn soundfile scipy tokenizers",
@@ -50,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _requeue_on_signals() if arguments[:1] in (["pretrain"], ["finetune"]) else contextlib.nullcontext():
+        with (
+            _requeue_on_signals()
+            if arguments[:1] in (["pretrain"], ["finetune"], ["sweep"])
+            else contextlib.nullcontext()
+        ):
             return _dispatch(arguments)
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"d2v: {_one_sentence(error)}", file=sys.stderr)
@@ -148,6 +153,8 @@ def _run(name: str, arguments: list[str]) -> int:
             print(f"'d2v {name} {word} --help' lists the options with the values of that {word}.")
             return 0
         first, arguments = _take_first(name, arguments)
+        if name == "sweep" and not {"-h", "--help"} & set(arguments):
+            return sweep(first, arguments)
         assert command.defaults is not None
         default, config = command.defaults(first, arguments)
         traits = config.traits | {name, *first.split("-")}
@@ -300,6 +307,11 @@ COMMANDS = {
     "pretrain": Command(
         "pre-train a model; resumes if --run.dir holds a checkpoint", options.Pretrain, _pretrain,
         ("data.path", "run.dir", "run.steps", "data.global-batch", "optim.learning-rate", "data.valid", "model.init"),
+        "RECIPE", recipes.RECIPES, pretrain_defaults,
+    ),
+    "sweep": Command(
+        "pre-train with all combinations of several values", options.Sweep, sweep,
+        ("data.path", "run.dir", "slurm", "run.seed", "run.steps", "optim.learning-rate", "data.valid", "model.init"),
         "RECIPE", recipes.RECIPES, pretrain_defaults,
     ),
     "finetune": Command(

@@ -135,7 +135,7 @@ def parse_options(
     """
     options = list(list_options(kind, default))
     if not {"-h", "--help"} & set(arguments):
-        _check_names(prog.removeprefix("d2v "), option_names(kind), arguments)
+        check_names(prog.removeprefix("d2v "), option_names(kind), arguments)
     elif traits is not None:
         options = [o for o in options if o.only <= set(traits)]
     flags = {f"--{o.name}" for o in options if o.kind is bool and o.default is False}
@@ -199,7 +199,8 @@ def _declare(options: list[Option], first: Sequence[str]) -> Any:
     return dataclasses.make_dataclass("Options", top)
 
 
-def _check_names(command: str, valid: list[str], arguments: list[str]) -> None:
+def check_names(command: str, valid: list[str], arguments: Sequence[str]) -> None:
+    """`UsageError` for an option that a command does not have, with what may be meant."""
     for argument in arguments:
         given = argument.split("=", 1)[0]
         if given.startswith("--") and given.replace("_", "-") not in valid:

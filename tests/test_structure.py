@@ -11,7 +11,7 @@ from scripts import structure
 
 ORDER = (
     ("files", "runtime"), ("config",), ("folder",), ("recipes", "model"), ("data",), ("train",), ("saved",),
-    ("evaluate",), ("finetune",), ("interop",), ("tools",), ("",), ("options",), ("settings",),
+    ("evaluate",), ("finetune",), ("interop",), ("tools",), ("",), ("options",), ("settings",), ("sweep",),
     ("cli",),
 )  # fmt: skip
 """Parts of `d2v` from left to right: each imports only from those before it and from itself."""

@@ -37,6 +37,15 @@ class Pretrain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sweep(Pretrain):
+    """Pre-trains a model for every combination of the options that have several values, such as --run.seed 0 1 2, in
+    folders of --run.dir: one after the other; what is finished is skipped, what was stopped goes on."""
+
+    slurm: bool = False
+    """Write DIR/sweep.sbatch, a Slurm array with a task a run, in place of running."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FineTuning:
     """Trains a head, and the encoder under it, on labelled samples. Checkpoints come at the end of each epoch; the one
     with the best score on held-out samples is chosen and evaluated once on the test set."""
