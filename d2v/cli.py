@@ -346,6 +346,10 @@ COMMANDS = {
         "plot a run: metrics, probes, similarity of features -> DIR/report.png", options.Plot,
         "d2v.tools.plot:draw_report",
     ),
+    "compare": Command(
+        "table and curves of several runs or a sweep, means over seeds, tests of differences", options.Compare,
+        "d2v.tools.compare:compare",
+    ),
     "recipes": Command("list the recipes", options.Recipes, _list_recipes),
     "info": Command("which operators and backends this installation can run, and why not", options.Info, _info),
     "data textures": Command(

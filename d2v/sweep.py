@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -110,13 +112,14 @@ def plan(recipe: str, arguments: Sequence[str], folder: str) -> list[Member]:
     shared, axes = split_values(arguments)
     lasts = [name.rpartition(".")[2] for name in axes]
     titles = [name if lasts.count(last) > 1 else last for name, last in zip(axes, lasts, strict=True)]
-    members = []
+    members: list[Member] = []
     for chosen in itertools.product(*axes.values()):
         texts = ["_".join(c[1:]) or str(".no-" not in c[0]) for c in chosen]
         plain = [re.sub(r"[^\w.+-]+", "_", text) for text in texts]
         name = ",".join(f"{title}={text}" for title, text in zip(titles, plain, strict=True))
         options = [*shared, *itertools.chain(*chosen), "--run.dir", str(Path(folder) / name)]
-        default, _ = pretrain_defaults(recipe, options)
+        with contextlib.redirect_stderr(io.StringIO() if members else sys.stderr):  # notes are said once
+            default, _ = pretrain_defaults(recipe, options)
         parsed = parse_options(Pretrain, options, f"d2v sweep {recipe}", default, ("model.init",))
         settings = build_section(Pretrain, parsed, "sweep")
         check_ranges(settings)

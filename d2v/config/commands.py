@@ -236,6 +236,22 @@ class Plot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Prints what runs reached, the options in which they differ, means over seeds, and tests of the differences
+    between groups of runs that have the same options but for the seed."""
+
+    runs: tuple[Path, ...] = setting(option="runs", positional=True)
+    """Run folders, or folders of `d2v sweep`."""
+    metrics: tuple[str, ...] = ()
+    """Keys of metrics.jsonl, linear_probe, knn, few_label, or scores such as test.accuracy; unset: loss, what was
+    measured on held-out data, and what evaluations found."""
+    output: Path | None = None
+    """File for a picture with the curves of all runs; unset: none."""
+    as_json: bool = setting(False, option="json")
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipes:
     """Lists the recipes: what they are for, size of the model, masks, number of updates."""
 
