@@ -93,6 +93,8 @@ def apply_file(owner: Any, values: Mapping[str, Any], file: str) -> tuple[Any, l
         if name not in fields:
             advice = advise(f"--{name}", [f"--{valid}" for valid in fields]).replace("'--", "'")
             raise ValueError(f"{file}: expected a setting, got {key!r}; {advice}")
+        if name in changes:
+            raise ValueError(f"{file}: expected {name} once, got it with a dash and with an underscore")
         if name in left_out:
             ignored += [name] * (value != operator.attrgetter(fields[name])(owner))
         else:
@@ -119,16 +121,16 @@ def _flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _base_of(values: Mapping[str, Any], file: str) -> tuple[Config, Config]:
     """The recipe that a file names, and the configuration that its values go over: of a file with every section, such
     as a run's config.json, the defaults, and it may name a recipe that is not ours."""
-    name = values.get("recipe")
+    name = values.get("recipe", "")
     whole = {f.partition(".")[0] for f in flat_fields(Config) if "." in f} <= set(values)
     if isinstance(name, str) and ".py" in name:
         raise ValueError(
             f"{file}: recipe: expected a name, got {name!r}: a file with code counts on the command line only"
         )
     if whole:
-        return recipes.get(name) if name in recipes.RECIPES else Config(), Config()
-    if not isinstance(name, str):
-        got = "nothing" if name is None else repr(name)
+        return recipes.get(name) if name in list(recipes.RECIPES) else Config(), Config()
+    if not name or not isinstance(name, str):
+        got = repr(name) if name else "nothing"
         raise ValueError(f"{file}: recipe: expected the name of a recipe here or on the command line, got {got}")
     try:
         return (recipes.get(name),) * 2
@@ -139,10 +141,8 @@ def _base_of(values: Mapping[str, Any], file: str) -> tuple[Config, Config]:
 def pretrain_defaults(recipe: str, arguments: Sequence[str]) -> tuple[Pretrain, Config]:
     """Options before the command line is read: of the recipe, with the architecture of --model.init, with the values of
     --config; or, with neither recipe nor file, those of the run in --run.dir."""
-    init, file, recipe = (
-        value_of("--model.init", arguments), value_of("--config", arguments),
-        recipe or value_of("--recipe", arguments) or "",
-    )  # fmt: skip
+    recipe = recipe or value_of("--recipe", arguments) or ""
+    init, file = value_of("--model.init", arguments), value_of("--config", arguments)
     values = read_file(file) if file is not None else {}
     if SECTION in values:
         raise ValueError(f"{file}: expected settings of pre-training, got those of a fine-tuned model")

@@ -78,8 +78,10 @@ def split_values(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[li
     check_names("sweep", option_names(Sweep), arguments)
     known = {o.name: o.kind for o in list_options(Pretrain)}
     starts = [i for i, argument in enumerate(arguments) if argument.startswith("--")]
-    shared, axes = list(arguments[: (starts or [len(arguments)])[0]]), {}
-    for start, end in itertools.pairwise([*starts, len(arguments)]):
+    starts.append(len(arguments))
+    shared = list(arguments[: starts[0]])
+    axes: dict[str, list[list[str]]] = {}
+    for start, end in itertools.pairwise(starts):
         name, given = arguments[start][2:].partition("=")[0].replace("_", "-"), arguments[start + 1 : end]
         kind = known.get(name)
         parts = typing.get_args(kind) if typing.get_origin(kind) is tuple else (kind,)
@@ -87,6 +89,7 @@ def split_values(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[li
             continue
         if kind is None or len(given) <= len(parts) or parts[-1] is ...:
             shared += arguments[start:end]
+            axes.pop(name, None)  # the last one counts
         elif len(given) % len(parts):
             raise UsageError(f"{name}: expected {len(parts)} numbers for each value, got {' '.join(given)}")
         else:
@@ -185,9 +188,8 @@ def _run_all(folder: Path, members: Sequence[Member]) -> int:
             continue
         print(f"run {i + 1} of {len(members)}: {member.name}", file=sys.stderr)
         code = _run_one(member.command)
-        member.state = "finished" if code == 0 else f"failed with exit code {code}"
-        if code in _STOPPED:
-            member.state = "stopped"
+        ends = {0: "finished", **dict.fromkeys(_STOPPED, "stopped")}
+        member.state = ends.get(code, f"failed with exit code {code}")
         _record(folder, members)
         if code in _STOPPED:
             return code
@@ -201,10 +203,8 @@ def _run_one(command: Sequence[str]) -> int:
     process = subprocess.Popen([sys.executable, "-m", "d2v", *command])
     try:
         return process.wait()
-    except SystemExit:  # a signal, which the terminal or Slurm may have sent to this process alone
-        process.send_signal(signal.SIGTERM)
+    except (SystemExit, KeyboardInterrupt) as stop:  # a signal, which may have reached this process alone
+        interrupted = isinstance(stop, KeyboardInterrupt)
+        process.send_signal(signal.SIGINT if interrupted else signal.SIGTERM)
         process.wait()
-        return os.EX_TEMPFAIL
-    except KeyboardInterrupt:  # a terminal sends it to both
-        process.wait()
-        return 128 + signal.SIGINT
+        return _STOPPED[interrupted]

@@ -114,6 +114,9 @@ def test_a_whole_run_from_a_file_and_its_config_again(
     (run / "config.json").write_text(json.dumps(values))
     assert read("--config", str(run / "config.json")).mask.kind == Config().mask.kind
     assert read("--config", str(run / "config.json")).recipe == "of-another-version"
+    (run / "config.json").write_text(json.dumps({**values, "recipe": ["a"]}))
+    with pytest.raises(ValueError, match=r"recipe: expected str, got \['a'\]"):
+        read("--config", str(run / "config.json"))
 
 
 def capsys_lines(capsys: pytest.CaptureFixture[str], command: list[str]) -> list[str]:
@@ -128,6 +131,7 @@ def capsys_lines(capsys: pytest.CaptureFixture[str], command: list[str]) -> list
         ("learning_rate", "lr", "expected a setting, got 'optim.lr'; did you mean 'optim.learning-rate'?"),
         ("[optim]", "[optimizer]", "got 'optimizer.learning_rate'; did you mean 'optim.learning-rate'?"),
         ("2e-3", '"fast"', "optim.learning_rate: expected float, got fast"),
+        ("clip", "learning-rate = 1\nclip", "expected optim.learning-rate once, got it with a dash and with an"),
         ("seed = 3", "seed = 3.5", "run.seed: expected int, got 3.5"),
         ("seed = 3", "seed = true", "run.seed: expected int, got True"),
         ("seed = 3", "seed = 2020-01-01", "run.seed: expected int, got 2020-01-01"),

@@ -37,11 +37,12 @@ def test_options_with_several_values() -> None:
     shared, axes = split_values([
         "--run.seed", "0", "1", "1", "--optim.betas", "0.8", "0.9", "--run.dir", "x", "--data.crop_scale", "0.2", "1",
         "0.5", "1", "--published", "loss-on-padding", "equal-mask-counts", "--data.flip", "True", "false", "--slurm",
-        "--optim.weight-decay", "-1", "-2", "--run.steps=3", "--data.no-rotate", "--dry-run",
+        "--optim.weight-decay", "-1", "-2", "--run.threads", "1", "2", "--run.threads", "3",
+        "--run.steps=3", "--data.no-rotate", "--dry-run",
     ])  # fmt: skip
     assert shared == [
-        "--optim.betas", "0.8", "0.9", "--published", "loss-on-padding", "equal-mask-counts", "--run.steps=3",
-        "--data.no-rotate",
+        "--optim.betas", "0.8", "0.9", "--published", "loss-on-padding", "equal-mask-counts", "--run.threads", "3",
+        "--run.steps=3", "--data.no-rotate",
     ]  # fmt: skip
     assert axes == {
         "run.seed": [["--run.seed", "0"], ["--run.seed", "1"]],
