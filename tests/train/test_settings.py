@@ -109,14 +109,32 @@ def test_a_whole_run_from_a_file_and_its_config_again(
     assert Config.from_json((again / "config.json").read_text()) == expected
     # What the run did not know yet has its default, and its recipe need not be one of ours.
     values = json.loads((run / "config.json").read_text())
-    del values["mask"]["kind"]
-    values["recipe"] = "of-another-version"
-    (run / "config.json").write_text(json.dumps(values))
-    assert read("--config", str(run / "config.json")).mask.kind == Config().mask.kind
-    assert read("--config", str(run / "config.json")).recipe == "of-another-version"
+    del values["mask"]["span"]
+    for name in ("vision-tiny", "of-another-version"):
+        (run / "config.json").write_text(json.dumps({**values, "recipe": name}))
+        config = read("--config", str(run / "config.json"))
+        assert (config.recipe, config.mask.span) == (name, Config().mask.span)
+    assert Config().mask.span != stored.mask.span
     (run / "config.json").write_text(json.dumps({**values, "recipe": ["a"]}))
     with pytest.raises(ValueError, match=r"recipe: expected str, got \['a'\]"):
         read("--config", str(run / "config.json"))
+
+
+def test_the_architecture_of_a_checkpoint_comes_between_recipe_and_file(
+    toml: Path, make_config: Any, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from d2v.train.pretraining import pretrain
+
+    folder = pretrain(make_config(run={"steps": 1, "dir": str(tmp_path / "first")}, stem={"dropout": 0.5}))
+    changed(toml, "[stem]\n", "[decoder]\nkernel = 3\n[stem]\nchannels = 3\n")
+    options = ["--data.path", str(images), "--model.init", str(folder), "--stem.position-scale", "0.25"]
+    assert main(["pretrain", "--config", str(toml), *options, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "encoder.width 16: --model.init (recipe: 64)" in out
+    assert "stem.position-scale 0.25: command line (recipe: 0.1)" in out
+    # What a checkpoint has and the file says otherwise does not fit.
+    changed(toml, "[decoder]\nkernel = 3", "[decoder]\nkernel = 5")
+    assert "decoder.kernel 3, got 5" in refused(capsys, "pretrain", "--config", str(toml), *options, "--dry-run")
 
 
 def capsys_lines(capsys: pytest.CaptureFixture[str], command: list[str]) -> list[str]:
