@@ -34,7 +34,7 @@ from d2v.settings import (
     read_file,
     value_of,
     write_toml,
-)
+)  # fmt: skip
 from d2v.sweep import sweep
 
 EXTRAS = {
