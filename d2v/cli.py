@@ -190,7 +190,8 @@ def _take_first(name: str, arguments: list[str]) -> tuple[str, list[str]]:
     elif name == "pretrain" and has_run(arguments):
         first = ""
     else:
-        raise UsageError(f"{word}: expected one of {', '.join(valid)} as the first argument, got nothing")
+        place = "as the first argument" + (", --recipe or --config FILE" if word == "recipe" else "")
+        raise UsageError(f"{word}: expected one of {', '.join(valid)} {place}, got nothing")
     if first and first not in valid and not (word == "recipe" and ".py:" in first):
         raise UsageError(_unknown(word, first, valid))
     return first, arguments

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from d2v.config.fields import shorten
+from d2v.finetune.objective import CHOICE
 from d2v.finetune.report import RESULT
 from d2v.folder import CONFIG, load_json
 from d2v.tools.figures import escape, new_figure, save_figure
@@ -20,7 +21,7 @@ from d2v.tools.plot import COLUMNS, LOGARITHMIC, PROBES, UNITS, choose_panels
 from d2v.train.logging import read_metrics
 from d2v.train.resume import flatten_config
 
-SEED, NO_SETTING = "run.seed", "run.dir"
+SEED, NO_SETTING, NO_METRICS = "run.seed", "run.dir", ("valid_step", CHOICE)
 
 
 @dataclass
@@ -61,7 +62,7 @@ def compare(
         if name not in known:
             raise ValueError(f"metrics: expected some of {', '.join(known)}, got {name!r}")
     of_lines = {name for run in found for line in run.lines for name in line} - {"loss"}
-    metrics = metrics or [n for n in known if n not in of_lines or (n.startswith("valid_") and n != "valid_step")]
+    metrics = metrics or [n for n in known if n not in of_lines or (n.startswith("valid_") and n not in NO_METRICS)]
     options = find_differences(found)
     groups = make_groups(found, options)
     if output is not None:
