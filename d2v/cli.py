@@ -23,12 +23,22 @@ from d2v import recipes
 from d2v.config import Config, Data
 from d2v.config import commands as options
 from d2v.config.fields import build_section, check_ranges, find_nearest
-from d2v.config.finetune import TASKS, read_config
-from d2v.config.model import take_architecture
+from d2v.config.finetune import SECTION, TASKS
 from d2v.options import UsageError, parse_options
+from d2v.settings import (
+    apply_file,
+    describe_sources,
+    has_run,
+    load_recipe,
+    pretrain_defaults,
+    read_file,
+    value_of,
+    write_toml,
+)  # fmt: skip
+from d2v.sweep import sweep
 
 EXTRAS = {
-    "train": "tyro PIL webdataset tensorboard tqdm matplotlib sklearn soundfile scipy tokenizers",
+    "train": "tyro tomli PIL webdataset tensorboard tqdm matplotlib sklearn soundfile scipy tokenizers",
     "av": "av",
     "finetune": "jiwer flashlight",
     "quickstart": "skimage",
@@ -41,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _requeue_on_signals() if arguments[:1] in (["pretrain"], ["finetune"]) else contextlib.nullcontext():
+        with (
+            _requeue_on_signals()
+            if arguments[:1] in (["pretrain"], ["finetune"], ["sweep"])
+            else contextlib.nullcontext()
+        ):
             return _dispatch(arguments)
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"d2v: {_one_sentence(error)}", file=sys.stderr)
@@ -138,18 +152,14 @@ def _run(name: str, arguments: list[str]) -> int:
             print(f"usage: d2v {name} {word} [OPTIONS]\n\n{text}\n\n{word}: {', '.join(valid)}")
             print(f"'d2v {name} {word} --help' lists the options with the values of that {word}.")
             return 0
-        first = arguments[0] if arguments else "-"
-        if first.startswith("-") and name == "pretrain" and _has_run(arguments):
-            first, arguments = "", ["", *arguments]
-        if first.startswith("-"):
-            raise UsageError(f"{word.lower()}: expected one of {', '.join(valid)} as the first argument, got nothing")
-        if first and first not in valid:
-            raise UsageError(_unknown(word.lower(), first, valid))
+        first, arguments = _take_first(name, arguments)
+        if name == "sweep" and not {"-h", "--help"} & set(arguments):
+            return sweep(first, arguments)
         assert command.defaults is not None
-        default, config = command.defaults(first, arguments[1:])
+        default, config = command.defaults(first, arguments)
         traits = config.traits | {name, *first.split("-")}
         note = f"Options without effect on {first or config.recipe} are not listed."
-        name, arguments = f"{name} {first}".strip(), arguments[1:]
+        name = f"{name} {first}".strip()
     values = parse_options(command.options, arguments, f"d2v {name}", default, command.first, traits, note)
     settings = build_section(command.options, values, name)
     check_ranges(settings)
@@ -166,51 +176,45 @@ def _run(name: str, arguments: list[str]) -> int:
     return 0
 
 
+def _take_first(name: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """The argument in front of the options, "" where an option or a run folder stands for it, and the others."""
+    word, valid = COMMANDS[name].word.lower(), list(COMMANDS[name].choices)
+    first = arguments[0] if arguments else "-"
+    recipe = value_of("--recipe", arguments) if word == "recipe" else None
+    if not first.startswith("-"):
+        if recipe is not None:
+            raise UsageError(f"recipe: expected one, got {first!r} and {recipe!r}")
+        arguments = arguments[1:]
+    elif recipe is not None or (word == "recipe" and value_of("--config", arguments)):
+        first = recipe or ""
+    elif name == "pretrain" and has_run(arguments):
+        first = ""
+    else:
+        place = "as the first argument" + (", --recipe or --config FILE" if word == "recipe" else "")
+        raise UsageError(f"{word}: expected one of {', '.join(valid)} {place}, got nothing")
+    if first and first not in valid and not (word == "recipe" and ".py:" in first):
+        raise UsageError(_unknown(word, first, valid))
+    return first, arguments
+
+
 # ---- what runs a command, where it is not one call -----------------------------------------------------------------
 
 
-def _pretrain(config: Config, init: str | None, dry_run: bool, profile: int) -> str | None:
+def _pretrain(config: Config, init: str | None, dry_run: bool, profile: int, **given: Any) -> str | None:
     if dry_run:
         from d2v.tools.dry_run import dry_run as describe
 
-        return f"recipe       {config.recipe}\n{describe(config, init=init)}"
+        sources = describe_sources(config, given["base"], given["origin"], dict(given["sources"]))
+        return f"recipe       {config.recipe}\n{sources}\n{describe(config, init=init)}"
     from d2v.train.pretraining import pretrain
 
     pretrain(config, init=init, profile=profile)
     return None
 
 
-def _pretrain_defaults(recipe: str, arguments: list[str]) -> tuple[options.Pretrain, Config]:
-    """Options before the command line is read: of the recipe with the architecture of --model.init, or without a recipe
-    those of the run in --run.dir."""
-    init = _value_of("--model.init", arguments)
-    if not recipe:
-        from d2v.train.run_dir import read_run
-
-        config = read_run(str(_value_of("--run.dir", arguments)))
-        if config.data.path.startswith("pipe:") and "--data.allow-commands" not in arguments:
-            print("note: --data.allow-commands is not stored and has to be given again", file=sys.stderr)
-    else:
-        config = recipes.get(recipe)
-        if init and not {"-h", "--help"} & set(arguments):
-            from d2v.folder import CONFIG, find_checkpoint
-
-            config = take_architecture(config, read_config(find_checkpoint(init, "model.init") / CONFIG))
-    return options.Pretrain(config=config), config
-
-
-def _has_run(arguments: list[str]) -> bool:
-    folder = _value_of("--run.dir", arguments)
-    return folder is not None and any((Path(folder) / name).exists() for name in ("config.json", "checkpoints"))
-
-
-def _value_of(option: str, arguments: list[str]) -> str | None:
-    """The value of an option, before the command line is read."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    return words[words.index(option) + 1 :][0] if option in words[:-1] else None
-
-
-def _finetune(checkpoint: str, train: str, valid: str | None, test: str | None, data: Data, **others: Any) -> None:
+def _finetune(
+    checkpoint: str, train: str, valid: str | None, test: str | None, data: Data, file: str | None, **others: Any
+) -> None:  # fmt: skip
     for name, value in (("checkpoint", checkpoint), ("train", train)):
         if not value:
             raise UsageError(f"{name}: expected a path, got nothing")
@@ -224,21 +228,30 @@ def _finetune(checkpoint: str, train: str, valid: str | None, test: str | None, 
 
 def _finetune_defaults(task: str, arguments: list[str]) -> tuple[options.FineTuning, Config]:
     """Options before the command line is read: they follow the model that --checkpoint names."""
-    checkpoint = _value_of("--checkpoint", arguments)
+    checkpoint = value_of("--checkpoint", arguments)
     if checkpoint is not None:
         from d2v.finetune.run import read_defaults
 
-        config, sections = read_defaults(task, checkpoint, _value_of("--data.tokenizer", arguments))
+        config, sections = read_defaults(task, checkpoint, value_of("--data.tokenizer", arguments))
     else:  # for the help
         from d2v.finetune.defaults import MODALITIES, default_sections
 
         config = recipes.get(f"{MODALITIES[task]}-base")
         sections = default_sections(task, config)
     optim, data, run, task_options = sections
-    return options.FineTuning(task=task, optim=optim, data=data, run=run, options=task_options), config
+    default = options.FineTuning(task=task, optim=optim, data=data, run=run, options=task_options)
+    if (file := value_of("--config", arguments)) is not None:
+        values = read_file(file)
+        if isinstance(tuned := values.get(SECTION), dict):  # of a run
+            values = {key: value for key, value in values.items() if key in ("optim", "data", "run")}
+            values["task"] = tuned.get("options", {})
+        default, _ = apply_file(default, values, file)
+    return default, config
 
 
-def _list_recipes() -> str:
+def _list_recipes(show: str | None) -> str:
+    if show is not None:
+        return write_toml(load_recipe(show))
     lines = []
     for name, function in recipes.RECIPES.items():
         config, title = function(), (function.__doc__ or "").strip().split("\n\n")[0]
@@ -295,7 +308,12 @@ COMMANDS = {
     "pretrain": Command(
         "pre-train a model; resumes if --run.dir holds a checkpoint", options.Pretrain, _pretrain,
         ("data.path", "run.dir", "run.steps", "data.global-batch", "optim.learning-rate", "data.valid", "model.init"),
-        "RECIPE", recipes.RECIPES, _pretrain_defaults,
+        "RECIPE", recipes.RECIPES, pretrain_defaults,
+    ),
+    "sweep": Command(
+        "pre-train with all combinations of several values", options.Sweep, sweep,
+        ("data.path", "run.dir", "slurm", "run.seed", "run.steps", "optim.learning-rate", "data.valid", "model.init"),
+        "RECIPE", recipes.RECIPES, pretrain_defaults,
     ),
     "finetune": Command(
         "train a head and the encoder on labels; resumes if --run.dir holds a checkpoint", options.FineTuning,
@@ -328,6 +346,10 @@ COMMANDS = {
     "plot": Command(
         "plot a run: metrics, probes, similarity of features -> DIR/report.png", options.Plot,
         "d2v.tools.plot:draw_report",
+    ),
+    "compare": Command(
+        "table and curves of several runs or a sweep, means over seeds, tests of differences", options.Compare,
+        "d2v.tools.compare:compare",
     ),
     "recipes": Command("list the recipes", options.Recipes, _list_recipes),
     "info": Command("which operators and backends this installation can run, and why not", options.Info, _info),

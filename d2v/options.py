@@ -44,7 +44,7 @@ MEANT = {
 """What people call options elsewhere, and what they are here: the first that the command has."""
 _FIRST_WORD = "settings come from the first argument, RECIPE or TASK, and from options such as --run.steps 1000"
 ADVICE = {
-    "config": _FIRST_WORD, "recipe": _FIRST_WORD, "task": _FIRST_WORD,
+    "recipe": _FIRST_WORD, "task": _FIRST_WORD,
     "resume": "the same command resumes a run whose --run.dir holds a checkpoint",
     "gpus": "several processes: torchrun --nproc-per-node N -m d2v ...",
 }  # fmt: skip
@@ -135,7 +135,7 @@ def parse_options(
     """
     options = list(list_options(kind, default))
     if not {"-h", "--help"} & set(arguments):
-        _check_names(prog.removeprefix("d2v "), option_names(kind), arguments)
+        check_names(prog.removeprefix("d2v "), option_names(kind), arguments)
     elif traits is not None:
         options = [o for o in options if o.only <= set(traits)]
     flags = {f"--{o.name}" for o in options if o.kind is bool and o.default is False}
@@ -199,7 +199,8 @@ def _declare(options: list[Option], first: Sequence[str]) -> Any:
     return dataclasses.make_dataclass("Options", top)
 
 
-def _check_names(command: str, valid: list[str], arguments: list[str]) -> None:
+def check_names(command: str, valid: list[str], arguments: Sequence[str]) -> None:
+    """`UsageError` for an option that a command does not have, with what may be meant."""
     for argument in arguments:
         given = argument.split("=", 1)[0]
         if given.startswith("--") and given.replace("_", "-") not in valid:

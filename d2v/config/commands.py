@@ -18,12 +18,31 @@ class Pretrain:
     """Pre-trains a data2vec model. Goes on from the last checkpoint where --run.dir holds one."""
 
     config: Config = field(default_factory=Config)
+    file: str | None = setting(None, option="config")
+    """TOML or JSON file with a recipe's name and settings that replace the recipe's, such as a run's config.json;
+    options on the command line replace both (docs/settings.md)."""
+    recipe: str | None = None
+    """The recipe, in place of RECIPE; or FILE.py:FUNCTION, a function of a Python file of yours that returns a
+    d2v.Config: the file is run."""
     init: str | None = setting(None, option="model.init")
     """Run folder, checkpoint or exported folder whose student and teacher are loaded; unset: random weights."""
     dry_run: bool = False
-    """Build everything, run one update without writing anything, print shapes and sizes."""
+    """Build everything, run one update without writing anything, print shapes and sizes, and where settings that differ
+    from the recipe's came from."""
     profile: int = setting(0, low=0, rare=True)
     """Updates to record, after two others: a trace with named ranges and a table in RUN/profile; 0: none."""
+    base: Config = field(default_factory=Config, metadata={"option": None})
+    origin: str = setting("recipe", option=None)
+    sources: tuple[tuple[str, str], ...] = setting((), option=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Pretrain):
+    """Pre-trains a model for every combination of the options that have several values, such as --run.seed 0 1 2, in
+    folders of --run.dir: one after the other; what is finished is skipped, what was stopped goes on."""
+
+    slurm: bool = False
+    """Write DIR/sweep.sbatch, a Slurm array with a task a run, in place of running."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +51,9 @@ class FineTuning:
     with the best score on held-out samples is chosen and evaluated once on the test set."""
 
     task: str = setting("", option=None)
+    file: str | None = setting(None, option="config")
+    """TOML or JSON file with settings of the sections task, decode, optim, data and run, or the config.json of another
+    fine-tuning run; options on the command line replace them (docs/settings.md)."""
     checkpoint: str = ""
     """Pre-trained model: run folder, checkpoint inside it, or exported folder."""
     train: str = ""
@@ -214,8 +236,27 @@ class Plot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Prints what runs reached, the options in which they differ, means over seeds, and tests of the differences
+    between groups of runs that have the same options but for the seed."""
+
+    runs: tuple[Path, ...] = setting(option="runs", positional=True)
+    """Run folders, or folders of `d2v sweep`."""
+    metrics: tuple[str, ...] = ()
+    """Keys of metrics.jsonl, linear_probe, knn, few_label, or scores such as test.accuracy; unset: loss, what was
+    measured on held-out data, and what evaluations found."""
+    output: Path | None = None
+    """File for a picture with the curves of all runs; unset: none."""
+    as_json: bool = setting(False, option="json")
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipes:
     """Lists the recipes: what they are for, size of the model, masks, number of updates."""
+
+    show: str | None = None
+    """Recipe, or FILE.py:FUNCTION, whose settings are printed as TOML for --config in place of the list."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ def check_ranges(section: Any, name: str = "") -> None:
         bounds = {key: f.metadata[key] for key in _BOUNDS if f.metadata.get(key) is not None}
         if value is not None and not all(_BOUNDS[key](value, bound) for key, bound in bounds.items()):
             raise ValueError(f"{path}: expected {_describe(**bounds)}, got {value}")
-        if isinstance(value, float) and math.isnan(value):
+        if any(isinstance(v, float) and math.isnan(v) for v in (value if isinstance(value, tuple) else (value,))):
             raise ValueError(f"{path}: expected a number, got {value}")
 
 
@@ -86,19 +86,30 @@ def flat_fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
     return found
 
 
-def replace_field(owner: Any, path: Sequence[str], value: Any) -> Any:
-    """A dataclass with another value of one field, which `path` leads to through its sections."""
-    if len(path) > 1:
-        value = replace_field(getattr(owner, path[0]), path[1:], value)
-    return dataclasses.replace(owner, **{path[0]: value})
+def replace_fields(owner: Any, changes: Mapping[str, Any], where: str = "") -> Any:
+    """A dataclass with other values of fields, which dotted names lead to through its sections.
+
+    Raises:
+        ValueError: a value of another type; the text begins with `where` and the name.
+    """
+    shown = {f.name: where + (f.metadata.get("option") or f.name) for f in dataclasses.fields(owner)}
+    kind: Any = type(owner)
+    own: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        section, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(section, {})[rest] = value
+        else:
+            own[name] = _convert(_hints(kind)[name], value, shown[name])
+    own |= {name: replace_fields(getattr(owner, name), part, f"{shown[name]}.") for name, part in inner.items()}
+    return dataclasses.replace(owner, **own)
 
 
 def forget_places(config: Any) -> Any:
     """A configuration of a folder without what opens, runs or writes something outside it (`setting(outside=True)`)."""
-    for name, f in flat_fields(type(config)).items():
-        if f.metadata.get("outside"):
-            config = replace_field(config, name.split("."), f.default)
-    return config
+    found = {name: f.default for name, f in flat_fields(type(config)).items() if f.metadata.get("outside")}
+    return replace_fields(config, found)
 
 
 def find_nearest(name: str, valid: Collection[str]) -> str:
@@ -143,14 +154,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if any(type(value) is type(choice) and value == choice for choice in inner):
             return value
     elif hint is float:
-        if type(value) in (int, float) and (value == math.inf or abs(value) <= sys.float_info.max):
+        if type(value) in (int, float) and (value == math.inf or not abs(value) > sys.float_info.max):
             return value
     elif hint is int:
         if type(value) is int and abs(value) < 1 << 63:
             return value
     elif type(value) is hint or (hint is Path and isinstance(value, Path)):
         return value
-    expected = f"one of {', '.join(map(str, inner))}" if origin is Literal else getattr(hint, "__name__", str(hint))
+    expected = f"one of {', '.join(map(str, inner))}" if origin is Literal else str(hint) if inner else hint.__name__
     raise ValueError(f"{where}: expected {expected}, got {shorten(value)}")
 
 

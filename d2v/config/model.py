@@ -11,11 +11,11 @@ import dataclasses
 import json
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from d2v.config.fields import build_section, check_ranges, find_nearest, flat_fields, replace_field, require, setting
+from d2v.config.fields import build_section, check_ranges, find_nearest, flat_fields, replace_fields, require, setting
 from d2v.config.run import Data, Ema, Optim, Run
 from d2v.files import parse_json
 
@@ -291,15 +291,19 @@ class Config:
         words = [self.stem.modality, self.stem.kind, self.stem.positions, self.encoder.norm_order, self.mask.kind]
         return frozenset([*words, f"{self.version}.0", "image" if self.stem.modality == "vision" else "sequence"])
 
-    def replace(self, name: str, value: Any) -> Self:
-        """The same configuration with another value of one setting, by its dotted name ("optim.learning_rate").
+    def replace(self, name: str | Mapping[str, Any], value: Any = None) -> Self:
+        """The same configuration with another value of one setting, by its dotted name ("optim.learning_rate"), or of
+        several that belong together: `replace({"encoder.width": 96, "encoder.heads": 6})`. Lists become tuples.
 
         Raises:
             ValueError: no such setting (the text gives the nearest), or a value that it cannot have.
         """
-        if name not in (valid := flat_fields(type(self))):
-            raise ValueError(f"config: expected a setting, got {name!r}; did you mean {find_nearest(name, valid)!r}?")
-        changed: Self = replace_field(self, name.split("."), value)
+        changes, valid = {name: value} if isinstance(name, str) else name, flat_fields(type(self))
+        for given in changes:
+            if given not in valid:
+                nearest = find_nearest(given, valid)
+                raise ValueError(f"config: expected a setting, got {given!r}; did you mean {nearest!r}?")
+        changed: Self = replace_fields(self, changes)
         return changed
 
     def change(self, **values: Any) -> Self:

@@ -38,6 +38,7 @@ class PyD2v(PythonPackage, CudaPackage):
         depends_on("py-soundfile@0.12:", type="run")
         depends_on("py-scipy@1.11:", type="run")
         depends_on("py-tokenizers@0.20:", type="run")
+        depends_on("py-tomli@2:", when="^python@:3.10", type="run")
     for arch in CudaPackage.cuda_arch_values:
         depends_on(f"py-torch+cuda cuda_arch={arch}", when=f"+cuda cuda_arch={arch}")
     depends_on("cuda@12.8:", when="+cuda")

@@ -69,7 +69,7 @@ def test_values_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
         (*tiny, "extra"): "extra",
         (*tiny, "--encoder.heads", "7"): "encoder.width: expected a multiple of encoder.heads",
         (*tiny, "--run.steps", "-1"): "run.steps: expected 0 or more, got -1",
-        ("recipes", "--all"): "recipes: expected no options",
+        ("recipes", "--all"): "did you mean '--show'?",
         ("plot",): "Run folder",
     }
     for arguments, text in cases.items():
@@ -254,7 +254,12 @@ def test_what_options_are_called_elsewhere(capsys: pytest.CaptureFixture[str]) -
         (*pretrain, "--output", "x"): "did you mean '--run.dir'?",
         (*pretrain, "--data", "x"): "did you mean '--data.path'?",
         (*pretrain, "--dropout", "1"): "did you mean '--stem.dropout' or '--encoder.dropout'?",
-        (*pretrain, "--config", "x"): "settings come from the first argument, RECIPE or TASK, and from options such as",
+        (
+            "finetune",
+            "text-classify",
+            "--recipe",
+            "x",
+        ): "settings come from the first argument, RECIPE or TASK, and from",
         (*probe, "--batch-size", "1"): "did you mean '--batch'?",
         (*probe, "--ckpt", "x"): "did you mean '--checkpoint'?",
         ("probe", "--test", "x"): "did you mean 'evaluate probe'?",

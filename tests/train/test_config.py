@@ -39,6 +39,34 @@ def test_replace_names_the_nearest_setting(name: str, nearest: str) -> None:
         recipes.vision_tiny().replace(name, 1)
 
 
+def test_replace_takes_settings_that_belong_together() -> None:
+    config = recipes.vision_tiny()
+    with pytest.raises(ValueError, match=r"a multiple of encoder\.heads"):
+        config.replace("encoder.heads", 5)
+    other = config.replace({"encoder.heads": 5, "encoder.width": 80, "data.crop_scale": [0.5, 1]})
+    assert (other.encoder.heads, other.encoder.width, other.data.crop_scale) == (5, 80, (0.5, 1))
+    assert other.encoder.depth == config.encoder.depth
+    assert config.replace({}) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("optim.learning_rate", "1e-3", "expected float, got 1e-3"),
+        ("run.steps", 10.0, "expected int, got 10.0"),
+        ("run.steps", True, "expected int, got True"),
+        ("data.flip", 1, "expected bool, got 1"),
+        ("run.precision", "fp8", "expected one of fp32, bf16, fp16, got fp8"),
+        ("optim.clip", "off", "expected float, got off"),
+        ("optim.betas", (0.9,), r"expected tuple\[float, float\], got \(0.9,\)"),
+        ("optim.betas", (0.9, float("nan")), r"expected a number, got \(0.9, nan\)"),
+    ],
+)
+def test_replace_refuses_other_types(name: str, value: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: {expected}"):
+        recipes.vision_tiny().replace(name, value)
+
+
 def test_change_replaces_fields_of_sections() -> None:
     base = recipes.vision_tiny()
     config = base.change(recipe="mine", data=dict(workers=7, flip=False), head=base.head)

@@ -11,7 +11,7 @@ import pytest
 
 from d2v.cli import main
 from d2v.config import Config
-from d2v.config.fields import flat_fields, forget_places, replace_field
+from d2v.config.fields import flat_fields, forget_places
 from d2v.config.finetune import FineTuneConfig, read_config
 from d2v.model.data2vec import build_model
 from d2v.model.saving import write_folder
@@ -49,7 +49,7 @@ def test_every_place_is_marked() -> None:
 def test_no_place_is_taken_from_a_folder(name: str, tmp_path: Path) -> None:
     config = FineTuneConfig()
     value = True if name == "data.allow_commands" else str(tmp_path / "elsewhere")
-    changed = replace_field(config, name.split("."), value)
+    changed = config.replace(name, value)
     (tmp_path / "config.json").write_text(changed.to_json())
     assert changed != config and read_config(tmp_path / "config.json") == config == forget_places(changed)
 
