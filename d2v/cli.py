@@ -43,6 +43,7 @@ EXTRAS = {
     "finetune": "jiwer flashlight",
     "quickstart": "skimage",
     "interop": "transformers",
+    "onnx": "onnx onnxscript",
 }
 """Optional dependencies by the extra of this package that brings them; `d2v --help` and `d2v info` need none."""
 

@@ -213,9 +213,10 @@ class Export:
 
     checkpoint: str
     """Run folder, checkpoint inside it, or exported folder."""
-    format: Literal["safetensors", "huggingface", "fairseq"]
+    format: Literal["safetensors", "huggingface", "fairseq", "program", "onnx"]
     """safetensors: config and weights with a loading example; huggingface: for transformers (data2vec 1.0: the
-    student's encoder); fairseq: a file that the published code reads."""
+    student's encoder); fairseq: a file that the published code reads; program: the encoder with averaged weights for
+    torch.export.load; onnx: the same for ONNX runtimes."""
     output: str
     """Folder to write, absent or empty; for fairseq also a file that ends in .pt."""
 

@@ -12,15 +12,17 @@ from d2v.config.finetune import read_config
 from d2v.data.sources import read_text_file
 from d2v.data.tokenizer import FILE as TOKENIZER
 from d2v.data.tokenizer import BytePairs, save_tokenizer
+from d2v.files import write_atomically
 from d2v.folder import CONFIG, find_checkpoint, load_json
 from d2v.interop import fairseq, huggingface
+from d2v.interop.program import make_program, save_program
 from d2v.interop.tokenizer import convert_tokenizer
 from d2v.model.data2vec import Data2Vec
 from d2v.model.finetuned import FineTuned
 from d2v.model.saving import ORIGIN, Origin, write_folder
 from d2v.saved import find_tokenizer, load_any
 
-FORMATS = ("safetensors", "huggingface", "fairseq")
+FORMATS = ("safetensors", "huggingface", "fairseq", "program", "onnx")
 LICENCES = """Published weights have the licence of their source, not of this project. fairseq states the MIT licence
 for its code and says that it applies to its pre-trained models as well; model cards of other sources state their own.
 Read it before you use or pass on what was imported."""
@@ -35,7 +37,7 @@ def import_checkpoint(source: str, output: str) -> str:
     if not path.exists():
         raise ValueError(f"from: expected a checkpoint file or a transformers folder, found none at {source!r}")
     model = huggingface.load(path) if path.is_dir() else fairseq.load(path)
-    encoder = model.encoder if isinstance(model, FineTuned) else model
+    encoder = _encoder_of(model)
     tokenizer, note = _take_tokenizer(path, model) if encoder.config.stem.modality == "text" else (None, "")
     write_folder(model, folder)
     if tokenizer is not None:
@@ -62,7 +64,7 @@ def _take_tokenizer(source: Path, model: Data2Vec | FineTuned) -> tuple[str | No
     hint = "`d2v data tokenizer --help` says how to make one, to be put into the folder's tokenizer/."
     if not (folder / TOKENIZER).is_file():
         return None, f"\nText needs its tokenizer, and there is no {TOKENIZER} beside the weights: {hint}"
-    encoder = model.encoder if isinstance(model, FineTuned) else model
+    encoder = _encoder_of(model)
     embedding = encoder.stem.embed_tokens
     assert isinstance(embedding, torch.nn.Embedding)
     try:
@@ -84,7 +86,8 @@ def export_checkpoint(checkpoint: str, format: str, output: str) -> str:
     """Writes the model of a checkpoint in another format; returns a summary.
 
     safetensors: a folder with config and a loading example. huggingface: a folder for transformers (1.0). fairseq: a
-    file, or `model.pt` in a folder where `output` has no suffix .pt.
+    file, or `model.pt` in a folder where `output` has no suffix .pt. program, onnx: the encoder with the averaged
+    weights as `encoder.pt2` (`torch.export.load`) or `encoder.onnx` beside `config.json`.
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
@@ -101,10 +104,23 @@ def export_checkpoint(checkpoint: str, format: str, output: str) -> str:
         if tokenizer is not None:
             shutil.copyfile(Path(tokenizer) / TOKENIZER, folder / TOKENIZER)
         return f"{folder}: transformers folder"
-    write_folder(model, folder)
+    if format in ("program", "onnx"):
+        encoder, file = _encoder_of(model), folder / f"encoder.{'pt2' if format == 'program' else 'onnx'}"
+        program = make_program(encoder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_program(program, file)
+        write_atomically(folder / CONFIG, encoder.config.to_json())
+        done = f"{file}: features (B,T,C) of inputs, as `d2v features` has them without a pool"
+    else:
+        write_folder(model, folder)
+        done = f"{folder}: safetensors with {CONFIG} and README.md, which shows how to load them"
     if tokenizer is not None:
         shutil.copytree(tokenizer, folder / "tokenizer")
-    return f"{folder}: safetensors with {CONFIG} and README.md, which shows how to load them"
+    return done
+
+
+def _encoder_of(model: Data2Vec | FineTuned) -> Data2Vec:
+    return model.encoder if isinstance(model, FineTuned) else model
 
 
 def _new_folder(output: str) -> Path:

@@ -178,25 +178,30 @@ def _cast_products(module: nn.Module, dtype: torch.dtype | None) -> None:
 @torch.no_grad()
 def encode_parts(parts: Mapping[str, Any], inputs: Tensor, lengths: Tensor | None, layer: int | None) -> Encoded:
     """Features of an unmasked input in evaluation mode; see `Data2Vec.encode`."""
-    stem, positions, context, main = (parts[name] for name in PARTS)
-    blocks = [*context.blocks, *main.blocks]
-    if layer is not None and not 0 <= layer <= len(blocks):
-        raise ValueError(f"layer: expected 0 to {len(blocks)}, got {layer}")
+    blocks = len(parts["context"].blocks) + len(parts["blocks"].blocks)
+    if layer is not None and not 0 <= layer <= blocks:
+        raise ValueError(f"layer: expected 0 to {blocks}, got {layer}")
     with evaluating(*parts.values()):
-        tokens, lengths = stem.measure(inputs, lengths)
-        x = stem(inputs, lengths)
-        bias = positions.attention_bias(x, lengths)
-        x = context.embed(positions(x, lengths), bias)
-        for i, block in enumerate(blocks[:layer]):
-            x = block(x, bias, i).output
-        if layer is None and main.norm is not None:
-            x = main.norm(x)
-        x = bias.unpack(x)
+        tokens, lengths = parts["stem"].measure(inputs, lengths)
+        x = encode_measured(parts, inputs, lengths, layer)
     extra = x.shape[1] - tokens
     valid = valid_positions(lengths, tokens, x.device)
     if valid is None:
         valid = torch.ones(x.shape[0], tokens, dtype=torch.bool, device=x.device)
     return Encoded(x[:, extra:], valid, x[:, extra - 1] if extra else None)
+
+
+def encode_measured(parts: Mapping[str, Any], inputs: Tensor, lengths: Tensor | None, layer: int | None) -> Tensor:
+    """(B,E+T,C): what the first `layer` blocks make of inputs that the stem has measured, extra tokens in front."""
+    stem, positions, context, main = (parts[name] for name in PARTS)
+    x = stem(inputs, lengths)
+    bias = positions.attention_bias(x, lengths)
+    x = context.embed(positions(x, lengths), bias)
+    for i, block in enumerate([*context.blocks, *main.blocks][:layer]):
+        x = block(x, bias, i).output
+    if layer is None and main.norm is not None:
+        x = main.norm(x)
+    return bias.unpack(x)
 
 
 @contextlib.contextmanager

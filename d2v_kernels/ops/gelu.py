@@ -71,7 +71,8 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     else:
         check.dtype("gelu_linear", "weight", weight, x.dtype)
     _check_linear(x, weight, bias)
-    rows = x.contiguous().view(x.shape[:-1].numel(), x.shape[-1])
+    x = x.contiguous()
+    rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     y: Tensor = _GeluLinear.apply(rows, weight, bias) if differentiable else _forward(rows, weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -137,7 +138,7 @@ def layer_norm_gelu(
     if x.dim() < 1:
         raise ValueError("layer_norm_gelu: x: expected shape (..., C), got a 0-D tensor")
     x = check.side_by_side("layer_norm_gelu", "x", x)
-    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
     return _layer_norm_gelu(rows, weight, bias, eps).view(x.shape)
 
 

@@ -66,7 +66,7 @@ def masked_regression_loss(
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x[None] if x.dim() == 1 else x.flatten(0, -2)
 
 
 def _shape(

@@ -105,7 +105,7 @@ def test_bad_targets_leave_nothing(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match=r"1\.0"):
         export_checkpoint(str(image_folder), "huggingface", str(tmp_path / "x"))
     with pytest.raises(ValueError, match="format: expected one of safetensors"):
-        export_checkpoint(str(image_folder), "onnx", str(tmp_path / "x"))
+        export_checkpoint(str(image_folder), "gguf", str(tmp_path / "x"))
     with pytest.raises(ValueError, match="from: expected a checkpoint file"):
         import_checkpoint(str(tmp_path / "absent.pt"), str(tmp_path / "x"))
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")

@@ -141,7 +141,7 @@ class LogMelStem(SpeechStem):
         tokens are computed too."""
         bands = inputs if inputs.dim() == 3 else self.prepare(inputs, lengths)
         tokens = bands.shape[1] // self.frames
-        return self.proj(self.norm(bands.reshape(len(inputs), tokens, -1).to(self.proj.weight.dtype)))
+        return self.proj(self.norm(bands.reshape(bands.shape[0], tokens, -1).to(self.proj.weight.dtype)))
 
     def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B,F,bins) float32: `make_bands` minus the mean of each band over the frames before the padding, where it
