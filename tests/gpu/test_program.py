@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -101,6 +103,102 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path) -> None:
     assert used_up.returncode == 3
     assert "1 of 1 cases left" in used_up.stdout
     assert record.keep_rows(path, "other") == []
+
+
+STAGES = """
+import sys
+from benchmarks.gpu import __main__ as gpu, stages
+from benchmarks.harness.record import run_child, store
+
+CHILD = '''
+import subprocess, sys
+name, hang, folder = sys.argv[1:]
+print(name, file=open(f"{folder}/ran", "a"))
+if name == hang:
+    subprocess.run(["sh", "-c", "while true; do echo >> beats; sleep 0.05; done"], cwd=folder)
+'''
+folder, hang, *arguments = sys.argv[1:]
+
+def make(stage):
+    def work(run, limit_s):
+        for case in ("one", "two", "three"):
+            if case not in run.finished(stage):
+                status, output = run_child([sys.executable, "-c", CHILD, f"{stage} {case}", hang, folder], limit_s, run.environment())
+                assert status == 0, output
+                store(run.records, {"kind": stage, "case": case, "key": run.key})
+        return {"status": "done"}
+    return work
+
+for name in gpu.BUDGETS:
+    setattr(stages, name, make(name))
+gpu.main(["--dry", "--output", folder, "--records", folder, *arguments])
+"""
+
+
+def test_a_run_that_is_killed_goes_on_with_its_next_case(tmp_path: Path) -> None:
+    """Three commands, two of them killed in the middle of a stage: every case runs to its end once."""
+    environment, beats = {**os.environ, "PYTHONPATH": str(ROOT)}, tmp_path / "beats"
+
+    def start(hang: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", STAGES, str(tmp_path), hang]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                                start_new_session=True)  # fmt: skip
+
+    for hang in ("tests two", "benchmarks three"):
+        first, deadline = start(hang), time.monotonic() + 60
+        while not beats.exists():
+            assert first.poll() is None and time.monotonic() < deadline, "it never got to the case"
+            time.sleep(0.02)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        time.sleep(0.3)
+        count = beats.stat().st_size
+        time.sleep(0.3)
+        assert beats.stat().st_size == count, "a child outlived the command and would write to the next one's records"
+        beats.unlink()
+        (path,) = tmp_path.glob("*/*.jsonl")
+        key = record.read_rows(path)[0]["key"]
+        with path.open("a") as rows:  # a record that was cut off
+            rows.write(json.dumps({"kind": "stage", "stage": "sanitizer", "status": "done", "key": key})[:-8])
+    last = start("")
+    words, _ = last.communicate(timeout=60)
+    assert last.returncode == 0, words
+    begun = (tmp_path / "ran").read_text().splitlines()
+    cases = [f"{stage} {case}" for stage in gpu.BUDGETS for case in ("one", "two", "three")]
+    twice = [case for case in cases if begun.count(case) == 2]
+    assert sorted(set(begun)) == sorted(cases) and twice == ["tests two", "benchmarks three"]
+    assert len(begun) == len(cases) + 2
+    assert words.count("done by an earlier run") == list(gpu.BUDGETS).index("benchmarks")
+    stored = record.read_rows(tmp_path / "gpu-dry.jsonl")
+    assert {r["stage"]: r["status"] for r in stored if r["kind"] == "stage"} == dict.fromkeys(gpu.BUDGETS, "done")
+
+
+def test_a_case_that_ends_its_process_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a fault does that no handler sees; the next command measures the other cases before it tries again."""
+    begun: list[str] = []
+    fatal: set[str] = set()
+
+    def measure(case, *_):
+        begun.append(case.op)
+        if case.op in fatal:
+            raise KeyboardInterrupt
+        op, name, dtype = case.key
+        return {"kind": "measurement", "op": op, "case": name, "dtype": dtype}
+
+    monkeypatch.setattr(operators, "measure_on_gpu", measure)
+    monkeypatch.setattr(operators, "copy_rates", lambda *_: {1: 1.0})
+    path = tmp_path / "rows.jsonl"
+    command = ["--device", "cuda", "--output", str(path), "--key", "k", "--emulated", "-", "--only", "tokens"]
+    first, second, third = (c.op for c in operators.tiny_cases() if "tokens" in c.op)
+    for broken, expected in ((second, [first, second]), (third, [third]), ("", [second, third])):
+        fatal = {broken}
+        begun.clear()
+        with contextlib.suppress(KeyboardInterrupt):
+            operators.main(command)
+        assert begun == expected
+        failures = {r["op"]: r["reason"] for r in record.read_rows(path) if r["kind"] == "failure"}
+        assert broken in failures or not broken
+    assert not failures
 
 
 def test_missing_pieces_are_named(monkeypatch, tmp_path) -> None:
