@@ -173,6 +173,7 @@ def forms_of_gpus() -> Iterator[None]:
     """Meanwhile convolutions and norms take the forms that they have on GPUs, which keep more than those of CPUs."""
     with (
         mock.patch.object(layers, "_suits_products", return_value=False),
+        mock.patch.object(layers, "_keeps_layout", return_value=True),
         mock.patch.object(layers.LayerNorm, "forward", torch.nn.LayerNorm.forward),
     ):
         yield

@@ -123,7 +123,8 @@ def make(stage):
     def work(run, limit_s):
         for case in ("one", "two", "three"):
             if case not in run.finished(stage):
-                status, output = run_child([sys.executable, "-c", CHILD, f"{stage} {case}", hang, folder], limit_s, run.environment())
+                command = [sys.executable, "-c", CHILD, f"{stage} {case}", hang, folder]
+                status, output = run_child(command, limit_s, run.environment())
                 assert status == 0, output
                 store(run.records, {"kind": stage, "case": case, "key": run.key})
         return {"status": "done"}
