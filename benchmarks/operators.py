@@ -188,6 +188,7 @@ def tiny_cases() -> list[Case]:
         attention("tiny", 2, 20, 2, 16),
         attention("tiny", 2, 20, 2, 16, dropout=0.1),
         convolution("tiny", 2, 9, 32, 32, 4, 3, axes=2),
+        convolution("tiny", 2, 9, 32, 32, 4, 3),
     ]
 
 

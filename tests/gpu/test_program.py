@@ -174,6 +174,20 @@ def test_a_run_that_is_killed_goes_on_with_its_next_case(tmp_path: Path) -> None
     assert {r["stage"]: r["status"] for r in stored if r["kind"] == "stage"} == dict.fromkeys(gpu.BUDGETS, "done")
 
 
+@pytest.mark.parametrize("emulated", [False, True])
+def test_wrong_cases_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, emulated: bool) -> None:
+    monkeypatch.setattr(stages, "run_child", lambda *_: (0, ""))
+    run = stages.Run(tmp_path, tmp_path, "gpu", "k", emulated)
+    record.store(run.records, row(key="k"), row(key="k", case="d", not_run={"eager": "differs from float64"}))
+    assert stages.benchmarks(run, 10.0) == {"status": "done", "failed": []}
+    wrong = row(key="k", case="e", not_run={"d2v triton": "differs from float64 by 0.66 of the maximum"})
+    failure = {"kind": "failure", "op": "gelu", "case": "f", "dtype": "float32", "key": "k", "reason": "r"}
+    record.store(run.records, wrong, failure)
+    found = stages.benchmarks(run, 10.0)
+    assert found["failed"] == ["average_layers e", "gelu f"]
+    assert found["status"] == ("failed" if emulated else "done")
+
+
 def test_a_case_that_ends_its_process_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As a fault does that no handler sees; the next command measures the other cases before it tries again."""
     begun: list[str] = []
@@ -200,6 +214,17 @@ def test_a_case_that_ends_its_process_comes_last(monkeypatch: pytest.MonkeyPatch
         failures = {r["op"]: r["reason"] for r in record.read_rows(path) if r["kind"] == "failure"}
         assert broken in failures or not broken
     assert not failures
+
+
+def test_cases_of_both_kinds_of_rivals_run(tmp_path: Path) -> None:
+    """Attention, of which one backend is asked for by name, and PyTorch's two ways to convolve a sequence."""
+    path, arguments = tmp_path / "rows.jsonl", ["--key", "k", "--emulated", "-", "--only"]
+    for name in ("2 heads of 16", "tiny 2 x 9, 32 -> 32, 4 groups, K=3"):
+        assert program("operators", "--output", str(path), *arguments, name).returncode == 0
+    rows = [r for r in record.read_rows(path) if r["kind"] != "copy"]
+    assert [r["kind"] for r in rows] == ["measurement"] * 4, [r.get("reason") for r in rows]
+    assert all({"d2v triton", "eager"} <= set(r["seconds"]) for r in rows), "none differs from float64"
+    assert "eager, a grid of one row" in rows[3]["seconds"] and "eager, a grid of one row" not in rows[2]["seconds"]
 
 
 def test_missing_pieces_are_named(monkeypatch, tmp_path) -> None:
