@@ -268,6 +268,7 @@ def benchmarks(run: Run, limit_s: float, most: int = 1000) -> Outcome:
 
 def _wrong_cases(rows: list[Outcome]) -> list[str]:
     """Cases that failed, or in which an operator of ours differs from float64."""
+
     def differs(row: Outcome) -> bool:
         words = row.get("not_run", {}).items()
         return any(name.startswith("d2v") and why.startswith("differs") for name, why in words)
