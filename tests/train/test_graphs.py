@@ -81,6 +81,13 @@ def test_autograd_has_no_part_in_it(monkeypatch: pytest.MonkeyPatch, family: str
     assert all(t.grad is None and not t.is_inference() for t in tensors)
 
 
+def test_sharded_weights_keep_their_records(make_config: Callable[..., Config]) -> None:
+    model = Data2Vec(make_config(run={"parallel": "fsdp"}))
+    images = torch.randn(2, 3, 16, 16)
+    layers = model.teacher.collect(images, model.stem(images, None), None, 2, "ffn")
+    assert not any(t.is_inference() or t.requires_grad for t in layers)
+
+
 def test_a_checkpoint_reaches_the_working_copies(make_config: Callable[..., Config]) -> None:
     config = make_config(run={"precision": "bf16"}, encoder={"dropout": 0.0})
     torch.manual_seed(0)
