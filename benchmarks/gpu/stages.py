@@ -281,10 +281,11 @@ def _wrong_cases(rows: list[Outcome]) -> list[str]:
 
 def steps(run: Run, limit_s: float) -> Outcome:
     """Whole training steps of the base recipes, the plain form against this library; no compilation, for the time."""
-    begin = time.monotonic()
-    done = run.finished("step")
+    begin, done, begun = time.monotonic(), run.finished("step"), run.finished("begun step")
     left = [name for name in (c.name for c in (DRY if run.emulated else GPU[:3])) if name not in done]
-    for name in left:
+    wrong: Outcome = {}
+    for name in sorted(left, key=begun.__contains__):  # what ended an earlier command keeps no other from its turn
+        store(run.records, {"kind": "begun step", "case": name, "key": run.key})
         rows = run.folder / ".step.jsonl"
         rows.unlink(missing_ok=True)
         command = [sys.executable, "-m", "benchmarks.step", "--threads", "1", "--forms", "plain", "d2v", "--most", "1",
@@ -293,9 +294,13 @@ def steps(run: Run, limit_s: float) -> Outcome:
         status, output = run_child(command, limit_s - (time.monotonic() - begin), run.environment())
         store(run.records, *({**row, "emulated": run.emulated, "key": run.key} for row in read_rows(rows)))
         rows.unlink(missing_ok=True)
+        tail = output.strip().splitlines()[-3:]
+        if status is None:
+            return outcome(None, case=name, output=tail)
         if status != 0:
-            return outcome(status, case=name, output=output.strip().splitlines()[-3:])
-    return outcome(0, measured=len(left))
+            wrong[name] = [f"exit status {status}", *tail]
+    failures: Outcome = {"failed": list(wrong), "output": wrong} if wrong else {}
+    return outcome(min(len(wrong), 1), measured=len(left) - len(wrong), **failures)
 
 
 # ---- report

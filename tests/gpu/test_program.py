@@ -277,6 +277,35 @@ def test_step_takes_the_command_of_its_stage(monkeypatch, tmp_path, emulated: bo
     assert (options.dry, options.only, options.forms) == (emulated, cases[1].name, ["plain", "d2v"])
 
 
+def test_a_step_that_fails_does_not_keep_the_others_from_their_turn(monkeypatch, tmp_path) -> None:
+    asked: list[str] = []
+    bad = GPU[0].name
+
+    def run_child(command, *_):
+        asked.append(next(part.removeprefix("--only=") for part in command if part.startswith("--only=")))
+        if asked[-1] == bad:
+            return -11, "Segmentation fault"
+        path = Path(command[command.index("--output") + 1])
+        record.store(path, {"kind": "step", "case": asked[-1]})
+        return 0, ""
+
+    monkeypatch.setattr(stages, "run_child", run_child)
+    run = stages.Run(tmp_path, tmp_path, "gpu", "k", False)
+    found = stages.steps(run, 10.0)
+    assert asked == [c.name for c in GPU[:3]]
+    assert (found["status"], found["failed"], found["measured"]) == ("failed", [bad], 2)
+    assert found["output"] == {bad: ["exit status -11", "Segmentation fault"]}
+    assert run.finished("step") == {c.name for c in GPU[1:3]}
+    record.store(run.records, {"kind": "begun step", "case": GPU[1].name, "key": "other"})
+    bad = ""
+    assert stages.steps(run, 10.0) == {"status": "done", "measured": 1}
+    path = tmp_path / "gpu.jsonl"
+    record.write_rows(path, [{"kind": "begun step", "case": GPU[0].name, "key": "k"}])
+    asked.clear()
+    stages.steps(run, 10.0)
+    assert asked == [GPU[1].name, GPU[2].name, GPU[0].name], "what an earlier command did not survive comes last"
+
+
 def test_tests_that_passed_are_not_run_again(monkeypatch, tmp_path) -> None:
     asked: list[str] = []
 
