@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config import Decoder, Head
-from d2v.model.layers import Linear, convolve_grid, fused_layer, norm_gelu, product_dtype, takes_fused_layer
+from d2v.model.layers import Linear, convolve_grid, convolved_rows, fused_layer, norm_gelu, takes_fused_layer
 from d2v_kernels import gelu_linear
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -46,10 +46,9 @@ class ConvDecoder(nn.Module):
         self.proj = projection if hidden else projection[0]
 
     def take(self, kept: Tensor) -> Tensor:
-        """Visible tokens (N,V,C) with dropout, in the dtype of the convolutions' operator if that is what runs: better
+        """Visible tokens (N,V,C) with dropout, in the dtype of the rows that are convolved (`convolved_rows`): better
         before the many masked ones are among them."""
-        kept = self.dropout(kept)
-        return kept.to(product_dtype(kept)) if takes_fused_layer(self.convolution, kept) else kept
+        return convolved_rows(self.convolution, self.dropout(kept))
 
     def forward(self, x: Tensor, grid: tuple[int, ...], valid: Tensor | None = None) -> Tensor:
         """Hidden rows of all tokens.

@@ -113,6 +113,12 @@ def takes_fused_layer(choice: str, x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and prefers_conv_layer_norm_gelu(x.device.type, product_dtype(x))
 
 
+def convolved_rows(choice: str, x: Tensor) -> Tensor:
+    """x in the dtype that convolutions have, where they also give it back: in the operator for this `run.convolution`,
+    and on GPUs, where a residual in float32 beside results of 16 bits is most of what a decoder moves."""
+    return x.to(product_dtype(x)) if takes_fused_layer(choice, x) or _keeps_layout(x) else x
+
+
 def fused_layer(conv: nn.Module, x: Tensor, residual: bool = False) -> Tensor:
     """GELU of a layer norm of a convolution of x (B,T,C) or (B,H,W,C), plus x if wanted, as one operator; the
     convolution has stride 1 and keeps the size of the grid."""
