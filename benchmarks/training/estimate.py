@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -34,7 +32,7 @@ from d2v.train.flops import count_flops, find_peak
 
 from ..harness.record import RESULTS, read_rows
 from ..harness.report import markdown
-from ..scaling.estimate import LENGTHS, Cluster, draw_batch, forms_of_gpus
+from ..scaling.estimate import LENGTHS, Cluster, draw_batch, forms_of_gpus, on_paper
 from .cases import CPU, GPU, StepCase, make_config, shape_of
 from .forms import Form, group_of
 
@@ -204,16 +202,8 @@ def find_case(recipe: str) -> StepCase:
     return next((case for case in GPU + CPU if case.recipe == recipe), own)
 
 
-class _Paper(FakeTensorMode):
-    """Tensors without memory. A deep copy of a module copies their mode, and with it weak references to memory: numbers
-    that PyTorch takes along as they are and then frees once for every copy."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Paper:
-        return self
-
-
 @contextlib.contextmanager
-def _on_paper() -> Iterator[None]:
+def _step_on_paper() -> Iterator[None]:
     """Tensors without memory; operators as on a GPU, though the tensors say that they are on a CPU."""
 
     def cast(module: nn.Module, dtype: torch.dtype) -> None:  # `Module.to` cannot change tensors without memory
@@ -235,7 +225,6 @@ def _on_paper() -> Iterator[None]:
         mock.patch.object(layers.LayerNorm, "forward", lambda self, x: nn.LayerNorm.forward(self, x.float())),
         mock.patch.object(F, "dropout", dropout),
         mock.patch.object(F, "scaled_dot_product_attention", attend),
-        mock.patch("torch.nn.init.trunc_normal_", lambda weight, **_: weight),  # it reads what it has drawn
         mock.patch.object(Data2Vec, "to", lambda self, _: self),
         mock.patch.multiple(teacher, _cast_products=cast),
         mock.patch.multiple(
@@ -244,10 +233,8 @@ def _on_paper() -> Iterator[None]:
             update=lambda *_: None,  # they need addresses
             _bookkeeping=lambda self: contextlib.nullcontext(),  # without it operators come here before they are split
         ),
-        _Paper(allow_non_fake_inputs=True),
-        warnings.catch_warnings(),
+        on_paper(),
     ):
-        warnings.simplefilter("ignore")  # copying parameters asks for their addresses
         yield
 
 
@@ -258,7 +245,7 @@ def count_step(case: StepCase, convolution: str = "library") -> tuple[list[Kerne
     """
     config = make_config(case, "bf16").replace("run.convolution", convolution)
     inputs, masks, measured = draw_batch(case, config)
-    with _on_paper():
+    with _step_on_paper():
         form = Form("d2v", config, Data2Vec(config).state_dict(), torch.device("cpu"))
         object.__setattr__(form.model.stem, "measure", lambda *_: measured)
         form.step(inputs, masks)  # makes the optimiser's moments

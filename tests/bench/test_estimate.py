@@ -100,7 +100,7 @@ def test_every_family_is_counted(recipe: str) -> None:
 
 def test_copies_have_the_mode_of_their_tensors() -> None:
     """PyTorch's own modes are copied with a tensor, and weak references freed once for every copy."""
-    with paper._on_paper():
+    with paper._step_on_paper():
         x = torch.zeros(2)
         x[0] = 1.0  # a constant, which a weak reference of the mode stands for
         references = x.fake_mode.fake_tensor_converter.constant_storage_mapping  # type: ignore[attr-defined]
