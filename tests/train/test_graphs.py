@@ -12,6 +12,7 @@ from d2v import recipes
 from d2v.config import Config
 from d2v.model.cuda_graph import SHAPES, GraphedTargets, Make
 from d2v.model.data2vec import Data2Vec
+from d2v.model.transformer import Block
 from d2v.train.pretraining import Pretraining, open_data
 
 
@@ -86,6 +87,28 @@ def test_sharded_weights_keep_their_records(make_config: Callable[..., Config]) 
     images = torch.randn(2, 3, 16, 16)
     layers = model.teacher.collect(images, model.stem(images, None), None, 2, "ffn")
     assert not any(t.is_inference() or t.requires_grad for t in layers)
+
+
+def test_compiled_blocks_run_in_it(make_config: Callable[..., Config]) -> None:
+    """Blocks of student and teacher, compiled one by one; what the teacher gives can be trained against."""
+    config = make_config(run={"precision": "bf16"}, encoder={"dropout": 0.0})
+    torch.manual_seed(0)
+    plain, compiled = Data2Vec(config), Data2Vec(config)
+    compiled.load_state_dict(plain.state_dict())
+    for owner in (compiled, *compiled.teacher.working_parts().values()):
+        for block in owner.modules():
+            if isinstance(block, Block):
+                block.compile(backend="aot_eager")
+    images, targets = torch.randn(2, 3, 16, 16), []
+    for step in range(2):
+        for model in (plain, compiled):
+            torch.manual_seed(step)
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(images)
+            out.loss.backward()
+            model.teacher.update(0.5)
+            targets.append(out.targets)
+        torch.testing.assert_close(*targets[-2:], rtol=0.02, atol=0.02)
 
 
 def test_a_checkpoint_reaches_the_working_copies(make_config: Callable[..., Config]) -> None:
