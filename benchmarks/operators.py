@@ -188,6 +188,7 @@ def tiny_cases() -> list[Case]:
         attention("tiny", 2, 20, 2, 16),
         attention("tiny", 2, 20, 2, 16, dropout=0.1),
         convolution("tiny", 2, 9, 32, 32, 4, 3, axes=2),
+        convolution("tiny", 2, 9, 32, 32, 4, 3),
     ]
 
 
@@ -306,9 +307,10 @@ def run_on_gpu(options: argparse.Namespace) -> None:
     cases = [c for c in (tiny_cases() if emulated else gpu_cases()) if options.only in f"{c.op} {c.name}"][
         : options.most
     ]
-    done = {(r["op"], r["case"], r["dtype"]) for r in read_rows(options.output)
-            if r.get("kind") == "measurement" and r.get("key") == options.key}  # fmt: skip
-    left = [c for c in cases if c.key not in done]
+    tried = {(r["op"], r["case"], r["dtype"]): r["kind"] for r in read_rows(options.output)
+             if r.get("kind") in ("measurement", "failure") and r.get("key") == options.key}  # fmt: skip
+    # What ended an earlier process comes last, so that it cannot keep the others from their turn.
+    left = sorted((c for c in cases if tried.get(c.key) != "measurement"), key=lambda c: c.key in tried)
     rates = copy_rates(place.device, emulated)
     copies = {str(size): rate for size, rate in rates.items()}
     store(options.output, {"kind": "copy", "bytes_per_second": copies, **common})
@@ -317,13 +319,17 @@ def run_on_gpu(options: argparse.Namespace) -> None:
         if remaining <= 0:
             print(f"budget used up: {len(left) - number} of {len(cases)} cases left for another run", flush=True)
             raise SystemExit(3)
+        op, name, dtype = case.key
+        failure = {"kind": "failure", "op": op, "case": name, "dtype": dtype, **common}
+        store(options.output, {**failure, "reason": "begun, and the process ended before it was done"})
         try:
-            row = measure_on_gpu(case, place, emulated, max(rates.values()), min(2.0, remaining))
+            row = measure_on_gpu(case, place, emulated, max(rates.values()), min(2.0, remaining)) | common
         except Exception as error:
-            op, name, dtype = case.key
-            row = {"kind": "failure", "op": op, "case": name, "dtype": dtype, "reason": reason_of(error)}
-        store(options.output, {**row, **common})
+            row = {**failure, "reason": reason_of(error)}
+        store(options.output, row)
         print(f"{row['kind']:<12} {case.op} {case.name} {row.get('reason', '')}", flush=True)
+        if place.device.type == "cuda":
+            torch.cuda.synchronize()  # after some errors a process can use its GPU no more: the next one goes on
         torch.compiler.reset()  # a function may be compiled for a few shapes only
         if not emulated:
             torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -50,10 +51,9 @@ class Run:
         for path in self.folder.glob(f"{self.stem}*"):
             shutil.copyfile(path, self.output / path.name)
 
-    def last(self, stage: str) -> Outcome:
-        """What an earlier command of the same run recorded of a stage; empty where it did not get to it."""
-        found = [r for r in read_rows(self.records) if r.get("stage") == stage and r.get("key") == self.key]
-        return found[-1] if found else {}
+    def finished(self, kind: str) -> set[str]:
+        """Cases of a kind that this command, or an earlier one of the same run, has a row of."""
+        return {r["case"] for r in read_rows(self.records) if r.get("kind") == kind and r.get("key") == self.key}
 
     def log(self, name: str) -> Path:
         return self.folder / f"{self.stem}-{name}.log"
@@ -128,21 +128,22 @@ def tests(run: Run, limit_s: float) -> Outcome:
     """Correctness against float64, streams, no host waits, large tensors, torch.compile, a golden training step."""
     if "pytest" in run.missing:
         return {"status": "skipped", "reason": "pytest is not installed"}
-    passed = run.last("tests").get("passed", [])
+    passed = run.finished("tests")
+    if not passed:
+        run.log("tests").unlink(missing_ok=True)
     files = [p for p in sorted(TESTS.glob("test_*.py")) if p.name not in ("test_graphs.py", "test_program.py", *passed)]
-    found = _run_tests(run, files, limit_s, "tests", "a" if passed else "w")
-    return {**found, "passed": [*passed, *found["passed"]]}
+    return {**_run_tests(run, files, limit_s, "tests"), "passed": sorted(run.finished("tests"))}
 
 
 def graphs(run: Run, limit_s: float) -> Outcome:
     """Every operator captured in a CUDA graph and replayed."""
     if "pytest" in run.missing:
         return {"status": "skipped", "reason": "pytest is not installed"}
-    return _run_tests(run, [TESTS / "test_graphs.py"], limit_s, "graphs", "a")
+    return _run_tests(run, [TESTS / "test_graphs.py"], limit_s, "graphs")
 
 
-def _run_tests(run: Run, files: list[Path], limit_s: float, title: str, mode: str) -> Outcome:
-    deadline = time.monotonic() + limit_s
+def _run_tests(run: Run, files: list[Path], limit_s: float, title: str) -> Outcome:
+    deadline, lock = time.monotonic() + limit_s, threading.Lock()
 
     def together(paths: list[Path]) -> tuple[str, int | None, str]:
         names = [str(p.relative_to(ROOT)) for p in paths]
@@ -151,24 +152,26 @@ def _run_tests(run: Run, files: list[Path], limit_s: float, title: str, mode: st
                    "--tb=short", "-p", "no:cacheprovider", "--durations=5", *run.emulation]  # fmt: skip
         if run.only:
             command += ["-k", run.only]
-        return (" ".join(names), *run_child(command, deadline - time.monotonic(), run.environment()))
+        status, output = run_child(command, deadline - time.monotonic(), run.environment())
+        with lock, run.log("tests").open("a") as log:  # at once: this command may be stopped before the other files end
+            log.write(f"==== {title}: {' '.join(names)}\n{output}\n")
+            if status == 0 and not run.only:
+                store(run.records, {"kind": title, "case": paths[0].name, "key": run.key})
+        return " ".join(names), status, output
 
     with ThreadPoolExecutor(2 if run.emulated else 4) as pool:
         # Files side by side, for most of the time goes into compiling kernels; a few tests are not worth it.
         done = list(pool.map(together, [files] if run.only else [[f] for f in files]))
     counts, statuses = {"passed": 0, "failed": 0, "skipped": 0, "error": 0}, []
-    with run.log("tests").open(mode) as log:
-        for names, status, output in done:
-            log.write(f"==== {title}: {names}\n{output}\n")
-            statuses.append(0 if status == 5 else status)  # 5: no test of this file was asked for
-            for word, number in _count_tests(output, finished=status is not None).items():
-                counts[word] += number
+    for _, status, output in done:
+        statuses.append(0 if status == 5 else status)  # 5: no test of this file was asked for
+        for word, number in _count_tests(output, finished=status is not None).items():
+            counts[word] += number
     reasons = sorted({r for _, _, text in done for r in re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", text, re.M)})
     failed = [name for _, _, text in done for name in re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)]
     worst = None if None in statuses else max(statuses, default=0)
     unfinished = [names for names, status, _ in done if status is None]
-    passed = [Path(names).name for names, status, _ in done if status == 0 and not run.only]
-    return outcome(worst, counts=counts, failed=failed, skip_reasons=reasons, unfinished=unfinished, passed=passed)
+    return outcome(worst, counts=counts, failed=failed, skip_reasons=reasons, unfinished=unfinished)
 
 
 def _count_tests(output: str, finished: bool) -> dict[str, int]:
@@ -257,7 +260,20 @@ def benchmarks(run: Run, limit_s: float, most: int = 1000) -> Outcome:
     tail = output.strip().splitlines()[-3:]
     if status == 3:
         return {"status": "timed out", "reason": tail[-1] if tail else "budget used up"}
-    return outcome(status, **({} if status == 0 else {"output": tail}))
+    wrong = _wrong_cases([row for row in read_rows(run.records) if row.get("key") == run.key])
+    if status == 0 and wrong and run.emulated:  # there is nothing that may be amiss without a GPU
+        return {"status": "failed", "reason": f"{len(wrong)} cases", "failed": wrong}
+    return outcome(status, failed=wrong, **({} if status == 0 else {"output": tail}))
+
+
+def _wrong_cases(rows: list[Outcome]) -> list[str]:
+    """Cases that failed, or in which an operator of ours differs from float64."""
+
+    def differs(row: Outcome) -> bool:
+        words = row.get("not_run", {}).items()
+        return any(name.startswith("d2v") and why.startswith("differs") for name, why in words)
+
+    return [f"{row['op']} {row['case']}" for row in rows if row["kind"] == "failure" or differs(row)]
 
 
 # ---- steps
@@ -265,10 +281,11 @@ def benchmarks(run: Run, limit_s: float, most: int = 1000) -> Outcome:
 
 def steps(run: Run, limit_s: float) -> Outcome:
     """Whole training steps of the base recipes, the plain form against this library; no compilation, for the time."""
-    begin = time.monotonic()
-    done = {r["case"] for r in read_rows(run.records) if r.get("kind") == "step" and r.get("key") == run.key}
+    begin, done, begun = time.monotonic(), run.finished("step"), run.finished("begun step")
     left = [name for name in (c.name for c in (DRY if run.emulated else GPU[:3])) if name not in done]
-    for name in left:
+    wrong: Outcome = {}
+    for name in sorted(left, key=begun.__contains__):  # what ended an earlier command keeps no other from its turn
+        store(run.records, {"kind": "begun step", "case": name, "key": run.key})
         rows = run.folder / ".step.jsonl"
         rows.unlink(missing_ok=True)
         command = [sys.executable, "-m", "benchmarks.step", "--threads", "1", "--forms", "plain", "d2v", "--most", "1",
@@ -277,9 +294,13 @@ def steps(run: Run, limit_s: float) -> Outcome:
         status, output = run_child(command, limit_s - (time.monotonic() - begin), run.environment())
         store(run.records, *({**row, "emulated": run.emulated, "key": run.key} for row in read_rows(rows)))
         rows.unlink(missing_ok=True)
+        tail = output.strip().splitlines()[-3:]
+        if status is None:
+            return outcome(None, case=name, output=tail)
         if status != 0:
-            return outcome(status, case=name, output=output.strip().splitlines()[-3:])
-    return outcome(0, measured=len(left))
+            wrong[name] = [f"exit status {status}", *tail]
+    failures: Outcome = {"failed": list(wrong), "output": wrong} if wrong else {}
+    return outcome(min(len(wrong), 1), measured=len(left) - len(wrong), **failures)
 
 
 # ---- report

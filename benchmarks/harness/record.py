@@ -30,6 +30,23 @@ CUDA_BIN = "/usr/local/cuda/bin"
 KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 MARK = "result: "
 """Begins the line of a child's result: a library may print after it."""
+_GUARD = """
+import os, signal, subprocess, sys, threading
+
+def watch():
+    os.read(int(sys.argv[1]), 1)
+    os.killpg(0, signal.SIGKILL)
+
+child = subprocess.Popen(sys.argv[2:])
+threading.Thread(target=watch, daemon=True).start()
+status = child.wait()
+if status < 0:
+    signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
+    os.kill(os.getpid(), -status)
+os._exit(status)
+"""
+"""Runs a program with the same exit status; a pipe that ends, because the process that holds it is gone, kills both and
+all that they started. A child that outlived a killed command would write to the records of the next one."""
 _QUERY = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit",
           "temperature.gpu", "compute_cap", "memory.total")  # fmt: skip
 _SOURCES = ("d2v_kernels", "csrc", "benchmarks", "tests/gpu", "CMakeLists.txt", "setup.py")
@@ -150,20 +167,26 @@ class ChildError(RuntimeError):
 
 
 def run_child(command: Sequence[str], limit_s: float | None, environment: dict[str, str]) -> tuple[int | None, str]:
-    """Exit status (None: stopped at the limit, with all its children) and output."""
+    """Exit status (None: stopped at the limit, with all its children) and output. Ends, too, where this process does,
+    however that comes about."""
     # Popen looks for a program on the caller's own PATH, not on the one it hands on.
     program = shutil.which(command[0], path=environment.get("PATH")) or command[0]
-    child = subprocess.Popen(
-        [program, *command[1:]], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    watched, held = os.pipe()
     try:
-        output, _ = child.communicate(timeout=None if limit_s is None else max(limit_s, 1.0))
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        output, _ = child.communicate()
-        return None, output
-    return child.returncode, output
+        child = subprocess.Popen(
+            [sys.executable, "-ISc", _GUARD, str(watched), program, *command[1:]], cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(watched,),
+        )  # fmt: skip
+        try:
+            output, _ = child.communicate(timeout=None if limit_s is None else max(limit_s, 1.0))
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            output, _ = child.communicate()
+            return None, output
+        return child.returncode, output
+    finally:
+        os.close(watched)
+        os.close(held)
 
 
 def ask_child(

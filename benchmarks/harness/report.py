@@ -338,7 +338,7 @@ def stage_lines(rows: list[Row]) -> list[str]:
 def document(rows: list[Row]) -> str:
     """The whole report of one run."""
     emulated = any(r.get("emulated") for r in rows)
-    latest = max(rows, key=lambda r: r["machine"]["date"], default={"machine": {}})
+    latest = max((r for r in rows if "machine" in r), key=lambda r: r["machine"]["date"], default={"machine": {}})
     machine = latest["machine"]
     measured, state = measurements(rows), machine.get("gpu_state", {})
     title = "# Emulated GPU run: no measurement" if emulated else f"# GPU run on {machine.get('gpu')}"

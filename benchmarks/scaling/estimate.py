@@ -145,8 +145,7 @@ def _kept_bytes(case: StepCase, samples: int) -> tuple[int, Masks]:
         kept.append(tensor)
         return tensor
 
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # copying the teacher's parameters asks for their addresses
+    with on_paper():
         model = Data2Vec(config).train()
         object.__setattr__(model.stem, "measure", lambda *_: measured)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
@@ -156,6 +155,26 @@ def _kept_bytes(case: StepCase, samples: int) -> tuple[int, Masks]:
         found = _pieces(kept)
     del out
     return sum(size for piece, size in found.items() if piece not in own), masks
+
+
+class _Paper(FakeTensorMode):
+    """A deep copy of a module copies the mode of its tensors, and with it weak references to memory: numbers that
+    PyTorch takes along as they are and then frees once for every copy."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Paper:
+        return self
+
+
+@contextlib.contextmanager
+def on_paper() -> Iterator[None]:
+    """Tensors without memory."""
+    with (
+        mock.patch("torch.nn.init.trunc_normal_", lambda weight, **_: weight),  # it reads what it has drawn
+        _Paper(allow_non_fake_inputs=True),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # copying parameters asks for their addresses
+        yield
 
 
 def draw_batch(case: StepCase, config: Config) -> tuple[Tensor, Masks, Any]:
@@ -173,6 +192,7 @@ def forms_of_gpus() -> Iterator[None]:
     """Meanwhile convolutions and norms take the forms that they have on GPUs, which keep more than those of CPUs."""
     with (
         mock.patch.object(layers, "_suits_products", return_value=False),
+        mock.patch.object(layers, "_keeps_layout", return_value=True),
         mock.patch.object(layers.LayerNorm, "forward", torch.nn.LayerNorm.forward),
     ):
         yield

@@ -112,8 +112,9 @@ class Data2Vec(nn.Module):
         self._initialise()
         student = {name: self.get_submodule(name) for name in PARTS}
         # A sharded teacher is cast as it is gathered.
-        working_dtype = WORKING_DTYPES.get(config.run.precision) if config.run.parallel == "ddp" else None
-        self.teacher = Teacher(student, config.ema.scope, working_dtype)
+        sharded = config.run.parallel != "ddp"
+        working_dtype = None if sharded else WORKING_DTYPES.get(config.run.precision)
+        self.teacher = Teacher(student, config.ema.scope, working_dtype, sharded)
         self.graphed: GraphedTargets | None = None
         self.compiled: Callable[..., Output] | None = None
         self._drawn = 0

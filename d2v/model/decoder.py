@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config import Decoder, Head
-from d2v.model.layers import Linear, fused_layer, norm_gelu, product_dtype, takes_fused_layer
+from d2v.model.layers import Linear, convolve_grid, convolved_rows, fused_layer, norm_gelu, takes_fused_layer
 from d2v_kernels import gelu_linear
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -46,10 +46,9 @@ class ConvDecoder(nn.Module):
         self.proj = projection if hidden else projection[0]
 
     def take(self, kept: Tensor) -> Tensor:
-        """Visible tokens (N,V,C) with dropout, in the dtype of the convolutions' operator if that is what runs: better
+        """Visible tokens (N,V,C) with dropout, in the dtype of the rows that are convolved (`convolved_rows`): better
         before the many masked ones are among them."""
-        kept = self.dropout(kept)
-        return kept.to(product_dtype(kept)) if takes_fused_layer(self.convolution, kept) else kept
+        return convolved_rows(self.convolution, self.dropout(kept))
 
     def forward(self, x: Tensor, grid: tuple[int, ...], valid: Tensor | None = None) -> Tensor:
         """Hidden rows of all tokens.
@@ -63,7 +62,6 @@ class ConvDecoder(nn.Module):
             (N,T,D), D the decoder width.
         """
         n, tokens, _ = x.shape
-        # Channels stay last in memory: the convolution gets a transposed view and layer norm needs no copy.
         x = x.view(n, *grid, -1)
         shown = None if valid is None else valid.view(n, *grid, 1)
         for conv in self.blocks:
@@ -71,7 +69,7 @@ class ConvDecoder(nn.Module):
             if takes_fused_layer(self.convolution, x):
                 x = fused_layer(conv, x, self.residual and conv.in_channels == conv.out_channels)
                 continue
-            y = conv(x.movedim(-1, 1)).movedim(1, -1)
+            y = convolve_grid(conv, x)
             if self.trim:  # an even kernel yields one position too many on every axis
                 for axis in range(1, y.dim() - 1):
                     y = y.narrow(axis, 0, y.shape[axis] - 1)

@@ -81,9 +81,29 @@ def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     if _suits_products(conv, x):
         x = x.to(product_dtype(x)).contiguous()
         return _StridedConvolution.apply(x, conv.weight, conv.bias, conv.stride[0])
-    y = conv(x.transpose(1, 2)).transpose(1, 2)
+    y = convolve_grid(conv, x)
     surplus = conv.kernel_size[0] % 2 == 0 and conv.padding[0] != 0
     return (y[:, :-1] if surplus else y).contiguous()
+
+
+def convolve_grid(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution over (N,T,C) or (N,H,W,C), with the result (N,...,D) in the same layout where the library can.
+
+    PyTorch brings what a convolution over a sequence gets into the order of channels first, by a copy. A grid of one
+    row keeps its channels last, in the result and in the gradients, too.
+    """
+    x = x.movedim(-1, 1)
+    if not isinstance(conv, nn.Conv1d) or not _keeps_layout(x):
+        y: Tensor = conv(x)
+        return y.movedim(1, -1)
+    stride, padding, dilation = (1, *conv.stride), (0, *map(int, conv.padding)), (1, *conv.dilation)
+    row = F.conv2d(x.unsqueeze(2), conv.weight.unsqueeze(2), conv.bias, stride, padding, dilation, conv.groups)
+    return row.squeeze(2).movedim(1, -1)
+
+
+def _keeps_layout(x: Tensor) -> bool:
+    """Whether the library has convolutions with channels last for this device; on CPUs no bit of a run shall change."""
+    return x.device.type == "cuda"
 
 
 def takes_fused_layer(choice: str, x: Tensor) -> bool:
@@ -91,6 +111,12 @@ def takes_fused_layer(choice: str, x: Tensor) -> bool:
     if choice != "auto":
         return choice == "fused"
     return not torch.compiler.is_compiling() and prefers_conv_layer_norm_gelu(x.device.type, product_dtype(x))
+
+
+def convolved_rows(choice: str, x: Tensor) -> Tensor:
+    """x in the dtype that convolutions have, where they also give it back: in the operator for this `run.convolution`,
+    and on GPUs, where a residual in float32 beside results of 16 bits is most of what a decoder moves."""
+    return x.to(product_dtype(x)) if takes_fused_layer(choice, x) or _keeps_layout(x) else x
 
 
 def fused_layer(conv: nn.Module, x: Tensor, residual: bool = False) -> Tensor:

@@ -45,17 +45,20 @@ class Teacher(nn.Module):
     have that dtype, written by the averaging pass itself (data2vec section 3.2).
     """
 
-    def __init__(self, student: Mapping[str, Any], scope: str, working_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, student: Mapping[str, Any], scope: str, working_dtype: torch.dtype | None = None, sharded: bool = False
+    ) -> None:
         """
         Args:
             student: modules by the names of `PARTS`; held by reference.
             scope: a key of `SCOPES`.
             working_dtype: bfloat16 or float16 for low-precision working copies; None: the averages are used directly.
+            sharded: the weights are going to be spread over processes (fsdp).
         """
         super().__init__()
         # In a dict, so that the student's modules are not registered a second time.
         self._student = dict(student)
-        self.working_dtype = working_dtype
+        self.working_dtype, self.sharded = working_dtype, sharded
         self._working: dict[str, nn.Module] = {}
         self._written: tuple[tuple[int, int], ...] = ()
         self._plan: EmaPlan | None = None
@@ -107,16 +110,16 @@ class Teacher(nn.Module):
             source: "ffn" or "block".
 
         Returns:
-            K tensors (B,T,C), views without gradient.
+            K tensors (B,T,C), views without gradient, to be read only: autograd cannot save them.
         """
-        with self._precision(features.device):
-            parts = self._parts()
+        parts = self._parts()
+        with self._precision(features.device), self._bookkeeping():
             positions = parts["positions"]
             x = parts["stem"](inputs, lengths) if "stem" in self._modules else features.detach()
             bias = positions.attention_bias(x, lengths)
             x = parts["context"](positions(x, lengths), bias)
             tensors = parts["blocks"].collect(x, top_k, source, bias)
-        return [t[:, t.shape[1] - features.shape[1] :] for t in tensors]
+            return [t[:, t.shape[1] - features.shape[1] :] for t in tensors]
 
     def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
         """`Data2Vec.encode` with the averaged weights."""
@@ -127,6 +130,12 @@ class Teacher(nn.Module):
         if self.working_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.working_dtype)
+
+    def _bookkeeping(self) -> contextlib.AbstractContextManager[Any]:
+        """Without version counters and records of views, which a compiler leaves out by itself. Buffers that sharded
+        weights are gathered in are written again by passes that may have them."""
+        kept = self.sharded or torch.compiler.is_compiling()
+        return contextlib.nullcontext() if kept else torch.inference_mode()
 
     def _parts(self) -> dict[str, Any]:
         if self.working_dtype is None:

@@ -242,3 +242,11 @@ def test_the_guide_has_the_figures_of_the_program() -> None:
     assert scaling_report.assumptions(cluster).split(":")[0] in text
     assert (ROOT / "docs" / "scaling.png").stat().st_size < 100_000
     assert math.isclose(Cluster().peak, 989e12)
+
+
+def test_relative_positions_are_counted() -> None:
+    """Their index is made of constants, which a copied mode of tensors without memory would free too often."""
+    sizes = scaling.count_sizes("vision1-tiny")
+    config = recipes.get("vision1-tiny")
+    least = config.encoder.depth * 65 * config.encoder.width * 2 * 8  # tokens and a class token, eight rows of 16 bits
+    assert sizes.activations > least

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -103,6 +105,128 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path) -> None:
     assert record.keep_rows(path, "other") == []
 
 
+STAGES = """
+import sys
+from benchmarks.gpu import __main__ as gpu, stages
+from benchmarks.harness.record import run_child, store
+
+CHILD = '''
+import subprocess, sys
+name, hang, folder = sys.argv[1:]
+print(name, file=open(f"{folder}/ran", "a"))
+if name == hang:
+    subprocess.run(["sh", "-c", "while true; do echo >> beats; sleep 0.05; done"], cwd=folder)
+'''
+folder, hang, *arguments = sys.argv[1:]
+
+def make(stage):
+    def work(run, limit_s):
+        for case in ("one", "two", "three"):
+            if case not in run.finished(stage):
+                command = [sys.executable, "-c", CHILD, f"{stage} {case}", hang, folder]
+                status, output = run_child(command, limit_s, run.environment())
+                assert status == 0, output
+                store(run.records, {"kind": stage, "case": case, "key": run.key})
+        return {"status": "done"}
+    return work
+
+for name in gpu.BUDGETS:
+    setattr(stages, name, make(name))
+gpu.main(["--dry", "--output", folder, "--records", folder, *arguments])
+"""
+
+
+def test_a_run_that_is_killed_goes_on_with_its_next_case(tmp_path: Path) -> None:
+    """Three commands, two of them killed in the middle of a stage: every case runs to its end once."""
+    environment, beats = {**os.environ, "PYTHONPATH": str(ROOT)}, tmp_path / "beats"
+
+    def start(hang: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", STAGES, str(tmp_path), hang]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                                start_new_session=True)  # fmt: skip
+
+    for hang in ("tests two", "benchmarks three"):
+        first, deadline = start(hang), time.monotonic() + 60
+        while not beats.exists():
+            assert first.poll() is None and time.monotonic() < deadline, "it never got to the case"
+            time.sleep(0.02)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        time.sleep(0.3)
+        count = beats.stat().st_size
+        time.sleep(0.3)
+        assert beats.stat().st_size == count, "a child outlived the command and would write to the next one's records"
+        beats.unlink()
+        (path,) = tmp_path.glob("*/*.jsonl")
+        key = record.read_rows(path)[0]["key"]
+        with path.open("a") as rows:  # a record that was cut off
+            rows.write(json.dumps({"kind": "stage", "stage": "sanitizer", "status": "done", "key": key})[:-8])
+    last = start("")
+    words, _ = last.communicate(timeout=60)
+    assert last.returncode == 0, words
+    begun = (tmp_path / "ran").read_text().splitlines()
+    cases = [f"{stage} {case}" for stage in gpu.BUDGETS for case in ("one", "two", "three")]
+    twice = [case for case in cases if begun.count(case) == 2]
+    assert sorted(set(begun)) == sorted(cases) and twice == ["tests two", "benchmarks three"]
+    assert len(begun) == len(cases) + 2
+    assert words.count("done by an earlier run") == list(gpu.BUDGETS).index("benchmarks")
+    stored = record.read_rows(tmp_path / "gpu-dry.jsonl")
+    assert {r["stage"]: r["status"] for r in stored if r["kind"] == "stage"} == dict.fromkeys(gpu.BUDGETS, "done")
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_wrong_cases_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, emulated: bool) -> None:
+    monkeypatch.setattr(stages, "run_child", lambda *_: (0, ""))
+    run = stages.Run(tmp_path, tmp_path, "gpu", "k", emulated)
+    record.store(run.records, row(key="k"), row(key="k", case="d", not_run={"eager": "differs from float64"}))
+    assert stages.benchmarks(run, 10.0) == {"status": "done", "failed": []}
+    wrong = row(key="k", case="e", not_run={"d2v triton": "differs from float64 by 0.66 of the maximum"})
+    failure = {"kind": "failure", "op": "gelu", "case": "f", "dtype": "float32", "key": "k", "reason": "r"}
+    record.store(run.records, wrong, failure)
+    found = stages.benchmarks(run, 10.0)
+    assert found["failed"] == ["average_layers e", "gelu f"]
+    assert found["status"] == ("failed" if emulated else "done")
+
+
+def test_a_case_that_ends_its_process_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a fault does that no handler sees; the next command measures the other cases before it tries again."""
+    begun: list[str] = []
+    fatal: set[str] = set()
+
+    def measure(case, *_):
+        begun.append(case.op)
+        if case.op in fatal:
+            raise KeyboardInterrupt
+        op, name, dtype = case.key
+        return {"kind": "measurement", "op": op, "case": name, "dtype": dtype}
+
+    monkeypatch.setattr(operators, "measure_on_gpu", measure)
+    monkeypatch.setattr(operators, "copy_rates", lambda *_: {1: 1.0})
+    path = tmp_path / "rows.jsonl"
+    command = ["--device", "cuda", "--output", str(path), "--key", "k", "--emulated", "-", "--only", "tokens"]
+    first, second, third = (c.op for c in operators.tiny_cases() if "tokens" in c.op)
+    for broken, expected in ((second, [first, second]), (third, [third]), ("", [second, third])):
+        fatal = {broken}
+        begun.clear()
+        with contextlib.suppress(KeyboardInterrupt):
+            operators.main(command)
+        assert begun == expected
+        failures = {r["op"]: r["reason"] for r in record.read_rows(path) if r["kind"] == "failure"}
+        assert broken in failures or not broken
+    assert not failures
+
+
+def test_cases_of_both_kinds_of_rivals_run(tmp_path: Path) -> None:
+    """Attention, of which one backend is asked for by name, and PyTorch's two ways to convolve a sequence."""
+    path, arguments = tmp_path / "rows.jsonl", ["--key", "k", "--emulated", "-", "--only"]
+    for name in ("2 heads of 16", "tiny 2 x 9, 32 -> 32, 4 groups, K=3"):
+        assert program("operators", "--output", str(path), *arguments, name).returncode == 0
+    rows = [r for r in record.read_rows(path) if r["kind"] != "copy"]
+    assert [r["kind"] for r in rows] == ["measurement"] * 4, [r.get("reason") for r in rows]
+    assert all({"d2v triton", "eager"} <= set(r["seconds"]) for r in rows), "none differs from float64"
+    assert "eager, a grid of one row" in rows[3]["seconds"] and "eager, a grid of one row" not in rows[2]["seconds"]
+
+
 def test_missing_pieces_are_named(monkeypatch, tmp_path) -> None:
     find = gpu.importlib.util.find_spec
     absent = {"triton", "pytest", "matplotlib"}
@@ -151,6 +275,35 @@ def test_step_takes_the_command_of_its_stage(monkeypatch, tmp_path, emulated: bo
     assert len(asked) == len(cases) - 1, "what an earlier command measured is not measured again"
     options = step.parse_options(asked[0][3:])
     assert (options.dry, options.only, options.forms) == (emulated, cases[1].name, ["plain", "d2v"])
+
+
+def test_a_step_that_fails_does_not_keep_the_others_from_their_turn(monkeypatch, tmp_path) -> None:
+    asked: list[str] = []
+    bad = GPU[0].name
+
+    def run_child(command, *_):
+        asked.append(next(part.removeprefix("--only=") for part in command if part.startswith("--only=")))
+        if asked[-1] == bad:
+            return -11, "Segmentation fault"
+        path = Path(command[command.index("--output") + 1])
+        record.store(path, {"kind": "step", "case": asked[-1]})
+        return 0, ""
+
+    monkeypatch.setattr(stages, "run_child", run_child)
+    run = stages.Run(tmp_path, tmp_path, "gpu", "k", False)
+    found = stages.steps(run, 10.0)
+    assert asked == [c.name for c in GPU[:3]]
+    assert (found["status"], found["failed"], found["measured"]) == ("failed", [bad], 2)
+    assert found["output"] == {bad: ["exit status -11", "Segmentation fault"]}
+    assert run.finished("step") == {c.name for c in GPU[1:3]}
+    record.store(run.records, {"kind": "begun step", "case": GPU[1].name, "key": "other"})
+    bad = ""
+    assert stages.steps(run, 10.0) == {"status": "done", "measured": 1}
+    path = tmp_path / "gpu.jsonl"
+    record.write_rows(path, [{"kind": "begun step", "case": GPU[0].name, "key": "k"}])
+    asked.clear()
+    stages.steps(run, 10.0)
+    assert asked == [GPU[1].name, GPU[2].name, GPU[0].name], "what an earlier command did not survive comes last"
 
 
 def test_tests_that_passed_are_not_run_again(monkeypatch, tmp_path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("safetensors", reason="safetensors is not installed: the golden case cannot be read")
 
 from support.golden import load_case
 
 from d2v.interop import fairseq
+from d2v.model import layers
 from d2v_kernels import use_backend
 
 TENSORS, RECORD = load_case("d2v2_image")
@@ -22,7 +25,7 @@ def part(prefix: str) -> dict[str, Tensor]:
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
     assert actual.shape == expected.shape, name
-    actual, expected = actual.detach().cpu().double(), expected.double()
+    actual, expected = actual.detach().cpu().double(), expected.detach().double()
     error = float((actual - expected).abs().max() / expected.abs().max())
     assert error <= tolerance, f"{name}: expected at most {tolerance} of the maximum, got {error:.3g}"
 
@@ -80,3 +83,24 @@ def test_teacher_as_a_graph(place) -> None:
             model.teacher.update(0.5)
             targets.append(model(images, masks=TENSORS["mask"].bool()).targets)
         assert torch.equal(*targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_convolutions_over_time_keep_channels_last(monkeypatch: pytest.MonkeyPatch, place, dtype: torch.dtype) -> None:
+    """A layer of the front end and one of the positions: right, and as dense as their inputs, gradients too."""
+    if place.emulated:
+        monkeypatch.setattr(layers, "_suits_products", lambda *_: False)
+        monkeypatch.setattr(layers, "_keeps_layout", lambda _: True)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    for conv in (nn.Conv1d(64, 32, 3, 2), nn.Conv1d(64, 64, 19, padding=9, groups=4)):
+        x, found, grad = torch.randn(2, 65, 64).to(dtype), [], torch.empty(0)
+        for device, kind in ((torch.device("cpu"), torch.float64), (place.device, dtype)):
+            own, given = copy.deepcopy(conv).to(dtype).to(device, kind), x.to(device, kind).requires_grad_()
+            y = layers.convolve_grid(own, given)
+            grad = grad if grad.numel() else torch.randn(y.shape).to(dtype)
+            found.append((y, *torch.autograd.grad(y, [given, *own.parameters()], grad.to(device, kind))))
+        truth, got = found
+        assert got[0].is_contiguous() and got[1].is_contiguous()
+        for mine, true in zip(got, truth, strict=True):
+            assert_near(mine, true, 1e-2 if dtype == torch.bfloat16 else 1e-4, str(tuple(mine.shape)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v.model import layers as module
 from d2v.model.layers import convolve
@@ -18,8 +21,11 @@ CASES = [  # samples, length, input channels, output channels, kernel, stride, b
 def results(conv: nn.Conv1d, x: Tensor, plain: bool) -> tuple[Tensor, ...]:
     """The result, and the gradients of input and parameters."""
     y = conv(x.transpose(1, 2)).transpose(1, 2) if plain else convolve(conv, x)
-    weights = torch.linspace(-1.0, 1.0, y.numel(), dtype=y.dtype).view(y.shape)
-    return (y, *torch.autograd.grad(y, [x, *conv.parameters()], weights))
+    return (y, *torch.autograd.grad(y, [x, *conv.parameters()], weights_of(y)))
+
+
+def weights_of(y: Tensor) -> Tensor:
+    return torch.linspace(-1.0, 1.0, y.numel(), dtype=y.dtype).view(y.shape)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -51,6 +57,62 @@ def test_others_go_to_the_library(conv: nn.Conv1d) -> None:
     x = torch.randn(2, 20, conv.in_channels)
     assert not module._suits_products(conv, x)
     torch.testing.assert_close(convolve(conv, x), conv(x.transpose(1, 2)).transpose(1, 2))
+
+
+LAYERS = {
+    "first of the front end": nn.Conv1d(1, 32, 10, 5, bias=False),
+    "front end": nn.Conv1d(32, 32, 3, 2),
+    "positions": nn.Conv1d(32, 32, 5, padding=2, groups=4),
+    "spread out": nn.Conv1d(32, 24, 3, padding=1, dilation=2),
+    "even kernel": nn.Conv1d(32, 32, 4, padding=2, groups=2),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_grid_of_one_row_is_a_sequence(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What GPUs get: the numbers of a convolution over time, and no copy that brings channels to another place."""
+    monkeypatch.setattr(module, "_suits_products", lambda *_: False)
+    monkeypatch.setattr(module, "_keeps_layout", lambda _: True)
+    conv = copy.deepcopy(LAYERS[name]).double()
+    x = torch.randn(3, 40, conv.in_channels, dtype=torch.double, requires_grad=True)
+    got, expected = (results(conv, x, plain) for plain in (False, True))
+    assert got[0].is_contiguous()
+    if name == "even kernel":
+        cut = x.detach().requires_grad_()
+        y = conv(cut.mT).mT[:, :-1]
+        expected = (y, *torch.autograd.grad(y, [cut, *conv.parameters()], weights_of(y)))
+    for mine, library in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, library, rtol=1e-12, atol=1e-12)
+    conv.float()
+    x = torch.randn(3, 40, conv.in_channels, requires_grad=True)
+    y = module.convolve_grid(conv, x)
+    assert y.is_contiguous() and x.is_contiguous()
+    (of_x,) = torch.autograd.grad(y, [x], torch.randn(y.shape))
+    assert of_x.is_contiguous()
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_front_end_makes_no_copies(monkeypatch: pytest.MonkeyPatch, keeps: bool) -> None:
+    """Of one sample's activations, forward and backward; PyTorch's way, on the other hand, is seen to make them."""
+    monkeypatch.setattr(module, "_suits_products", lambda *_: False)
+    monkeypatch.setattr(module, "_keeps_layout", lambda _: keeps)
+    convs = nn.ModuleList([nn.Conv1d(1, 32, 10, 5), nn.Conv1d(32, 32, 3, 2), nn.Conv1d(32, 32, 5, padding=2, groups=4)])
+    copies: list[str] = []
+    largest = max(conv.weight.numel() for conv in convs)  # their gradients may come in another order
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func._schema.name.split("::")[1]
+            if name in ("clone", "copy_", "_to_copy") and args[0].numel() > largest:
+                copies.append(name)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(3, 400, 1)
+    with Watch():
+        for conv in convs:
+            x = module.norm_gelu(convolve(conv, x))
+        x.backward(torch.ones_like(x))
+    assert bool(copies) != keeps
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2v import Data2Vec
 from d2v.config import Config
-from d2v.model import layers
+from d2v.model import decoder, layers
 
 # Lengths of a padded batch, and how many layers are called: decoder of student rows; positions of student and teacher.
 CASES = {"speech-base": ((6_000, 5_000), 2 + 2 * 3), "vision-base": (None, 2), "text-base": ((40, 31), 2),
@@ -80,3 +80,30 @@ def test_under_autocast(name: str) -> None:
     torch.testing.assert_close(*(r[0].float() for r in results), rtol=0.1, atol=0.1)
     torch.testing.assert_close(*(r[1].float() for r in results), rtol=0.1, atol=0.1)
     assert all(g.dtype == torch.float32 for g in results[1][2].values())
+
+
+@pytest.mark.parametrize("name", ["speech-base", "vision-base", "text-base"])
+def test_on_gpus_the_library_has_rows_of_16_bits_too(name: str) -> None:
+    """As exact as the operator, whose rows have them everywhere."""
+    results, dtypes = {}, set()
+
+    def convolve_grid(conv: torch.nn.Module, x: Tensor) -> Tensor:
+        dtypes.add(x.dtype)
+        return layers.convolve_grid(conv, x)
+
+    for choice, keeps in (("exact", False), ("fused", False), ("library", True)):
+        model = make_model(with_choice(make_config(name), choice.replace("exact", "library"), "fp32"))
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=choice != "exact"),
+            mock.patch.object(layers, "_keeps_layout", lambda _, keeps=keeps: keeps),
+            mock.patch.object(decoder, "convolve_grid", convolve_grid if keeps else layers.convolve_grid),
+        ):
+            results[choice] = run(model, CASES[name][0])
+    assert dtypes == {torch.bfloat16}
+    exact, *found = (results[choice] for choice in ("exact", "fused", "library"))
+    fused, library = (float((r[0].float() - exact[0]).norm() / exact[0].norm()) for r in found)
+    assert 0.0 < library <= 1.3 * fused
+    of_fused, of_library = (
+        sum(float((r[2][n] - g).square().sum()) for n, g in exact[2].items() if n.startswith("decoder")) for r in found
+    )
+    assert 0.0 < of_library <= 1.7 * of_fused
