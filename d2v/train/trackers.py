@@ -160,7 +160,10 @@ class _Function:
     """A user's function of (step, values)."""
 
     def __init__(self, function: Callable[[int, Mapping[str, float]], object]) -> None:
-        self.log = function
+        self._function = function
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._function(step, values)
 
     def start(self, config: dict[str, Any], folder: Path, resumed: int) -> None:
         pass
