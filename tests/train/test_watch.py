@@ -87,30 +87,31 @@ def test_a_disturbance_would_be_seen(
         assert_equal(plain, pretrain(config, probe=RunProbe))
 
 
-def test_resuming_with_and_without(make_config: Callable[..., Config], tmp_path: Path, labelled: Path) -> None:
+def test_resuming_with_and_without(
+    make_config: Callable[..., Config], tmp_path: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = pretrain(make_config(run={"dir": str(tmp_path / "plain"), "steps": 9}))
     config = make_config(run={"dir": str(tmp_path / "probed"), "steps": 9})
+    folder, whole = tmp_path / "probed", Config.to_json
 
-    def go_on(config: Config, last: int) -> Path:
-        """Until a checkpoint; the later ones and the lines after it are gone, as after a kill."""
-        folder = pretrain(config, probe=RunProbe)
-        for found in (folder / "checkpoints").glob("step-*"):
-            if int(found.name[5:]) > last:
-                shutil.rmtree(found)
-        return folder
+    def run_to_6(config: Config) -> None:
+        """As if it was killed after update 6."""
+        pretrain(config, probe=RunProbe)
+        shutil.rmtree(folder / "checkpoints" / "step-00000009")
 
-    folder = go_on(probed(config, labelled, every=2), 6)
-    go_on(config, 6)  # without
-    stored = folder / "checkpoints" / "step-00000006" / "config.json"
-    values = json.loads(stored.read_text())
-    del values["probe"]  # of an older version
-    del values["run"]["track"]
-    index = stored.with_name("metadata.json")
-    stored.write_text(json.dumps(values))
-    text = json.loads(index.read_text())
-    text.get("files", {}).pop("config.json", None)
-    assert Config.from_json(json.dumps(values)).probe.train is None
-    folder = pretrain(probed(config, labelled, every=5), probe=RunProbe)
+    def as_before(self: Config) -> str:
+        values = json.loads(whole(self))
+        del values["probe"], values["run"]["track"]
+        return json.dumps(values)
+
+    run_to_6(probed(config, labelled, every=2))
+    shutil.rmtree(folder)
+    with monkeypatch.context() as older:
+        older.setattr(Config, "to_json", as_before)
+        run_to_6(config)
+    run_to_6(probed(config, labelled, every=2))
+    run_to_6(config)
+    pretrain(probed(config, labelled, every=5), probe=RunProbe)
     assert_equal(plain, folder, step=9)
     assert read_metrics(folder / "metrics.jsonl")[-1]["probe_step"] == 9
 
