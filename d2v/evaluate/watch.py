@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2v.data.sources import Source, Subset, for_example
+from d2v.data.sources import Source, for_example
 from d2v.evaluate.pieces import PieceBatch, Uncut, list_entries
 from d2v.evaluate.probe import Collected, collect_features, make_extractor, open_pair, score_all_labels
 from d2v.runtime import keep_random_state
@@ -39,7 +39,7 @@ class RunProbe:
     def __init__(self, objective: Objective, ranks: Ranks, new: bool) -> None:
         """Opens the labelled data; every rank calls. `ValueError` where those of a `new` run cannot be used."""
         self.objective, self.ranks, self.config = objective, ranks, objective.config
-        self._sets: list[Source] = []
+        self._sets: list[tuple[str, Source, list[int]]] = []
         self._notes: list[str] = []
         self._said: set[str] = set()
         self._spent, self._begun = 0.0, time.perf_counter()
@@ -125,8 +125,8 @@ class RunProbe:
         self._agree(found if isinstance(found, str) else None)
         self._sets = found
 
-    def _open_sets(self) -> list[Source]:
-        """This rank's share of the samples."""
+    def _open_sets(self) -> list[tuple[str, Source, list[int]]]:
+        """Name and samples of either set, and which of them are this rank's."""
         probe, ranks = self.config.probe, self.ranks
         config = self.config.change(data={"min_seconds": 0.0})  # no sample is too short to be evaluated
         kind = config.stem.modality
@@ -136,12 +136,12 @@ class RunProbe:
         )  # fmt: skip
         pair = open_pair(self._uncut.modality, probe.train, probe.test, self._notes.append)
         self._notes = [note.removeprefix("note: ") for note in self._notes]
-        sets: list[Source] = []
+        sets: list[tuple[str, Source, list[int]]] = []
         for name, source in zip(("train", "test"), pair, strict=True):
             rows = np.sort(np.random.default_rng(0).permutation(len(source))[: probe.samples])
             if len(rows) < ranks.size:
                 raise ValueError(f"{name}: expected a sample for each of {ranks.size} ranks, got {len(rows)}")
-            sets.append(Subset(source, rows[ranks.rank :: ranks.size]))
+            sets.append((name, source, rows[ranks.rank :: ranks.size].tolist()))
         return sets
 
     def _measure(self) -> dict[str, float]:
@@ -149,7 +149,7 @@ class RunProbe:
         extract = make_extractor(
             teacher, self._uncut.modality, self.ranks.device, None, self.config.probe.pool, "fp32"
         )  # fmt: skip
-        train, test = (self._extract(name, s, extract) for name, s in zip(("train", "test"), self._sets, strict=True))
+        train, test = (self._extract(*one, extract) for one in self._sets)
         found = None
         with self.ranks.first_before_others():  # rank 0 may take longer than a collective waits
             if self.ranks.is_first:
@@ -157,11 +157,13 @@ class RunProbe:
         scores = self._agree(found)[0]
         return {"linear": scores["linear_probe"], "knn": scores["knn"]}
 
-    def _extract(self, name: str, source: Source, extract: Callable[[PieceBatch], Any]) -> tuple[Any, Any]:
+    def _extract(
+        self, name: str, source: Source, rows: list[int], extract: Callable[[PieceBatch], Any]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Features (n,F) and labels (n,) of all ranks' samples."""
         data = self.config.data
         size = min(BATCH, data.micro_batch or -(-data.global_batch // self.ranks.size))
-        batches = self._uncut.batches(source, torch.device("cpu"), size)
+        batches = self._uncut.batches(source, torch.device("cpu"), size, rows=rows)
         work = lambda: collect_features({"teacher": extract}, source, name, self._in_step(batches))  # noqa: E731
         parts: list[Collected] = self._agree(self._attempt(work))
         bad, cut = ([one for part in parts for one in getattr(part, kind)] for kind in ("bad", "cut"))

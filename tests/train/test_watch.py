@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.images import write_class_folders
 
-from d2v import cli
+from d2v import cli, recipes
 from d2v.config import Config
 from d2v.evaluate import watch
 from d2v.evaluate.probe import probe
@@ -215,3 +215,17 @@ def test_two_ranks(parallel: str, tmp_path: Path, images: Path, labelled: Path) 
     assert_equal(plain, folder)
     assert losses(plain) == losses(folder)
     assert [line["probe_step"] for line in read_metrics(folder / "metrics.jsonl")] == [2, 4, 6]
+
+
+def test_text_with_the_tokenizer_that_the_run_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (["cat", "dog", "bird", "fish"], ["car", "bus", "train", "ship"])
+    lines = [" ".join(words[i % 2][(i // 2 + j) % 4] for j in range(100 if i == 0 else 12)) for i in range(60)]
+    (tmp_path / "plain.txt").write_text("\n\n".join(lines))
+    (tmp_path / "t.tsv").write_text("".join(f"{line}\t{'ab'[i % 2]}\n" for i, line in enumerate(lines)))
+    config = recipes.text_tiny().change(
+        data={"path": str(tmp_path / "plain.txt"), "global_batch": 2, "workers": 0},
+        run={"dir": str(tmp_path / "run"), "steps": 1, "threads": 1, "device": "cpu"},
+    )
+    folder = pretrain(probed(config, tmp_path / "t.tsv"), probe=RunProbe)
+    assert read_metrics(folder / "metrics.jsonl")[-1]["probe_linear"] > 0.9
+    assert "note: probe.train: cut 1: " in capsys.readouterr().err
