@@ -29,9 +29,11 @@ from d2v.settings import (
     apply_file,
     describe_sources,
     has_run,
+    load_code,
     load_recipe,
     pretrain_defaults,
     read_file,
+    take_code,
     value_of,
     write_toml,
 )  # fmt: skip
@@ -146,6 +148,7 @@ def _print_commands(names: Collection[str]) -> None:
 
 def _run(name: str, arguments: list[str]) -> int:
     command, default, traits, note = COMMANDS[name], None, None, ""
+    code: list[str] = []
     if command.word:
         valid, word = list(command.choices), command.word
         if arguments[:1] in (["-h"], ["--help"]):
@@ -156,13 +159,14 @@ def _run(name: str, arguments: list[str]) -> int:
         first, arguments = _take_first(name, arguments)
         if name == "sweep" and not {"-h", "--help"} & set(arguments):
             return sweep(first, arguments)
+        arguments, code = take_code(arguments)
         assert command.defaults is not None
         default, config = command.defaults(first, arguments)
         traits = config.traits | {name, *first.split("-")}
         note = f"Options without effect on {first or config.recipe} are not listed."
         name = f"{name} {first}".strip()
     values = parse_options(command.options, arguments, f"d2v {name}", default, command.first, traits, note)
-    settings = build_section(command.options, values, name)
+    settings = build_section(command.options, {**values, "track": code} if code else values, name)
     check_ranges(settings)
     function = command.function
     if isinstance(function, str):
@@ -201,20 +205,24 @@ def _take_first(name: str, arguments: list[str]) -> tuple[str, list[str]]:
 # ---- what runs a command, where it is not one call -----------------------------------------------------------------
 
 
-def _pretrain(config: Config, init: str | None, dry_run: bool, profile: int, **given: Any) -> str | None:
+def _pretrain(
+    config: Config, init: str | None, dry_run: bool, profile: int, track: Sequence[str], **given: Any
+) -> str | None:  # fmt: skip
     if dry_run:
         from d2v.tools.dry_run import dry_run as describe
 
         sources = describe_sources(config, given["base"], given["origin"], dict(given["sources"]))
         return f"recipe       {config.recipe}\n{sources}\n{describe(config, init=init)}"
+    from d2v.evaluate.watch import RunProbe
     from d2v.train.pretraining import pretrain
 
-    pretrain(config, init=init, profile=profile)
+    pretrain(config, init=init, profile=profile, probe=RunProbe, track=[load_code(name, "run.track") for name in track])
     return None
 
 
 def _finetune(
-    checkpoint: str, train: str, valid: str | None, test: str | None, data: Data, file: str | None, **others: Any
+    checkpoint: str, train: str, valid: str | None, test: str | None, data: Data, file: str | None,
+    track: Sequence[str], **others: Any,
 ) -> None:  # fmt: skip
     for name, value in (("checkpoint", checkpoint), ("train", train)):
         if not value:
@@ -224,7 +232,8 @@ def _finetune(
     from d2v.finetune.run import finetune
 
     data = data if valid is None else replace(data, valid=valid)
-    finetune(checkpoint=checkpoint, train_path=train, test_path=test, data=data, **others)
+    code = [load_code(name, "run.track") for name in track]
+    finetune(checkpoint=checkpoint, train_path=train, test_path=test, data=data, track=code, **others)
 
 
 def _finetune_defaults(task: str, arguments: list[str]) -> tuple[options.FineTuning, Config]:

@@ -17,8 +17,8 @@ from d2v.config import Config
 from d2v.config.fields import find_nearest
 
 RARE = "rarely set"
-GROUPS = ("", "task", "decode", "run", "data", "optim", "ema", "mask", "target", "loss", "encoder", "decoder", "head",
-          "stem", RARE)  # fmt: skip
+GROUPS = ("", "task", "decode", "run", "probe", "data", "optim", "ema", "mask", "target", "loss", "encoder", "decoder",
+          "head", "stem", RARE)  # fmt: skip
 """Parts of the help, in its order."""
 
 MEANT = {

@@ -23,6 +23,7 @@ from d2v.options import UsageError, advise, list_options
 ONLY_OPTIONS = frozenset({"run.dir", "data.cache", "data.allow-commands"})
 """What chooses where to write, or runs something: counts on the command line only."""
 COMMAND_LINE = "command line"
+TRACK = "--run.track"
 
 
 def value_of(option: str, arguments: Sequence[str]) -> str | None:
@@ -46,19 +47,43 @@ def load_recipe(name: str) -> Config:
 
     Runs that file, so only for names that the user gave on the command line.
     """
-    file, _, function = name.rpartition(":")
-    if not file.endswith(".py"):
+    if not name.rpartition(":")[0].endswith(".py"):
         return recipes.get(name)
-    names = runpy.run_path(file)
-    if not callable(names.get(function)):
-        valid = [key for key, value in names.items() if callable(value) and not key.startswith("_")] or [""]
-        raise UsageError(
-            f"recipe: expected a function of {file}, got {function!r}; did you mean {find_nearest(function, valid)!r}?"
-        )
-    config = names[function]()
+    config = load_code(name, "recipe")()
     if type(config) is not Config:
         raise UsageError(f"recipe: expected a d2v.Config from {name}, got {type(config).__name__}")
     return config
+
+
+def load_code(name: str, option: str) -> Any:
+    """The function or class that FILE.py:FUNCTION names. Runs that file, so only for names that the user gave on the
+    command line."""
+    file, _, function = name.rpartition(":")
+    names = runpy.run_path(file)
+    if not callable(names.get(function)):
+        valid = [key for key, value in names.items() if callable(value) and not key.startswith("_")] or [""]
+        nearest = find_nearest(function, valid)
+        raise UsageError(f"{option}: expected a function of {file}, got {function!r}; did you mean {nearest!r}?")
+    return names[function]
+
+
+def take_code(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments without the FILE.py:FUNCTION of --run.track, and these: no setting holds them, as settings are stored,
+    and what is stored must not name code."""
+    kept: list[str] = []
+    code: list[str] = []
+    inside = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            option, equals, value = argument.partition("=")
+            inside = option == TRACK
+            if inside and equals:
+                kept.append(option)
+                argument = value
+        (code if inside and ".py:" in argument else kept).append(argument)
+    if code and (following := kept[kept.index(TRACK) + 1 :][:1]) in ([], [o for o in following if o.startswith("--")]):
+        kept.insert(kept.index(TRACK) + 1, "none")
+    return kept, code
 
 
 def read_file(file: str) -> dict[str, Any]:
@@ -122,7 +147,7 @@ def _base_of(values: Mapping[str, Any], file: str) -> tuple[Config, Config]:
     """The recipe that a file names, and the configuration that its values go over: of a file with every section, such
     as a run's config.json, the defaults, and it may name a recipe that is not ours."""
     name = values.get("recipe", "")
-    whole = {f.partition(".")[0] for f in flat_fields(Config) if "." in f} <= set(values)
+    whole = {f.partition(".")[0] for f in flat_fields(Config) if "." in f} - {"probe"} <= set(values)  # older runs
     if isinstance(name, str) and ".py" in name:
         raise ValueError(
             f"{file}: recipe: expected a name, got {name!r}: a file with code counts on the command line only"

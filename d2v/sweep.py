@@ -23,7 +23,7 @@ from d2v.config.commands import Pretrain, Sweep
 from d2v.config.fields import build_section, check_ranges
 from d2v.files import write_atomically
 from d2v.options import UsageError, check_names, list_options, option_names, parse_options
-from d2v.settings import pretrain_defaults, value_of
+from d2v.settings import pretrain_defaults, take_code, value_of
 
 RECORD, SCRIPT = "sweep.json", "sweep.sbatch"
 _OWN = ("run.dir", "slurm", "dry-run")
@@ -123,7 +123,7 @@ def plan(recipe: str, arguments: Sequence[str], folder: str) -> list[Member]:
         options = [*shared, *itertools.chain(*chosen), "--run.dir", str(Path(folder) / name)]
         with contextlib.redirect_stderr(io.StringIO() if members else sys.stderr):  # notes are said once
             default, _ = pretrain_defaults(recipe, options)
-        parsed = parse_options(Pretrain, options, f"d2v sweep {recipe}", default, ("model.init",))
+        parsed = parse_options(Pretrain, take_code(options)[0], f"d2v sweep {recipe}", default, ("model.init",))
         settings = build_section(Pretrain, parsed, "sweep")
         check_ranges(settings)
         command = ["pretrain", *[recipe] * bool(recipe), *options]

@@ -13,9 +13,9 @@ from d2v.config.model import (
     Stem,
     Target,
 )
-from d2v.config.run import Data, Ema, Optim, Run
+from d2v.config.run import Data, Ema, Optim, Probe, Run
 
 __all__ = [
     "PUBLISHED_BEHAVIOURS", "SPEECH_CONVOLUTIONS", "Config", "Data", "Decoder", "Ema", "Encoder", "Head", "Loss",
-    "Mask", "Optim", "Run", "Stem", "Target", "setting",
+    "Mask", "Optim", "Probe", "Run", "Stem", "Target", "setting",
 ]  # fmt: skip

@@ -31,6 +31,7 @@ class Pretrain:
     from the recipe's came from."""
     profile: int = setting(0, low=0, rare=True)
     """Updates to record, after two others: a trace with named ranges and a table in RUN/profile; 0: none."""
+    track: tuple[str, ...] = setting((), option=None)
     base: Config = field(default_factory=Config, metadata={"option": None})
     origin: str = setting("recipe", option=None)
     sources: tuple[tuple[str, str], ...] = setting((), option=None)
@@ -51,6 +52,7 @@ class FineTuning:
     with the best score on held-out samples is chosen and evaluated once on the test set."""
 
     task: str = setting("", option=None)
+    track: tuple[str, ...] = setting((), option=None)
     file: str | None = setting(None, option="config")
     """TOML or JSON file with settings of the sections task, decode, optim, data and run, or the config.json of another
     fine-tuning run; options on the command line replace them (docs/settings.md)."""

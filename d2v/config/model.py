@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2v.config.fields import build_section, check_ranges, find_nearest, flat_fields, replace_fields, require, setting
-from d2v.config.run import Data, Ema, Optim, Run
+from d2v.config.run import Data, Ema, Optim, Probe, Run
 from d2v.files import parse_json
 
 if TYPE_CHECKING:
@@ -269,6 +269,7 @@ class Config:
     ema: Ema = field(default_factory=Ema)
     optim: Optim = field(default_factory=Optim)
     data: Data = field(default_factory=Data)
+    probe: Probe = field(default_factory=Probe, metadata={"only": "pretrain"})
     run: Run = field(default_factory=Run)
     published: frozenset[str] = setting(frozenset(), choices=PUBLISHED_BEHAVIOURS, rare=True)
     """Behaviours of the published code reproduced on purpose (docs/parity.md)."""
@@ -400,6 +401,10 @@ RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("run.compile_scope", "blocks with fsdp", lambda c: c.run.compile_scope == "blocks" or c.run.parallel == "ddp"),
     ("run.teacher_graph", "False with fsdp or run.compile",
      lambda c: not c.run.teacher_graph or (c.run.parallel == "ddp" and not c.run.compile)),
+    ("probe.test", "data to go with probe.train, or neither",
+     lambda c: (c.probe.train is None) == (c.probe.test is None)),
+    ("probe.pool", "another than class for a model without a class token",
+     lambda c: c.probe.pool != "class" or c.encoder.extra_tokens > 0),
     ("optim.final_rate", "above 0 for tri-stage",
      lambda c: c.optim.schedule != "tri-stage" or c.optim.final_rate > 0.0),
 )  # fmt: skip

@@ -127,6 +127,22 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Accuracy of a linear classifier and of k nearest neighbours on the teacher's features, while the run goes on."""
+
+    train: str | None = setting(None, free=True, outside=True)
+    """Labelled training data, as for d2v evaluate probe; unset: no probe."""
+    test: str | None = setting(None, free=True, outside=True)
+    """Labelled test data."""
+    every: int | None = setting(None, low=1, free=True)
+    """Updates between probes; unset: run.checkpoint_every."""
+    pool: Literal["mean", "mean-std", "segments", "class"] = setting("mean", free=True)
+    """How a sample's tokens become one vector, as for d2v evaluate probe."""
+    samples: int = setting(5_000, low=2, free=True)
+    """Most samples of each of the two sets: of larger ones a random choice, always the same."""
+
+
+@dataclass(frozen=True)
 class Run:
     """Length, logging, checkpoints, numerics."""
 
@@ -143,6 +159,11 @@ class Run:
     """Updates between lines of metrics.jsonl."""
     checkpoint_every: int = setting(5_000, low=1, free=True)
     """Updates between checkpoints."""
+    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "none"], ...] = setting(
+        ("tensorboard",), free=True
+    )
+    """Programs that get the lines of metrics, too, in the run folder and offline (docs/monitoring.md); none: none. On
+    the command line also FILE.py:FUNCTION, a function of (step, values) or a class of yours: the file is run."""
     keep_checkpoints: int = setting(2, low=1, free=True)
     """Most recent checkpoints kept."""
     keep_every: int | None = setting(None, low=1, free=True, rare=True)

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +157,11 @@ def evaluation_batches(
 
 def load_pass(
     config: Config, samples: EvaluationSamples, collate: Any, device: torch.device, batch: int, rank: int = 0,
-    ranks: int = 1, workers: int = 0,
+    ranks: int = 1, workers: int = 0, rows: Sequence[int] | None = None,
 ) -> Generator[Batch, None, None]:  # fmt: skip
-    """One pass over samples in order, in batches that `collate` makes; of `ranks` ranks each takes every `ranks`-th
-    sample."""
-    share = range(rank, len(samples), ranks)
+    """One pass over samples in order, or over those of the numbers `rows`, in batches that `collate` makes; of `ranks`
+    ranks each takes every `ranks`-th sample."""
+    share = (range(len(samples)) if rows is None else rows)[rank::ranks]
     return _loader(samples, collate, workers, device, config.run.timeout, batch_size=batch, sampler=share)
 
 

@@ -117,14 +117,15 @@ class Uncut:
         self.modality = make_modality(self.config)
 
     def batches(
-        self, source: Source, device: torch.device, size: int, *, modality: Modality | None = None, workers: int = 0
-    ) -> Iterator[PieceBatch]:
-        """One pass over the source in order, `size` samples a batch and `size` rows a forward pass.
+        self, source: Source, device: torch.device, size: int, *, modality: Modality | None = None, workers: int = 0,
+        rows: Sequence[int] | None = None,
+    ) -> Iterator[PieceBatch]:  # fmt: skip
+        """One pass over the source, or its samples `rows`, in order, `size` a batch and `size` rows a forward pass.
 
         modality: whose values may be pairs of the own modality's value and a target; None: the own.
         """
         samples, collate = EvaluationSamples(source, modality or self.modality), partial(self.collate, rows=size)
-        batches: Any = load_pass(self.config, samples, collate, device, size, workers=workers)
+        batches: Any = load_pass(self.config, samples, collate, device, size, workers=workers, rows=rows)
         return batches
 
     def collate(self, samples: list[Sample], rows: int) -> PieceBatch:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -145,22 +145,10 @@ def extract_features(
     Raises:
         ValueError: more samples than data.bad_fraction cannot be decoded; features that are not finite.
     """
-    assert source.labels is not None
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
-    bad: dict[int, str] = {}
-    cut: list[Rejected] = []
-    for part in (uncut or Uncut(config)).batches(source, torch.device("cpu"), batch):
-        bad |= {note.sample_id: note.text for note in part.notes if note.kind == "bad"}
-        cut += [Rejected(source.describe(n.sample_id), n.text) for n in part.notes if n.kind == "cut"]
-        kept = [i for i, sample in enumerate(part.samples) if sample.sample_id not in bad]
-        for name, extract in extractors.items():
-            rows[name].append(extract(part).numpy()[kept])
-            odd = np.flatnonzero(~np.isfinite(rows[name][-1]).all(axis=1))
-            if len(odd):
-                first = source.describe(part.samples[kept[odd[0]]].sample_id)
-                raise ValueError(f"{option}: expected finite features, got {len(odd)} of {name} that are not; {first}")
+    batches = (uncut or Uncut(config)).batches(source, torch.device("cpu"), batch)
+    rows, labels, bad, cut = collect_features(extractors, source, option, ((part, True) for part in batches))
     lost = check_lost(config, source, option, len(bad))
-    entries = [*list_missing(source), *(Rejected(source.describe(i), text) for i, text in bad.items())]
+    entries = [*list_missing(source), *bad]
     if lost:
         print(f"{option}: left out {lost} of {source.indexed} samples that cannot be decoded")
     for reason, count in source.left_out.items():
@@ -168,8 +156,52 @@ def extract_features(
     for what, found in (("left out", entries), ("cut", cut)):
         if found:
             print(f"{option}: {what} {list_entries(found)}")
-    labels = source.labels[np.array([i for i in range(len(source)) if i not in bad], dtype=np.int64)]
-    return {name: np.concatenate(parts) for name, parts in rows.items()}, labels
+    return rows, labels
+
+
+class Collected(NamedTuple):
+    """What a pass over labelled samples gives: features float32 (n,F) by extractor and labels int64 (n,), both without
+    the samples that cannot be decoded; these; and those that were cut."""
+
+    rows: dict[str, np.ndarray]
+    labels: np.ndarray
+    bad: list[Rejected]
+    cut: list[Rejected]
+
+
+@torch.no_grad()
+def collect_features(
+    extractors: Mapping[str, Callable[[PieceBatch], Tensor]],
+    source: Source,
+    option: str,
+    batches: Iterable[tuple[PieceBatch, bool]],
+) -> Collected:
+    """Features of batches of a source; False beside one: its forward runs, and what it gives does not count.
+
+    `ValueError`, beginning with `option`, for features that are not finite.
+    """
+    assert source.labels is not None
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
+    read: list[int] = []
+    bad: dict[int, str] = {}
+    cut: list[Rejected] = []
+    for part, counted in batches:
+        found = {name: extract(part).numpy() for name, extract in extractors.items()}
+        if not counted:
+            continue
+        bad |= {note.sample_id: note.text for note in part.notes if note.kind == "bad"}
+        cut += [Rejected(source.describe(n.sample_id), n.text) for n in part.notes if n.kind == "cut"]
+        kept = [i for i, sample in enumerate(part.samples) if sample.sample_id not in bad]
+        read += [part.samples[i].sample_id for i in kept]
+        for name, values in found.items():
+            rows[name].append(values[kept])
+            odd = np.flatnonzero(~np.isfinite(rows[name][-1]).all(axis=1))
+            if len(odd):
+                first = source.describe(part.samples[kept[odd[0]]].sample_id)
+                raise ValueError(f"{option}: expected finite features, got {len(odd)} of {name} that are not; {first}")
+    lost = [Rejected(source.describe(i), text) for i, text in bad.items()]
+    joined = {name: np.concatenate(parts) for name, parts in rows.items()}
+    return Collected(joined, source.labels[np.array(read, dtype=np.int64)], lost, cut)
 
 
 def check_lost(config: Config, source: Source, option: str, bad: int = 0) -> int:
@@ -200,6 +232,21 @@ def _logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, truth: np
         return float(LogisticRegression(max_iter=1000).fit(train, labels).score(test, truth))
 
 
+def _score_all(x: np.ndarray, y: np.ndarray, z: np.ndarray, truth: np.ndarray, neighbours: int) -> dict[str, float]:
+    from sklearn.neighbors import KNeighborsClassifier
+
+    classifier = KNeighborsClassifier(n_neighbors=min(neighbours, len(x)))
+    return {"linear_probe": _logistic(x, y, z, truth), "knn": float(classifier.fit(x, y).score(z, truth))}
+
+
+def score_all_labels(
+    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], neighbours: int = 5
+) -> dict[str, float]:
+    """The two of `score_features` that take all labels: linear_probe and knn."""
+    x, z = standardise_features(train[0], test[0])
+    return _score_all(x, train[1], z, test[1], neighbours)
+
+
 def score_features(
     train: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],
@@ -215,11 +262,8 @@ def score_features(
     Few-label: the linear probe on `labels_per_class` images a class, mean and standard deviation over `draws` draws,
     the same draws for all features.
     """
-    from sklearn.neighbors import KNeighborsClassifier
-
     x, z = standardise_features(train[0], test[0])
     y, truth = train[1], test[1]
-    classifier = KNeighborsClassifier(n_neighbors=min(neighbours, len(x)))
     few = []
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
@@ -227,8 +271,7 @@ def score_features(
         rows = np.concatenate(chosen)
         few.append(_logistic(x[rows], y[rows], z, truth))
     return {
-        "linear_probe": _logistic(x, y, z, truth),
-        "knn": float(classifier.fit(x, y).score(z, truth)),
+        **_score_all(x, y, z, truth, neighbours),
         "few_label": float(np.mean(few)),
         "few_label_std": float(np.std(few, ddof=1)) if draws > 1 else 0.0,
     }
@@ -244,7 +287,13 @@ def align_labels(train: Source, test: Source) -> np.ndarray:
     return np.array([numbers[name] for name in test.classes], dtype=np.int64)[test.labels]
 
 
-def open_pair(modality: Modality, train: str, test: str) -> tuple[Source, Source]:
+def _print_error(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def open_pair(
+    modality: Modality, train: str, test: str, say: Callable[[str], None] = _print_error
+) -> tuple[Source, Source]:
     """Labelled training and test samples with the same numbers of classes; `ValueError` for those that no probe can
     use."""
     first, second = (modality.open(p, labelled=True, option=o) for p, o in ((train, "train"), (test, "test")))
@@ -254,7 +303,7 @@ def open_pair(modality: Modality, train: str, test: str) -> tuple[Source, Source
     check_classes(first, "train")
     assert first.labels is not None
     for text in describe_rare(first.labels.tolist(), first.classes or [], first.describe):
-        print(text, file=sys.stderr)
+        say(text)
     for name, source in (("train", first), ("test", second)):
         check_lost(modality.config, source, name)  # what the index has rejected already costs no features
     return first, second

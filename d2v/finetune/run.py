@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def read_defaults(
 
 def finetune(
     task: str, checkpoint: str, train_path: str, test_path: str | None, *, run: Run, optim: Optim, data: Data,
-    options: TaskOptions, decode: Decoding | None = None, worst: int = 50,
+    options: TaskOptions, decode: Decoding | None = None, worst: int = 50, track: Iterable[Any] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Runs or resumes a fine-tuning run; returns the result on the test set, or what was best on held-out data.
 
@@ -103,7 +103,7 @@ def finetune(
         objective = FineTuning(config, model, sets.modality, sets.train, sets.valid, sets.spelling)
         if ranks.is_first:
             print("\n".join(_describe(config, sets)), file=sys.stderr)
-        place = train(objective, ranks, folder)
+        place = train(objective, ranks, folder, track=track)
         result: dict[str, Any] = {}
         if ranks.is_first:
             write_best(place, config)

@@ -21,7 +21,7 @@ from d2v.tools.plot import COLUMNS, LOGARITHMIC, PROBES, UNITS, choose_panels
 from d2v.train.logging import read_metrics
 from d2v.train.resume import flatten_config
 
-SEED, NO_SETTING, NO_METRICS = "run.seed", "run.dir", ("valid_step", CHOICE)
+SEED, NO_SETTING, NO_METRICS = "run.seed", "run.dir", ("valid_step", "probe_step", CHOICE)
 
 
 @dataclass
@@ -62,7 +62,9 @@ def compare(
         if name not in known:
             raise ValueError(f"metrics: expected some of {', '.join(known)}, got {name!r}")
     of_lines = {name for run in found for line in run.lines for name in line} - {"loss"}
-    metrics = metrics or [n for n in known if n not in of_lines or (n.startswith("valid_") and n not in NO_METRICS)]
+    metrics = metrics or [
+        n for n in known if n not in of_lines or (n.startswith(("valid_", "probe_")) and n not in NO_METRICS)
+    ]
     options = find_differences(found)
     groups = make_groups(found, options)
     if output is not None:

@@ -24,6 +24,7 @@ __all__ = ["PANELS", "compare_patches", "draw_report"]
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("loss", "valid_loss", "regression", "cls")),
+    ("probes, accuracy", ("probe_linear", "probe_knn")),
     ("spread", ("target_std", "prediction_std", "content_spread")),
     ("explained variance", ("explained_variance",)),
     ("effective rank", ("stem_rank", "target_rank")),
@@ -37,7 +38,7 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """Title and keys of the panels. A key that is in no panel gets one of its own."""
 LOGARITHMIC = frozenset({"effective rank", "gradient norm", "per second"})
 UNITS = {"memory_bytes": 2.0**-30}
-LEFT_OUT = frozenset({"step", "valid_step", "step_seconds"})
+LEFT_OUT = frozenset({"step", "valid_step", "probe_step", "step_seconds"})
 """Keys whose content another key shows."""
 COLUMNS = 5
 PROBES = (("linear_probe", "linear"), ("knn", "kNN"), ("few_label", "few labels"))

@@ -269,6 +269,20 @@ def accumulating(network: nn.Module, last: bool) -> contextlib.AbstractContextMa
     return contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """For forwards of parts of a sharded model, which all ranks call alike: in here it is whole but for its blocks,
+    which gather themselves. Other models stay as they are."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
 # ---- signs of life --------------------------------------------------------------------------------------------------
 
 

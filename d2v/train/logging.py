@@ -1,4 +1,4 @@
-"""What a run writes about itself: means between two lines, `metrics.jsonl`, TensorBoard, the console, `data.json`.
+"""What a run writes about itself: means between two lines, `metrics.jsonl`, trackers, the console, `data.json`.
 
 Values stay on the device until a line is written. What is measured is in `d2v.train.monitors`. Rank 0 alone writes.
 """
@@ -21,6 +21,7 @@ from d2v.data.loader import BadSamples
 from d2v.files import parse_json, write_atomically
 from d2v.runtime import format_seconds, span
 from d2v.train.monitors import find_low_ranks
+from d2v.train.trackers import Tracker, Trackers
 
 Item = TypeVar("Item")
 Reduce = Callable[[Tensor], object]
@@ -186,25 +187,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-class Board:
-    """TensorBoard scalars in `folder`; entries after update `after` of an earlier try are hidden."""
-
-    def __init__(self, folder: Path, after: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=after + 1)
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Writes every finite number of a line under its key."""
-        for key, value in line.items():
-            if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                self._writer.add_scalar(key, value, line["step"])
-
-    def close(self) -> None:
-        """Flushes and closes."""
-        self._writer.close()
-
-
 class Progress:
     """Rate, time left, loss, content spread and share of time spent waiting for data, on standard error: a bar on a
     terminal, a line per log interval elsewhere."""
@@ -253,7 +235,8 @@ class Progress:
 def describe_line(line: Mapping[str, Any]) -> str:
     """Loss, spread, rate and data wait of a line of metrics in a few words; what the line lacks is left out."""
     words = {
-        "loss": "loss {:.4f}", "valid_loss": "valid {:.4f}", "content_spread": "spread {:.3f}",
+        "loss": "loss {:.4f}", "valid_loss": "valid {:.4f}", "probe_linear": "probe {:.1%}", "probe_knn": "kNN {:.1%}",
+        "content_spread": "spread {:.3f}",
         "samples_per_second": "{:.0f} samples/s", "data_wait": "data wait {:.0%}",
     }  # fmt: skip
     return ", ".join(text.format(line[name]) for name, text in words.items() if name in line)
@@ -262,15 +245,19 @@ def describe_line(line: Mapping[str, Any]) -> str:
 class Report:
     """Lines of metrics and notes of a run, wherever they go; on other ranks than the first it is silent."""
 
-    def __init__(self, folder: Path, update: int, steps: int, active: bool) -> None:
+    def __init__(
+        self, folder: Path, update: int, steps: int, active: bool, trackers: Mapping[str, Tracker] | None = None
+    ) -> None:
         self.folder, self.update, self.steps, self.active = folder, update, steps, active
         if active:
             self._file = MetricsFile(folder / "metrics.jsonl", update)
-            self._board = Board(folder / "tensorboard", update)
             self._progress = Progress(update, steps)
+            self._trackers = Trackers(trackers or {} if update < steps else {}, self.say)
 
     def begin(self, config: Any, bad: BadSamples) -> None:
-        """What is worth knowing before the first update."""
+        """Begins the trackers; says what is worth knowing before the first update."""
+        if self.active:
+            self._trackers.start(config, self.folder, self.update)
         if self.update < self.steps and config.optim.warmup_steps >= self.steps:
             self.say([f"optim.warmup_steps ({config.optim.warmup_steps}) covers all of run.steps"])
         source = bad.source
@@ -292,7 +279,7 @@ class Report:
         """A line of metrics."""
         if self.active:
             self._file.write(line)
-            self._board.write(line)
+            self._trackers.log(line)
             self._progress.show(line)
 
     def write_counts(self, bad: BadSamples) -> None:
@@ -304,10 +291,16 @@ class Report:
             }  # fmt: skip
             write_atomically(self.folder / "data.json", json.dumps(counts, indent=1))
 
-    def close(self) -> None:
-        """Closes the files."""
-        for part in (self._file, self._board, self._progress) if self.active else ():
-            part.close()
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes the files, and tells the trackers how the run has ended."""
+        if self.active:
+            stopped = kind is not None and issubclass(kind, (SystemExit, KeyboardInterrupt))
+            self._trackers.finish("finished" if kind is None else "stopped" if stopped else "failed")
+            self._file.close()
+            self._progress.close()
 
     def summarise(self, update: int, bad: BadSamples) -> None:
         """The last words of a run that reached its end."""

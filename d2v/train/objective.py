@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,10 @@ class Step:
     """Host counts whose rates are shown, tokens for instance."""
 
 
+Probe = Callable[[int, Callable[[Iterable[str]], None]], dict[str, float]]
+"""Number of the update, and what says notes -> entries for the next line of metrics, the same on every rank."""
+
+
 class Objective:
     """Model, data and loss of a run."""
 
@@ -41,6 +45,8 @@ class Objective:
     """Training samples."""
     valid: Source | None = None
     """Held-out samples."""
+    probe: Probe | None = None
+    """What measures the features on labelled samples while the run goes on."""
     noun: str = "samples"
     """What a sample is called."""
     may_skip: bool = False

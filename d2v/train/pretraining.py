@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,34 @@ from d2v.runtime import prepare_process, span
 from d2v.train.distributed import Ranks, open_ranks
 from d2v.train.flops import count_work, describe_rates
 from d2v.train.monitors import find_failure, measure
-from d2v.train.objective import Objective, Step, autocast
+from d2v.train.objective import Objective, Probe, Step, autocast
 from d2v.train.run_dir import RunFolder
 from d2v.train.trainer import train
 
 SKIPPING = frozenset({"no-head-1.0-vision"})
 
 
-def pretrain(config: Config, *, init: str | None = None, profile: int = 0) -> Path:
+def pretrain(
+    config: Config, *, init: str | None = None, profile: int = 0,
+    probe: Callable[[Objective, Ranks, bool], Probe] | None = None, track: Iterable[Any] = (),
+) -> Path:  # fmt: skip
     """Runs or resumes a pre-training run; returns the run folder. Under torchrun every rank calls it.
 
     Args:
         config: of the run.
         init: checkpoint whose weights a new run starts from.
         profile: updates to trace (`d2v.runtime.Profiler`).
+        probe: `d2v.evaluate.watch.RunProbe`, where config.probe.train is set.
+        track: trackers besides those of run.track: objects with the methods of `d2v.train.trackers.Tracker`, or
+            functions of (step, values) that get every line of metrics. On rank 0 alone.
 
     Raises:
         ValueError (also OSError of the file system): input that cannot be used, before anything is written.
         RunStopped: a loss that is not finite, or collapse.
         SystemExit: 75 after SIGTERM and SIGUSR1, 130 after SIGINT, once a checkpoint is saved.
     """
+    if config.probe.train is not None and probe is None:
+        raise ValueError("probe.train: expected pretrain(config, probe=d2v.evaluate.watch.RunProbe), got no probe")
     prepare_process(config.run.threads, config.run.keep_pages, config.run.products)
     with open_ranks(config.run) as ranks:
         folder = RunFolder(config, ranks)
@@ -51,9 +59,11 @@ def pretrain(config: Config, *, init: str | None = None, profile: int = 0) -> Pa
         with ranks.first_before_others() if config.data.cache else contextlib.nullcontext():
             source, valid = open_data(config)
         objective = Pretraining(config, source, valid, ranks.device)
+        if probe is not None and config.probe.train is not None:
+            objective.probe = probe(objective, ranks, folder.resumed is None)
         if init is not None and folder.resumed is None:
             load_weights(objective.model, init, "model.init")
-        return train(objective, ranks, folder, profile=profile)
+        return train(objective, ranks, folder, profile=profile, track=track)
 
 
 def open_data(config: Config) -> tuple[Source, Source | None]:

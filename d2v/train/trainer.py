@@ -10,7 +10,9 @@ import contextlib
 import math
 import signal
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from d2v.train.logging import Report
 from d2v.train.objective import Objective, Step
 from d2v.train.optim import build_optimiser, clip_gradients, learning_rate_at, set_learning_rate
 from d2v.train.run_dir import RunFolder, StopRequest, exit_code, lock_folder
+from d2v.train.trackers import Tracker, make_trackers
 
 _SAVE_FAILED = 1 << 16
 """Asked of all ranks, above every signal's number: stop, a checkpoint could not be written."""
@@ -107,13 +110,16 @@ class Trainer(RunState):
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
-    def run(self, folder: RunFolder, stop: StopRequest, profiler: Profiler) -> None:
+    def run(
+        self, folder: RunFolder, stop: StopRequest, profiler: Profiler, trackers: Mapping[str, Tracker] | None = None
+    ) -> None:
         """Updates from the beginning, or from the folder's checkpoint, until the last one, a signal or a failure."""
         run, stop_flag = self.config.run, StopFlag(self.ranks)
-        self._prepare(folder)
+        probe_every = self.config.probe.every or run.checkpoint_every
+        self._prepare(folder, trackers)
         updates = self.objective.updates(self.update, self.ranks)
         # Closing `updates` ends the loader's workers, also when an error is on its way out.
-        with contextlib.closing(self.report), contextlib.closing(updates):
+        with self.report, contextlib.closing(updates):
             self.report.begin(self.config, self.bad)
             self.window.resume_clock()
             for batches in self.window.watch(updates):
@@ -124,6 +130,8 @@ class Trainer(RunState):
                 due = self._is_due(run.checkpoint_every, self.update)
                 if due and self.objective.valid is not None:
                     self._validate()
+                if self.objective.probe is not None and self._is_due(probe_every, self.update):
+                    self._probe()
                 if self._is_due(run.log_every, self.update):
                     self._log(step, batches[0])
                 asked = stop_flag.exchange(_SAVE_FAILED if self.saver.failed else stop.signal)
@@ -141,7 +149,7 @@ class Trainer(RunState):
     def _is_due(self, every: int, update: int) -> bool:
         return update % every == 0 or update == self.config.run.last
 
-    def _prepare(self, folder: RunFolder) -> None:
+    def _prepare(self, folder: RunFolder, trackers: Mapping[str, Tracker] | None) -> None:
         run, first = self.config.run, self.ranks.is_first
         self.folder = folder
         self.saver = Saver(folder.path / "checkpoints", self.ranks, run)
@@ -155,7 +163,7 @@ class Trainer(RunState):
             if first:
                 folder.describe_resume(state, self.config, self.ranks)
         self.bad.check(0)
-        self.report = Report(folder.path, self.update, run.last, first)
+        self.report = Report(folder.path, self.update, run.last, first, trackers)
 
     def _check_samples(self, batches: list[Batch]) -> None:
         """Bad samples of all ranks, and the verdict on them; with several ranks at the log interval."""
@@ -178,7 +186,14 @@ class Trainer(RunState):
     def _validate(self) -> None:
         """Measures the held-out samples; the result goes into the next line of metrics."""
         self.window.pause_clock()
-        self.pending = {**self.objective.validate(self.network, self.ranks), "valid_step": self.update}
+        self.pending |= {**self.objective.validate(self.network, self.ranks), "valid_step": self.update}
+        self.window.resume_clock()
+
+    def _probe(self) -> None:
+        """Measures the features on labelled samples; the result goes into the next line of metrics."""
+        self.window.pause_clock()
+        assert self.objective.probe is not None
+        self.pending |= self.objective.probe(self.update, self.report.say)
         self.window.resume_clock()
 
     def _log(self, step: Step, batch: Batch) -> None:
@@ -238,15 +253,20 @@ class Trainer(RunState):
         raise SystemExit(code)
 
 
-def train(objective: Objective, ranks: Ranks, folder: RunFolder, *, profile: int = 0) -> Path:
+def train(
+    objective: Objective, ranks: Ranks, folder: RunFolder, *, profile: int = 0, track: Iterable[Any] = ()
+) -> Path:
     """Trains an objective to its last update, from the beginning or from the folder's checkpoint; returns the folder.
 
+    track: as `d2v.train.trackers.make_trackers` takes it, besides `run.track`.
     Raises as `d2v.train.pretraining.pretrain` does.
     """
     batch = objective.config.data.global_batch
     with ranks.saying_once():
         if batch < ranks.size:
             raise ValueError(f"data.global_batch: expected at least {ranks.size}, one for each rank, got {batch}")
+    with ranks.first_before_others():
+        trackers = make_trackers(objective.config.run.track, track) if ranks.is_first else {}
     trainer = Trainer(objective, ranks)
     with lock_folder(folder.path) if ranks.is_first else contextlib.nullcontext():
         with ranks.first_before_others():
@@ -259,5 +279,5 @@ def train(objective: Objective, ranks: Ranks, folder: RunFolder, *, profile: int
                     folder.compare_files(source, option, objective.config.data.bad_fraction)
                 source.prepare(folder.path, fresh=folder.resumed is None and source is objective.source)
         with StopRequest() as stop, Profiler(folder.path / "profile", profile if ranks.is_first else 0) as profiler:
-            trainer.run(folder, stop, profiler)
+            trainer.run(folder, stop, profiler, trackers)
     return folder.path

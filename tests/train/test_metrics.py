@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from d2v import recipes
 from d2v.runtime import format_seconds
-from d2v.train.logging import Board, MetricsFile, MetricWindow, Progress, describe_line, read_metrics
+from d2v.train.logging import MetricsFile, MetricWindow, Progress, describe_line, read_metrics
+from d2v.train.trackers import Trackers, make_trackers
 
 
 def test_window_means_and_resume() -> None:
@@ -123,12 +125,16 @@ def test_a_collapsed_local_encoder_is_said_once(capsys: pytest.CaptureFixture[st
 def test_tensorboard_has_every_finite_number(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = Board(tmp_path, 0)
+    config = recipes.vision_tiny()
+    board = Trackers(make_trackers(["tensorboard"]), print)
+    board.start(config, tmp_path, 0)
     for step in (1, 2, 3):
-        board.write({"step": step, "loss": 1.0 / step, "stem_rank": 2.0, "word": "text", "valid_loss": math.nan})
-    board.close()
-    Board(tmp_path, 1).close()  # of a run resumed after update 1
-    events = EventAccumulator(str(tmp_path))
+        board.log({"step": step, "loss": 1.0 / step, "stem_rank": 2.0, "word": "text", "valid_loss": math.nan})
+    board.finish("failed")
+    board = Trackers(make_trackers(["tensorboard"]), print)
+    board.start(config, tmp_path, 1)  # of a run resumed after update 1
+    board.finish("finished")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["loss", "stem_rank"]
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0)]

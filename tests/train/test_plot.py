@@ -39,7 +39,9 @@ def test_every_key_has_a_panel(make_config: Callable[..., Config], images: Path)
     lines = read_metrics(folder / "metrics.jsonl")
     shown = {key for _, keys in choose_panels(lines) for key in keys}
     assert set().union(*lines) - {"step", "valid_step", "step_seconds"} == shown
-    assert {key for _, keys in PANELS for key in keys} - shown == {"regression", "cls", "mfu"}
+    assert {key for _, keys in PANELS for key in keys} - shown == {
+        "regression", "cls", "mfu", "probe_linear", "probe_knn"
+    }  # fmt: skip
     text = draw_report(folder, images=str(images))
     assert text == f"{folder}/report.png (left out: no probe.json)"
     with Image.open(folder / "report.png") as image:
