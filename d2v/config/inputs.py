@@ -1,0 +1,78 @@
+"""Kinds of input: what settings, model, data and training know of each. Four are built in; `d2v.register_modality`
+adds others.
+
+An entry names its stem and its data as "module:name": they lie to the right of the settings and need libraries that
+other kinds do not, so they are imported where they are first used.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from d2v.config.model import Stem
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class InputKind:
+    """One kind of input, by its name in `stem.modality`."""
+
+    stem: str | Callable[[Any], Any]
+    """Config -> `d2v.model.stems.base.InputStem`, or where such a function is."""
+    modality: str | Callable[[Any], Any]
+    """Config -> `d2v.data.dataset.Modality`, or where such a class is."""
+    describe: Callable[[Stem], str]
+    """The input in a few words."""
+    words: frozenset[str] = frozenset()
+    """For `Config.traits`, besides the name: settings apply by them. "waveform": a sequence of samples that
+    convolutions make tokens of (seconds, crops); "channels": `stem.channels` counts; "ids": token ids of a tokenizer."""
+    grid: Callable[[Stem], Grid] | None = None
+    """Rows and columns of tokens, masked in 2-D blocks; None: a sequence, masked in spans."""
+    example: str = "inputs = ...  # a batch, as the training saw it"
+    """A line of Python that makes the input of a model; braces hold fields of `Stem`."""
+    tokens: str = "one a token"
+    """What a token is, in a few words."""
+
+
+KINDS: dict[str, InputKind] = {
+    "speech": InputKind(
+        "d2v.model.stems.speech:make_stem", "d2v.data.speech:Speech",
+        lambda s: "log-mel spectrogram" if s.kind == "log-mel" else f"waveform, {len(s.convolutions)} convolutions",
+        frozenset({"waveform"}),
+        example="inputs = torch.randn(1, 16_000)  # waveform at 16 kHz, zero mean and unit variance",
+        tokens="a frame each 20 ms",
+    ),
+    "vision": InputKind(
+        "d2v.model.stems.vision:make_stem", "d2v.data.vision:Images",
+        lambda s: f"{s.image_size} px, patch {s.patch_size}", frozenset({"channels"}), lambda s: s.grid,
+        example="inputs = torch.randn(1, {channels}, {image_size}, {image_size})  # normalised pixels",
+        tokens="patches row by row",
+    ),
+    "text": InputKind(
+        "d2v.model.stems.text:make_stem", "d2v.data.text:Texts",
+        lambda s: f"{s.vocabulary} token ids, at most {s.max_tokens} tokens", frozenset({"ids"}),
+        example="inputs = torch.tensor([[0, 5, 6, 7, 2]])  # token ids: <s> ... </s>",
+        tokens="a token each",
+    ),
+}  # fmt: skip
+
+
+def find_kind(name: str) -> InputKind:
+    """The entry of a name; `ValueError` where there is none."""
+    if name not in KINDS:
+        raise ValueError(
+            f"stem.modality: expected one of {', '.join(KINDS)}, got {name!r}; one of your own has to be registered "
+            "first (d2v.register_modality)"
+        )
+    return KINDS[name]
+
+
+def resolve(part: str | Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function or class that an entry names."""
+    found: Callable[[Any], Any] = pkgutil.resolve_name(part) if isinstance(part, str) else part
+    return found
