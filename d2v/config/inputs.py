@@ -10,10 +10,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from d2v.config.model import Stem
+from typing import Any
 
 Grid = tuple[int, int]
 
@@ -26,13 +23,13 @@ class InputKind:
     """Config -> `d2v.model.stems.base.InputStem`, or where such a function is."""
     modality: str | Callable[[Any], Any]
     """Config -> `d2v.data.dataset.Modality`, or where such a class is."""
-    describe: Callable[[Stem], str]
-    """The input in a few words."""
+    describe: Callable[[Any], str]
+    """`Stem` -> the input in a few words."""
     words: frozenset[str] = frozenset()
-    """For `Config.traits`, besides the name: settings apply by them. "waveform": a sequence of samples that
-    convolutions make tokens of (seconds, crops); "channels": `stem.channels` counts; "ids": token ids of a tokenizer."""
-    grid: Callable[[Stem], Grid] | None = None
-    """Rows and columns of tokens, masked in 2-D blocks; None: a sequence, masked in spans."""
+    """For `Config.traits`, besides the name: settings apply by them. "waveform": a sequence that convolutions
+    make tokens of (seconds, crops); "channels": `stem.channels` counts; "ids": token ids of a tokenizer."""
+    grid: Callable[[Any], Grid | None] = lambda stem: None
+    """`Stem` -> rows and columns of a sample's tokens, masked in 2-D blocks; None: a sequence, masked in spans."""
     example: str = "inputs = ...  # a batch, as the training saw it"
     """A line of Python that makes the input of a model; braces hold fields of `Stem`."""
     tokens: str = "one a token"

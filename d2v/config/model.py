@@ -293,8 +293,7 @@ class Config:
     @property
     def grid(self) -> Grid | None:
         """Rows and columns of a sample's tokens; None: they are a sequence."""
-        grid = find_kind(self.stem.modality).grid
-        return None if grid is None else grid(self.stem)
+        return find_kind(self.stem.modality).grid(self.stem)
 
     def replace(self, name: str, value: Any) -> Self:
         """The same configuration with another value of one setting, by its dotted name ("optim.learning_rate").
