@@ -56,6 +56,13 @@ KINDS: dict[str, InputKind] = {
         example="inputs = torch.tensor([[0, 5, 6, 7, 2]])  # token ids: <s> ... </s>",
         tokens="a token each",
     ),
+    "signals": InputKind(
+        "d2v.signals:make_stem", "d2v.signals:Signals",
+        lambda s: f"{s.channels} channels at {s.sample_rate} Hz, {len(s.convolutions)} convolutions",
+        frozenset({"waveform", "channels"}),
+        example="inputs = torch.randn(1, 10 * {sample_rate}, {channels})  # 10 s; each channel mean 0, variance 1",
+        tokens="a frame each",
+    ),
 }  # fmt: skip
 
 

@@ -39,11 +39,11 @@ SPEECH_CONVOLUTIONS = ((512, 10, 5), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512
 class Stem:
     """What turns raw input into T features of width C, and where the features stand.
 
-    The first five fields concern every kind of input, the next images, then speech, then text.
+    The first five fields concern every kind of input, the next images, then waveforms (speech, signals), then text.
     """
 
     modality: str = setting("vision", rare=True)
-    """Kind of input: speech, vision, text, or a registered one."""
+    """Kind of input: speech, vision, text, signals, or a registered one."""
     kind: Literal["stock", "log-mel"] = setting("stock", only="speech", rare=True)
     """stock: the published stem of the modality. log-mel, for speech: a log-mel spectrogram, a few of its frames a
     token; not a published stem, quicker to train on little data."""
@@ -59,15 +59,17 @@ class Stem:
     patch_size: int = setting(16, low=1, only="vision")
     """Height and width of a patch in pixels."""
     channels: int = setting(3, low=1, only="channels")
-    """Colour channels of an image."""
+    """Colour channels of an image; channels of signals."""
+    sample_rate: int = setting(100, low=1, only="signals")
+    """Signals: samples of a second; files that say another rate are resampled."""
     position_scale: float = setting(1.0, only="sincos")
     """Factor on the fixed sin-cos positions. Published: 1."""
     convolutions: tuple[tuple[int, int, int], ...] = setting(SPEECH_CONVOLUTIONS, only="waveform stock", rare=True)
-    """Speech: channels, kernel and stride of each convolution of the waveform."""
+    """Waveforms: channels, kernel and stride of each convolution."""
     convolution_bias: bool = setting(False, only="waveform stock", rare=True)
-    """Speech: these convolutions have a bias."""
+    """Waveforms: these convolutions have a bias."""
     gradient_scale: float = setting(1.0, low=0, only="waveform stock", rare=True)
-    """Speech: factor on the gradient that enters them; 0 freezes them."""
+    """Waveforms: factor on the gradient that enters them; 0 freezes them."""
     position_layers: int = setting(5, low=1, only="conv", rare=True)
     """Speech: convolutions of the positions."""
     position_width: int = setting(95, low=1, only="conv", rare=True)

@@ -343,7 +343,7 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
             notes.append(Note(sample_id, epoch, "fatal", f"{ATTEMPTS} samples in a row cannot be decoded"))
         value = self.modality.placeholder()
         if length is not None:
-            value = np.resize(value, length)
+            value = np.resize(value, (length, *value.shape[1:]))
         return Sample(sample_id, epoch, value, tuple(notes), group, place)
 
     def _pick(self, rng: np.random.Generator, length: int | None, epoch: int) -> int:

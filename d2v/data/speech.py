@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import math
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,7 +122,8 @@ class RandomSpeed:
 class Speech(Modality):
     """Utterances as float32 waveforms at 16 kHz, each normalised as a whole."""
 
-    name, noun, words = "speech", "utterances", ("waveform",)
+    name, noun = "speech", "utterances"
+    words: Collection[str] = ("waveform",)
     baselines = ("log_mel",)
     rate = SAMPLE_RATE
     """Hz."""
