@@ -32,9 +32,9 @@ class EcgStem(d2v.InputStem):
         self.norm, self.proj = nn.LayerNorm(PATCH * LEADS), nn.Linear(PATCH * LEADS, width)
 
     def measure(self, inputs: Tensor, lengths: Tensor | None = None) -> tuple[int, Tensor | None]:
-        if inputs.shape[1:] != (SAMPLES, LEADS):
-            raise ValueError(f"inputs: expected (B, {SAMPLES}, {LEADS}), got {tuple(inputs.shape)}")
-        return SAMPLES // PATCH, None  # all recordings are as long: there is no padding
+        if lengths is not None or inputs.shape[1:] != (SAMPLES, LEADS):  # all are as long: there is no padding
+            raise ValueError(f"inputs: expected (B, {SAMPLES}, {LEADS}) without lengths, got {tuple(inputs.shape)}")
+        return SAMPLES // PATCH, None
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         features: Tensor = self.proj(self.norm(inputs.reshape(len(inputs), SAMPLES // PATCH, PATCH * LEADS)))
@@ -139,7 +139,9 @@ def main(folder: Path, steps: int = 400, count: int = 300) -> dict[str, float]:
     )
     config = recipe().change(data=dict(path=str(train)), run=dict(dir=str(folder / "run"), steps=steps))
     run = pretrain(config)
-    scores: dict[str, float] = probe(str(run), str(labelled), str(test), baselines=["random_init"])["linear_probe"]
+    scores: dict[str, float] = probe(str(run), str(labelled), str(test), baselines=["random_init"], pool="mean-std")[
+        "linear_probe"
+    ]
     return scores
 
 

@@ -11,7 +11,7 @@ from scripts import structure
 
 ORDER = (
     ("files", "runtime"), ("config",), ("folder",), ("recipes", "model"), ("data",), ("signals",), ("train",),
-    ("saved",), ("evaluate",), ("finetune",), ("interop",), ("tools",), ("",), ("options",), ("cli",),
+    ("saved",), ("evaluate",), ("finetune",), ("interop",), ("tools", "testing"), ("",), ("options",), ("cli",),
 )  # fmt: skip
 """Parts of `d2v` from left to right: each imports only from those before it and from itself."""
 LARGEST = {"d2v": 19_480, "d2v_kernels": 8_890, "benchmarks": 5_860}
