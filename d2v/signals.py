@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
+import re
 import tempfile
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import BinaryIO
 
@@ -17,35 +20,35 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.data.dataset import Batch
-from d2v.data.decoding.sound import read_whole
+from d2v.data.decoding.sound import find_cut
 from d2v.data.index import FileSource
-from d2v.data.sources import Kind, Rejected, Source, check_size, decode_text, describe_error
+from d2v.data.sources import MAX_ENCODED_BYTES, Kind, Rejected, Source, decode_text, describe_error
 from d2v.data.speech import Speech
 from d2v.model.stems.speech import WaveformStem
 
-_EDF, _HINT = (".edf", ".bdf"), "pip install pyedflib reads them"
-_HAS_EDF = importlib.util.find_spec("pyedflib") is not None
+_EDF = (".edf", ".bdf") if importlib.util.find_spec("pyedflib") else ()
 SIGNALS = Kind(
-    "signals", frozenset([".npy", ".csv", ".wav", *(_EDF if _HAS_EDF else ())]),
-    "a folder of .npy, .csv, .wav or EDF files, a .tsv list or shards", lists=True, beside=frozenset({".tsv"}),
-    readers=dict.fromkeys(_EDF, _HINT),
+    "signals", frozenset([".npy", ".csv", ".wav", *_EDF]),
+    "a folder of .npy, .csv, .wav or EDF files, a .tsv list or shards", lists=True,
+    readers=dict.fromkeys((".edf", ".bdf"), "pip install pyedflib reads them"),
 )  # fmt: skip
-WINDOW = 64
-"""Samples of a spectrum of the baseline."""
 
 
 def decode_signal(data: bytes) -> tuple[np.ndarray, float | None]:
     """Encoded bytes -> (values (a,b), floating, Hz or None where the format does not say it); `ValueError` otherwise.
 
     The first bytes tell the format. CSV: a row a sample, columns separated by comma, semicolon or tab; a first line
-    that is not of numbers names them.
+    that does not begin with a number names them.
     """
     rate: float | None = None
     if data.startswith(b"\x93NUMPY"):
         values = np.load(io.BytesIO(data), allow_pickle=False)
     elif data[:4] in (b"RIFF", b"RIFX", b"RF64"):
-        values, rate = read_whole(data)
+        import soundfile
+
+        if reason := find_cut(data):
+            raise ValueError(reason)
+        values, rate = soundfile.read(io.BytesIO(data), always_2d=True)
     elif data[:8] in (b"0       ", b"\xffBIOSEMI"):
         values, rate = _read_edf(data)
     else:
@@ -62,20 +65,13 @@ def decode_signal(data: bytes) -> tuple[np.ndarray, float | None]:
 
 def _read_csv(text: str) -> np.ndarray:
     lines = text.splitlines()
-    first = lines[0] if lines else ""
-    mark = next((mark for mark in ";\t," if mark in first), ",")
-    try:
-        named = not [float(cell) for cell in first.split(mark)]
-    except ValueError:
-        named = True
-    if len(lines) <= named:
-        raise ValueError("expected rows of numbers, found none")
-    return np.loadtxt(lines, delimiter=mark, skiprows=int(named), ndmin=2, comments=None)
+    mark = next((mark for mark in ";\t" if mark in text), ",")
+    if lines and not re.match(r"\s*([-+.\d]|nan|inf)", lines[0], re.IGNORECASE):
+        del lines[0]
+    return np.loadtxt(lines, delimiter=mark, ndmin=2, comments=None) if lines else np.empty((0, 0))
 
 
 def _read_edf(data: bytes) -> tuple[np.ndarray, float]:
-    if not _HAS_EDF:
-        raise ValueError(f"EDF: {_HINT}")
     import pyedflib
 
     with tempfile.NamedTemporaryFile(suffix=".edf") as file:  # the library reads files by name only
@@ -90,9 +86,7 @@ def _read_edf(data: bytes) -> tuple[np.ndarray, float]:
 
 def measure_signal(file: BinaryIO) -> tuple[int, int, float | None]:
     """Shape and rate of an encoded signal: what does not depend on settings."""
-    data = file.read()
-    check_size(len(data), "file")
-    values, rate = decode_signal(data)
+    values, rate = decode_signal(file.read(MAX_ENCODED_BYTES + 1))
     return *values.shape, rate
 
 
@@ -118,33 +112,28 @@ class Signals(Speech):
         source = self.open_encoded(path, SIGNALS, labelled, option, measure=measure_signal)
         lengths = source.read_lengths(measure_signal) if isinstance(source, FileSource) else source.lengths
         assert lengths is not None
-        for index, (rows, columns, rate) in source.measured.items():
+        for index, (*shape, rate) in source.measured.items():
             try:
-                lengths[index] = self._count_samples(columns if self._is_turned(rows, columns) else rows, rate)
+                turned, ratio = self._find_layout(shape, rate)
+                lengths[index] = math.ceil(shape[turned] * ratio)
             except ValueError as error:
                 lengths[index] = -1
                 source.rejected.append(Rejected(source.describe(index), describe_error(error)))
         source.lengths = lengths
         return self.leave_out_short(source, option)
 
-    def _is_turned(self, rows: int, columns: int) -> bool:
-        """Whether channels come first."""
-        channels = self.config.stem.channels
-        if channels not in (rows, columns):
-            raise ValueError(f"expected stem.channels {channels} in one axis, got an array ({rows}, {columns})")
-        return columns != channels
-
-    def _ratio(self, rate: float | None) -> Fraction:
-        return Fraction(1) if rate is None else Fraction(self.rate) / Fraction(rate).limit_denominator(1000)
-
-    def _count_samples(self, samples: int, rate: float | None) -> int:
-        return -int(-samples * self._ratio(rate) // 1)
+    def _find_layout(self, shape: Sequence[int], rate: float | None) -> tuple[bool, Fraction]:
+        """Whether channels come first, and what the number of samples is multiplied by."""
+        channels, asked = self.config.stem.channels, Fraction(self.rate)
+        if channels not in shape:
+            raise ValueError(f"expected stem.channels {channels} in one axis, got an array {tuple(shape)}")
+        return shape[1] != channels, asked / Fraction(rate or asked).limit_denominator(1000)
 
     def load(self, source: Source, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
         """A normalised signal (S,N), resampled where its file has another rate; a channel without change becomes 0."""
         values, rate = decode_signal(source.read(index))
-        values = values.T if self._is_turned(*values.shape) else values
-        ratio, converted = self._ratio(rate), tuple[str, ...]()
+        turned, ratio = self._find_layout(values.shape, rate)
+        values, converted = values.T if turned else values, tuple[str, ...]()
         if ratio != 1:
             from scipy.signal import resample_poly
 
@@ -152,17 +141,12 @@ class Signals(Speech):
             converted = (f"{rate:g} Hz to {self.rate} Hz",)
         if len(values) < self.shortest:
             raise ValueError(f"{len(values) / self.rate:.3f} s, expected at least {self.shortest / self.rate:g}")
-        centred = values - values.mean(axis=0)
-        deviation = np.sqrt(np.square(centred).mean(axis=0))
-        still = deviation <= np.abs(values).max(axis=0) * 1e-9  # rounding
-        return np.where(still, 0.0, centred / np.where(still, 1.0, deviation)).astype(np.float32), converted
+        deviation = values.std(axis=0)
+        deviation[deviation <= np.abs(values).max(axis=0) * 1e-9] = np.inf  # rounding
+        return ((values - values.mean(axis=0)) / deviation).astype(np.float32), converted
 
-    def raw_features(self, name: str, batch: Batch) -> Tensor:
-        """power_spectrum: log power of each channel in the frequencies of pieces of WINDOW samples, averaged."""
-        size = min(WINDOW, self.shortest)
-        lengths = batch.lengths.tolist() if batch.lengths is not None else [batch.inputs.shape[1]] * len(batch)
-        rows = []
-        for signal, length in zip(batch.inputs, lengths, strict=True):
-            pieces = signal[:length].unfold(0, size, size) * torch.hann_window(size)
-            rows.append((torch.fft.rfft(pieces).abs().square().mean(dim=0) + 1e-3).log().flatten())
-        return torch.stack(rows)
+    def sum_up(self, waveform: Tensor) -> Tensor:
+        """power_spectrum: log power of each channel in the frequencies of pieces of 64 samples, averaged."""
+        size = min(64, self.shortest)
+        pieces = waveform.unfold(0, size, size) * torch.hann_window(size)
+        return (torch.fft.rfft(pieces).abs().square().mean(dim=0) + 1e-3).log().flatten()

@@ -14,7 +14,6 @@ from d2v.data.dataset import Batch
 from d2v.data.loader import train_updates
 from d2v.folder import MODEL, list_checkpoints, load_tensors
 from d2v.model.data2vec import Data2Vec
-from d2v.model.layers import valid_positions
 from d2v.model.stems import PADDING
 from d2v.train.pretraining import Pretraining, open_data, pretrain
 from d2v_kernels import use_backend
@@ -25,22 +24,18 @@ TOLERANCE = 1e-4
 
 
 def check_modality(config: Config, samples: int = 4) -> list[str]:
-    """Checks a kind of input with a model of it, on the CPU in seconds; a small configuration makes it quick.
+    """Checks a kind of input with a model of it on the CPU, without dropout, in a temporary folder.
 
     The same samples come from the same seed; tokens are as many as counted; masks leave out padding; gradients reach
     every parameter; operators agree with their references; padding changes nothing before it; a resumed run is the same
-    bit for bit. Dropout is switched off. Nothing is written outside a temporary folder.
+    bit for bit. With a small configuration it takes seconds.
 
     Args:
         config: data.path names at least `samples` samples.
         samples: of a batch, 2 or more.
 
-    Returns:
-        What was found, a line a check.
-
-    Raises:
-        AssertionError: names the check, what was expected and what was found.
-        ValueError: settings or data that cannot be used.
+    Returns a line a check; raises `AssertionError`, which names the check, what was expected and what was found, and
+    `ValueError` for settings or data that cannot be used.
     """
     silent = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "prenet_dropout", "layer_drop"), 0.0)
     with tempfile.TemporaryDirectory(prefix="d2v-check-") as folder:
@@ -53,7 +48,6 @@ def check_modality(config: Config, samples: int = 4) -> list[str]:
         )  # fmt: skip
         _require(Config.from_json(config.to_json()) == config, "configuration", "the same from its JSON", "another")
         lines = _check_batch(config.change(run=dict(dir=str(Path(folder) / "batch"))))
-        pretrain(config)
         return [*lines, _check_resumed(config, Path(folder) / "parts")]
 
 
@@ -68,8 +62,8 @@ def _require_same(one: Tensor, other: Tensor, check: str, expected: str) -> None
 
 
 def _check_resumed(config: Config, parts: Path) -> str:
-    """A copy of the run from its first checkpoint on."""
-    whole = list_checkpoints(Path(config.run.dir) / "checkpoints")
+    """A run, and a copy of it from its first checkpoint on."""
+    whole = list_checkpoints(pretrain(config) / "checkpoints")
     shutil.copytree(config.run.dir, parts)
     shutil.rmtree(list_checkpoints(parts / "checkpoints")[-1])
     pretrain(config.change(run=dict(dir=str(parts))))
@@ -86,32 +80,27 @@ def _check_batch(config: Config) -> list[str]:
     batch, again = (next(train_updates(config, source, 0, CPU))[0] for _ in range(2))
     objective = Pretraining(config, source, None, CPU)
     model, inputs = objective.model.train(), objective.inputs_of(batch, CPU)
-    finite = not inputs.is_floating_point() or bool(torch.isfinite(inputs).all())
-    _require(finite, "samples", "finite values", "NaN or infinity")
+    _require(bool(torch.isfinite(inputs).all()), "samples", "finite values", "NaN or infinity")
     _require(torch.equal(batch.inputs, again.inputs), "samples", "the same from the same seed, epoch and id", "others")
-    lines = [f"samples: inputs {tuple(inputs.shape)}, the same from the same seed"]
-    lines += [_check_tokens(objective, batch, inputs), _check_gradients(objective, batch)]
-    return [*lines, _check_padding(model.eval(), inputs, batch.lengths)]
+    return [
+        f"samples: inputs {tuple(inputs.shape)}, the same from the same seed", _check_tokens(objective, batch, inputs),
+        _check_gradients(objective, batch), _check_padding(model.eval(), inputs, batch.lengths),
+    ]  # fmt: skip
 
 
 def _check_tokens(objective: Pretraining, batch: Batch, inputs: Tensor) -> str:
     """Shapes of features and masks, and where masks lie."""
-    model, grid, lengths = objective.model, objective.config.grid, batch.lengths
+    model, lengths = objective.model, batch.lengths
     tokens, valid = model.stem.measure(inputs, lengths)
     shape, expected = tuple(model.stem(inputs, valid).shape), (len(batch), tokens, objective.config.encoder.width)
     _require(shape == expected, "tokens", f"features {expected}, as `measure` says", shape)
-    if grid is not None:
-        _require(tokens == grid[0] * grid[1], "tokens", f"rows times columns of the grid {grid}", tokens)
+    before = torch.tensor([tokens] * len(batch)) if valid is None else valid
     if lengths is not None:
         counted = [objective.modality.count_tokens(n) for n in lengths.tolist()]
-        found = [tokens] * len(batch) if valid is None else valid.tolist()
-        _require(counted == found, "tokens", f"those of `count_tokens`, {counted}", f"{found} from `measure`")
+        _require(counted == before.tolist(), "tokens", f"{counted}, as of `count_tokens`", before.tolist())
     assert batch.masks is not None
     mask = batch.masks.mask
-    _require(mask.shape[1] == tokens, "masks", f"{tokens} tokens a row", mask.shape[1])
-    before = valid_positions(valid, tokens, CPU)
-    before = torch.ones(len(batch), tokens, dtype=torch.bool) if before is None else before
-    rows = before.repeat_interleave(len(mask) // len(batch), dim=0)
+    rows = torch.arange(tokens) < before.repeat_interleave(len(mask) // len(batch))[:, None]
     _require(not bool((mask & ~rows).any()), "masks", "nothing masked in the padding", "masked tokens there")
     seen, hidden = int((rows & ~mask).sum(1).min()), int(mask.sum(1).min())
     fits = min(seen, hidden) > 0 if objective.config.version == 2 else bool(mask.any())
@@ -144,7 +133,7 @@ def _check_padding(model: Data2Vec, inputs: Tensor, given: Tensor | None) -> str
     padded = inputs.clone()
     for row in others:
         rest = padded[row, lengths[row] :]
-        rest.copy_(torch.randn_like(rest) if rest.is_floating_point() else torch.full_like(rest, PADDING))
+        _ = rest.normal_() if rest.is_floating_point() else rest.fill_(PADDING)
     try:
         batch = model.encode(padded, lengths)
     except (ValueError, TypeError) as error:

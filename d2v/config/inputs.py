@@ -23,7 +23,7 @@ class InputKind:
     """Config -> `d2v.model.stems.base.InputStem`, or where such a function is."""
     modality: str | Callable[[Any], Any]
     """Config -> `d2v.data.dataset.Modality`, or where such a class is."""
-    describe: Callable[[Any], str]
+    describe: Callable[[Any], str] = lambda stem: stem.modality
     """`Stem` -> the input in a few words."""
     words: frozenset[str] = frozenset()
     """For `Config.traits`, besides the name: settings apply by them. "waveform": a sequence that convolutions

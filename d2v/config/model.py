@@ -101,11 +101,6 @@ class Stem:
         side = self.image_size // self.patch_size
         return side, side
 
-    @property
-    def summary(self) -> str:
-        """The input in a few words."""
-        return find_kind(self.modality).describe(self)
-
 
 @dataclass(frozen=True)
 class Encoder:

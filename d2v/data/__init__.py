@@ -31,5 +31,5 @@ def register_modality(kind: type[Modality]) -> type[Modality]:
     known = KINDS.get(kind.name)
     if not kind.name or (known is not None and getattr(known.modality, "__qualname__", None) != kind.__qualname__):
         raise ValueError(f"register_modality: expected a name besides {', '.join(KINDS)}, got {kind.name!r}")
-    KINDS[kind.name] = InputKind(kind.make_stem, kind, kind.describe, frozenset(kind.words), kind.grid)
+    KINDS[kind.name] = InputKind(kind.make_stem, kind, words=frozenset(kind.words), grid=kind.grid)
     return kind

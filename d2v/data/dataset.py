@@ -163,6 +163,10 @@ class Modality:
     """Endings of its files, lower case, with the dot."""
     baselines: tuple[str, ...] = ()
     """Names that `raw_features` knows."""
+    rate = 1
+    """Values of a second, where lengths are given in seconds."""
+    shortest = 1
+    """Values of the shortest sample."""
 
     @staticmethod
     def make_stem(config: Config) -> InputStem:
@@ -173,11 +177,6 @@ class Modality:
     def grid(stem: Stem) -> Grid | None:
         """Rows and columns of a sample's tokens, which are masked in 2-D blocks; None: a sequence, masked in spans."""
         return None
-
-    @staticmethod
-    def describe(stem: Stem) -> str:
-        """The input in a few words, for lists of recipes."""
-        return stem.modality
 
     def __init__(self, config: Config) -> None:
         """Raises `ValueError` for settings that this kind of data cannot have."""
@@ -277,24 +276,9 @@ class Modality:
         """The configuration with which samples keep their whole length."""
         return self.config
 
-    def length_at(self, limit: float) -> int:
-        """Length of a sample that --max-seconds or --max-tokens cuts to `limit`; `ValueError`: none can be so short."""
-        raise NotImplementedError
-
-    def cut(self, value: np.ndarray, length: int) -> tuple[np.ndarray, str]:
-        """The beginning of a sample, so long, and what was cut, in words."""
-        raise NotImplementedError
-
-    def take_piece(self, value: np.ndarray, first: int, count: int | None) -> np.ndarray:
-        """The part of a sample that gives `count` tokens from `first` on; None: to the end."""
-        raise NotImplementedError
-
-
-def parse_limit(option: str, value: float, least: float, factor: float) -> int:
-    """A length in values: `value`, which is `least` or more, times `factor`; else `ValueError`."""
-    if not least <= value:
-        raise ValueError(f"{option}: expected at least {least:g}, got {value:g}")
-    return round(value * factor)
+    def take(self, value: np.ndarray, start: int, stop: int | None) -> np.ndarray:
+        """These values of a sample as a sample of its own."""
+        return value[start:stop]
 
 
 def _count_of(text: str) -> tuple[str, int]:

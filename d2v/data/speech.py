@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.data.dataset import STREAM_CROP, STREAM_SPEED, Batch, Modality, Sample, parse_limit, random_stream
+from d2v.data.dataset import STREAM_CROP, STREAM_SPEED, Batch, Modality, Sample, random_stream
 from d2v.data.decoding.recording import LONG, Level, Recording, measure_recording
 from d2v.data.decoding.sound import AV_HINT, decode_audio, describe_conversion, normalise_waveform, resample
 from d2v.data.index import FileSource, is_command
@@ -126,7 +125,6 @@ class Speech(Modality):
     words: Collection[str] = ("waveform",)
     baselines = ("log_mel",)
     rate = SAMPLE_RATE
-    """Hz."""
     make_stem = staticmethod(make_stem)
     stem: SpeechStem
 
@@ -263,30 +261,18 @@ class Speech(Modality):
         """Longer than recordings that are read; none is played at another speed."""
         return self.config.change(data=dict(max_seconds=1e9, speed=0.0))
 
-    def length_at(self, limit: float) -> int:
-        """Samples of so many seconds."""
-        return parse_limit("max-seconds", limit, self.shortest / self.rate, self.rate)
-
-    def cut(self, value: np.ndarray, length: int) -> tuple[np.ndarray, str]:
-        """The first samples."""
-        return value[:length], f"cut to {length / self.rate:g} of {len(value) / self.rate:g} s"
-
-    def take_piece(self, value: np.ndarray, first: int, count: int | None) -> np.ndarray:
-        """From the first sample of a token on, so that its tokens are those of the whole."""
-        step = math.prod(stride for _, _, stride in self.stem.spec)
-        start = first * step
-        return value[start : None if count is None else start + self.stem.samples_needed() + (count - 1) * step]
-
     def raw_features(self, name: str, batch: Batch) -> Tensor:
+        """Of the samples before the padding of each row."""
+        lengths = batch.lengths.tolist() if batch.lengths is not None else [batch.inputs.shape[1]] * len(batch)
+        rows = zip(batch.inputs, lengths, strict=True)
+        return torch.stack([self.sum_up(waveform[:length]) for waveform, length in rows])
+
+    def sum_up(self, waveform: Tensor) -> Tensor:
         """log_mel: mean and standard deviation over time of each of 40 log-mel bands."""
         if self._mel is None:
             self._mel = LogMelStem(self.config.stem, width=1)
-        lengths = batch.lengths.tolist() if batch.lengths is not None else [batch.inputs.shape[1]] * len(batch)
-        rows = []
-        for waveform, length in zip(batch.inputs, lengths, strict=True):
-            bands = self._mel.make_bands(waveform[None, :length])[0]
-            rows.append(torch.cat([bands.mean(0), bands.std(0, correction=0)]))
-        return torch.stack(rows)
+        bands = self._mel.make_bands(waveform[None])[0]
+        return torch.cat([bands.mean(0), bands.std(0, correction=0)])
 
 
 def trust_counts(source: FileSource) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.config.finetune import FineTuneConfig
 from d2v.data.cache import CACHE, stamps_of
-from d2v.data.dataset import Batch, Modality, Sample, parse_limit
+from d2v.data.dataset import Batch, Modality, Sample
 from d2v.data.sources import (
     Rejected,
     Source,
@@ -362,6 +362,7 @@ class Texts(Modality):
 
     name, noun, words = "text", "texts", ("ids",)
     baselines = ("bag_of_words",)
+    shortest = 4
     make_stem = staticmethod(make_stem)
 
     def __init__(self, config: Config) -> None:
@@ -479,15 +480,9 @@ class Texts(Modality):
     def lift_limits(self) -> Config:
         return self.config.change(stem=dict(max_tokens=ENDLESS))
 
-    def length_at(self, limit: float) -> int:
-        return parse_limit("max-tokens", limit, 4, 1)
-
-    def cut(self, value: np.ndarray, length: int) -> tuple[np.ndarray, str]:
-        return np.append(value[: length - 1], END), f"cut to {length} of {len(value)} tokens"
-
-    def take_piece(self, value: np.ndarray, first: int, count: int | None) -> np.ndarray:
+    def take(self, value: np.ndarray, start: int, stop: int | None) -> np.ndarray:
         """Begins with `<s>` and ends with `</s>`, as in training."""
-        return np.array([START, *value[first : None if count is None else first + count][1:-1], END])
+        return np.array([START, *value[start:stop][1:-1], END])
 
     def raw_features(self, name: str, batch: Batch) -> Tensor:
         """bag_of_words: how often each word occurs in what the model sees, log(1 + n), words hashed to WORD_BINS."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.config.inputs import KINDS
 from d2v.data import make_modality
 from d2v.data.dataset import Batch, EvaluationSamples, Modality, Note, Sample
 from d2v.data.loader import load_pass
@@ -90,15 +89,17 @@ class Uncut:
         Raises:
             ValueError: a limit of another kind of data, or one that no sample can keep.
         """
-        trained = make_modality(config)
-        for option, value, fits in (("max-seconds", max_seconds, "waveform"), ("max-tokens", max_tokens, "ids")):
-            if value is not None and fits not in config.traits:
-                kinds = " and ".join(name for name, kind in KINDS.items() if fits in kind.words)
-                raise ValueError(
-                    f"{option}: expected nothing but for {kinds}, got {value} for a model of {config.stem.modality}"
-                )
-        limit = max_seconds if max_tokens is None else max_tokens
-        self.longest, self.limit = trained.longest_piece(), None if limit is None else trained.length_at(limit)
+        kind, trained = config.stem.modality, make_modality(config)
+        self.limit = None
+        for option, value, word in (("max-seconds", max_seconds, "waveform"), ("max-tokens", max_tokens, "ids")):
+            if value is not None and word not in config.traits:
+                fits = "speech and signals" if word == "waveform" else "text"
+                raise ValueError(f"{option}: expected nothing but for {fits}, got {value} for a model of {kind}")
+            if value is not None:
+                if not (least := trained.shortest / trained.rate) <= value:
+                    raise ValueError(f"{option}: expected at least {least:g}, got {value:g}")
+                self.limit = round(value * trained.rate)
+        self.longest = trained.longest_piece()
         self.config = trained.lift_limits()
         self.modality = make_modality(self.config)
 
@@ -125,14 +126,16 @@ class Uncut:
 
     def _cut(self, sample: Sample) -> Sample:
         """A sample of at most the limit, with a note where something was cut off."""
-        if self.limit is None or len(sample.value) <= self.limit:
+        found, rate = len(sample.value), self.modality.rate
+        if self.limit is None or found <= self.limit:
             return sample
-        kept, text = self.modality.cut(sample.value, self.limit)
-        return sample._replace(value=kept, notes=(*sample.notes, Note(sample.sample_id, 0, "cut", text)))
+        text = f"{self.limit / rate:g} of {found / rate:g} s" if rate > 1 else f"{self.limit} of {found} tokens"
+        notes = (*sample.notes, Note(sample.sample_id, 0, "cut", f"cut to {text}"))
+        return sample._replace(value=self.modality.take(sample.value, 0, self.limit), notes=notes)
 
     def split(self, value: np.ndarray) -> list[tuple[np.ndarray, int, int | None]]:
         """Pieces of a sample and which of their tokens count: all tokens of the sample, each once."""
-        longest = self.longest
+        longest, stem = self.longest, self.modality.stem
         tokens = 0 if longest is None else self.modality.count_tokens(len(value))
         if longest is None or tokens <= longest:
             return [(value, 0, None)]
@@ -142,8 +145,10 @@ class Uncut:
         seams = [0, *((a + longest + b) // 2 for a, b in pairwise(starts)), tokens]
         parts: list[tuple[np.ndarray, int, int | None]] = []
         for number, start in enumerate(starts):
-            part = self.modality.take_piece(value, start, longest if number < count - 1 else None)
-            parts.append((part, seams[number] - start, seams[number + 1] - start))
+            # The first value of its first token, so that its tokens are those of the whole.
+            first = start * stem.step
+            stop = first + stem.samples_needed() + (longest - 1) * stem.step if number < count - 1 else None
+            parts.append((self.modality.take(value, first, stop), seams[number] - start, seams[number + 1] - start))
         return parts
 
 

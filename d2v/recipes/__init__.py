@@ -6,8 +6,15 @@ from collections.abc import Callable
 
 from d2v.config import Config
 from d2v.config.fields import find_nearest
-from d2v.recipes.signals import signals_tiny
-from d2v.recipes.speech import speech1_base, speech1_tiny, speech_base, speech_large, speech_small, speech_tiny
+from d2v.recipes.speech import (
+    signals_tiny,
+    speech1_base,
+    speech1_tiny,
+    speech_base,
+    speech_large,
+    speech_small,
+    speech_tiny,
+)
 from d2v.recipes.text import text1_base, text1_tiny, text_base, text_large, text_small, text_tiny
 from d2v.recipes.vision import (
     vision1_base,

@@ -83,8 +83,7 @@ def take_pictures(
             notes["left out"].append(Rejected(name, describe_error(error)))
             continue
         if "waveform" in config.traits and len(shown) < len(value):
-            rate: int = modality.rate  # type: ignore[attr-defined]
-            text = f"cut to {len(shown) / rate:g} of {len(value) / rate:g} s"
+            text = f"cut to {len(shown) / modality.rate:g} of {len(value) / modality.rate:g} s"
             notes["cut"].append(Rejected(name, text))
         elif index in source.cut:
             notes["cut"].append(Rejected(name, source.cut[index]))
@@ -109,7 +108,7 @@ def _take(
         content = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
     elif "waveform" in config.traits:
         content = draw_spectrogram(batch.inputs[:1].float()) if "speech" in config.traits else content
-        seconds = batch.inputs.shape[1] / modality.rate  # type: ignore[attr-defined]
+        seconds = batch.inputs.shape[1] / modality.rate
     elif "ids" in config.traits:
         decode: Callable[[list[int]], str] = modality.tokenizer.decode  # type: ignore[attr-defined]
         tokens = tuple(decode([i]).strip() or "·" for i in batch.inputs[0, : len(features)].tolist())

@@ -39,6 +39,11 @@ class SpeechStem(InputStem):
     shape: tuple[int, ...] = ()
     """Of one sample of a waveform: (), or (N,) for N channels."""
 
+    @property
+    def step(self) -> int:  # type: ignore[override]
+        """Product of the strides."""
+        return math.prod(stride for _, _, stride in self.spec)
+
     def samples_needed(self) -> int:
         """Samples of the shortest waveform that yields a token: 400 for the published convolutions."""
         field = 1

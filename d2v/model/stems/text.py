@@ -98,10 +98,6 @@ class TextStem(InputStem):
         """The projection of the decoder, or the head, as published."""
         initialise_linears(model.head if model.decoder is None else model.decoder.proj, model.config.encoder.init_std)
 
-    def count_tokens(self, length: int) -> int:
-        """Lengths are tokens."""
-        return length
-
     def count_flops(self, tokens: int, length: int) -> StemFlops:
         """Embeddings are looked up."""
         return 0.0, 0.0, 0.0
