@@ -127,6 +127,8 @@ def _check_gradients(objective: Pretraining, batch: Batch) -> str:
 
 def _check_padding(model: Data2Vec, inputs: Tensor, given: Tensor | None) -> str:
     """All samples but the longest, cut to two thirds, alone and beside it with other values behind their end."""
+    if model.grid is not None:
+        return "padding: none, a grid is always full"
     lengths = torch.full((len(inputs),), inputs.shape[1]) if given is None else given.clone()
     others = [row for row in range(len(inputs)) if row != int(lengths.argmax())]
     lengths[others] = lengths[others] * 2 // 3

@@ -29,7 +29,6 @@ SMALL: dict[str, Any] = {
     "encoder": {"width": 16, "heads": 2, "depth": 2}, "target": {"top_k": 2}, "run": {"threads": 1}
 }  # fmt: skip
 SECOND = {"decoder": {"layers": 1, "width": 16, "groups": 2}, "mask": {"copies": 2}}
-NO_PADDING = "padding: none, the stem takes no lengths"
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +58,7 @@ def test_built_in_kinds_pass(name: str, tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in found] == [
         "samples", "tokens and masks", "gradients", "padding", "resumed run"
     ]  # fmt: skip
-    assert found[-2].startswith(NO_PADDING if kind == "vision" else "padding: changes nothing")
+    assert found[-2] == f"padding: {'none, a grid is always full' if kind == 'vision' else 'changes nothing before it'}"
 
 
 # ---- what is caught -------------------------------------------------------------------------------------------------
@@ -113,12 +112,13 @@ class Rows(Modality):
     def placeholder(self) -> np.ndarray:
         return np.zeros((8, 3), dtype=np.float32)
 
-    def stack(self, samples: list[Any], training: bool) -> tuple[Tensor, Tensor]:
+    def stack(self, samples: list[Any], training: bool) -> tuple[Tensor, Tensor | None]:
         lengths = torch.tensor([len(s.value) for s in samples])
         inputs = torch.zeros(len(samples), int(lengths.max()), 3)
         for row, sample in zip(inputs, samples, strict=True):
             row[: len(sample.value)] = torch.from_numpy(sample.value)
-        return (inputs * torch.nan if self.fault == "nan" else inputs), lengths
+        inputs = inputs * torch.nan if self.fault == "nan" else inputs
+        return inputs, None if bool((lengths == lengths[0]).all()) else lengths
 
 
 def make_rows(folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> Config:
@@ -184,13 +184,19 @@ def test_built_in_entries_are_what_their_classes_say(name: str) -> None:
 
 
 def test_a_grid_of_ones_own_is_masked_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 4 x 5 tokens, blocks of 2 x 2 of which are visible, or masked."""
     monkeypatch.setattr(Rows, "grid", staticmethod(lambda stem: (4, 5)))
-    config = make_rows(tmp_path, "", monkeypatch)
-    assert config.grid == (4, 5) and "image" in config.traits
-    model = d2v.Data2Vec(config)
-    out = model(torch.randn(2, 20, 3))
-    assert out.targets.shape == (2, 20, 16) and model.decoder is not None
-    assert isinstance(model.decoder.blocks[0], nn.Conv2d)
+    base = make_rows(tmp_path, "", monkeypatch)
+    for i in range(5):
+        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).standard_normal((20, 3)).astype(np.float32))
+    assert base.grid == (4, 5) and "image" in base.traits
+    for inverse in (False, True):
+        config = base.change(mask={"span": 2, "inverse": inverse, "ratio": 0.5})
+        assert "tokens and masks: 20 a row, at least 10 of them visible and 10 masked" in check_modality(config)
+    model = d2v.Data2Vec(base)
+    assert model.decoder is not None and isinstance(model.decoder.blocks[0], nn.Conv2d)
+    with pytest.raises(ValueError, match=r"stem.positions: expected other than conv"):
+        base.change(stem={"positions": "conv"})
 
 
 # ---- the example ----------------------------------------------------------------------------------------------------
@@ -200,7 +206,7 @@ def test_the_example_passes_its_check(tmp_path: Path) -> None:
     example = runpy.run_path(str(EXAMPLE))
     path = example["write_recordings"](tmp_path, 2, 0)
     config = example["recipe"]().change(**SMALL, **SECOND, data={"path": str(path)})
-    assert check_modality(config)[-2].startswith(NO_PADDING)
+    assert check_modality(config)[-2].startswith("padding: none, the stem takes no lengths")
 
 
 @pytest.mark.long
