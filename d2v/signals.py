@@ -98,7 +98,7 @@ def make_stem(config: Config) -> WaveformStem:
 class Signals(Speech):
     """Recordings (S,N) float32 at stem.sample_rate, each channel with zero mean and unit variance over the whole."""
 
-    name, noun, words = "signals", "recordings", ("waveform", "channels")
+    name, noun, words = "signals", "recordings", frozenset({"waveform", "channels"})
     baselines = ("power_spectrum",)
     make_stem = staticmethod(make_stem)
 

@@ -18,9 +18,8 @@ from d2v.model.stems import PADDING
 from d2v.train.pretraining import Pretraining, open_data, pretrain
 from d2v_kernels import use_backend
 
-CPU = torch.device("cpu")
-TOLERANCE = 1e-4
-"""Of what is the same but for rounding, over the largest value."""
+CPU, TOLERANCE = torch.device("cpu"), 1e-4
+"""TOLERANCE: of what is the same but for rounding, over the largest value."""
 
 
 def check_modality(config: Config, samples: int = 4) -> list[str]:
@@ -68,7 +67,7 @@ def _check_resumed(config: Config, parts: Path) -> str:
     shutil.rmtree(list_checkpoints(parts / "checkpoints")[-1])
     pretrain(config.change(run=dict(dir=str(parts))))
     tensors, again = (load_tensors(c[-1], MODEL) for c in (whole, list_checkpoints(parts / "checkpoints")))
-    odd = [name for name, tensor in tensors.items() if not torch.equal(tensor, again[name])]
+    odd = [n for n, tensor in tensors.items() if not torch.equal(tensor, again[n])]
     _require(not odd, "resumed run", "the same weights as of the whole run", f"others in {odd[:3]}")
     return "resumed run: the same, bit for bit"
 
@@ -98,8 +97,7 @@ def _check_tokens(objective: Pretraining, batch: Batch, inputs: Tensor) -> str:
     if lengths is not None:
         counted = [objective.modality.count_tokens(n) for n in lengths.tolist()]
         _require(counted == before.tolist(), "tokens", f"{counted}, as of `count_tokens`", before.tolist())
-    assert batch.masks is not None
-    mask = batch.masks.mask
+    mask: Tensor = batch.masks.mask  # type: ignore[union-attr]
     rows = torch.arange(tokens) < before.repeat_interleave(len(mask) // len(batch))[:, None]
     _require(not bool((mask & ~rows).any()), "masks", "nothing masked in the padding", "masked tokens there")
     seen, hidden = int((rows & ~mask).sum(1).min()), int(mask.sum(1).min())

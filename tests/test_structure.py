@@ -14,7 +14,7 @@ ORDER = (
     ("saved",), ("evaluate",), ("finetune",), ("interop",), ("tools", "testing"), ("",), ("options",), ("cli",),
 )  # fmt: skip
 """Parts of `d2v` from left to right: each imports only from those before it and from itself."""
-LARGEST = {"d2v": 19_530, "d2v_kernels": 8_890, "benchmarks": 5_860}
+LARGEST = {"d2v": 19_510, "d2v_kernels": 8_890, "benchmarks": 5_860}
 """Lines; may only fall."""
 
 

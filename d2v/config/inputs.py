@@ -23,11 +23,11 @@ class InputKind:
     """Config -> `d2v.model.stems.base.InputStem`, or where such a function is."""
     modality: str | Callable[[Any], Any]
     """Config -> `d2v.data.dataset.Modality`, or where such a class is."""
-    describe: Callable[[Any], str] = lambda stem: stem.modality
-    """`Stem` -> the input in a few words."""
     words: frozenset[str] = frozenset()
     """For `Config.traits`, besides the name: settings apply by them. "waveform": a sequence that convolutions
     make tokens of (seconds, crops); "channels": `stem.channels` counts; "ids": token ids of a tokenizer."""
+    describe: Callable[[Any], str] = lambda stem: stem.modality
+    """`Stem` -> the input in a few words."""
     grid: Callable[[Any], Grid | None] = lambda stem: None
     """`Stem` -> rows and columns of a sample's tokens, masked in 2-D blocks; None: a sequence, masked in spans."""
     example: str = "inputs = ...  # a batch, as the training saw it"
@@ -38,45 +38,34 @@ class InputKind:
 
 KINDS: dict[str, InputKind] = {
     "speech": InputKind(
-        "d2v.model.stems.speech:make_stem", "d2v.data.speech:Speech",
+        "d2v.model.stems.speech:make_stem", "d2v.data.speech:Speech", frozenset({"waveform"}),
         lambda s: "log-mel spectrogram" if s.kind == "log-mel" else f"waveform, {len(s.convolutions)} convolutions",
-        frozenset({"waveform"}),
         example="inputs = torch.randn(1, 16_000)  # waveform at 16 kHz, zero mean and unit variance",
-        tokens="a frame each 20 ms",
-    ),
+        tokens="a frame each 20 ms"),
     "vision": InputKind(
-        "d2v.model.stems.vision:make_stem", "d2v.data.vision:Images",
-        lambda s: f"{s.image_size} px, patch {s.patch_size}", frozenset({"channels"}), lambda s: s.grid,
-        example="inputs = torch.randn(1, {channels}, {image_size}, {image_size})  # normalised pixels",
-        tokens="patches row by row",
-    ),
+        "d2v.model.stems.vision:make_stem", "d2v.data.vision:Images", frozenset({"channels"}),
+        lambda s: f"{s.image_size} px, patch {s.patch_size}", lambda s: s.grid,
+        "inputs = torch.randn(1, {channels}, {image_size}, {image_size})  # normalised pixels", "patches row by row"),
     "text": InputKind(
-        "d2v.model.stems.text:make_stem", "d2v.data.text:Texts",
-        lambda s: f"{s.vocabulary} token ids, at most {s.max_tokens} tokens", frozenset({"ids"}),
-        example="inputs = torch.tensor([[0, 5, 6, 7, 2]])  # token ids: <s> ... </s>",
-        tokens="a token each",
-    ),
+        "d2v.model.stems.text:make_stem", "d2v.data.text:Texts", frozenset({"ids"}),
+        lambda s: f"{s.vocabulary} token ids, at most {s.max_tokens} tokens",
+        example="inputs = torch.tensor([[0, 5, 6, 7, 2]])  # token ids: <s> ... </s>", tokens="a token each"),
     "signals": InputKind(
-        "d2v.signals:make_stem", "d2v.signals:Signals",
+        "d2v.signals:make_stem", "d2v.signals:Signals", frozenset({"waveform", "channels"}),
         lambda s: f"{s.channels} channels at {s.sample_rate} Hz, {len(s.convolutions)} convolutions",
-        frozenset({"waveform", "channels"}),
-        example="inputs = torch.randn(1, 10 * {sample_rate}, {channels})  # 10 s; each channel mean 0, variance 1",
-        tokens="a frame each",
-    ),
+        example="inputs = torch.randn(1, 10 * {sample_rate}, {channels})  # 10 s, each channel normalised",
+        tokens="a frame each"),
 }  # fmt: skip
 
 
 def find_kind(name: str) -> InputKind:
     """The entry of a name; `ValueError` where there is none."""
     if name not in KINDS:
-        raise ValueError(
-            f"stem.modality: expected one of {', '.join(KINDS)}, got {name!r}; one of your own has to be registered "
-            "first (d2v.register_modality)"
-        )
+        hint = "one of your own has to be registered first (d2v.register_modality)"
+        raise ValueError(f"stem.modality: expected one of {', '.join(KINDS)}, got {name!r}; {hint}")
     return KINDS[name]
 
 
-def resolve(part: str | Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The function or class that an entry names."""
-    found: Callable[[Any], Any] = pkgutil.resolve_name(part) if isinstance(part, str) else part
-    return found
+def build_part(part: str | Callable[[Any], Any], config: Any) -> Any:
+    """What the function or class that an entry names makes of a `Config`."""
+    return (pkgutil.resolve_name(part) if isinstance(part, str) else part)(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from d2v.config import Config
-from d2v.config.inputs import KINDS, InputKind, find_kind, resolve
+from d2v.config.inputs import KINDS, InputKind, build_part, find_kind
 
 if TYPE_CHECKING:
     from d2v.data.dataset import Modality
@@ -16,7 +16,7 @@ def make_modality(config: Config) -> Modality:
 
     A modality is imported where it is used: each needs libraries that the others do not.
     """
-    modality: Modality = resolve(find_kind(config.stem.modality).modality)(config)
+    modality: Modality = build_part(find_kind(config.stem.modality).modality, config)
     return modality
 
 
@@ -31,5 +31,5 @@ def register_modality(kind: type[Modality]) -> type[Modality]:
     known = KINDS.get(kind.name)
     if not kind.name or (known is not None and getattr(known.modality, "__qualname__", None) != kind.__qualname__):
         raise ValueError(f"register_modality: expected a name besides {', '.join(KINDS)}, got {kind.name!r}")
-    KINDS[kind.name] = InputKind(kind.make_stem, kind, words=frozenset(kind.words), grid=kind.grid)
+    KINDS[kind.name] = InputKind(kind.make_stem, kind, frozenset(kind.words), grid=kind.grid)
     return kind

@@ -163,10 +163,8 @@ class Modality:
     """Endings of its files, lower case, with the dot."""
     baselines: tuple[str, ...] = ()
     """Names that `raw_features` knows."""
-    rate = 1
-    """Values of a second, where lengths are given in seconds."""
-    shortest = 1
-    """Values of the shortest sample."""
+    rate = 1  # values of a second, where lengths are given in seconds
+    shortest = 1  # values of the shortest sample
 
     @staticmethod
     def make_stem(config: Config) -> InputStem:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,8 +120,7 @@ class RandomSpeed:
 class Speech(Modality):
     """Utterances as float32 waveforms at 16 kHz, each normalised as a whole."""
 
-    name, noun = "speech", "utterances"
-    words: Collection[str] = ("waveform",)
+    name, noun, words = "speech", "utterances", frozenset({"waveform"})
     baselines = ("log_mel",)
     rate = SAMPLE_RATE
     make_stem = staticmethod(make_stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import d2v
 from d2v import Config, recipes
-from d2v.config.inputs import KINDS, find_kind, resolve
+from d2v.config.inputs import KINDS, find_kind
 from d2v.data import make_modality
 from d2v.data.dataset import Modality
 from d2v.model.layers import check_lengths, valid_positions
@@ -176,9 +177,9 @@ def test_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("name", ["speech", "vision", "text", "signals"])
 def test_built_in_entries_are_what_their_classes_say(name: str) -> None:
     kind = find_kind(name)
-    modality = resolve(kind.modality)
+    modality = pkgutil.resolve_name(str(kind.modality))
     assert modality.name == name and frozenset(modality.words) == kind.words
-    assert resolve(kind.stem) is modality.make_stem
+    assert pkgutil.resolve_name(str(kind.stem)) is modality.make_stem
     config = recipes.get(f"{name}-tiny")
     assert type(make_modality(config)) is modality and kind.describe(config.stem)
 

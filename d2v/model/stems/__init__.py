@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from d2v.config import Config
-from d2v.config.inputs import find_kind, resolve
+from d2v.config.inputs import build_part, find_kind
 from d2v.model.stems.base import InputStem
 from d2v.model.stems.positions import (
     ConvPositions,
@@ -20,7 +20,7 @@ __all__ = ["PADDING", "InputStem", "LogMelStem", "SinCosPositions", "WaveformSte
 
 def make_stem(config: Config) -> InputStem:
     """The stem of a configuration."""
-    stem: InputStem = resolve(find_kind(config.stem.modality).stem)(config)
+    stem: InputStem = build_part(find_kind(config.stem.modality).stem, config)
     return stem
 
 

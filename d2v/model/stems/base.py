@@ -13,8 +13,7 @@ StemFlops = tuple[float, float, float]
 class InputStem(nn.Module):
     """Turns inputs into tokens."""
 
-    step = 1
-    """Values of a sample from the beginning of a token to that of the next one."""
+    step = 1  # values of a sample from the beginning of a token to that of the next one
 
     def measure(self, inputs: Tensor, lengths: Tensor | None = None) -> tuple[int, Tensor | None]:
         """Checks a batch of inputs, and lengths (B,) int64 on the host, before the padding; `ValueError`, `TypeError`.

@@ -36,8 +36,7 @@ class SpeechStem(InputStem):
 
     spec: tuple[tuple[int, int, int], ...]
     """Channels, kernel and stride of each step from samples to tokens."""
-    shape: tuple[int, ...] = ()
-    """Of one sample of a waveform: (), or (N,) for N channels."""
+    shape: tuple[int, ...] = ()  # of one sample of a waveform; (N,) for N channels
 
     @property
     def step(self) -> int:  # type: ignore[override]
@@ -128,12 +127,11 @@ class WaveformStem(SpeechStem):
 
     def count_flops(self, tokens: int, length: int) -> StemFlops:
         """Of its convolutions and the projection."""
-        layers, inputs = [], self.shape[0] if self.shape else 1
-        for channels, kernel, stride in self.spec:
+        layers = []
+        for conv, (_, kernel, stride) in zip(self.convs, self.spec, strict=True):
             length = (length - kernel) // stride + 1
-            layers.append(2.0 * length * kernel * inputs * channels)
-            inputs = channels
-        projection = 2.0 * tokens * inputs * self.proj.out_features
+            layers.append(2.0 * length * conv.weight.numel())  # type: ignore[operator]
+        projection = 2.0 * tokens * self.proj.weight.numel()
         if self.gradient_scale == 0.0:
             return 0.0, projection, sum(layers)
         return layers[0], sum(layers[1:]) + projection, 0.0
