@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,34 @@ def test_unequal_lengths_are_padded_or_cropped(tmp_path: Path) -> None:
             assert not inputs[0, 80:].any() and torch.equal(inputs[1, :50], torch.from_numpy(values[1]))
         else:
             assert lengths is None
+
+
+def test_shards_and_lists(tmp_path: Path) -> None:
+    """Labelled, with a damaged member and one of other channels; lengths are those of resampled signals."""
+    wave = encode_sound((VALUES / 64).astype(np.float32), 200, subtype="FLOAT")
+    members = {
+        "a.npy": as_npy(VALUES.T), "b.wav": wave, "c.csv": as_csv(VALUES[:60]), "d.npy": as_npy(VALUES)[:90],
+        "e.npy": as_npy(make_values(0, channels=4)),
+    }  # fmt: skip
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, data in members.items():
+            for member, content in ((name, data), (f"{name[0]}.cls", b"1" if name[0] in "ad" else b"0")):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    config = make_config(tmp_path / "x.tar", data={"min_seconds": 0.3})
+    for _ in range(2):  # the second time from the index in the cache
+        cached = config.change(data={"cache": str(tmp_path / "cache")})
+        modality = make_modality(cached)
+        source = modality.open(cached.data.path, labelled=True)
+        source.prepare(tmp_path / "run", fresh=False)
+        assert source.lengths is not None and source.labels is not None
+        assert source.lengths.tolist() == [80, 60] and source.labels.tolist() == [1, 0]
+        assert [entry.name.split("/")[-1] for entry in source.rejected] == ["x.tar:d.npy", "x.tar:e.npy"]
+    (tmp_path / "c.csv").write_bytes(members["c.csv"])
+    (tmp_path / "list.tsv").write_text("c.csv\tx\n")
+    listed = make_modality(config).open(str(tmp_path / "list.tsv"), labelled=True)
+    assert listed.classes == ["x"] and listed.lengths is not None and listed.lengths.tolist() == [60]
 
 
 def test_decoding_gives_no_rate_where_there_is_none() -> None:
