@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from d2v.config.fields import shorten
+
 Grid = tuple[int, int]
 
 
@@ -62,7 +64,7 @@ def find_kind(name: str) -> InputKind:
     """The entry of a name; `ValueError` where there is none."""
     if name not in KINDS:
         hint = "one of your own has to be registered first (d2v.register_modality)"
-        raise ValueError(f"stem.modality: expected one of {', '.join(KINDS)}, got {name!r}; {hint}")
+        raise ValueError(f"stem.modality: expected one of {', '.join(KINDS)}, got {shorten(name)!r}; {hint}")
     return KINDS[name]
 
 
