@@ -129,7 +129,8 @@ class Uncut:
         found, rate = len(sample.value), self.modality.rate
         if self.limit is None or found <= self.limit:
             return sample
-        text = f"{self.limit / rate:g} of {found / rate:g} s" if rate > 1 else f"{self.limit} of {found} tokens"
+        ids = "ids" in self.config.traits
+        text = f"{self.limit} of {found} tokens" if ids else f"{self.limit / rate:g} of {found / rate:g} s"
         notes = (*sample.notes, Note(sample.sample_id, 0, "cut", f"cut to {text}"))
         return sample._replace(value=self.modality.take(sample.value, 0, self.limit), notes=notes)
 

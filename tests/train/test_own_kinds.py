@@ -210,6 +210,16 @@ def test_the_example_passes_its_check(tmp_path: Path) -> None:
     assert check_modality(config)[-2].startswith("padding: none, the stem takes no lengths")
 
 
+def test_spectrograms_pass_the_check(tmp_path: Path) -> None:
+    config = runpy.run_path(str(EXAMPLE.with_name("spectrograms.py")))["recipe"]()
+    config = config.change(**SMALL, **{**SECOND, "data": {"path": str(write_sounds(tmp_path))}})
+    model = d2v.Data2Vec(config)
+    assert model.grid == (16, 4) and model.stem.measure(torch.zeros(2, 256, 64)) == (64, None)
+    values = torch.arange(256 * 64.0).reshape(1, 256, 64)
+    torch.testing.assert_close(model.stem(values)[:, 5], model.stem.proj(values[:, 16:32, 16:32].flatten(1)))
+    assert "padding: none, a grid is always full" in check_modality(config)
+
+
 @pytest.mark.long
 def test_the_example_beats_an_untrained_network(tmp_path: Path) -> None:
     scores = runpy.run_path(str(EXAMPLE))["main"](tmp_path)
