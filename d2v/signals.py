@@ -90,17 +90,16 @@ def measure_signal(file: BinaryIO) -> tuple[int, int, float | None]:
     return *values.shape, rate
 
 
-def make_stem(config: Config) -> WaveformStem:
-    """Convolutions of all channels together."""
-    return WaveformStem(config.stem, config.encoder.width, config.stem.channels)
-
-
 class Signals(Speech):
     """Recordings (S,N) float32 at stem.sample_rate, each channel with zero mean and unit variance over the whole."""
 
     name, noun, words = "signals", "recordings", frozenset({"waveform", "channels"})
     baselines = ("power_spectrum",)
-    make_stem = staticmethod(make_stem)
+
+    @staticmethod
+    def make_stem(config: Config) -> WaveformStem:
+        """Convolutions of all channels together."""
+        return WaveformStem(config.stem, config.encoder.width, config.stem.channels)
 
     def __init__(self, config: Config) -> None:
         self.rate = config.stem.sample_rate

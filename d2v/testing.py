@@ -23,7 +23,7 @@ CPU, TOLERANCE = torch.device("cpu"), 1e-4
 
 
 def check_modality(config: Config, samples: int = 4) -> list[str]:
-    """Checks a kind of input with a model of it on the CPU, without dropout, in a temporary folder.
+    """Checks a kind of input with a model of it on the CPU, in a temporary folder; returns a line a check.
 
     The same samples come from the same seed; tokens are as many as counted; masks leave out padding; gradients reach
     every parameter; operators agree with their references; padding changes nothing before it; a resumed run is the same
@@ -33,13 +33,13 @@ def check_modality(config: Config, samples: int = 4) -> list[str]:
         config: data.path names at least `samples` samples.
         samples: of a batch, 2 or more.
 
-    Returns a line a check; raises `AssertionError`, which names the check, what was expected and what was found, and
-    `ValueError` for settings or data that cannot be used.
+    Raises:
+        AssertionError: the check, what was expected and what was found. ValueError: settings or data of no use.
     """
-    silent = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "prenet_dropout", "layer_drop"), 0.0)
+    kinds = "dropout", "attention_dropout", "activation_dropout", "prenet_dropout", "layer_drop", "drop_path"
     with tempfile.TemporaryDirectory(prefix="d2v-check-") as folder:
         config = config.change(
-            stem=dict(dropout=0.0, gradient_scale=1.0), encoder=dict(**silent, drop_path=0.0),
+            stem=dict(dropout=0.0, gradient_scale=1.0), encoder=dict.fromkeys(kinds, 0.0),
             decoder=dict(input_dropout=0.0), optim=dict(warmup_steps=0),
             data=dict(global_batch=samples, micro_batch=None, batch_seconds=None, workers=0, valid=None),
             run=dict(dir=str(Path(folder) / "whole"), steps=4, extend=0, checkpoint_every=2, log_every=2,

@@ -53,7 +53,7 @@ KINDS: dict[str, InputKind] = {
         lambda s: f"{s.vocabulary} token ids, at most {s.max_tokens} tokens",
         example="inputs = torch.tensor([[0, 5, 6, 7, 2]])  # token ids: <s> ... </s>", tokens="a token each"),
     "signals": InputKind(
-        "d2v.signals:make_stem", "d2v.signals:Signals", frozenset({"waveform", "channels"}),
+        "d2v.signals:Signals.make_stem", "d2v.signals:Signals", frozenset({"waveform", "channels"}),
         lambda s: f"{s.channels} channels at {s.sample_rate} Hz, {len(s.convolutions)} convolutions",
         example="inputs = torch.randn(1, 10 * {sample_rate}, {channels})  # 10 s, each channel normalised",
         tokens="a frame each"),

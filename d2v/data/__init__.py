@@ -23,10 +23,8 @@ def make_modality(config: Config) -> Modality:
 def register_modality(kind: type[Modality]) -> type[Modality]:
     """Makes a kind of input of one's own known by its `name`, which `stem.modality` can then have; also a decorator.
 
-    A process that uses such a model registers it first; nothing about the class is stored beside a model but its name.
-
-    Raises:
-        ValueError: no name, or one that another class has.
+    A process that uses such a model registers it first: of the class a model's folder has the name only. `ValueError`:
+    no name, or one that another class has.
     """
     known = KINDS.get(kind.name)
     if not kind.name or (known is not None and getattr(known.modality, "__qualname__", None) != kind.__qualname__):

@@ -92,13 +92,14 @@ class Uncut:
         kind, trained = config.stem.modality, make_modality(config)
         self.limit = None
         for option, value, word in (("max-seconds", max_seconds, "waveform"), ("max-tokens", max_tokens, "ids")):
-            if value is not None and word not in config.traits:
+            if value is None:
+                continue
+            if word not in config.traits:
                 fits = "speech and signals" if word == "waveform" else "text"
                 raise ValueError(f"{option}: expected nothing but for {fits}, got {value} for a model of {kind}")
-            if value is not None:
-                if not (least := trained.shortest / trained.rate) <= value:
-                    raise ValueError(f"{option}: expected at least {least:g}, got {value:g}")
-                self.limit = round(value * trained.rate)
+            if not (least := trained.shortest / trained.rate) <= value:
+                raise ValueError(f"{option}: expected at least {least:g}, got {value:g}")
+            self.limit = round(value * trained.rate)
         self.longest = trained.longest_piece()
         self.config = trained.lift_limits()
         self.modality = make_modality(self.config)

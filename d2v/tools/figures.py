@@ -29,10 +29,9 @@ _OF_PAIRS = "cosine similarity of the features of all pairs of tokens"
 _LAYOUTS: dict[str, tuple[float, tuple[int, ...], str]] = {
     "vision": (3.4, (1, 1), "images, one patch marked; below, cosine similarity of its feature to the others"),
     "speech": (3.8, (2, 3), f"log-mel spectrograms over seconds; below, {_OF_PAIRS}"),
+    "": (3.4, (1,), _OF_PAIRS),
 }
-"""Height in inches, ratios of the rows' heights, and title of what `draw_pictures` draws."""
-_PAIRS_ALONE: tuple[float, tuple[int, ...], str] = (3.4, (1,), _OF_PAIRS)
-"""The same of other kinds of input."""
+"""Height in inches, ratios of the rows' heights, and title of what `draw_pictures` draws; "": of other kinds."""
 _SIMILARITY: dict[str, Any] = {"vmin": -1, "vmax": 1, "cmap": "RdBu_r"}
 
 
@@ -150,13 +149,13 @@ def compare_tokens(features: Tensor) -> np.ndarray:
 
 def plan_height(modality: str) -> float:
     """Height in inches of what `draw_pictures` draws."""
-    return _LAYOUTS.get(modality, _PAIRS_ALONE)[0]
+    return _LAYOUTS.get(modality, _LAYOUTS[""])[0]
 
 
 def draw_pictures(part: Any, pictures: Sequence[Picture], config: Config) -> None:
     """One sample a column: what it is above (but for text), the similarity of its features below."""
     vision, speech, text = (word in config.traits for word in ("vision", "speech", "ids"))
-    _, ratios, title = _LAYOUTS.get(config.stem.modality, _PAIRS_ALONE)
+    _, ratios, title = _LAYOUTS.get(config.stem.modality, _LAYOUTS[""])
     pictures = pictures[:SHOWN_TEXTS] if text else pictures
     axes = part.subplots(len(ratios), len(pictures), squeeze=False, height_ratios=ratios)
     image = None

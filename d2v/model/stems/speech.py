@@ -38,11 +38,6 @@ class SpeechStem(InputStem):
     """Channels, kernel and stride of each step from samples to tokens."""
     shape: tuple[int, ...] = ()  # of one sample of a waveform; (N,) for N channels
 
-    @property
-    def step(self) -> int:  # type: ignore[override]
-        """Product of the strides."""
-        return math.prod(stride for _, _, stride in self.spec)
-
     def samples_needed(self) -> int:
         """Samples of the shortest waveform that yields a token: 400 for the published convolutions."""
         field = 1
@@ -100,6 +95,7 @@ class WaveformStem(SpeechStem):
         """
         super().__init__()
         self.spec, self.gradient_scale = config.convolutions, config.gradient_scale
+        self.step = math.prod(stride for _, _, stride in self.spec)
         self.shape = () if channels is None else (channels,)
         inputs = [channels or 1, *(c for c, _, _ in self.spec)]
         self.convs = nn.ModuleList(
@@ -153,6 +149,7 @@ class LogMelStem(SpeechStem):
         self.frames = config.mel_frames
         width_in = config.mel_bins * self.frames
         self.spec = ((config.mel_bins, _WINDOW, _HOP), (width_in, self.frames, self.frames))
+        self.step = _HOP * self.frames
         self.register_buffer("window", torch.hann_window(_WINDOW), persistent=False)
         self.register_buffer("filters", mel_filters(config.mel_bins), persistent=False)
         self.norm = LayerNorm(width_in, eps=NORM_EPS)
