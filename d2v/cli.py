@@ -24,6 +24,7 @@ from d2v.config import Config, Data
 from d2v.config import commands as options
 from d2v.config.fields import build_section, check_ranges, find_nearest
 from d2v.config.finetune import SECTION, TASKS
+from d2v.config.inputs import find_kind
 from d2v.options import UsageError, parse_options
 from d2v.settings import (
     apply_file,
@@ -268,8 +269,8 @@ def _list_recipes(show: str | None) -> str:
         lines += [
             f"{name:14} {' '.join(title.split())}",
             f"{'':14} depth {config.encoder.prenet_depth}+{config.encoder.depth}, width {config.encoder.width}, "
-            f"{config.stem.summary}, {config.mask.copies} masks of {config.mask.ratio:.0%}, {config.run.steps} updates "
-            f"of {config.data.global_batch}",
+            f"{find_kind(config.stem.modality).describe(config.stem)}, {config.mask.copies} masks of "
+            f"{config.mask.ratio:.0%}, {config.run.steps} updates of {config.data.global_batch}",
         ]
     return "\n".join(lines)
 

@@ -59,7 +59,7 @@ def _build_pretrained(config: Config, names: Collection[str]) -> Data2Vec:
 
 def find_tokenizer(folder: Path, config: Config) -> str | None:
     """The tokenizer folder that goes with a checkpoint: beside it, or of its run, which keeps a copy of a given one."""
-    if config.stem.modality != "text":
+    if "ids" not in config.traits:
         return None
     places = [folder / "tokenizer", folder.parent.parent / "tokenizer"]
     found = next((p for p in places if (p / "tokenizer.json").is_file()), None)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2v.config.fields import build_section, check_ranges, find_nearest, flat_fields, replace_fields, require, setting
+from d2v.config.inputs import Grid, find_kind
 from d2v.config.run import Data, Ema, Optim, Probe, Run
 from d2v.files import parse_json
 
@@ -38,11 +39,11 @@ SPEECH_CONVOLUTIONS = ((512, 10, 5), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512
 class Stem:
     """What turns raw input into T features of width C, and where the features stand.
 
-    The first five fields concern every kind of input, the next images, then speech, then text.
+    The first five fields concern every kind of input, the next images, then waveforms (speech, signals), then text.
     """
 
-    modality: Literal["speech", "vision", "text"] = setting("vision", rare=True)
-    """Kind of input."""
+    modality: str = setting("vision", rare=True)
+    """Kind of input: speech, vision, text, signals, or a registered one."""
     kind: Literal["stock", "log-mel"] = setting("stock", only="speech", rare=True)
     """stock: the published stem of the modality. log-mel, for speech: a log-mel spectrogram, a few of its frames a
     token; not a published stem, quicker to train on little data."""
@@ -57,16 +58,18 @@ class Stem:
     """Height and width of an image in pixels."""
     patch_size: int = setting(16, low=1, only="vision")
     """Height and width of a patch in pixels."""
-    channels: int = setting(3, low=1, only="vision")
-    """Colour channels of an image."""
+    channels: int = setting(3, low=1, only="channels")
+    """Colour channels of an image; channels of signals."""
+    sample_rate: int = setting(100, low=1, only="signals")
+    """Signals: samples of a second; files that say another rate are resampled."""
     position_scale: float = setting(1.0, only="sincos")
     """Factor on the fixed sin-cos positions. Published: 1."""
-    convolutions: tuple[tuple[int, int, int], ...] = setting(SPEECH_CONVOLUTIONS, only="speech stock", rare=True)
-    """Speech: channels, kernel and stride of each convolution of the waveform."""
-    convolution_bias: bool = setting(False, only="speech stock", rare=True)
-    """Speech: these convolutions have a bias."""
-    gradient_scale: float = setting(1.0, low=0, only="speech stock", rare=True)
-    """Speech: factor on the gradient that enters them; 0 freezes them."""
+    convolutions: tuple[tuple[int, int, int], ...] = setting(SPEECH_CONVOLUTIONS, only="waveform stock", rare=True)
+    """Waveforms: channels, kernel and stride of each convolution."""
+    convolution_bias: bool = setting(False, only="waveform stock", rare=True)
+    """Waveforms: these convolutions have a bias."""
+    gradient_scale: float = setting(1.0, low=0, only="waveform stock", rare=True)
+    """Waveforms: factor on the gradient that enters them; 0 freezes them."""
     position_layers: int = setting(5, low=1, only="conv", rare=True)
     """Speech: convolutions of the positions."""
     position_width: int = setting(95, low=1, only="conv", rare=True)
@@ -97,15 +100,6 @@ class Stem:
         """Patches per column and per row of an image."""
         side = self.image_size // self.patch_size
         return side, side
-
-    @property
-    def summary(self) -> str:
-        """The input in a few words."""
-        if self.modality == "vision":
-            return f"{self.image_size} px, patch {self.patch_size}"
-        if self.modality == "text":
-            return f"{self.vocabulary} token ids, at most {self.max_tokens} tokens"
-        return "log-mel spectrogram" if self.kind == "log-mel" else f"waveform, {len(self.convolutions)} convolutions"
 
 
 @dataclass(frozen=True)
@@ -276,6 +270,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        find_kind(self.stem.modality)
         for name, expected, fits in RULES:
             require(fits(self), name, expected.format(self), self)
         if unknown := self.published - PUBLISHED_BEHAVIOURS:
@@ -289,8 +284,14 @@ class Config:
     @property
     def traits(self) -> frozenset[str]:
         """Words for the kind of model; `setting(only=...)` names those that a field needs to have an effect."""
-        words = [self.stem.modality, self.stem.kind, self.stem.positions, self.encoder.norm_order, self.mask.kind]
-        return frozenset([*words, f"{self.version}.0", "image" if self.stem.modality == "vision" else "sequence"])
+        stem = self.stem
+        words = [stem.modality, stem.kind, stem.positions, self.encoder.norm_order, self.mask.kind, f"{self.version}.0"]
+        return find_kind(stem.modality).words.union(words, ["sequence" if self.grid is None else "image"])
+
+    @property
+    def grid(self) -> Grid | None:
+        """Rows and columns of a sample's tokens; None: they are a sequence."""
+        return find_kind(self.stem.modality).grid(self.stem)
 
     def replace(self, name: str | Mapping[str, Any], value: Any = None) -> Self:
         """The same configuration with another value of one setting, by its dotted name ("optim.learning_rate"), or of
@@ -364,8 +365,8 @@ RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("encoder.width", "a multiple of encoder.heads", lambda c: c.encoder.width % c.encoder.heads == 0),
     ("target.top_k", "1 to encoder.depth", lambda c: 1 <= c.target.top_k <= c.encoder.depth),
     ("encoder.extra_tokens", "at least 1", lambda c: c.loss.class_weight <= 0.0 or c.encoder.extra_tokens >= 1),
-    ("stem.kind", "stock unless speech", lambda c: c.stem.kind == "stock" or c.stem.modality == "speech"),
-    ("stem.positions", "other than conv for vision", lambda c: not {"conv", "vision"} <= c.traits),
+    ("stem.kind", "stock unless speech", lambda c: c.stem.kind == "stock" or "speech" in c.traits),
+    ("stem.positions", "other than conv for vision", lambda c: not {"conv", "image"} <= c.traits),
     ("stem.positions", "relative for vision only", lambda c: not {"relative", "sequence"} <= c.traits),
     ("stem.convolutions", "at least 1", lambda c: len(c.stem.convolutions) >= 1),
     ("stem.convolutions", "numbers of 1 or more", lambda c: min(min(row) for row in c.stem.convolutions) >= 1),
@@ -377,13 +378,13 @@ RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("mask.kind", "a kind for sequences", lambda c: not {"rectangles", "sequence"} <= c.traits),
     ("mask.kind", "block, random or span for version 2",
      lambda c: c.version == 1 or c.mask.kind not in ("rectangles", "token-span")),
-    ("data.speed", "0 unless speech", lambda c: c.data.speed == 0.0 or c.stem.modality == "speech"),
+    ("data.speed", "0 unless speech", lambda c: c.data.speed == 0.0 or "speech" in c.traits),
     ("decoder.positions_masked", "False without sincos",
      lambda c: c.stem.positions == "sincos" or not c.decoder.positions_masked),
     ("decoder.positions_all", "False without sincos",
      lambda c: c.stem.positions == "sincos" or not c.decoder.positions_all),
     ("encoder.alibi_distance", "sequence unless vision",
-     lambda c: c.encoder.alibi_distance == "sequence" or c.stem.modality == "vision"),
+     lambda c: c.encoder.alibi_distance == "sequence" or "image" in c.traits),
     ("encoder.alibi", "none with relative positions",
      lambda c: c.stem.positions != "relative" or c.encoder.alibi == "none"),
     ("encoder.alibi_heads", "1 to encoder.heads",

@@ -97,18 +97,18 @@ class Data:
     """Fixed ImageNet mean and deviation per channel, or zero mean and unit variance per image."""
     bad_fraction: float = setting(0.05, low=0, high=1, free=True, rare=True)
     """Stop when more than this share of the samples cannot be decoded."""
-    min_seconds: float = setting(2.0, only="speech")
-    """Speech: shorter utterances are left out and counted. Published: 2."""
-    max_seconds: float = setting(20.0, only="speech")
-    """Speech: longest crop, and longest utterance of an evaluation. Published: 20."""
-    batch_seconds: float | None = setting(None, only="speech")
-    """Speech: most seconds of audio of a micro-batch, padding included; an update has as many micro-batches as this
+    min_seconds: float = setting(2.0, only="waveform")
+    """Waveforms: shorter ones are left out and counted. Published: 2."""
+    max_seconds: float = setting(20.0, only="waveform")
+    """Waveforms: longest crop, and longest sample of an evaluation. Published: 20."""
+    batch_seconds: float | None = setting(None, only="waveform")
+    """Waveforms: most seconds of a micro-batch, padding included; an update has as many micro-batches as this
     needs, the same number on all ranks. Unset: data.micro_batch alone decides."""
     speed: float = setting(0.0, low=0, high=1, only="speech")
     """Speech: each utterance is played at a random speed of e^-s to e^s, pitch and length change together (Ko et al.
     2015); s at most 1. Only in training. Published: 0."""
-    unequal: Literal["crop", "pad"] = setting("crop", only="speech")
-    """Speech: random crops of the length of the batch's shortest utterance (published), or padding to its longest."""
+    unequal: Literal["crop", "pad"] = setting("crop", only="waveform")
+    """Waveforms: random crops of the length of the batch's shortest one (published), or padding to its longest."""
     tokenizer: str | None = setting(
         None, only="text", free=True, outside=True
     )  # a resumed run compares the tokens themselves

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from d2v.config import Config
+from d2v.config.inputs import KINDS, InputKind, build_part, find_kind
 
 if TYPE_CHECKING:
     from d2v.data.dataset import Modality
@@ -15,14 +16,18 @@ def make_modality(config: Config) -> Modality:
 
     A modality is imported where it is used: each needs libraries that the others do not.
     """
-    if config.stem.modality == "speech":
-        from d2v.data.speech import Speech
+    modality: Modality = build_part(find_kind(config.stem.modality).modality, config)
+    return modality
 
-        return Speech(config)
-    if config.stem.modality == "text":
-        from d2v.data.text import Texts
 
-        return Texts(config)
-    from d2v.data.vision import Images
+def register_modality(kind: type[Modality]) -> type[Modality]:
+    """Makes a kind of input of one's own known by its `name`, which `stem.modality` can then have; also a decorator.
 
-    return Images(config)
+    A process that uses such a model registers it first: of the class a model's folder has the name only. `ValueError`:
+    no name, or one that another class has.
+    """
+    known = KINDS.get(kind.name)
+    if not kind.name or (known is not None and getattr(known.modality, "__qualname__", None) != kind.__qualname__):
+        raise ValueError(f"register_modality: expected a name besides {', '.join(KINDS)}, got {kind.name!r}")
+    KINDS[kind.name] = InputKind(kind.make_stem, kind, frozenset(kind.words), grid=kind.grid)
+    return kind

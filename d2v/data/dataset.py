@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v.config import Config
+from d2v.config import Config, Stem
+from d2v.config.inputs import Grid
 from d2v.data.cache import CACHE, IndexCache
 from d2v.data.index import open_source
 from d2v.data.sources import Kind, Measure, ShardLost, Source, describe_error
 from d2v.model.masking import make_mask_sampler
-from d2v.model.stems import make_stem
+from d2v.model.stems import InputStem, make_stem
 from d2v_kernels import Masks, MaskSampler, masks_from_bool
 
 ATTEMPTS = 64
@@ -147,27 +148,51 @@ def _rebuild_batch(kind: type[Batch], names: list[str], leaves: list[Any], small
 class Modality:
     """One kind of data: where its samples are, how one is decoded, how a batch is made of some.
 
-    The trainer and the probes know data by this interface only.
+    The trainer and the probes know data by this interface only. A kind of one's own is a subclass that
+    `d2v.register_modality` has been given; it needs `name`, `make_stem`, `suffixes` (or `open`), `load`, `placeholder`,
+    `stack`, and `grid` where masks are blocks in two dimensions.
     """
 
+    name = ""
+    """In `stem.modality`."""
+    words: Collection[str] = ()
+    """See `InputKind`."""
     noun = "samples"
-    """What a sample is called in messages."""
+    """What a sample is called in messages, plural."""
+    suffixes: Collection[str] = ()
+    """Endings of its files, lower case, with the dot."""
     baselines: tuple[str, ...] = ()
     """Names that `raw_features` knows."""
+    rate = 1  # values of a second, where lengths are given in seconds
+    shortest = 1  # values of the shortest sample
+
+    @staticmethod
+    def make_stem(config: Config) -> InputStem:
+        """What turns inputs into tokens."""
+        raise NotImplementedError
+
+    @staticmethod
+    def grid(stem: Stem) -> Grid | None:
+        """Rows and columns of a sample's tokens, which are masked in 2-D blocks; None: a sequence, masked in spans."""
+        return None
 
     def __init__(self, config: Config) -> None:
         """Raises `ValueError` for settings that this kind of data cannot have."""
         self.config = config
 
     @cached_property
-    def stem(self) -> Any:
+    def stem(self) -> InputStem:
         """That of the model, without weights: its arithmetic of lengths and its checks are used."""
         with torch.device("meta"):
             return make_stem(self.config)
 
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
-        """The samples at `path`; reads only. `ValueError`, beginning with `option`, where there are none."""
-        raise NotImplementedError
+        """The samples at `path`; reads only. `ValueError`, beginning with `option`, where there are none.
+
+        By default a folder of files, of class folders, a `.tsv` list or .tar shards."""
+        places = f"a folder of {self.noun}, a .tsv list or .tar shards"
+        kind = Kind(self.noun, frozenset(self.suffixes), places, lists=True)
+        return self.open_encoded(path, kind, labelled, option, measure=None)
 
     def open_encoded(self, path: str, kind: Kind, labelled: bool, option: str, measure: Measure | None) -> Source:
         """Files at `path`, with what their index learns kept in data.cache, else in the folder of the run."""
@@ -225,12 +250,11 @@ class Modality:
 
     def measure(self, inputs: Tensor, lengths: Tensor | None) -> tuple[int | None, Tensor | None]:
         """Tokens T of a row (images: None, their stem knows), and the token lengths of the rows or None: all T."""
-        measured: tuple[int, Tensor | None] = self.stem.measure(inputs, lengths)
-        return measured
+        return self.stem.measure(inputs, lengths)
 
     def count_tokens(self, length: int) -> int:
         """Tokens of a sample whose length by the index is `length`; where there are lengths."""
-        return int(self.stem.count_tokens(length))
+        return self.stem.count_tokens(length)
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """Inputs of the model, on the device of the stacked inputs; by default as they are."""
@@ -239,6 +263,20 @@ class Modality:
     def raw_features(self, name: str, batch: Batch) -> Tensor:
         """Baseline features (B,F) float32 of a batch without any network."""
         raise NotImplementedError
+
+    # Samples that are longer than those of the training are evaluated in pieces (`d2v.evaluate.pieces`).
+
+    def longest_piece(self) -> int | None:
+        """Tokens of a piece; None: samples are never longer than in training."""
+        return None
+
+    def lift_limits(self) -> Config:
+        """The configuration with which samples keep their whole length."""
+        return self.config
+
+    def take(self, value: np.ndarray, start: int, stop: int | None) -> np.ndarray:
+        """These values of a sample as a sample of its own."""
+        return value[start:stop]
 
 
 def _count_of(text: str) -> tuple[str, int]:
@@ -287,7 +325,7 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
             notes.append(Note(sample_id, epoch, "fatal", f"{ATTEMPTS} samples in a row cannot be decoded"))
         value = self.modality.placeholder()
         if length is not None:
-            value = np.resize(value, length)
+            value = np.resize(value, (length, *value.shape[1:]))
         return Sample(sample_id, epoch, value, tuple(notes), group, place)
 
     def _pick(self, rng: np.random.Generator, length: int | None, epoch: int) -> int:

@@ -18,7 +18,7 @@ from d2v.data.decoding.sound import AV_HINT, decode_audio, describe_conversion, 
 from d2v.data.index import FileSource, is_command
 from d2v.data.sources import Kind, Source, Subset, for_example
 from d2v.model.stems import LogMelStem
-from d2v.model.stems.speech import SAMPLE_RATE
+from d2v.model.stems.speech import SAMPLE_RATE, SpeechStem, make_stem
 
 
 def _audio_suffixes() -> frozenset[str]:
@@ -120,8 +120,11 @@ class RandomSpeed:
 class Speech(Modality):
     """Utterances as float32 waveforms at 16 kHz, each normalised as a whole."""
 
-    noun = "utterances"
+    name, noun, words = "speech", "utterances", frozenset({"waveform"})
     baselines = ("log_mel",)
+    rate = SAMPLE_RATE
+    make_stem = staticmethod(make_stem)
+    stem: SpeechStem
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -131,10 +134,10 @@ class Speech(Modality):
                 f"data.min_seconds: expected 0 or more and less than data.max_seconds {data.max_seconds}, "
                 f"got {data.min_seconds}"
             )
-        self.longest = round(data.max_seconds * SAMPLE_RATE)
-        self.shortest = max(round(data.min_seconds * SAMPLE_RATE), self._samples_of(MIN_TOKENS))
+        self.longest = round(data.max_seconds * self.rate)
+        self.shortest = max(round(data.min_seconds * self.rate), self._samples_of(MIN_TOKENS))
         if self.longest < self.shortest:
-            needed = self.shortest / SAMPLE_RATE
+            needed = self.shortest / self.rate
             raise ValueError(
                 f"data.max_seconds: expected at least {needed:g}, {MIN_TOKENS} tokens, got {data.max_seconds}"
             )
@@ -166,12 +169,17 @@ class Speech(Modality):
             source.lengths = source.counts.copy()
             if long := np.flatnonzero(source.counts > LONG).tolist():
                 source.lengths[long] = source.read_lengths(measure_recording, long)
+        return self.leave_out_short(source, option)
+
+    def leave_out_short(self, source: Source, option: str) -> Subset:
+        """Those of a source whose lengths are known, -1 for damaged ones, that are long enough; `ValueError` where none
+        is. Lengths become those that training sees."""
         lengths = source.lengths
         assert lengths is not None
         damaged, short = lengths < 0, (lengths >= 0) & (lengths < self.shortest)
         rows = np.flatnonzero(~damaged & ~short)
         if short.any():
-            reason = f"shorter than {self.shortest / SAMPLE_RATE:g} s"
+            reason = f"shorter than {self.shortest / self.rate:g} s"
             source.left_out[reason] = int(short.sum())
         if not len(rows):
             left = "".join(f", {n} {reason} (--data.min-seconds)" for reason, n in source.left_out.items())
@@ -222,17 +230,17 @@ class Speech(Modality):
 
     def placeholder(self) -> np.ndarray:
         """Silence."""
-        return np.zeros(self.shortest, dtype=np.float32)
+        return np.zeros((self.shortest, *self.stem.shape), dtype=np.float32)
 
     def stack(self, samples: list[Sample], training: bool) -> tuple[Tensor, Tensor | None]:
-        """Waveforms (B,S), cropped to the shortest of their group (data.unequal crop, training) or padded to the
-        longest."""
+        """Waveforms (B,S), of N channels (B,S,N), cropped to the shortest of their group (data.unequal crop, training)
+        or padded to the longest."""
         lengths = [min(len(s.value), self.longest) for s in samples]
         if training and self.config.data.unequal == "crop":
             # The group may be on several ranks: its length comes with the samples.
             crops = [s.group.crop for s in samples if s.group is not None and s.group.crop is not None]
             lengths = [min(lengths + crops)] * len(samples)
-        inputs = torch.zeros(len(samples), max(lengths))
+        inputs = torch.zeros(len(samples), max(lengths), *self.stem.shape)
         for row, sample, length in zip(inputs, samples, lengths, strict=True):
             row[:length] = torch.from_numpy(self._crop(sample, length) if training else sample.value[:length])
         return inputs, None if min(lengths) == max(lengths) else torch.tensor(lengths)
@@ -243,16 +251,26 @@ class Speech(Modality):
         start = int(rng.integers(len(sample.value) - length + 1))
         return sample.value[start : start + length]
 
+    def longest_piece(self) -> int:
+        """Tokens of data.max_seconds."""
+        return self.count_tokens(self.longest)
+
+    def lift_limits(self) -> Config:
+        """Longer than recordings that are read; none is played at another speed."""
+        return self.config.change(data=dict(max_seconds=1e9, speed=0.0))
+
     def raw_features(self, name: str, batch: Batch) -> Tensor:
+        """Of the samples before the padding of each row."""
+        lengths = batch.lengths.tolist() if batch.lengths is not None else [batch.inputs.shape[1]] * len(batch)
+        rows = zip(batch.inputs, lengths, strict=True)
+        return torch.stack([self.sum_up(waveform[:length]) for waveform, length in rows])
+
+    def sum_up(self, waveform: Tensor) -> Tensor:
         """log_mel: mean and standard deviation over time of each of 40 log-mel bands."""
         if self._mel is None:
             self._mel = LogMelStem(self.config.stem, width=1)
-        lengths = batch.lengths.tolist() if batch.lengths is not None else [batch.inputs.shape[1]] * len(batch)
-        rows = []
-        for waveform, length in zip(batch.inputs, lengths, strict=True):
-            bands = self._mel.make_bands(waveform[None, :length])[0]
-            rows.append(torch.cat([bands.mean(0), bands.std(0, correction=0)]))
-        return torch.stack(rows)
+        bands = self._mel.make_bands(waveform[None])[0]
+        return torch.cat([bands.mean(0), bands.std(0, correction=0)])
 
 
 def trust_counts(source: FileSource) -> bool:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
+from d2v.config.finetune import FineTuneConfig
 from d2v.data.cache import CACHE, stamps_of
 from d2v.data.dataset import Batch, Modality, Sample
 from d2v.data.sources import (
@@ -50,6 +51,7 @@ from d2v.data.tokenizer import (
 )
 from d2v.files import PARTIAL, write_atomically
 from d2v.folder import clean_folder, latest_checkpoint
+from d2v.model.stems.text import make_stem
 from d2v.runtime import Reporter
 
 TOKENIZER = "tokenizer"
@@ -60,6 +62,7 @@ WORD_BINS = 1024
 """Features of the bag of words. More of them do worse: rare words weigh too much once features are standardised."""
 FORMAT = 1
 TOKENS, ENDS, INDEX = "tokens.bin", "ends.bin", "index.json"
+ENDLESS = 1 << 24  # tokens of the longest text that a configuration allows
 GROUP_CHARACTERS = 1 << 20
 """Text that is tokenised at a time, by several threads."""
 
@@ -357,8 +360,10 @@ class LabelledTexts(TextSource):
 class Texts(Modality):
     """Blocks of text as token ids, padded to the longest of a batch."""
 
-    noun = "texts"
+    name, noun, words = "text", "texts", ("ids",)
     baselines = ("bag_of_words",)
+    shortest = 4
+    make_stem = staticmethod(make_stem)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -439,8 +444,7 @@ class Texts(Modality):
         if not path or path.startswith("pipe:"):
             raise ValueError(f"{option}: expected {places}, got {path!r}")
         files = find_files(path, places, option)
-        odd = next((f for f in files if f.suffix.lower() != ".tsv" or not f.is_file()), None)
-        if odd is not None:
+        if odd := next((f for f in files if f.suffix.lower() != ".tsv" or not f.is_file()), None):
             raise ValueError(f"{option}: expected {places}, got {str(odd)!r}")
         return LabelledTexts(files, self, option)
 
@@ -465,6 +469,20 @@ class Texts(Modality):
         for row, sample in zip(inputs, samples, strict=True):
             row[: len(sample.value)] = torch.from_numpy(sample.value)
         return inputs, torch.tensor(lengths)
+
+    def describe_cut(self, value: np.ndarray) -> str | None:
+        return f"cut to {len(value)} tokens" if len(value) >= ENDLESS else None
+
+    def longest_piece(self) -> int:
+        """Pre-training knows the positions of its blocks only, fine-tuning all."""
+        return self.config.stem.max_tokens if isinstance(self.config, FineTuneConfig) else self.block_tokens
+
+    def lift_limits(self) -> Config:
+        return self.config.change(stem=dict(max_tokens=ENDLESS))
+
+    def take(self, value: np.ndarray, start: int, stop: int | None) -> np.ndarray:
+        """Begins with `<s>` and ends with `</s>`, as in training."""
+        return np.array([START, *value[start:stop][1:-1], END])
 
     def raw_features(self, name: str, batch: Batch) -> Tensor:
         """bag_of_words: how often each word occurs in what the model sees, log(1 + n), words hashed to WORD_BINS."""

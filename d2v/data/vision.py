@@ -19,6 +19,7 @@ from d2v.data.dataset import Batch, Modality, Sample
 from d2v.data.decoding.colour import AV_HINT, describe_loss, find_depth, read_colour
 from d2v.data.index import IMAGES
 from d2v.data.sources import Source
+from d2v.model.stems.vision import make_stem
 
 _WANTED = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "DIB", "AVIF", "JPEG2000", "JXL")
 Image.init()
@@ -298,7 +299,8 @@ def normalise_images(images: Tensor, settings: ImageSettings, standardise: str) 
 class Images(Modality):
     """Images of one size, as uint8 (c,H,W) until they are on the device; c = 1 for grey settings, else 3."""
 
-    noun = "images"
+    name, noun, words = "vision", "images", ("channels",)
+    make_stem = staticmethod(make_stem)
     baselines = ("pixels", "sorted_pixels", "power_spectrum")
 
     def __init__(self, config: Config) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -13,18 +13,13 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.config.finetune import FineTuneConfig
 from d2v.data import make_modality
 from d2v.data.dataset import Batch, EvaluationSamples, Modality, Note, Sample
 from d2v.data.loader import load_pass
 from d2v.data.sources import Rejected, Source, Subset
-from d2v.data.tokenizer import END, START
-from d2v.model.stems.speech import SAMPLE_RATE
 
 OVERLAP = 4
 """A piece shares one part in so many with the next; the seam is in the middle, so that no token near an end counts."""
-ENDLESS_SECONDS, ENDLESS_TOKENS = 1e9, 1 << 24
-"""Longer than recordings that are read; the longest text that a configuration allows, where a note says so."""
 
 
 class Piece(NamedTuple):
@@ -94,26 +89,19 @@ class Uncut:
         Raises:
             ValueError: a limit of another kind of data, or one that no sample can keep.
         """
-        kind = config.stem.modality
-        for option, value, fits in (("max-seconds", max_seconds, "speech"), ("max-tokens", max_tokens, "text")):
-            if value is not None and kind != fits:
+        kind, trained = config.stem.modality, make_modality(config)
+        self.limit = None
+        for option, value, word in (("max-seconds", max_seconds, "waveform"), ("max-tokens", max_tokens, "ids")):
+            if value is None:
+                continue
+            if word not in config.traits:
+                fits = "speech and signals" if word == "waveform" else "text"
                 raise ValueError(f"{option}: expected nothing but for {fits}, got {value} for a model of {kind}")
-        trained: Any = make_modality(config)
-        data, stem = config.data, config.stem
-        self.longest, self.limit, self.step = None, None, 1
-        if kind == "speech":
-            self.longest = trained.count_tokens(trained.longest)
-            self.step = int(np.prod([stride for _, _, stride in trained.stem.spec]))
-            if max_seconds is not None:
-                self.limit = _check_limit("max-seconds", max_seconds, trained.shortest / SAMPLE_RATE, SAMPLE_RATE)
-            data = replace(data, max_seconds=ENDLESS_SECONDS, speed=0.0)
-        elif kind == "text":
-            # Pre-training knows the positions of its blocks only, fine-tuning all.
-            self.longest = stem.max_tokens if isinstance(config, FineTuneConfig) else trained.block_tokens
-            if max_tokens is not None:
-                self.limit = _check_limit("max-tokens", max_tokens, 4, 1)
-            stem = replace(stem, max_tokens=ENDLESS_TOKENS)
-        self.config = replace(config, data=data, stem=stem)
+            if not (least := trained.shortest / trained.rate) <= value:
+                raise ValueError(f"{option}: expected at least {least:g}, got {value:g}")
+            self.limit = round(value * trained.rate)
+        self.longest = trained.longest_piece()
+        self.config = trained.lift_limits()
         self.modality = make_modality(self.config)
 
     def batches(
@@ -140,51 +128,31 @@ class Uncut:
 
     def _cut(self, sample: Sample) -> Sample:
         """A sample of at most the limit, with a note where something was cut off."""
-        value = sample.value
-        if self.config.stem.modality == "text" and len(value) >= ENDLESS_TOKENS:
-            note = Note(sample.sample_id, 0, "cut", f"cut to {len(value)} tokens")
-            sample = sample._replace(notes=(*sample.notes, note))
-        if self.limit is None or len(value) <= self.limit:
+        found, rate = len(sample.value), self.modality.rate
+        if self.limit is None or found <= self.limit:
             return sample
-        kept = value[: self.limit]
-        if self.config.stem.modality == "text":
-            kept, text = np.append(kept[:-1], END), f"cut to {self.limit} of {len(value)} tokens"
-        else:
-            text = f"cut to {len(kept) / SAMPLE_RATE:g} of {len(value) / SAMPLE_RATE:g} s"
-        return sample._replace(value=kept, notes=(*sample.notes, Note(sample.sample_id, 0, "cut", text)))
+        ids = "ids" in self.config.traits
+        text = f"{self.limit} of {found} tokens" if ids else f"{self.limit / rate:g} of {found / rate:g} s"
+        notes = (*sample.notes, Note(sample.sample_id, 0, "cut", f"cut to {text}"))
+        return sample._replace(value=self.modality.take(sample.value, 0, self.limit), notes=notes)
 
     def split(self, value: np.ndarray) -> list[tuple[np.ndarray, int, int | None]]:
-        """Pieces of a sample and which of their tokens count: all tokens of the sample, each once.
-
-        Pieces of speech begin at the first sample of a token, so that their tokens are those of the whole. Pieces of
-        text begin with `<s>` and end with `</s>`, as in training.
-        """
-        text = self.config.stem.modality == "text"
-        longest, tokens = self.longest or 0, 0
-        if longest:
-            tokens = len(value) if text else self.modality.count_tokens(len(value))
-        if tokens <= longest:
+        """Pieces of a sample and which of their tokens count: all tokens of the sample, each once."""
+        longest, stem = self.longest, self.modality.stem
+        tokens = 0 if longest is None else self.modality.count_tokens(len(value))
+        if longest is None or tokens <= longest:
             return [(value, 0, None)]
         shared = max(2, longest // OVERLAP)
         count = -(-(tokens - shared) // (longest - shared))
         starts = [number * (tokens - longest) // (count - 1) for number in range(count)]
         seams = [0, *((a + longest + b) // 2 for a, b in pairwise(starts)), tokens]
-        length = longest if text else self.modality.stem.samples_needed() + (longest - 1) * self.step
         parts: list[tuple[np.ndarray, int, int | None]] = []
         for number, start in enumerate(starts):
-            stop = start * self.step + length
-            part = value[start * self.step : stop if number < count - 1 else None]
-            if text:
-                part = part.copy()
-                part[0], part[-1] = START, END
-            parts.append((part, seams[number] - start, seams[number + 1] - start))
+            # The first value of its first token, so that its tokens are those of the whole.
+            first = start * stem.step
+            stop = first + stem.samples_needed() + (longest - 1) * stem.step if number < count - 1 else None
+            parts.append((self.modality.take(value, first, stop), seams[number] - start, seams[number + 1] - start))
         return parts
-
-
-def _check_limit(option: str, value: float, least: float, factor: int) -> int:
-    if not least <= value:
-        raise ValueError(f"{option}: expected at least {least:g}, got {value:g}")
-    return round(value * factor)
 
 
 def list_missing(source: Source) -> list[Rejected]:

@@ -8,7 +8,7 @@ from d2v.config import Config, Data, Optim, Run
 from d2v.config.finetune import TASKS, TaskOptions
 
 MODALITIES = dict(zip(TASKS, ("speech", "speech", "vision", "text"), strict=True))
-"""What each task's inputs are."""
+"""What each task's inputs are: a task is of one kind, for which fine-tuning may therefore ask."""
 PUBLISHED_WIDTH = 768
 """Channels of the model whose spans of masked channels are published: a narrower one has spans of the same share, or
 one span would hide all that it has."""
@@ -56,7 +56,7 @@ def default_sections(task: str, config: Config) -> tuple[Optim, Data, Run, TaskO
     modality = config.stem.modality
     if MODALITIES[task] != modality:
         fitting = ", ".join(name for name, kind in MODALITIES.items() if kind == modality)
-        raise ValueError(f"task: expected {fitting} for a model of {modality}, got {task}")
+        raise ValueError(f"task: expected {fitting or 'none'} for a model of {modality}, got {task}")
     fresh = Data()
     data = replace(
         config.data, path="", valid=None, global_batch=_BATCH[task], micro_batch=None, shuffle="full", unequal="pad",

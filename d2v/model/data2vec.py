@@ -18,11 +18,11 @@ from d2v.model.cuda_graph import GraphedTargets, Record
 from d2v.model.decoder import ConvDecoder, RegressionHead
 from d2v.model.layers import valid_positions
 from d2v.model.masking import MaskedRows, resolve_masks
-from d2v.model.stems import PADDING, LogMelStem, make_positions, make_stem
+from d2v.model.stems import PADDING, make_positions, make_stem
 from d2v.model.stems.positions import ConvPositions
 from d2v.model.targets import make_targets
 from d2v.model.teacher import PARTS, Encoded, Teacher, encode_parts, evaluating
-from d2v.model.transformer import InputBlock, TransformerEncoder, initialise_linears
+from d2v.model.transformer import InputBlock, TransformerEncoder
 from d2v.runtime import choose_device, span
 from d2v_kernels import Masks, Noise, gather_tokens, masked_regression_loss, restore_tokens
 
@@ -92,7 +92,7 @@ class Data2Vec(nn.Module):
             ValueError: sizes that do not fit.
         """
         super().__init__()
-        self.config = config
+        self.config, self.grid, self.takes_ids = config, config.grid, "ids" in config.traits
         width = config.encoder.width
         keep_residual = "pre-norm-without-residual" not in config.published
         self.stem = make_stem(config)
@@ -103,13 +103,14 @@ class Data2Vec(nn.Module):
         self.head: RegressionHead | None = None
         self.mask_token: nn.Parameter | None = None
         if config.version == 2:
-            dims = 2 if config.stem.modality == "vision" else 1
+            dims = 1 if self.grid is None else 2
             self.decoder = ConvDecoder(config.decoder, width, dims, config.run.convolution)
         else:
             self.head = RegressionHead(config.head, width)
-            if config.stem.modality != "text":
+            if not self.takes_ids:  # which have a mask token of their own
                 self.mask_token = nn.Parameter(torch.rand(width))
-        self._initialise()
+        with torch.no_grad():
+            self.stem.initialise_model(self)
         student = {name: self.get_submodule(name) for name in PARTS}
         # A sharded teacher is cast as it is gathered.
         sharded = config.run.parallel != "ddp"
@@ -118,19 +119,6 @@ class Data2Vec(nn.Module):
         self.graphed: GraphedTargets | None = None
         self.compiled: Callable[..., Output] | None = None
         self._drawn = 0
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """Where a family's published initial weights are not those of the parts."""
-        modality, std = self.config.stem.modality, self.config.encoder.init_std
-        last = self.head if self.decoder is None else self.decoder.proj
-        if modality == "text" and last is not None:
-            initialise_linears(last, std)
-        if self.head is not None and modality == "vision":
-            initialise_linears(self.head, std)
-            for token in (self.mask_token, self.context.extra_tokens):
-                if token is not None:
-                    nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
 
     def forward(
         self,
@@ -187,8 +175,7 @@ class Data2Vec(nn.Module):
             rows: of the student.
             valid: (B,) tokens before the padding, on the host; None: no padding.
         """
-        if isinstance(self.stem, LogMelStem):
-            inputs = self.stem.prepare(inputs, valid)  # without weights: student and teacher share it
+        inputs = self.stem.prepare(inputs, valid)
         with span("student"):
             encode = self._encode_masked if self.decoder is None else self._encode_visible
             features, encoded = encode(inputs, drawn, rows, valid)
@@ -197,9 +184,9 @@ class Data2Vec(nn.Module):
                 prediction = self._regress(encoded, drawn.rows, drawn.mask.shape[1])
             else:
                 prediction = self._decode(encoded, drawn, rows, noise, noise_keys)
-        takes_text = self.config.stem.modality == "text" and self.decoder is None
+        only_masked = "masked-tokens-only-teacher" in self.config.published
         with span("teacher"):
-            if takes_text and "masked-tokens-only-teacher" in self.config.published:
+            if only_masked and self.takes_ids and self.decoder is None:
                 targets = self._make_targets_of_masked_tokens(inputs, drawn.mask, rows.masks.mask)
             else:
                 targets = self._make_targets(inputs, features, valid)
@@ -313,7 +300,7 @@ class Data2Vec(nn.Module):
         if extra:
             rows = rows + (rows // tokens + 1) * extra
         selected = gather_tokens(encoded.reshape(1, -1, encoded.shape[2]), rows[None])[0]
-        if "no-head-1.0-vision" in self.config.published and self.config.stem.modality == "vision":
+        if "no-head-1.0-vision" in self.config.published and "vision" in self.config.traits:
             return selected
         return self.head(selected)
 
@@ -338,8 +325,7 @@ class Data2Vec(nn.Module):
             x = self.positions(x)
         hides = "positions-see-padding" not in self.config.published
         valid = valid_positions(rows.lengths, tokens, x.device) if hides else None
-        grid = self.config.stem.grid if self.config.stem.modality == "vision" else (tokens,)
-        hidden = self.decoder(x, grid, valid)
+        hidden = self.decoder(x, self.grid or (tokens,), valid)
         # The projection is per token: only the rows that enter the loss are projected.
         selected = gather_tokens(hidden.reshape(1, count * tokens, hidden.shape[-1]), masks.rows[None])
         return self.decoder.project(selected[0])

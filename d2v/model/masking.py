@@ -12,7 +12,7 @@ from d2v_kernels import Masks, MaskSampler, masks_from_bool
 
 
 def make_mask_sampler(config: Config, seed: int | None = None, tokens: int | None = None) -> MaskSampler:
-    """The sampler of `config.mask` on the token grid of `config.stem`.
+    """The sampler of `config.mask` on the tokens of `config.stem`.
 
     Args:
         seed: `config.run.seed` unless given.
@@ -20,12 +20,12 @@ def make_mask_sampler(config: Config, seed: int | None = None, tokens: int | Non
 
     2.0 needs the same count in every row: where the rule or padding makes them differ, all are cut to the smallest.
     """
-    mask, sequence = config.mask, config.stem.modality != "vision"
+    mask, sequence = config.mask, config.grid is None
     if sequence and tokens is None:
         raise ValueError(f"tokens: expected the tokens of a row of {config.stem.modality}, got None")
     equal = "equal-mask-counts" in config.published or (config.version == 2 and sequence)
     return MaskSampler(
-        mask.kind, tokens=tokens if sequence else None, grid=None if sequence else config.stem.grid, ratio=mask.ratio,
+        mask.kind, tokens=tokens if sequence else None, grid=config.grid, ratio=mask.ratio,
         span=mask.span, adjust=mask.adjust, inverse=mask.inverse, equal_counts=equal,
         seed=config.run.seed if seed is None else seed,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from d2v.config import Config
 from d2v.config.finetune import FineTuneConfig
+from d2v.config.inputs import find_kind
 from d2v.files import write_atomically
 from d2v.folder import CONFIG, MODEL, SUMS, checksum_of
 
@@ -67,14 +68,6 @@ print([model.labels[i] for i in logits[0].argmax(-1).flatten().tolist()])
 
 The same from the command line: `d2v evaluate model --checkpoint {folder} --test DATA`.
 """
-_EXAMPLES = {
-    "speech": (
-        "inputs = torch.randn(1, 16_000)  # waveform at 16 kHz, zero mean and unit variance",
-        "a frame each 20 ms",
-    ),
-    "vision": ("inputs = torch.randn(1, {channels}, {size}, {size})  # normalised pixels", "patches row by row"),
-    "text": ("inputs = torch.tensor([[0, 5, 6, 7, 2]])  # token ids: <s> ... </s>", "a token each"),
-}
 
 
 @dataclass(frozen=True)
@@ -116,12 +109,11 @@ def write_folder(model: Any, folder: Path, config: Config | None = None) -> None
 
 
 def _write_readme(config: Config, folder: Path) -> str:
-    stem = config.stem
-    inputs, features = _EXAMPLES[stem.modality]
-    inputs = inputs.replace("{channels}", str(stem.channels)).replace("{size}", str(stem.image_size))
+    kind = find_kind(config.stem.modality)
+    inputs = kind.example.format(**vars(config.stem))
     if isinstance(config, FineTuneConfig):
         return TUNED.format(folder=folder, inputs=inputs, task=config.finetune.head.task)
-    return README.format(folder=folder, inputs=inputs, features=features)
+    return README.format(folder=folder, inputs=inputs, features=kind.tokens)
 
 
 def _origin_to_json(origin: Origin) -> dict[str, Any]:

@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 from d2v.config import Config
 from d2v.config.fields import find_nearest
-from d2v.recipes.speech import speech1_base, speech1_tiny, speech_base, speech_large, speech_small, speech_tiny
+from d2v.recipes.speech import (
+    signals_tiny,
+    speech1_base,
+    speech1_tiny,
+    speech_base,
+    speech_large,
+    speech_small,
+    speech_tiny,
+)
 from d2v.recipes.text import text1_base, text1_tiny, text_base, text_large, text_small, text_tiny
 from d2v.recipes.vision import (
     vision1_base,
@@ -25,7 +33,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         speech_base, speech_large, vision_base, vision_large, vision_huge14, text_base, text_large,
         speech1_base, vision1_base, vision1_large, text1_base,
         speech_small, vision_small, text_small,
-        speech_tiny, vision_tiny, text_tiny, speech1_tiny, vision1_tiny, text1_tiny,
+        speech_tiny, vision_tiny, text_tiny, speech1_tiny, vision1_tiny, text1_tiny, signals_tiny,
     )
 }  # fmt: skip
 

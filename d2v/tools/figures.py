@@ -21,7 +21,6 @@ from d2v.data.dataset import Batch, Collate, MaskingCollate, Modality, Sample
 from d2v.data.sources import Rejected, Source, describe_error
 from d2v.evaluate.pieces import list_entries
 from d2v.model.stems import LogMelStem
-from d2v.model.stems.speech import SAMPLE_RATE
 
 SHOWN_TOKENS, SHOWN_TEXTS, SHOWN_LETTERS = 32, 4, 10
 """Text: tokens of a sample that are drawn, samples, and letters of a token: the first ones."""
@@ -30,9 +29,9 @@ _OF_PAIRS = "cosine similarity of the features of all pairs of tokens"
 _LAYOUTS: dict[str, tuple[float, tuple[int, ...], str]] = {
     "vision": (3.4, (1, 1), "images, one patch marked; below, cosine similarity of its feature to the others"),
     "speech": (3.8, (2, 3), f"log-mel spectrograms over seconds; below, {_OF_PAIRS}"),
-    "text": (3.4, (1,), _OF_PAIRS),
+    "": (3.4, (1,), _OF_PAIRS),
 }
-"""Height in inches, ratios of the rows' heights, and title of what `draw_pictures` draws."""
+"""Height in inches, ratios of the rows' heights, and title of what `draw_pictures` draws; "": of other kinds."""
 _SIMILARITY: dict[str, Any] = {"vmin": -1, "vmax": 1, "cmap": "RdBu_r"}
 
 
@@ -43,9 +42,9 @@ class Picture:
     name: str
     """Of the file or document."""
     content: np.ndarray
-    """Images: (H,W) or (H,W,3) in 0 to 1; speech: log-mel spectrogram (bands, frames of 10 ms); text: empty."""
+    """Images: (H,W) or (H,W,3) in 0 to 1; speech: log-mel spectrogram (bands, frames of 10 ms); others: empty."""
     seconds: float
-    """Speech: length."""
+    """Waveforms: length; others: 0."""
     tokens: tuple[str, ...]
     """Text: the string of each token."""
     features: Tensor
@@ -82,8 +81,8 @@ def take_pictures(
         except Exception as error:  # cannot be decoded, or is too short to be masked
             notes["left out"].append(Rejected(name, describe_error(error)))
             continue
-        if config.stem.modality == "speech" and len(shown) < len(value):
-            text = f"cut to {len(shown) / SAMPLE_RATE:g} of {len(value) / SAMPLE_RATE:g} s"
+        if "waveform" in config.traits and len(shown) < len(value):
+            text = f"cut to {len(shown) / modality.rate:g} of {len(value) / modality.rate:g} s"
             notes["cut"].append(Rejected(name, text))
         elif index in source.cut:
             notes["cut"].append(Rejected(name, source.cut[index]))
@@ -103,13 +102,13 @@ def _take(
     mask = None if batch.masks is None else batch.masks.mask[:, : len(features)].numpy()
     content, seconds = np.empty((0, 0)), 0.0
     tokens: tuple[str, ...] = ()
-    if config.stem.modality == "vision":
+    if "vision" in config.traits:
         pixels = batch.inputs[0].permute(1, 2, 0).numpy()
         content = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    elif config.stem.modality == "speech":
-        waveform = batch.inputs[:1].float()
-        content, seconds = draw_spectrogram(waveform), waveform.shape[1] / SAMPLE_RATE
-    else:
+    elif "waveform" in config.traits:
+        content = draw_spectrogram(batch.inputs[:1].float()) if "speech" in config.traits else content
+        seconds = batch.inputs.shape[1] / modality.rate
+    elif "ids" in config.traits:
         decode: Callable[[list[int]], str] = modality.tokenizer.decode  # type: ignore[attr-defined]
         tokens = tuple(decode([i]).strip() or "·" for i in batch.inputs[0, : len(features)].tolist())
     return Picture(name, content, seconds, tokens, features, mask)
@@ -150,29 +149,29 @@ def compare_tokens(features: Tensor) -> np.ndarray:
 
 def plan_height(modality: str) -> float:
     """Height in inches of what `draw_pictures` draws."""
-    return _LAYOUTS[modality][0]
+    return _LAYOUTS.get(modality, _LAYOUTS[""])[0]
 
 
 def draw_pictures(part: Any, pictures: Sequence[Picture], config: Config) -> None:
     """One sample a column: what it is above (but for text), the similarity of its features below."""
-    modality = config.stem.modality
-    _, ratios, title = _LAYOUTS[modality]
-    pictures = pictures[:SHOWN_TEXTS] if modality == "text" else pictures
+    vision, speech, text = (word in config.traits for word in ("vision", "speech", "ids"))
+    _, ratios, title = _LAYOUTS.get(config.stem.modality, _LAYOUTS[""])
+    pictures = pictures[:SHOWN_TEXTS] if text else pictures
     axes = part.subplots(len(ratios), len(pictures), squeeze=False, height_ratios=ratios)
     image = None
     for column, picture in enumerate(pictures):
         top, bottom = axes[0, column], axes[-1, column]
-        if modality == "vision":
+        if vision:
             place, similarity = compare_patches(picture.features, config)
             show_image(top, picture.content)
             mark_patch(top, picture.content.shape[0] / similarity.shape[0], place)
             image = show_map(bottom, similarity, place)
         else:
-            if modality == "speech":
+            if speech:
                 show_spectrogram(top, picture)
             image = show_similarity(bottom, picture)
     part.suptitle(title, fontsize=9)
-    part.colorbar(image, ax=list(axes.flatten()), shrink=0.5, anchor=(0.0, 0.5 if modality == "text" else 0.1))
+    part.colorbar(image, ax=list(axes.flatten()), shrink=0.5, anchor=(0.0, 0.5 if len(ratios) == 1 else 0.1))
 
 
 def show_map(axis: Any, similarity: np.ndarray, place: tuple[int, int]) -> Any:
@@ -209,7 +208,8 @@ def show_spectrogram(axis: Any, picture: Picture) -> None:
 def show_similarity(axis: Any, picture: Picture) -> Any:
     """Similarity of all pairs of tokens over seconds, or of the first tokens of a text with their words."""
     if not picture.tokens:
-        extent = (0.0, picture.seconds, picture.seconds, 0.0)
+        end = picture.seconds or float(len(picture.features))
+        extent = (0.0, end, end, 0.0)
         image = axis.imshow(compare_tokens(picture.features), aspect="auto", extent=extent, **_SIMILARITY)
         axis.tick_params(labelsize=6)
         return image

@@ -101,7 +101,7 @@ def draw_maps(
         pictures = take_pictures(config, modality, source, encoder, place, count, masks=True, layer=layer)
         if not pictures:
             raise ValueError(f"input: expected {modality.noun} that can be decoded and masked, got none")
-        draw = _draw_images if config.stem.modality == "vision" else _draw_sequences
+        draw = _draw_images if "vision" in config.traits else _draw_sequences
         save_figure(draw(pictures, config, f"{checkpoint}, {weights}"), folder / "maps.png")
         written.append(f"{folder / 'maps.png'}: {len(pictures)} {modality.noun}")
     if table is not None:
@@ -171,7 +171,7 @@ def _draw_images(pictures: Sequence[Picture], config: Config, title: str) -> Any
 
 def _draw_sequences(pictures: Sequence[Picture], config: Config, title: str) -> Any:
     """A sample a row: what it is, its masks, and beside them the similarity of its features over time."""
-    speech = config.stem.modality == "speech"
+    speech = "speech" in config.traits
     figure = new_figure(10.0, 3.2 * len(pictures) + 0.6, title)
     parts = figure.subfigures(len(pictures), 1, squeeze=False)[:, 0]
     for part, picture in zip(parts, pictures, strict=True):
@@ -183,7 +183,7 @@ def _draw_sequences(pictures: Sequence[Picture], config: Config, title: str) -> 
         _show_masks(tops[-1], picture)
         axis = right.subplots()
         image = show_similarity(axis, picture)
-        axis.set_xlabel("s" if speech else "", fontsize=8)
+        axis.set_xlabel("s" if pictures[0].seconds else "", fontsize=8)
         right.colorbar(image, ax=axis, shrink=0.8, label="cosine similarity")
     return figure
 
@@ -192,11 +192,11 @@ def _show_masks(axis: Any, picture: Picture) -> None:
     """A row a masked copy over seconds, or over the tokens of a text; masked dark."""
     assert picture.mask is not None
     count = len(picture.mask)
-    end = picture.seconds if not picture.tokens else float(len(picture.tokens))
+    end = picture.seconds or float(picture.mask.shape[1])
     axis.imshow(picture.mask, aspect="auto", cmap="Greys", vmin=0, vmax=1, extent=(0.0, end, float(count), 0.0))
     axis.set_yticks([])
     axis.set_ylabel(f"{count} masks" if count > 1 else "mask", fontsize=8)
-    axis.set_xlabel("s" if not picture.tokens else "tokens", fontsize=8)
+    axis.set_xlabel("s" if picture.seconds else "tokens", fontsize=8)
     axis.tick_params(labelsize=6)
 
 

@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+from d2v.model.stems import InputStem, make_stem
 
 if TYPE_CHECKING:
     from d2v.config import Config, Encoder
@@ -43,9 +46,6 @@ PEAKS = {
 """Dense bfloat16 products with float32 sums, FLOP/s, by the words that a GPU's name must contain. As commonly quoted
 from NVIDIA's specifications (half of a figure that is given with sparsity only), not measured and not checked against
 the sheets here."""
-
-_SPECTRUM = 257
-"""Frequencies of a log-mel frame."""
 
 
 class Shape(NamedTuple):
@@ -71,7 +71,7 @@ def shape_of(batch: Batch) -> Shape:
     rows, tokens = batch.masks.mask.shape
     keep = batch.masks.keep
     visible = tokens if keep is None else keep.shape[1]
-    return Shape(len(batch), rows // len(batch), tokens, visible, len(batch.masks.rows), batch.inputs.shape[-1])
+    return Shape(len(batch), rows // len(batch), tokens, visible, len(batch.masks.rows), batch.inputs.shape[1])
 
 
 def count_work(config: Config, batch: Batch) -> dict[str, float]:
@@ -115,7 +115,7 @@ def count_flops(config: Config, shape: Shape) -> float:
     student = rows * _count_block(encoder, seen) * (prenet + main * (1.0 - encoder.layer_drop))
     teacher = samples * _count_block(encoder, full) * (prenet + main)
     positions = _count_positions(config, shape.tokens)
-    first, rest, fixed = _count_stem(config, shape)
+    first, rest, fixed = _stem_of(config).count_flops(shape.tokens, shape.length)
     trained = student + rows * positions + _count_prediction(config, shape, rows)
     shared = config.stem.kind == "log-mel"  # the fixed part, by student and teacher
     again = first + rest + (0.0 if shared else fixed) if config.ema.scope == "all" else 0.0
@@ -137,26 +137,11 @@ def _count_positions(config: Config, tokens: int) -> float:
     return stem.position_layers * 2.0 * (tokens + surplus) * kernel * width * width / stem.position_groups
 
 
-def _count_stem(config: Config, shape: Shape) -> tuple[float, float, float]:
-    """Of a sample: the layer whose input needs no gradient, the other trained ones, and what is not trained."""
-    stem, width = config.stem, config.encoder.width
-    if stem.modality == "text":
-        return 0.0, 0.0, 0.0
-    if stem.modality == "vision":
-        return 2.0 * shape.tokens * stem.channels * stem.patch_size**2 * width, 0.0, 0.0
-    if stem.kind == "log-mel":
-        frames = shape.tokens * stem.mel_frames
-        projection = 2.0 * shape.tokens * stem.mel_bins * stem.mel_frames * width
-        return 0.0, projection, 2.0 * frames * _SPECTRUM * stem.mel_bins  # before it stands a trained norm
-    layers, inputs, length = [], 1, shape.length
-    for channels, kernel, stride in stem.convolutions:
-        length = (length - kernel) // stride + 1
-        layers.append(2.0 * length * kernel * inputs * channels)
-        inputs = channels
-    projection = 2.0 * shape.tokens * inputs * width
-    if stem.gradient_scale == 0.0:
-        return 0.0, projection, sum(layers)
-    return layers[0], sum(layers[1:]) + projection, 0.0
+@lru_cache(maxsize=8)
+def _stem_of(config: Config) -> InputStem:
+    """Without weights."""
+    with torch.device("meta"):
+        return make_stem(config)
 
 
 def _count_prediction(config: Config, shape: Shape, rows: int) -> float:
@@ -166,7 +151,7 @@ def _count_prediction(config: Config, shape: Shape, rows: int) -> float:
         sizes = [width, *[2 * width] * (config.head.layers - 1), width]
         return shape.masked * 2.0 * sum(a * b for a, b in itertools.pairwise(sizes))
     decoder = config.decoder
-    taps = decoder.kernel ** (2 if config.stem.modality == "vision" else 1)
+    taps = decoder.kernel ** (1 if config.grid is None else 2)
     inputs = [width] + [decoder.width] * decoder.layers
     convolutions = sum(2.0 * taps * c * decoder.width / decoder.groups for c in inputs[:-1])
     first = int(inputs[-1] * decoder.projection_ratio)

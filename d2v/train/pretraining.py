@@ -103,7 +103,7 @@ class Pretraining(Objective):
             self.model.graph_teacher()
         self.set_recompute()
         # Layer drop skips blocks; a frozen stem and a head that is left out have no gradient.
-        frozen = config.stem.gradient_scale == 0.0 and config.stem.modality == "speech"
+        frozen = config.stem.gradient_scale == 0.0 and "waveform" in config.traits
         self.may_skip = config.encoder.layer_drop > 0.0 or frozen or bool(SKIPPING & config.published)
 
     @property

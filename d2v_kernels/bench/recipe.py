@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .._define import NAMESPACE
 
 SAMPLE_RATE = 16_000
-USUAL_LENGTH = {"vision": 0.0, "speech": 5.0, "text": 512.0}
-"""Of a sample: seconds of audio, tokens."""
+USUAL_LENGTH = {"vision": 0.0, "speech": 5.0, "text": 512.0, "signals": 10.0}
+"""Of a sample: seconds, tokens."""
 Found = tuple[str, tuple[int, ...], torch.dtype, dict[str, Any]]
 """Operator, the numbers of its `--shape`, dtype, options."""
 Parts = tuple[tuple[int, ...], Tensor, dict[str, Any]]
@@ -67,6 +67,8 @@ def make_inputs(config: Any, samples: int, length: float, seed: int) -> Tensor:
         tokens = torch.randint(5, stem.vocabulary - 1, (samples, int(length)), generator=generator)
         tokens[:, 0] = 0
         return tokens
+    if stem.modality == "signals":
+        return torch.randn((samples, int(stem.sample_rate * length), stem.channels), generator=generator)
     return torch.randn(samples, int(SAMPLE_RATE * length), generator=generator)
 
 

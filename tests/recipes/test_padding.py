@@ -13,7 +13,7 @@ from torch import Tensor
 from d2v import Config, Data2Vec
 from d2v.model.masking import make_mask_sampler
 
-LENGTHS = {"speech": (2_000, 1_500, 700), "text": (31, 20, 9)}
+LENGTHS = {"speech": (2_000, 1_500, 700), "text": (31, 20, 9), "signals": (2_000, 1_500, 700)}
 # Recipe, fields of the encoder, and of the stem.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "speech": ("speech-base", {}, {}),
@@ -28,6 +28,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "speech1": ("speech1-base", {}, {}),
     "speech1_pre_norm": ("speech1-base", {"norm_order": "pre"}, {}),
     "text1": ("text1-base", {}, {}),
+    "signals": ("signals-tiny", {}, {"channels": 3}),
+    "signals_conv": ("signals-tiny", {}, {"channels": 3, "positions": "conv"}),
 }
 
 

@@ -129,6 +129,8 @@ def make_inputs(config: Config, samples: int) -> torch.Tensor:
         if stem.mask_token is not None:
             tokens[tokens == stem.mask_token] = 4
         return tokens
+    if stem.modality == "signals":
+        return torch.randn(samples, 600, stem.channels)
     return torch.randn(samples, 9_600)
 
 

@@ -22,7 +22,7 @@ def make_config(name: str, **encoder: Any) -> Config:
     config = recipes.get(name)
     silent = {"dropout": 0.0, "attention_dropout": 0.0, "prenet_dropout": 0.0, "layer_drop": 0.0, "drop_path": 0.0}
     stem: dict[str, Any] = {"dropout": 0.0}
-    if config.stem.modality == "speech":
+    if "waveform" in config.traits:
         stem |= SPEECH
     elif config.stem.modality == "text":
         stem |= {"vocabulary": 50, "max_tokens": 40, "mask_token": 49 if config.version == 1 else None}
@@ -62,4 +62,7 @@ def make_batch(config: Config, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor
     if config.stem.modality == "text":
         tokens = torch.randint(4, 49, rows, generator=generator)
         return torch.where(valid, tokens, 1), torch.tensor(lengths)
+    if config.stem.modality == "signals":
+        signals = torch.randn((*rows, config.stem.channels), generator=generator)
+        return torch.where(valid[..., None], signals, 0.0), torch.tensor(lengths)
     return torch.where(valid, torch.randn(rows, generator=generator), 0.0), torch.tensor(lengths)

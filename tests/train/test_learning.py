@@ -1,12 +1,14 @@
 """Every tiny recipe learns: 200 updates on data of its kind, judged by the monitors of the run.
 
 Speech is generated unless pytest is given a folder of recordings (`--data DIR`); text is Python's own reference, the
-topics of `help()`; images are crops of photographs from the scikit-image package.
+topics of `help()`; images are crops of photographs from the scikit-image package; signals are those of
+`examples/own_modality.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import runpy
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     write_textures(root / "textures", seed=0, size=32, counts={"pretrain": 100})
     given = request.config.getoption("--data")
     speech = given if given is not None else str(write_sounds(root / "sounds", count=96))
-    return {"speech": speech, "text": str(root / "topics.txt"), "vision": str(root / "textures" / "pretrain")}
+    example = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "own_modality.py"))
+    signals = str(example["write_recordings"](root / "signals", 32, 0))
+    pixels = str(root / "textures" / "pretrain")
+    return {"speech": speech, "text": str(root / "topics.txt"), "vision": pixels, "signals": signals}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,7 @@ from d2v.model.saving import write_folder
 PLACES = {
     "data.path", "data.valid", "data.tokenizer", "data.cache", "data.allow_commands", "run.dir", "finetune.options.bpe",
 }  # fmt: skip
-NO_PLACES = {"recipe", "target.norm", "target.out_norm", "run.keep_best", "finetune.task"}
+NO_PLACES = {"stem.modality", "recipe", "target.norm", "target.out_norm", "run.keep_best", "finetune.task"}
 """Texts that name no file."""
 
 

@@ -121,6 +121,8 @@ class Entry:
 def family_of(model: Data2Vec) -> str:
     """Published family of a model."""
     config = model.config
+    if config.stem.modality not in _MODALITIES:
+        raise ValueError(f"stem.modality: expected {', '.join(_MODALITIES)}, got {config.stem.modality}")
     if config.stem.kind != "stock":
         raise ValueError(f"stem.kind: expected stock for a published name, got {config.stem.kind}")
     if config.version == 1:

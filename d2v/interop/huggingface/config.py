@@ -135,6 +135,8 @@ def write_config(config: Config) -> dict[str, Any]:
     stem, encoder = config.stem, config.encoder
     _check_variant(config)
     model_type = {"speech": "data2vec-audio"}.get(stem.modality, f"data2vec-{stem.modality}")
+    if model_type not in KINDS:
+        raise NotImplementedError(f"format huggingface: expected speech, vision or text, got {stem.modality}")
     kind = KINDS[model_type]
     result: dict[str, Any] = {
         "model_type": model_type, **kind.written, **write_options((*_COMMON, *kind.options), config),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from d2v.config import Config
+from d2v.config.inputs import build_part, find_kind
+from d2v.model.stems.base import InputStem
 from d2v.model.stems.positions import (
     ConvPositions,
     Positions,
@@ -13,24 +13,15 @@ from d2v.model.stems.positions import (
     SinCosPositions,
 )
 from d2v.model.stems.speech import LogMelStem, WaveformStem
-from d2v.model.stems.text import PADDING, TextStem
-from d2v.model.stems.vision import PatchStem
+from d2v.model.stems.text import PADDING
 
-__all__ = ["PADDING", "LogMelStem", "SinCosPositions", "TextStem", "WaveformStem", "make_positions", "make_stem"]
+__all__ = ["PADDING", "InputStem", "LogMelStem", "SinCosPositions", "WaveformStem", "make_positions", "make_stem"]
 
 
-def make_stem(config: Config) -> Any:
-    """The stem of a configuration, a module.
-
-    `measure(inputs, lengths)` checks both and returns T and the token lengths; `forward(inputs, token_lengths)` returns
-    features (B,T,C).
-    """
-    stem, width = config.stem, config.encoder.width
-    if stem.modality == "vision":
-        return PatchStem(stem, width)
-    if stem.modality == "text":
-        return TextStem(stem, width, zero_padding=config.version == 1)
-    return LogMelStem(stem, width) if stem.kind == "log-mel" else WaveformStem(stem, width)
+def make_stem(config: Config) -> InputStem:
+    """The stem of a configuration."""
+    stem: InputStem = build_part(find_kind(config.stem.modality).stem, config)
+    return stem
 
 
 def make_positions(config: Config) -> Positions:
@@ -46,13 +37,14 @@ def make_positions(config: Config) -> Positions:
 def _make_positions(config: Config) -> Positions:
     stem, encoder = config.stem, config.encoder
     if stem.positions == "relative":
-        return RelativePositions(encoder, stem.grid)
+        assert config.grid is not None
+        return RelativePositions(encoder, config.grid)
     if stem.positions == "conv":
         seen = "positions-see-padding" in config.published
         zero_input, choice = config.version == 1 or not seen, config.run.convolution
         return ConvPositions(stem, encoder, zero_input=zero_input, zero_between=not seen, convolution=choice)
     if stem.positions == "none":
         return Positions(encoder)
-    if stem.modality == "vision":
-        return SinCosPositions(encoder, stem.grid, stem.position_scale)
+    if config.grid is not None:
+        return SinCosPositions(encoder, config.grid, stem.position_scale)
     return SequencePositions(encoder, stem.position_scale)

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from d2v.config import Stem
+from d2v.config import Config, Stem
 from d2v.model.layers import NORM_EPS, LayerNorm, Linear, check_lengths, convolve, norm_gelu, valid_positions
+from d2v.model.stems.base import InputStem, StemFlops
 
 SAMPLE_RATE = 16_000
 _WINDOW, _HOP, _FFT = 400, 160, 512  # 25 ms every 10 ms
@@ -30,11 +31,12 @@ class _ScaleGradient(torch.autograd.Function):
         return gradients[0] * ctx.factor, None  # type: ignore[attr-defined]
 
 
-class SpeechStem(nn.Module):
-    """What speech stems share: checks, and the lengths of their tokens."""
+class SpeechStem(InputStem):
+    """What stems of waveforms share: checks, and the lengths of their tokens."""
 
     spec: tuple[tuple[int, int, int], ...]
     """Channels, kernel and stride of each step from samples to tokens."""
+    shape: tuple[int, ...] = ()  # of one sample of a waveform; (N,) for N channels
 
     def samples_needed(self) -> int:
         """Samples of the shortest waveform that yields a token: 400 for the published convolutions."""
@@ -50,7 +52,8 @@ class SpeechStem(nn.Module):
         return samples
 
     def measure(self, inputs: Tensor, lengths: Tensor | None = None) -> tuple[int, Tensor | None]:
-        """Checks inputs (B,S) and lengths, int64 (B,) on the host: samples before the padding.
+        """Checks inputs (B,S), or (B,S,N) of N channels, and lengths, int64 (B,) on the host: samples before the
+        padding.
 
         Returns the tokens T, and of each row those before its padding, or None: all.
 
@@ -60,14 +63,15 @@ class SpeechStem(nn.Module):
         """
         if not inputs.is_floating_point():
             raise TypeError(f"inputs: expected floating waveforms, got {str(inputs.dtype).removeprefix('torch.')}")
-        if inputs.dim() != 2:
-            raise ValueError(f"inputs: expected waveforms of shape (B, S), got {tuple(inputs.shape)}")
-        batch, samples = inputs.shape
+        if inputs.dim() < 2 or tuple(inputs.shape[2:]) != self.shape:
+            expected = ", ".join(["B", "S", *map(str, self.shape)])
+            raise ValueError(f"inputs: expected waveforms of shape ({expected}), got {tuple(inputs.shape)}")
+        batch, samples = inputs.shape[:2]
         if samples < (needed := self.samples_needed()):
             raise ValueError(f"inputs: expected at least {needed} samples, the receptive field, got {samples}")
         lengths = check_lengths(lengths, batch, samples, needed)
         if inputs.device.type == "cpu" and not bool(torch.isfinite(inputs).all()):
-            rows = (~torch.isfinite(inputs)).any(dim=1).nonzero()[:, 0].tolist()[:8]
+            rows = (~torch.isfinite(inputs)).flatten(1).any(dim=1).nonzero()[:, 0].tolist()[:8]
             raise ValueError(f"inputs: expected finite samples, got NaN or infinity in rows {rows}")
         tokens = self.count_tokens(samples)
         if lengths is None:
@@ -82,15 +86,18 @@ class WaveformStem(SpeechStem):
     wav2vec 2.0 (Baevski et al. 2020, section 2), as data2vec 1.0 and 2.0 use it.
     """
 
-    def __init__(self, config: Stem, width: int) -> None:
+    def __init__(self, config: Stem, width: int, channels: int | None = None) -> None:
         """
         Args:
             config: the convolutions.
             width: channels C of a token.
+            channels: N of inputs (B,S,N); None: inputs are (B,S).
         """
         super().__init__()
         self.spec, self.gradient_scale = config.convolutions, config.gradient_scale
-        inputs = [1, *(channels for channels, _, _ in self.spec)]
+        self.step = math.prod(stride for _, _, stride in self.spec)
+        self.shape = () if channels is None else (channels,)
+        inputs = [channels or 1, *(c for c, _, _ in self.spec)]
         self.convs = nn.ModuleList(
             nn.Conv1d(i, channels, kernel, stride, bias=config.convolution_bias)
             for i, (channels, kernel, stride) in zip(inputs[:-1], self.spec, strict=True)
@@ -103,9 +110,9 @@ class WaveformStem(SpeechStem):
             nn.init.kaiming_normal_(conv.weight)
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Frames (B,T,C) of waveforms (B,S) at 16 kHz that `measure` took; padded frames are computed too."""
+        """Frames (B,T,C) of waveforms that `measure` took, speech at 16 kHz; padded frames are computed too."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient_scale > 0.0):
-            x = inputs[..., None]
+            x = inputs if self.shape else inputs[..., None]
             for conv, norm in zip(self.convs, self.norms, strict=True):
                 assert isinstance(conv, nn.Conv1d)
                 assert isinstance(norm, nn.LayerNorm)
@@ -113,6 +120,17 @@ class WaveformStem(SpeechStem):
         if self.gradient_scale not in (0.0, 1.0):
             x = _ScaleGradient.apply(x, self.gradient_scale)
         return self.proj(self.norm(x))
+
+    def count_flops(self, tokens: int, length: int) -> StemFlops:
+        """Of its convolutions and the projection."""
+        layers = []
+        for conv, (_, kernel, stride) in zip(self.convs, self.spec, strict=True):
+            length = (length - kernel) // stride + 1
+            layers.append(2.0 * length * conv.weight.numel())  # type: ignore[operator]
+        projection = 2.0 * tokens * self.proj.weight.numel()
+        if self.gradient_scale == 0.0:
+            return 0.0, projection, sum(layers)
+        return layers[0], sum(layers[1:]) + projection, 0.0
 
 
 class LogMelStem(SpeechStem):
@@ -131,6 +149,7 @@ class LogMelStem(SpeechStem):
         self.frames = config.mel_frames
         width_in = config.mel_bins * self.frames
         self.spec = ((config.mel_bins, _WINDOW, _HOP), (width_in, self.frames, self.frames))
+        self.step = _HOP * self.frames
         self.register_buffer("window", torch.hann_window(_WINDOW), persistent=False)
         self.register_buffer("filters", mel_filters(config.mel_bins), persistent=False)
         self.norm = LayerNorm(width_in, eps=NORM_EPS)
@@ -171,6 +190,18 @@ class LogMelStem(SpeechStem):
             power = (spectrum.real.square() + spectrum.imag.square()) @ self.filters.float()
             loudest = (power if valid is None else power * valid[..., None]).amax(dim=(1, 2), keepdim=True)
             return power.maximum(loudest * _RANGE).clamp_min(_LEAST_POWER).log()
+
+    def count_flops(self, tokens: int, length: int) -> StemFlops:
+        """The bands are not trained; before the projection stands a trained norm."""
+        frequencies, bins = self.filters.shape
+        projection = 2.0 * tokens * bins * self.frames * self.proj.out_features
+        return 0.0, projection, 2.0 * tokens * self.frames * frequencies * bins
+
+
+def make_stem(config: Config) -> SpeechStem:
+    """The stem of speech."""
+    kind = LogMelStem if config.stem.kind == "log-mel" else WaveformStem
+    return kind(config.stem, config.encoder.width)
 
 
 def mel_filters(bins: int) -> Tensor:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from d2v.config import Stem
+from d2v.config import Config, Stem
 from d2v.model.layers import LayerNorm, check_lengths, valid_positions
+from d2v.model.stems.base import InputStem, StemFlops
+from d2v.model.transformer import initialise_linears
 
 PADDING = 1
 """Id of the padding token; position ids start behind it, at 2."""
 _INIT_STD = 0.02
 
 
-class TextStem(nn.Module):
+class TextStem(InputStem):
     """Embeddings of tokens and positions, layer norm, dropout (RoBERTa's, as data2vec 1.0 and 2.0 use them)."""
 
     def __init__(self, config: Stem, width: int, zero_padding: bool) -> None:
@@ -89,3 +93,16 @@ class TextStem(nn.Module):
         if valid is not None and self.zero_padding:
             x = x * valid[..., None]
         return x
+
+    def initialise_model(self, model: Any) -> None:
+        """The projection of the decoder, or the head, as published."""
+        initialise_linears(model.head if model.decoder is None else model.decoder.proj, model.config.encoder.init_std)
+
+    def count_flops(self, tokens: int, length: int) -> StemFlops:
+        """Embeddings are looked up."""
+        return 0.0, 0.0, 0.0
+
+
+def make_stem(config: Config) -> TextStem:
+    """The stem of text."""
+    return TextStem(config.stem, config.encoder.width, zero_padding=config.version == 1)

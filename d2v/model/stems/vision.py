@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from d2v.config import Stem
+from d2v.config import Config, Stem
+from d2v.model.stems.base import InputStem
+from d2v.model.transformer import initialise_linears
 from d2v_kernels import linear
 
 
-class PatchStem(nn.Module):
+class PatchStem(InputStem):
     """Patch embedding: a convolution whose kernel and stride are the patch (data2vec 2.0, images)."""
 
     def __init__(self, config: Stem, width: int) -> None:
@@ -51,3 +55,16 @@ class PatchStem(nn.Module):
         patches = inputs.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         flat = patches.reshape(batch, (height // p) * (width // p), channels * p * p)
         return linear(flat, self.proj.weight.flatten(1), self.proj.bias)
+
+    def initialise_model(self, model: Any) -> None:
+        """1.0: head and learned tokens as published."""
+        if model.head is not None:
+            initialise_linears(model.head, model.config.encoder.init_std)
+            for token in (model.mask_token, model.context.extra_tokens):
+                if token is not None:
+                    nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
+
+
+def make_stem(config: Config) -> PatchStem:
+    """The stem of images."""
+    return PatchStem(config.stem, config.encoder.width)
