@@ -129,10 +129,9 @@ class RunProbe:
         """Name and samples of either set, and which of them are this rank's."""
         probe, ranks = self.config.probe, self.ranks
         config = self.config.change(data={"min_seconds": 0.0})  # no sample is too short to be evaluated
-        kind = config.stem.modality
         self._uncut = Uncut(
-            config, config.data.max_seconds if kind == "speech" else None,
-            Uncut(config).longest if kind == "text" else None,
+            config, config.data.max_seconds if "waveform" in config.traits else None,
+            Uncut(config).longest if "ids" in config.traits else None,
         )  # fmt: skip
         pair = open_pair(self._uncut.modality, probe.train, probe.test, self._notes.append)
         self._notes = [note.removeprefix("note: ") for note in self._notes]
