@@ -76,7 +76,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> T
     """Scales gradients by min(1, limit / norm), norm = global L2 norm; returns the norm (0-D float32 or float64, on the
     device).
 
-    Nothing is read from a GPU. Without a limit only the norm is computed. Of sharded gradients every rank scales
+    Nothing is read from the device. Without a limit only the norm is computed. Of sharded gradients every rank scales
     its shards by the norm of the whole.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -88,9 +88,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> T
         norm = norm.full_tensor()
     if limit is not None:
         shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        factor = (limit / norm).clamp(max=1.0)
-        if factor.device.type != "cpu" or factor != 1.0:  # a CPU need not read and write them all for that
-            torch._foreach_mul_(shards, factor)
+        torch._foreach_mul_(shards, (limit / norm).clamp(max=1.0))
     return norm
 
 
