@@ -50,7 +50,8 @@ def test_every_place_is_marked() -> None:
 def test_no_place_is_taken_from_a_folder(name: str, tmp_path: Path) -> None:
     config = FineTuneConfig()
     value = True if name == "data.allow_commands" else str(tmp_path / "elsewhere")
-    changed = config.replace(name, value)
+    together = ("probe.train", "probe.test") if name.startswith("probe.") else (name,)
+    changed = config.replace(dict.fromkeys(together, value))
     (tmp_path / "config.json").write_text(changed.to_json())
     assert changed != config and read_config(tmp_path / "config.json") == config == forget_places(changed)
 
