@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import operators, step, summary
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import stages
+from benchmarks.gpu import emulator, stages
 from benchmarks.harness import plots, record, report
 from benchmarks.training.cases import DRY, GPU
 from d2v_kernels import _env
@@ -202,6 +202,7 @@ def test_a_case_that_ends_its_process_comes_last(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(operators, "measure_on_gpu", measure)
     monkeypatch.setattr(operators, "copy_rates", lambda *_: {1: 1.0})
+    monkeypatch.setattr(emulator, "install", lambda _: None)  # would stay for the tests after this one
     path = tmp_path / "rows.jsonl"
     command = ["--device", "cuda", "--output", str(path), "--key", "k", "--emulated", "-", "--only", "tokens"]
     first, second, third = (c.op for c in operators.tiny_cases() if "tokens" in c.op)
