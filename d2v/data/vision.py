@@ -57,18 +57,10 @@ def decode_image(data: bytes, scale: Range = "auto") -> tuple[Image.Image, str |
 
 def check_image(data: bytes) -> None:
     """`ValueError` for an image that no model can read, of any number of channels."""
-    if is_array(data):
-        read_image(data, wanted=())
-        return
     try:
         read_image(data)
-    except ValueError as error:
-        if not is_tiff(data):
-            raise
-        try:
-            read_image(data, wanted=())
-        except ValueError:
-            raise error from None
+    except Unfit:
+        read_image(data, wanted=())
 
 
 def read_image(
@@ -96,6 +88,8 @@ def read_image(
                 image, kind, orientation, left = _use_bands(*read_bands(data, wanted), scale, wanted)
             else:
                 image, kind, orientation, left = _read_pillow(data, scale, wanted)
+        except Unfit:
+            raise
         except MemoryError:
             raise ValueError(f"not enough memory for {len(data)} bytes") from None
         except Exception as error:  # a decoder fed with damaged bytes may raise anything
@@ -152,7 +146,10 @@ def _read_pillow(data: bytes, scale: Range, wanted: Collection[int]) -> _Read:
     values = read_colour(image, data) if depth > 8 else None
     negative = values is None and _check_tiff(image, raw)
     kind = describe_loss(image, depth) if depth > 8 and values is None else None
+    orientation = 1 if values is None else _find_orientation(image)  # before Pillow turns TIFF
     image.load()
+    if values is None:
+        orientation = _find_orientation(image)
     result: Image.Image | Bands
     if set(COLOUR) & set(wanted):
         result, how = _to_rgb(image, raw, scale, negative) if values is None else _scale_colour(values, scale)
@@ -164,11 +161,11 @@ def _read_pillow(data: bytes, scale: Range, wanted: Collection[int]) -> _Read:
         scaled, how = _scale_bands(values, scale, apart=True)
         result = Bands.of(scaled)
     left = f"{pages - 1} pages or frames behind the first, not read" if pages > 1 else None
-    return result, kind or how, _find_orientation(image), left
+    return result, kind or how, orientation, left
 
 
 def _find_orientation(image: Image.Image) -> int:
-    """How a viewer would turn or mirror the image; Pillow has done so with TIFF."""
+    """How a viewer would turn or mirror the image; Pillow does so itself when it loads TIFF."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF of a whole image

@@ -155,6 +155,8 @@ def test_a_large_tiff_is_refused_before_its_pixels_are_read(monkeypatch: pytest.
     data = tiff(PIXELS, photometric="minisblack", planarconfig="contig")
     with pytest.raises(ValueError, match=r"expected at most 100 pixels, got an image \(12, 10, 5\)"):
         read_image(data, wanted=(5,))
+    with pytest.raises(ValueError, match=r"expected at most 100 pixels"):
+        read_image(npy(PIXELS), wanted=(5,))
 
 
 def test_nothing_is_unpickled() -> None:
@@ -197,6 +199,27 @@ def test_orientation_is_applied_where_asked_for(orientation: int) -> None:
     stored, notes = read_image(bands, "auto", (5,))
     assert np.array_equal(np.asarray(stored), PIXELS)
     assert notes == (("EXIF orientation, not applied",) if orientation > 1 else ())
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4])
+def test_orientation_of_16_bit_tiff(orientation: int) -> None:
+    """PyAV does not turn it, where Pillow does."""
+    pytest.importorskip("av", reason="reads 16-bit colour")
+    values = PIXELS[:, :, :3].astype(np.uint16) * 257
+    stored = tiff(values, photometric="rgb", extratags=[(274, 3, 1, orientation, True)])
+    image, notes = read_image(stored)
+    assert np.array_equal(np.asarray(image), PIXELS[:, :, :3])
+    assert notes == ("16-bit colour", *(["EXIF orientation, not applied"] * (orientation > 1)))
+    upright = {1: slice(None), 2: np.s_[:, ::-1], 3: np.s_[::-1, ::-1], 4: np.s_[::-1]}[orientation]
+    assert np.array_equal(np.asarray(read_image(stored, turn=True)[0]), PIXELS[:, :, :3][upright])
+
+
+def test_colour_of_more_channels_is_said() -> None:
+    """Pillow leaves them out."""
+    data = tiff(PIXELS, photometric="rgb", planarconfig="contig", extrasamples=("unspecified",) * 2)
+    image, notes = read_image(data)
+    assert np.array_equal(np.asarray(image), PIXELS[:, :, :3]) and notes == ("channels behind the third, not read",)
+    assert assert_reads(data, PIXELS) == ()
 
 
 def write(folder: Path, count: int = 12) -> Path:

@@ -95,7 +95,7 @@ def test_smaller_grids_keep_the_near_offsets() -> None:
     table = torch.randn(7 * 7 + 3, 2)
     found = resize_relative(table, (4, 4), (2, 2))
     torch.testing.assert_close(found[:-3].view(3, 3, 2), table[:-3].view(7, 7, 2)[2:5, 2:5])
-    for old, new in ((1, 3), (2, 5), (3, 1)):
+    for old, new in ((2, 5), (3, 1)):
         one = resize_relative(torch.full(((2 * old - 1) ** 2 + 3, 2), 0.5), (old, old), (new, new))
         torch.testing.assert_close(one, torch.full(((2 * new - 1) ** 2 + 3, 2), 0.5))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -68,7 +69,9 @@ def read_bands(data: bytes, wanted: Collection[int]) -> tuple[np.ndarray, int, s
     """
     if is_array(data):
         values = np.load(io.BytesIO(data), allow_pickle=False)
-        return _arrange(values, find_axis(values.shape, wanted)), 1, None
+        axis = find_axis(values.shape, wanted)
+        _check_pixels(values.shape, axis)
+        return _arrange(values, axis), 1, None
     try:
         import tifffile
     except ImportError:
@@ -79,9 +82,7 @@ def read_bands(data: bytes, wanted: Collection[int]) -> tuple[np.ndarray, int, s
         if samples >= 0 and wanted:
             check_channels(first.shape[samples], wanted)
         axis = samples if samples >= 0 else find_axis(first.shape, wanted)
-        pixels = first.size // (1 if axis is None else first.shape[axis])
-        if Image.MAX_IMAGE_PIXELS is not None and max(pixels, first.size // 16) > Image.MAX_IMAGE_PIXELS:
-            raise Unfit(f"expected at most {Image.MAX_IMAGE_PIXELS} pixels, got an image {first.shape}")
+        _check_pixels(first.shape, axis)
         values = _arrange(first.asarray(maxworkers=1), axis)
         tag = first.pages[0].tags.get(_ORIENTATION)
     left = f"{others} pages or frames behind the first, not read" if others else None
@@ -106,6 +107,13 @@ def find_axis(shape: tuple[int, ...], wanted: Collection[int]) -> int | None:
         return axes[0]
     expected = f"{' or '.join(map(str, wanted))} channels (stem.channels)" if wanted else "channels"
     raise Unfit(f"expected (height, width) or {expected} in the last or first of three axes, got an array {shape}")
+
+
+def _check_pixels(shape: tuple[int, ...], axis: int | None) -> None:
+    """`Unfit` for more pixels than Pillow decodes, or many channels of nearly as many."""
+    limit, size = Image.MAX_IMAGE_PIXELS, math.prod(shape)
+    if limit is not None and max(size // (1 if axis is None else max(shape[axis], 1)), size // 16) > limit:
+        raise Unfit(f"expected at most {limit} pixels, got an image {shape}")
 
 
 def _arrange(values: np.ndarray, axis: int | None) -> np.ndarray:

@@ -260,15 +260,15 @@ def resize_positions(
     before, after = old.grid, new.grid
     if before is None or after is None or before == after:
         return tensors, None
-    found, how = dict(tensors), None
+    found, how, rows = dict(tensors), None, (2 * before[0] - 1) * (2 * before[1] - 1) + 3
     for name, tensor in tensors.items():
         if name.endswith("positions.index"):
             found[name] = relative_index(after)
         elif name.endswith("positions.table") and new.stem.positions == "sincos":
             found[name], how = SinCosPositions(new.encoder, after, new.stem.position_scale).table, "computed"
-        elif name.endswith("positions.table") and len(tensor) == (2 * before[0] - 1) * (2 * before[1] - 1) + 3:
+        elif name.endswith("positions.table") and len(tensor) == rows and min(before) > 1:
             found[name], how = resize_relative(tensor, before, after), "interpolated"
-    patches = " to ".join(f"{rows} x {columns}" for rows, columns in (before, after))
+    patches = " to ".join(f"{r} x {c}" for r, c in (before, after))
     return found, how and f"stem.image_size {old.stem.image_size} to {new.stem.image_size}: positions {how}, {patches}"
 
 
@@ -285,12 +285,8 @@ def resize_relative(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -
     heads = []
     for column in table[:-3].double().cpu().numpy().T:
         values = column.reshape(len(places[0]), len(places[1]))
-        if min(values.shape) == 1:  # one patch a side, one offset
-            values, knots = np.broadcast_to(values, [max(n, 2) for n in values.shape]), [np.arange(2.0), np.arange(2.0)]
-        else:
-            knots = places
-        degrees = [min(3, len(k) - 1) for k in knots]
-        heads.append(RectBivariateSpline(*knots, values, kx=degrees[0], ky=degrees[1])(*wanted).ravel())
+        spline = RectBivariateSpline(*places, values, kx=min(3, len(places[0]) - 1), ky=min(3, len(places[1]) - 1))
+        heads.append(spline(*wanted).ravel())
     return torch.cat([torch.from_numpy(np.stack(heads, axis=1)).to(table), table[-3:]])
 
 
