@@ -108,6 +108,7 @@ def test_commands_take_another_size(name: str, tmp_path: Path, capsys: pytest.Ca
     features = ["--input", images, "--output", str(tmp_path / "f.npy"), "--device", "cpu"]
     assert main(["features", *model, *features, *size]) == 0
     assert np.load(tmp_path / "f.npy").shape[0] % 36 == 0
+    assert "4 x 4 to 6 x 6" in capsys.readouterr().err
     begun = ["--model.init", str(tmp_path / "m"), "--data.path", images, "--run.device", "cpu", "--data.workers", "0"]
     begun += ["--run.steps", "1", "--data.global-batch", "2", "--run.precision", "fp32"]
     assert main(["pretrain", name, *begun, *size, "--run.dir", str(tmp_path / "run")]) == 0
