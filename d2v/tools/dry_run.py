@@ -54,7 +54,7 @@ def dry_run(config: Config, *, init: str | None = None) -> str:
         static = count_static(trainer, objective)
         lines = [
             f"data         {samples}",
-            *([f"model.init   {note}"] if note is not None else []),
+            *([f"positions    {note}"] if note is not None else []),
             *shapes,
             *_describe_memory(static, activations, len(batches[0]), trainer),
             *_describe_run(config, len(source), batches),

@@ -159,6 +159,17 @@ def test_a_large_tiff_is_refused_before_its_pixels_are_read(monkeypatch: pytest.
         read_image(npy(PIXELS), wanted=(5,))
 
 
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.95])
+def test_what_is_cut_off_is_bad(share: float) -> None:
+    pages = np.ascontiguousarray(PIXELS.transpose(2, 0, 1))
+    whole = [npy(PIXELS), tiff(pages, photometric="minisblack"), tiff(pages, photometric="minisblack", metadata=None)]
+    whole += [tiff(PIXELS, photometric="minisblack", planarconfig="contig", rowsperstrip=4, compression="zlib")]
+    for data in whole:
+        assert_reads(data, PIXELS)
+        with pytest.raises(ValueError, match=r"\w"):
+            read_image(data[: int(share * len(data))], wanted=(5,))
+
+
 def test_nothing_is_unpickled() -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
