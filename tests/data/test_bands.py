@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
@@ -159,15 +160,18 @@ def test_a_large_tiff_is_refused_before_its_pixels_are_read(monkeypatch: pytest.
         read_image(npy(PIXELS), wanted=(5,))
 
 
-@pytest.mark.parametrize("share", [0.3, 0.7, 0.95])
-def test_what_is_cut_off_is_bad(share: float) -> None:
+def test_what_is_cut_off_is_bad() -> None:
+    """Or, where only the list of the pages is cut behind all pixels, read as it is: never other values."""
     pages = np.ascontiguousarray(PIXELS.transpose(2, 0, 1))
     whole = [npy(PIXELS), tiff(pages, photometric="minisblack"), tiff(pages, photometric="minisblack", metadata=None)]
     whole += [tiff(PIXELS, photometric="minisblack", planarconfig="contig", rowsperstrip=4, compression="zlib")]
     for data in whole:
         assert_reads(data, PIXELS)
         with pytest.raises(ValueError, match=r"\w"):
-            read_image(data[: int(share * len(data))], wanted=(5,))
+            read_image(data[: int(0.3 * len(data))], wanted=(5,))
+        for share in (0.5, 0.7, 0.9, 0.98):
+            with contextlib.suppress(ValueError):
+                assert_reads(data[: int(share * len(data))], PIXELS)
 
 
 def test_nothing_is_unpickled() -> None:
