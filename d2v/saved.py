@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
@@ -10,34 +11,45 @@ from pathlib import Path
 import torch
 
 from d2v.config import Config
+from d2v.config.fields import require
 from d2v.config.finetune import FineTuneConfig, read_config
 from d2v.folder import CONFIG, MODEL, build_filled, find_model, load_tensors
 from d2v.model.data2vec import Data2Vec, build_model, strip_pretraining
 from d2v.model.finetuned import FineTuned, build_finetuned
+from d2v.model.stems.positions import resize_positions
 from d2v.runtime import choose_device
 
 
-def load_model(checkpoint: str, device: str = "auto") -> tuple[Data2Vec, Config, torch.device]:
+def load_model(
+    checkpoint: str, device: str = "auto", image_size: int | None = None
+) -> tuple[Data2Vec, Config, torch.device]:
     """The model of a checkpoint, in evaluation mode, with its configuration and device; of a fine-tuned one the
-    encoder."""
-    model, config, place = load_any(checkpoint, device)
+    encoder. image_size: as of `load_any`."""
+    model, config, place = load_any(checkpoint, device, image_size=image_size)
     return (model.encoder if isinstance(model, FineTuned) else model), config, place
 
 
 def load_any(
-    checkpoint: str, device: str = "auto", *, takes_data: bool = True
+    checkpoint: str, device: str = "auto", *, takes_data: bool = True, image_size: int | None = None
 ) -> tuple[Data2Vec | FineTuned, Config, torch.device]:
     """The model of a checkpoint, pre-trained or fine-tuned; else as `load_model`.
 
     It computes in float32 whatever it was trained in, as run.precision of the configuration says then. Of the folder of
     a fine-tuning run the model that it chose on held-out data. takes_data: False where no text will be
-    read, for which a tokenizer has to be found.
+    read, for which a tokenizer has to be found. image_size: another stem.image_size than it was trained with.
     """
     folder = find_model(checkpoint)
     config = read_config(folder / CONFIG)
     config = replace(config, run=replace(config.run, device=device))  # type: ignore[arg-type]
     place = choose_device(device)
     tensors = load_tensors(folder, MODEL)
+    if image_size is not None:
+        require("vision" in config.traits, "stem.modality", "vision with stem.image_size", config)
+        resized = config.change(stem={"image_size": image_size})
+        tensors, note = resize_positions(tensors, config, resized)
+        config = resized
+        if note is not None:
+            print(f"note: {checkpoint}: {note}", file=sys.stderr)
     build: Callable[[], Data2Vec | FineTuned] = partial(_build_pretrained, config, tensors)
     if isinstance(config, FineTuneConfig):
         build = partial(build_finetuned, config, tensors)

@@ -69,6 +69,8 @@ class FineTuning:
     """Test data, same formats; unset: none."""
     worst: int = setting(50, rare=True)
     """Number of test samples with the largest errors to list."""
+    image_size: int | None = setting(None, low=1, option="stem.image-size", only="vision")
+    """Another size than in pre-training, to which the positions are interpolated; unset: that of the model."""
     options: TaskOptions = field(default_factory=TaskOptions, metadata={"option": "task"})
     decode: Decoding = field(default_factory=Decoding, metadata={"only": "ctc"})
     optim: Optim = field(default_factory=Optim)
@@ -105,6 +107,8 @@ class _OfFeatures(_OfModel):
     """Network whose features are taken."""
     layer: int | None = None
     """Blocks that run before the features are taken; unset: all, and the final norm."""
+    image_size: int | None = setting(None, low=1, option="stem.image-size")
+    """Images: another size than in training, to which the positions are interpolated; unset: that of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ class Stem:
     patch_size: int = setting(16, low=1, only="vision")
     """Height and width of a patch in pixels."""
     channels: int = setting(3, low=1, only="channels")
-    """Colour channels of an image; channels of signals."""
+    """Channels of images, of which those of 1 or 3 are grey or colour; channels of signals."""
     sample_rate: int = setting(100, low=1, only="signals")
     """Signals: samples of a second; files that say another rate are resampled."""
     position_scale: float = setting(1.0, only="sincos")

@@ -91,8 +91,10 @@ class Data:
     """Convert to grey, repeated to the stem's channels."""
     image_range: tuple[str, ...] = setting(("auto",), only="vision", rare=True)
     """Images of more than 8 bits a value: which values become 0 to 255. dtype: all that the type has; minmax,
-    percentile (0.5 to 99.5): of each image; LO HI: these two; auto: 0 to the largest of the 8, 10, 12 (and so on)
-    bits that the image uses, floating point 0 to 1, else minmax."""
+    percentile (0.5 to 99.5): of each image, where stem.channels is not 1 or 3 of each channel; LO HI: these two; auto:
+    0 to the largest of the 8, 10, 12 (and so on) bits that the image uses, floating point 0 to 1, else minmax."""
+    exif_orientation: Literal["ignore", "apply"] = setting("ignore", only="vision", rare=True)
+    """Turn and mirror images as their EXIF orientation says, or leave them as they are stored (published); counted."""
     standardise: Literal["imagenet", "sample"] = setting("imagenet", only="vision")
     """Fixed ImageNet mean and deviation per channel, or zero mean and unit variance per image."""
     bad_fraction: float = setting(0.05, low=0, high=1, free=True, rare=True)

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +23,7 @@ from d2v.data.shards import ShardSource, open_command
 from d2v.data.sources import (
     Kind,
     Measure,
+    NoSamples,
     Rejected,
     Source,
     Wanted,
@@ -54,6 +55,8 @@ def _image_suffixes() -> frozenset[str]:
 
 
 IMAGES = Kind("images", _image_suffixes(), "a folder of images or .tar shards")
+ARRAYS = IMAGES._replace(suffixes=frozenset({".npy"}))
+BANDS = IMAGES._replace(suffixes=IMAGES.suffixes | ARRAYS.suffixes)
 MAX_DIGITS = 19
 """A count with more of them is none."""
 MEASURED = 4
@@ -83,6 +86,18 @@ def open_source(path: str, kind: Kind = IMAGES, **options: Any) -> Source:
     if odd is not None:
         raise ValueError(f"{wanted.option}: expected .tar shards or one folder, got {str(odd)!r}")
     return ShardSource(files, wanted)
+
+
+def open_images(opener: Callable[[Kind], Source]) -> Source:
+    """What `opener` makes of images in Pillow's formats; where there are none, of arrays, which beside such images are
+    something else, such as features."""
+    try:
+        return opener(IMAGES)
+    except NoSamples as error:
+        try:
+            return opener(ARRAYS)
+        except NoSamples:
+            raise error from None
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -216,7 +231,7 @@ def _open_folder(root: Path, wanted: Wanted) -> FileSource:
         shards = left[".tar"]
         hint = f"; for its {shards} .tar shards pass {str(root / '*.tar')!r}" if shards else ""
         place = f"under {str(root)!r}"
-        raise ValueError(
+        raise NoSamples(
             f"{option}: expected {kind.noun} {place}, found none in {len(files)} files{list_left_out(left_out)}; "
             f"{kind.describe()}{hint}"
         )

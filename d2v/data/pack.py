@@ -25,12 +25,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from d2v.data.decoding.sound import decode_audio
-from d2v.data.index import IMAGES, open_source
+from d2v.data.index import BANDS, open_images, open_source
 from d2v.data.shards import RECORD, ShardSource
-from d2v.data.sources import NoTranscript, ShardLost, Source, check_output, describe_error, list_left_out
+from d2v.data.sources import Kind, NoTranscript, ShardLost, Source, check_output, describe_error, list_left_out
 from d2v.data.speech import SPEECH
 from d2v.data.tokenizer import DocumentReader, find_texts
-from d2v.data.vision import decode_image
+from d2v.data.vision import check_image
 from d2v.files import PARTIAL, flush, write_atomically
 from d2v.runtime import Reporter
 
@@ -40,7 +40,7 @@ AHEAD = 8
 """Samples that each thread may be ahead of the shard that is written."""
 HELD_BYTES = 64 << 20
 """Text that is held in memory before it is appended to its files."""
-KINDS = {"images": IMAGES, "speech": SPEECH}
+KINDS = {"images": BANDS, "speech": SPEECH}
 _SIGNATURES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"FORM": ".aiff", b".snd": ".au", b"caff": ".caf"}
 
 
@@ -107,7 +107,11 @@ def pack(path: str, output: Path, settings: PackSettings, *, workers: int = 2, c
         if settings.kind == "text":
             return _pack_text(path, partial, output, settings)
         kind = KINDS[settings.kind]
-        source = open_source(path, kind, labelled=settings.labelled, option="input", commands=commands)
+
+        def opened(kind: Kind) -> Source:
+            return open_source(path, kind, labelled=settings.labelled, option="input", commands=commands)
+
+        source = open_images(opened) if kind is BANDS else opened(kind)
         with contextlib.closing(_Writer(partial, source, settings)) as writer:
             writer.write_all(workers)
             return _finish(partial, output, writer.record, kind.noun, "that")
@@ -269,7 +273,7 @@ def read_packed(
         with one:
             data, text = source.read(index), read_text(source, index) if speech else None
         if not settings.unchecked:
-            decode_audio(data) if speech else decode_image(data)
+            decode_audio(data) if speech else check_image(data)
         suffix, known = Path(source.describe(index)).suffix.lower(), KINDS[settings.kind].suffixes
         if suffix not in known and data[:4] not in _SIGNATURES:
             raise ValueError(f"expected one of {', '.join(sorted(known))}, got a name that ends in {suffix!r}")

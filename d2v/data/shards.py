@@ -20,6 +20,7 @@ import numpy as np
 
 from d2v.data.cache import Found, NameTable, scan_files, stamps_of
 from d2v.data.sources import (
+    NoSamples,
     NoTranscript,
     Rejected,
     ShardLost,
@@ -78,7 +79,7 @@ class ShardSource(Source):
         self.left_out = count_endings(left, "members", wanted.kind.readers)
         rows = [(number, *sample) for number, one in enumerate(found) for sample in one.samples]
         if not rows:
-            raise ValueError(
+            raise NoSamples(
                 f"{wanted.option}: expected {wanted.kind.noun} in {len(files)} .tar shards, found none"
                 f"{list_left_out(self.left_out)}; {wanted.kind.describe()}"
             )

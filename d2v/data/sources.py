@@ -41,6 +41,10 @@ def for_example(rejected: Sequence[Rejected]) -> str:
     return f", for example {rejected[0].name}: {rejected[0].reason}" if rejected else ""
 
 
+class NoSamples(ValueError):
+    """Nothing of the kind is there."""
+
+
 class NoTranscript(ValueError):
     """A sample has no text: none is there, where one that cannot be read is damage."""
 

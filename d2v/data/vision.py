@@ -7,18 +7,20 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.dataset import Batch, Modality, Sample
+from d2v.data.decoding.bands import Bands, Unfit, check_channels, is_array, is_tiff, read_bands
 from d2v.data.decoding.colour import AV_HINT, describe_loss, find_depth, read_colour
-from d2v.data.index import IMAGES
-from d2v.data.sources import Source
+from d2v.data.index import BANDS, open_images
+from d2v.data.sources import Kind, Source
 from d2v.model.stems.vision import make_stem
 
 _WANTED = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "DIB", "AVIF", "JPEG2000", "JXL")
@@ -31,6 +33,13 @@ DEPTHS = range(8, 35, 2)
 """Bits that integer images use."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+COLOUR = (1, 3)
+"""Channels of models whose images become RGB or grey; those of others keep the channels of their files."""
+_TURNS = dict(enumerate(
+    (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2,
+))  # fmt: skip
+"""What makes an image upright, by its EXIF orientation."""
 PIXEL_SIDE = 32
 """Pixel baselines see larger images averaged down to this side: a linear probe on 150 528 pixels says little."""
 
@@ -42,47 +51,125 @@ Range = str | tuple[float, float]
 def decode_image(data: bytes, scale: Range = "auto") -> tuple[Image.Image, str | None]:
     """Encoded bytes -> (RGB image of the first frame, what was converted or None). See `read_image`."""
     image, notes = read_image(data, scale)
+    assert isinstance(image, Image.Image)
     return image, notes[0] if notes else None
 
 
-def read_image(data: bytes, scale: Range = "auto") -> tuple[Image.Image, tuple[str, ...]]:
-    """Encoded bytes -> (RGB image of the first page or frame, what was converted or left out).
+def check_image(data: bytes) -> None:
+    """`ValueError` for an image that no model can read, of any number of channels."""
+    try:
+        read_image(data)
+    except Unfit:
+        read_image(data, wanted=())
 
-    Alpha and transparent colours are laid over white; CMYK, palette and grey become RGB; values of more than 8 bits are
-    scaled as `scale` says (data.image_range). EXIF orientation is not applied, as in the published pipelines. Raises
-    `ValueError` with the reason for whatever cannot be decoded; images above Pillow's pixel limit are refused before
-    their pixels are read.
+
+def read_image(
+    data: bytes, scale: Range = "auto", wanted: Collection[int] = (3,), turn: bool = False
+) -> tuple[Image.Image | Bands, tuple[str, ...]]:
+    """Encoded bytes -> (image of the first page or frame, what was converted or left out).
+
+    Args:
+        data: of a format that Pillow reads, a `.npy` array, or a TIFF of several bands or pages.
+        scale: data.image_range, by which values of more than 8 bits are scaled.
+        wanted: numbers of channels. With 1 or 3 among them the image becomes RGB: alpha and transparent colours are
+            laid over white, CMYK, palette and grey converted; arrays, and TIFF that Pillow cannot read, have one of
+            these numbers. Otherwise nothing is converted. Empty: any number.
+        turn: apply the EXIF orientation; the published pipelines do not.
+
+    Raises:
+        ValueError: the reason for whatever cannot be decoded, or has other channels; images above Pillow's pixel limit
+            are refused before their pixels are read.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            pages = _count_pages(image)
-            raw = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
-            depth = find_depth(image, data)
-            values = read_colour(image, data) if depth > 8 else None
-            negative = values is None and _check_tiff(image, raw)
-            loss = describe_loss(image, depth) if depth > 8 and values is None else None
-            image.load()
-            rgb, kind = _to_rgb(image, raw, scale, negative) if values is None else _scale_colour(values, scale)
-            kind = loss or kind
+            if is_array(data) or (is_tiff(data) and not set(COLOUR) & set(wanted)):
+                image, kind, orientation, left = _use_bands(*read_bands(data, wanted), scale, wanted)
+            else:
+                image, kind, orientation, left = _read_pillow(data, scale, wanted)
+        except Unfit:
+            raise
         except MemoryError:
             raise ValueError(f"not enough memory for {len(data)} bytes") from None
         except Exception as error:  # a decoder fed with damaged bytes may raise anything
             text = str(error) or type(error).__name__
             raise ValueError(text.replace("<_io.BytesIO object at ", "<").split("<", 1)[0].strip() or text) from None
-    left = f"{pages - 1} pages or frames behind the first, not read" if pages > 1 else None
-    return rgb, tuple(note for note in (kind, left, _describe_turn(image)) if note)
+    turned = None if orientation == 1 else "EXIF orientation, not applied"
+    if turn and orientation in _TURNS:
+        image, turned = image.transpose(_TURNS[orientation]), "EXIF orientation, applied"
+    return image, tuple(note for note in (kind, left, turned) if note)
 
 
-def _describe_turn(image: Image.Image) -> str | None:
-    """Says where a viewer would turn or mirror the image."""
+_Read = tuple[Image.Image | Bands, str | None, int, str | None]
+"""Image, what was converted, EXIF orientation that is not yet applied, what was left out."""
+
+
+def _use_bands(values: np.ndarray, orientation: int, left: str | None, scale: Range, wanted: Collection[int]) -> _Read:
+    """What `read_bands` found."""
+    colour = values.shape[2] in COLOUR and bool(set(COLOUR) & set(wanted))
+    scaled, kind = _scale_bands(values, scale, apart=not colour)
+    image: Image.Image | Bands = Bands.of(scaled)
+    if colour:
+        image = Image.fromarray(scaled if scaled.shape[2] == 3 else scaled.repeat(3, axis=2))
+        kind = kind or ("grey" if scaled.shape[2] == 1 else None)
+    return image, kind, orientation, left
+
+
+def _scale_bands(values: np.ndarray, scale: Range, apart: bool) -> tuple[np.ndarray, str | None]:
+    """(H,W,c) -> uint8, how; 8 bits stay as they are. apart: minmax and percentile are those of each channel."""
+    if values.dtype == np.uint8:
+        return values, None
+    if not apart or scale not in ("minmax", "percentile"):
+        return scale_values(values, scale)
+    parts, kinds = zip(*(scale_values(channel, scale) for channel in np.moveaxis(values, 2, 0)), strict=True)
+    return np.stack(parts, axis=2), f"{kinds[0]}, each channel by itself"
+
+
+def _read_pillow(data: bytes, scale: Range, wanted: Collection[int]) -> _Read:
+    """What Pillow reads, and colour of more bits."""
     try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        if not is_tiff(data) or importlib.util.find_spec("tifffile") is None:
+            raise
+        try:
+            found = read_bands(data, wanted)
+        except Unfit:
+            raise
+        except Exception:  # damaged
+            raise error from None
+        return _use_bands(*found, scale, wanted)
+    pages = _count_pages(image)
+    raw = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
+    depth = find_depth(image, data)
+    values = read_colour(image, data) if depth > 8 else None
+    negative = values is None and _check_tiff(image, raw)
+    kind = describe_loss(image, depth) if depth > 8 and values is None else None
+    orientation = 1 if values is None else _find_orientation(image)  # before Pillow turns TIFF
+    image.load()
+    if values is None:
+        orientation = _find_orientation(image)
+    result: Image.Image | Bands
+    if set(COLOUR) & set(wanted):
+        result, how = _to_rgb(image, raw, scale, negative) if values is None else _scale_colour(values, scale)
+    else:
+        values = np.asarray(image) if values is None else values
+        values = values[:, :, None] if values.ndim == 2 else values
+        if wanted:
+            check_channels(values.shape[2], wanted)
+        scaled, how = _scale_bands(values, scale, apart=True)
+        result = Bands.of(scaled)
+    left = f"{pages - 1} pages or frames behind the first, not read" if pages > 1 else None
+    return result, kind or how, orientation, left
+
+
+def _find_orientation(image: Image.Image) -> int:
+    """How a viewer would turn or mirror the image; Pillow does so itself when it loads TIFF."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged EXIF of a whole image
-        return None
-    return "EXIF orientation, not applied" if turned else None
+        return 1
 
 
 def _count_pages(image: Image.Image) -> int:
@@ -124,7 +211,7 @@ def _to_rgb(image: Image.Image, raw: str, scale: Range, negative: bool) -> tuple
             values, kind = 255 - values, f"{kind}, 0 is white"
         return Image.fromarray(values).convert("RGB"), kind
     if mode == "RGB" and key is None:
-        return image, None
+        return image, "channels behind the third, not read" if "RGBX" in raw else None
     if isinstance(key, int) and (match := re.search(r"\bL;([24])\b", raw)):
         image.info["transparency"] = key * (255 // (2 ** int(match[1]) - 1))  # as the grey values have been scaled
     if isinstance(key, tuple) and ";16" in raw:
@@ -229,28 +316,42 @@ class ImageSettings(NamedTuple):
     flip: bool
     rotate: bool
     scale: Range = "auto"
+    turn: bool = False
+
+    @property
+    def wanted(self) -> tuple[int, ...]:
+        """Channels that a file may have which is not converted: of an array or a TIFF of bands."""
+        return (1, 3) if self.grey and self.channels == 3 else (self.channels,)
 
     @staticmethod
     def of(config: Config) -> ImageSettings:
-        """Settings of `config`; `ValueError` for a channel count that images do not have."""
-        if config.stem.channels not in (1, 3):
-            raise ValueError(f"stem.channels: expected 1 or 3 for images, got {config.stem.channels}")
+        """Settings of `config`; `ValueError` for those that do not go with the number of channels."""
         low, high = config.data.crop_scale
         if not 0.0 < low <= high <= 1.0:
             raise ValueError(f"data.crop_scale: expected 0 < low <= high <= 1, got {config.data.crop_scale}")
         stem, data = config.stem, config.data
+        if stem.channels not in COLOUR:
+            images = f"with stem.channels {stem.channels}"
+            if data.grey:
+                raise ValueError(f"data.grey: expected False {images} (--data.no-grey), got True")
+            if data.standardise == "imagenet":
+                raise ValueError(
+                    f"data.standardise: expected sample {images} (--data.standardise sample), got imagenet"
+                )
         grey = data.grey or stem.channels == 1
         scale = parse_range(data.image_range)
-        return ImageSettings(stem.image_size, stem.channels, grey, data.crop_scale, data.flip, data.rotate, scale)
+        turn = data.exif_orientation == "apply"
+        return ImageSettings(stem.image_size, stem.channels, grey, data.crop_scale, data.flip, data.rotate, scale, turn)
 
 
-def to_pixels(image: Image.Image, settings: ImageSettings) -> np.ndarray:
-    """Image -> uint8 (c,H,W), c = 1 for grey settings, else 3."""
-    values = np.asarray(image.convert("L") if settings.grey else image)
-    return np.ascontiguousarray(values[None] if settings.grey else values.transpose(2, 0, 1))
+def to_pixels(image: Image.Image | Bands, settings: ImageSettings) -> np.ndarray:
+    """Image -> uint8 (c,H,W), c = 1 for grey settings, else the channels of the image."""
+    if settings.grey and isinstance(image, Image.Image):
+        return np.ascontiguousarray(np.asarray(image.convert("L"))[None])
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def augment_image(image: Image.Image, settings: ImageSettings, rng: np.random.Generator) -> np.ndarray:
+def augment_image(image: Image.Image | Bands, settings: ImageSettings, rng: np.random.Generator) -> np.ndarray:
     """Random resized crop (bicubic), mirror, turn -> uint8 (c,size,size). Draws are made whether used or not."""
     box = random_crop_box(rng, *image.size, settings.crop_scale)
     mirror, turns = rng.random() < 0.5, int(rng.integers(4))
@@ -265,7 +366,7 @@ def augment_image(image: Image.Image, settings: ImageSettings, rng: np.random.Ge
     return np.ascontiguousarray(pixels)
 
 
-def centre_image(image: Image.Image, settings: ImageSettings) -> np.ndarray:
+def centre_image(image: Image.Image | Bands, settings: ImageSettings) -> np.ndarray:
     """Short side resized to `size` (bicubic), centre cropped -> uint8 (c,size,size). For evaluation."""
     width, height = image.size
     side = min(width, height)
@@ -297,7 +398,8 @@ def normalise_images(images: Tensor, settings: ImageSettings, standardise: str) 
 
 
 class Images(Modality):
-    """Images of one size, as uint8 (c,H,W) until they are on the device; c = 1 for grey settings, else 3."""
+    """Images of one size, as uint8 (c,H,W) until they are on the device; c = 1 for grey settings, else
+    stem.channels."""
 
     name, noun, words = "vision", "images", ("channels",)
     make_stem = staticmethod(make_stem)
@@ -309,22 +411,27 @@ class Images(Modality):
 
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
         """A folder of images, of class folders, or .tar shards."""
-        return self.open_encoded(path, IMAGES, labelled, option, measure=None)
 
-    def load(self, source: Source, index: int) -> tuple[Image.Image, tuple[str, ...]]:
-        """An RGB image."""
-        image, converted = read_image(source.read(index), self.settings.scale)
+        def opened(kind: Kind) -> Source:
+            return self.open_encoded(path, kind, labelled, option, measure=None)
+
+        return open_images(opened) if self.settings.channels in COLOUR else opened(BANDS)
+
+    def load(self, source: Source, index: int) -> tuple[Image.Image | Bands, tuple[str, ...]]:
+        """An RGB image, or for models of other than 1 or 3 channels these."""
+        settings = self.settings
+        image, converted = read_image(source.read(index), settings.scale, settings.wanted, settings.turn)
         return image, tuple(note for note in converted if not (note == "grey" and self.settings.grey))
 
-    def train_transform(self, value: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    def train_transform(self, value: Image.Image | Bands, rng: np.random.Generator) -> np.ndarray:
         """Random crop, mirror, turn."""
         return augment_image(value, self.settings, rng)
 
-    def eval_transform(self, value: Image.Image) -> np.ndarray:
+    def eval_transform(self, value: Image.Image | Bands) -> np.ndarray:
         """Centre crop."""
         return centre_image(value, self.settings)
 
-    def describe_cut(self, value: Image.Image) -> str | None:
+    def describe_cut(self, value: Image.Image | Bands) -> str | None:
         """What the centre crop leaves out."""
         width, height = value.size
         side = min(width, height)
@@ -332,7 +439,8 @@ class Images(Modality):
 
     def placeholder(self) -> np.ndarray:
         """Zeros."""
-        return np.zeros((1 if self.settings.grey else 3, self.settings.size, self.settings.size), dtype=np.uint8)
+        channels = 1 if self.settings.grey else self.settings.channels
+        return np.zeros((channels, self.settings.size, self.settings.size), dtype=np.uint8)
 
     def stack(self, samples: list[Sample], training: bool) -> tuple[Tensor, None]:
         """uint8 (B,c,H,W)."""

@@ -96,6 +96,7 @@ def extract(
     *,
     weights: str = "teacher",
     layer: int | None = None,
+    image_size: int | None = None,
     pool: str = "tokens",
     batch: int = 16,
     device: str = "auto",
@@ -110,11 +111,11 @@ def extract(
     are longer than the model saw go through it in overlapping pieces (`d2v.evaluate.pieces`), cut where `max_seconds`
     or `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists for each sample its name, its first row and its
     rows: none for one that cannot be used, with the reason in the last column. Those, and what is cut, are counted and
-    named in the summary.
+    named in the summary. image_size: side of the images in pixels; None: that of the model.
     """
     if pool not in POOLS:
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
-    model, config, place = load_model(checkpoint, device)
+    model, config, place = load_model(checkpoint, device, image_size)
     config = config.change(data={"allow_commands": allow_commands})
     uncut = Uncut(config, max_seconds, max_tokens)
     modality = uncut.modality

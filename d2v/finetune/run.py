@@ -40,6 +40,7 @@ from d2v.folder import BEST, copy_into, find_model, list_checkpoints
 from d2v.model.data2vec import Data2Vec, strip_pretraining
 from d2v.model.finetuned import FineTuned
 from d2v.model.saving import write_folder
+from d2v.model.stems.positions import resize_positions
 from d2v.model.task_heads import make_head
 from d2v.runtime import prepare_process
 from d2v.saved import find_tokenizer, load_any
@@ -83,6 +84,7 @@ def read_defaults(
 def finetune(
     task: str, checkpoint: str, train_path: str, test_path: str | None, *, run: Run, optim: Optim, data: Data,
     options: TaskOptions, decode: Decoding | None = None, worst: int = 50, track: Iterable[Any] = (),
+    image_size: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs or resumes a fine-tuning run; returns the result on the test set, or what was best on held-out data.
 
@@ -92,6 +94,8 @@ def finetune(
     if task == "speech-ctc":
         require_jiwer()
     base, _ = read_defaults(task, checkpoint, data.tokenizer)
+    if image_size is not None:
+        base = base.change(stem={"image_size": image_size})
     prepare_process(run.threads, run.keep_pages, run.products)
     encoder = _encoder_config(base, replace(data, path=train_path), run, optim, options)
     sets = open_sets(task, encoder, test_path, options)
@@ -99,7 +103,7 @@ def finetune(
     decoder = make_decoder(config, sets, decode or Decoding())
     with open_ranks(run) as ranks:
         folder = RunFolder(config, ranks)
-        model = build_model(config, checkpoint).to(ranks.device)
+        model = build_model(config, checkpoint, say=ranks.is_first).to(ranks.device)
         objective = FineTuning(config, model, sets.modality, sets.train, sets.valid, sets.spelling)
         if ranks.is_first:
             print("\n".join(_describe(config, sets)), file=sys.stderr)
@@ -252,14 +256,17 @@ def make_head_settings(task: str, config: Config, labels: Sequence[str], options
     return HeadSettings("pooled", pool=options.pool, norm_eps=eps if normed else None, **common)
 
 
-def build_model(config: FineTuneConfig, checkpoint: str) -> FineTuned:
-    """The model before the first update: pre-trained encoder, random head (a function of run.seed)."""
+def build_model(config: FineTuneConfig, checkpoint: str, *, say: bool = True) -> FineTuned:
+    """The model before the first update: pre-trained encoder, random head (a function of run.seed). say: print what
+    became of the positions of another image size."""
     source = Data2Vec.from_checkpoint(checkpoint)
     torch.manual_seed(config.run.seed)
     encoder = strip_pretraining(Data2Vec(config))
     if source.mask_token is None or config.stem.modality == "vision":
         encoder.mask_token = None
-    tensors = source.state_dict()
+    tensors, note = resize_positions(source.state_dict(), source.config, config)
+    if say and note is not None:
+        print(f"note: {checkpoint}: {note}", file=sys.stderr)
     if config.finetune.options.weights == "teacher":
         if isinstance(source.config, FineTuneConfig):
             raise ValueError("task.weights: expected student for a fine-tuned model, got teacher")

@@ -33,9 +33,9 @@ def dry_run(config: Config, *, init: str | None = None) -> str:
     source, valid = open_data(config)
     device = choose_device(config.run.device)
     prepare_process(config.run.threads, config.run.keep_pages, config.run.products)
-    objective = Pretraining(config, source, valid, device)
+    objective, note = Pretraining(config, source, valid, device), None
     if init is not None:
-        load_weights(objective.model, init, "model.init")
+        note = load_weights(objective.model, init, "model.init")
     trainer = Trainer(objective, Ranks(device))
     with tempfile.TemporaryDirectory(prefix="d2v-dry-run-") as folder:
         for part in (source, valid):
@@ -54,6 +54,7 @@ def dry_run(config: Config, *, init: str | None = None) -> str:
         static = count_static(trainer, objective)
         lines = [
             f"data         {samples}",
+            *([f"positions    {note}"] if note is not None else []),
             *shapes,
             *_describe_memory(static, activations, len(batches[0]), trainer),
             *_describe_run(config, len(source), batches),

@@ -104,7 +104,7 @@ def _take(
     tokens: tuple[str, ...] = ()
     if "vision" in config.traits:
         pixels = batch.inputs[0].permute(1, 2, 0).numpy()
-        content = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+        content = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0]
     elif "waveform" in config.traits:
         content = draw_spectrogram(batch.inputs[:1].float()) if "speech" in config.traits else content
         seconds = batch.inputs.shape[1] / modality.rate

@@ -20,6 +20,7 @@ from d2v.data.loader import train_updates, validation_batches
 from d2v.data.sources import Source, for_example
 from d2v.folder import CONFIG, MODEL, copy_into, describe_mismatch, find_checkpoint, load_tensors
 from d2v.model.data2vec import Data2Vec, Output, build_model
+from d2v.model.stems.positions import resize_positions
 from d2v.runtime import prepare_process, span
 from d2v.train.distributed import Ranks, open_ranks
 from d2v.train.flops import count_work, describe_rates
@@ -62,7 +63,9 @@ def pretrain(
         if probe is not None and config.probe.train is not None:
             objective.probe = probe(objective, ranks, folder.resumed is None)
         if init is not None and folder.resumed is None:
-            load_weights(objective.model, init, "model.init")
+            note = load_weights(objective.model, init, "model.init")
+            if note is not None and ranks.is_first:
+                print(f"note: {note}", file=sys.stderr)
         return train(objective, ranks, folder, profile=profile, track=track)
 
 
@@ -73,16 +76,18 @@ def open_data(config: Config) -> tuple[Source, Source | None]:
     return source, modality.open(config.data.valid, option="data.valid") if config.data.valid is not None else None
 
 
-def load_weights(model: Data2Vec, checkpoint: str, option: str) -> None:
-    """Copies student and teacher from a checkpoint; `ValueError` names the settings that differ, or the first tensor
-    that does not fit."""
+def load_weights(model: Data2Vec, checkpoint: str, option: str) -> str | None:
+    """Copies student and teacher from a checkpoint; returns what became of its positions where the grid of patches is
+    another one. `ValueError` names the settings that differ, or the first tensor that does not fit."""
     folder = find_checkpoint(checkpoint, option)
-    tensors, what = load_tensors(folder, MODEL), f"{option} {str(folder)!r}"
+    what = f"{option} {str(folder)!r}"
+    tensors, note = resize_positions(load_tensors(folder, MODEL), read_config(folder / CONFIG), model.config)
     if problem := describe_mismatch(model.state_dict(), tensors):
         stored, given = (architecture(c) for c in (read_config(folder / CONFIG), model.config))
         differing = [f"{name} {stored[name]}, got {given[name]}" for name in stored if stored[name] != given[name]]
         raise ValueError(f"{what}: " + (f"expected {'; '.join(differing)} ({problem})" if differing else problem))
     copy_into(model.state_dict(), tensors, what)
+    return note and f"{what}: {note}"
 
 
 class Pretraining(Objective):

@@ -466,8 +466,15 @@ def test_masks_follow_the_samples_across_an_epoch_end(image_folder: Path) -> Non
 
 def test_settings_that_images_do_not_have() -> None:
     base = config()
-    with pytest.raises(ValueError, match=r"stem\.channels: expected 1 or 3"):
-        ImageSettings.of(dataclasses.replace(base, stem=dataclasses.replace(base.stem, channels=4)))
+    for data, message in (
+        ({}, r"data\.grey: expected False with stem\.channels 4 \(--data\.no-grey\), got True"),
+        (
+            {"grey": False, "standardise": "imagenet"},
+            r"data\.standardise: expected sample with stem\.channels 4 .*got im",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ImageSettings.of(base.change(stem={"channels": 4}, data=data))
     with pytest.raises(ValueError, match=r"data\.crop_scale: expected"):
         ImageSettings.of(config(crop_scale=(0.0, 1.0)))
 

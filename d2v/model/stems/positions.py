@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2v.config import Encoder, Stem
+from d2v.config import Config, Encoder, Stem
 from d2v.model.layers import (
     NORM_EPS,
     LayerNorm,
@@ -249,6 +250,55 @@ class RelativePositions(Positions):
         """Bias of all pairs; the rows are full and have no padding."""
         index = self.index[1 - self.extra :, 1 - self.extra :]
         return AttentionBias(table=self.table[index].permute(2, 0, 1))
+
+
+def resize_positions(
+    tensors: dict[str, Tensor], old: Config, new: Config
+) -> tuple[dict[str, Tensor], str | None]:  # fmt: skip
+    """Tensors of a model, student and teacher, for another grid of patches, and what was done in words; as they are,
+    and None, where the grid is the same. Fixed positions are computed anew, relative ones interpolated."""
+    before, after = old.grid, new.grid
+    if before is None or after is None or before == after:
+        return tensors, None
+    found, how, rows = dict(tensors), None, (2 * before[0] - 1) * (2 * before[1] - 1) + 3
+    for name, tensor in tensors.items():
+        if name.endswith("positions.index"):
+            found[name] = relative_index(after)
+        elif name.endswith("positions.table") and new.stem.positions == "sincos":
+            found[name], how = SinCosPositions(new.encoder, after, new.stem.position_scale).table, "computed"
+        elif name.endswith("positions.table") and len(tensor) == rows and min(before) > 1:
+            found[name], how = resize_relative(tensor, before, after), "interpolated"
+    patches = " to ".join(f"{r} x {c}" for r, c in (before, after))
+    return found, how and f"stem.image_size {old.stem.image_size} to {new.stem.image_size}: positions {how}, {patches}"
+
+
+def resize_relative(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """The table of `RelativePositions` of one grid for another one, by cubic splines over the offsets; the rows of the
+    class token stay (Bao et al. 2022, fine-tuning at another size).
+
+    Offsets of the old grid are placed so that near ones keep their distance in patches, and steps grow geometrically
+    until the farthest is the farthest of the new grid. In a smaller grid all keep their distance.
+    """
+    from scipy.interpolate import RectBivariateSpline
+
+    places, wanted = [_place_offsets(o, n) for o, n in zip(old, new, strict=True)], [np.arange(1 - n, n) for n in new]
+    heads = []
+    for column in table[:-3].double().cpu().numpy().T:
+        values = column.reshape(len(places[0]), len(places[1]))
+        spline = RectBivariateSpline(*places, values, kx=min(3, len(places[0]) - 1), ky=min(3, len(places[1]) - 1))
+        heads.append(spline(*wanted).ravel())
+    return torch.cat([torch.from_numpy(np.stack(heads, axis=1)).to(table), table[-3:]])
+
+
+def _place_offsets(old: int, new: int) -> np.ndarray:
+    """(2 old - 1,) where the offsets along a side of `old` patches lie among those of `new`."""
+    from scipy.optimize import brentq
+
+    powers, ratio = np.arange(old - 1), 1.0
+    if new > old > 2:
+        ratio = brentq(lambda q: (q**powers).sum() - (new - 1), 1.0, float(new))
+    outwards = np.cumsum(ratio**powers)
+    return np.concatenate([-outwards[::-1], [0.0], outwards])
 
 
 class ConvPositions(Positions):
