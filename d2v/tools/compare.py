@@ -54,7 +54,8 @@ def compare(
     Raises:
         ValueError: no run in a folder, no such metric, or a damaged file.
     """
-    found = [read_run(path) for folder in runs for path in list_runs(folder)]
+    once = {path.resolve(): path for folder in runs for path in list_runs(folder)}  # a run may be in a sweep that is given, too
+    found = [read_run(path) for path in once.values()]
     if not found:
         raise ValueError("runs: expected run folders, or the folder of a sweep, got nothing")
     known = list(dict.fromkeys(name for run in found for name in run.values))
