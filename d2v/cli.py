@@ -60,7 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments[:1] in (["pretrain"], ["finetune"], ["sweep"])
             else contextlib.nullcontext()
         ):
-            return _dispatch(arguments)
+            code = _dispatch(arguments)
+            sys.stdout.flush()  # here, where it may fail
+            return code
+    except BrokenPipeError:  # what read the output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, NotImplementedError) as error:
         print(f"d2v: {_one_sentence(error)}", file=sys.stderr)
         return 2
@@ -351,7 +356,7 @@ COMMANDS = {
         "d2v.interop.convert:import_checkpoint",
     ),
     "export": Command(
-        "write a checkpoint as safetensors, for Hugging Face (1.0) or for fairseq", options.Export,
+        "write a checkpoint as safetensors, for Hugging Face (1.0), fairseq, torch.export or ONNX", options.Export,
         "d2v.interop.convert:export_checkpoint",
     ),
     "plot": Command(

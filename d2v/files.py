@@ -6,10 +6,11 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -36,6 +37,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         flush(temporary)
         temporary.replace(path)
         flush(path.parent)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file for reading; `ValueError` for a pipe, socket or device, on which a reader might wait for ever."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError("not a regular file")
+    return file
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from d2v.files import PARTIAL, checksum, parse_json
+from d2v.files import PARTIAL, checksum, open_regular, parse_json
 
 if TYPE_CHECKING:
     from d2v.config import Config
@@ -107,7 +107,8 @@ def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 def load_json(path: Path) -> dict[str, Any]:
     """A JSON object; `ValueError` names a missing or damaged file."""
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            return parse_json(file.read().decode("utf-8"))
     except (OSError, ValueError) as error:
         raise damaged(path, error) from None
 

@@ -17,7 +17,7 @@ from d2v.config.commands import Pretrain
 from d2v.config.fields import check_ranges, find_nearest, flat_fields, replace_fields
 from d2v.config.finetune import SECTION, read_config
 from d2v.config.model import take_architecture
-from d2v.files import parse_json
+from d2v.files import open_regular, parse_json
 from d2v.options import UsageError, advise, list_options
 
 ONLY_OPTIONS = frozenset({"run.dir", "data.cache", "data.allow-commands"})
@@ -88,9 +88,10 @@ def take_code(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def read_file(file: str) -> dict[str, Any]:
     """Settings in a file, JSON where its name ends so, else TOML; `ValueError` says why it cannot be read."""
-    content, is_json = Path(file).read_bytes(), file.endswith(".json")
+    is_json = file.endswith(".json")
     try:
-        text = content.decode("utf-8-sig")
+        with open_regular(file) as stream:
+            text = stream.read().decode("utf-8-sig")
         if is_json:
             return parse_json(text)
         toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")

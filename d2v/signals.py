@@ -32,6 +32,8 @@ SIGNALS = Kind(
     "a folder of .npy, .csv, .wav or EDF files, a .tsv list or shards", lists=True,
     readers=dict.fromkeys((".edf", ".bdf"), "pip install pyedflib reads them"),
 )  # fmt: skip
+LARGEST = 1e100
+"""Values beyond this count as infinite: their squares have no sum."""
 
 
 def decode_signal(data: bytes) -> tuple[np.ndarray, float | None]:
@@ -57,10 +59,11 @@ def decode_signal(data: bytes) -> tuple[np.ndarray, float | None]:
         values = values[:, None]
     if values.ndim != 2 or not values.size or values.dtype.kind not in "fiu":
         raise ValueError(f"expected real numbers (time, channels), got {values.dtype} of shape {values.shape}")
-    if not (finite := np.isfinite(values)).all():
+    values = values.astype(np.float64, copy=False)
+    if not (finite := np.abs(values) <= LARGEST).all():  # NaN is not, either
         row, column = np.argwhere(~finite)[0].tolist()
         raise ValueError(f"expected finite values, got {values[row, column]} in row {row}, column {column}")
-    return values.astype(np.float64, copy=False), rate
+    return values, rate
 
 
 def _read_csv(text: str) -> np.ndarray:

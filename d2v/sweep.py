@@ -20,7 +20,7 @@ from typing import Any
 
 from d2v.config import Config
 from d2v.config.commands import Pretrain, Sweep
-from d2v.config.fields import build_section, check_ranges
+from d2v.config.fields import build_section, check_ranges, shorten
 from d2v.files import write_atomically
 from d2v.options import UsageError, check_names, list_options, option_names, parse_options
 from d2v.settings import pretrain_defaults, take_code, value_of
@@ -30,8 +30,8 @@ _OWN = ("run.dir", "slurm", "dry-run")
 _STOPPED = (os.EX_TEMPFAIL, 128 + signal.SIGINT)
 """Exit codes of a run that was stopped from outside: the sweep stops, too."""
 _SLURM = """#!/usr/bin/env bash
-# A task of a Slurm array for each of {count} runs of `d2v sweep`. Change the lines below for your cluster, then, in the
-# folder where the sweep was made: sbatch {path}
+# A task of a Slurm array for each of {count} runs of `d2v sweep`. Change the lines below for your cluster, then hand
+# this file to sbatch in the folder where the sweep was made.
 #SBATCH --job-name=d2v-sweep
 #SBATCH --array=0-{last}
 #SBATCH --ntasks=1
@@ -86,6 +86,10 @@ def split_values(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[li
         kind = known.get(name)
         parts = typing.get_args(kind) if typing.get_origin(kind) is tuple else (kind,)
         if name in _OWN:
+            if name == "run.dir" and len(given) != ("=" not in arguments[start]):
+                raise UsageError(f"run.dir: expected one folder for the runs, got {' '.join(given) or 'nothing'}")
+            if name != "run.dir" and given:
+                raise UsageError(f"{name}: expected no value, got {' '.join(given)}")
             continue
         if kind is None or len(given) <= len(parts) or parts[-1] is ...:
             shared += arguments[start:end]
@@ -117,7 +121,7 @@ def plan(recipe: str, arguments: Sequence[str], folder: str) -> list[Member]:
     titles = [name if lasts.count(last) > 1 else last for name, last in zip(axes, lasts, strict=True)]
     members: list[Member] = []
     for chosen in itertools.product(*axes.values()):
-        texts = ["_".join(c[1:]) or str(".no-" not in c[0]) for c in chosen]
+        texts = ["_".join(c[1:]) if c[1:] else str(".no-" not in c[0]) for c in chosen]
         plain = [re.sub(r"[^\w.+-]+", "_", text) for text in texts]
         name = ",".join(f"{title}={text}" for title, text in zip(titles, plain, strict=True))
         options = [*shared, *itertools.chain(*chosen), "--run.dir", str(Path(folder) / name)]
@@ -131,6 +135,8 @@ def plan(recipe: str, arguments: Sequence[str], folder: str) -> list[Member]:
     names = [member.name for member in members]
     if double := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"sweep: expected values with folders of their own, got two for {double!r}")
+    if long := next((name for name in names if len(name.encode()) > 255), None):
+        raise UsageError(f"sweep: expected values that fit into the name of a folder, 255 bytes, got {shorten(long)!r}")
     return members
 
 
@@ -168,9 +174,8 @@ def sweep(recipe: str, arguments: Sequence[str]) -> int:
         if "--slurm" in flags:
             cases = "\n".join(f"    {i}) set -- {shlex.join(m.command)} ;;" for i, m in enumerate(members))
             path = folder / SCRIPT
-            fields = {"count": len(members), "last": len(members) - 1, "cases": cases, "path": shlex.quote(str(path))}
-            write_atomically(path, _SLURM.format(**fields))
-            print(f"sbatch {fields['path']}")
+            write_atomically(path, _SLURM.format(count=len(members), last=len(members) - 1, cases=cases))
+            print(f"sbatch {shlex.quote(str(path))}")
             return 0
         code = _run_all(folder, members)
     print("\n".join(f"{m.name}: {m.state}" for m in members))

@@ -37,7 +37,7 @@ class EcgStem(d2v.InputStem):
         return SAMPLES // PATCH, None
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        features: Tensor = self.proj(self.norm(inputs.reshape(len(inputs), SAMPLES // PATCH, PATCH * LEADS)))
+        features: Tensor = self.proj(self.norm(inputs.reshape(-1, SAMPLES // PATCH, PATCH * LEADS)))
         return features
 
 

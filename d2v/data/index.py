@@ -35,13 +35,13 @@ from d2v.data.sources import (
     list_left_out,
     measure_length,
     number_classes,
-    open_regular,
     printable,
     read_lines,
     read_text_file,
     read_transcripts,
     walk_files,
 )
+from d2v.files import open_regular
 from d2v.runtime import Reporter
 
 

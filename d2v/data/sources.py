@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from d2v.data.cache import CACHE, FileRecord, IndexCache, NameTable, describe_change
+from d2v.files import open_regular
 
 MAX_ENCODED_BYTES = 256 << 20
 """Largest encoded sample that is read; a bigger file or tar member counts as a bad sample."""
@@ -246,15 +246,6 @@ class Subset(Source):
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
-
-
-def open_regular(path: str | Path) -> BinaryIO:
-    """A file for reading; `ValueError` for a pipe, socket or device, on which a reader might wait for ever."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError("not a regular file")
-    return file
 
 
 def check_size(size: int, what: str) -> None:

@@ -34,7 +34,6 @@ from d2v.data.sources import (
     for_example,
     is_header,
     number_classes,
-    open_regular,
     printable,
 )
 from d2v.data.tokenizer import (
@@ -49,7 +48,7 @@ from d2v.data.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
-from d2v.files import PARTIAL, write_atomically
+from d2v.files import PARTIAL, open_regular, write_atomically
 from d2v.folder import clean_folder, latest_checkpoint
 from d2v.model.stems.text import make_stem
 from d2v.runtime import Reporter

@@ -24,12 +24,11 @@ from d2v.data.sources import (
     ending_of,
     find_files,
     list_left_out,
-    open_regular,
     printable,
     read_text_file,
     walk_files,
 )
-from d2v.files import write_atomically
+from d2v.files import open_regular, write_atomically
 from d2v.runtime import Reporter
 
 FILE = "tokenizer.json"

@@ -6,11 +6,15 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v.config import Config
+from d2v.config.inputs import find_kind
+from d2v.data import make_modality
+from d2v.data.dataset import Sample
 from d2v.data.tokenizer import PADDING
 from d2v.model.data2vec import Data2Vec
 from d2v.model.teacher import PARTS, encode_measured
@@ -41,7 +45,7 @@ def make_program(model: Data2Vec) -> torch.export.ExportedProgram:
     example = make_example(model.config)
     dynamic: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
     if example.dim() != 4:
-        dynamic[example.dim() - 1] = torch.export.Dim.AUTO
+        dynamic[1] = torch.export.Dim.AUTO
     with torch.no_grad():
         program = torch.export.export(Encoder(model), (example,), dynamic_shapes=(dynamic,))
     return program.run_decompositions(
@@ -56,7 +60,12 @@ def make_example(config: Config) -> Tensor:
         return torch.randn(2, stem.channels, stem.image_size, stem.image_size)
     if stem.modality == "text":
         return torch.randint(PADDING + 1, stem.vocabulary - 1, (2, min(40, stem.max_tokens - 1)))
-    return torch.randn(2, 8000)
+    modality = make_modality(config)
+    value = modality.placeholder()
+    if "waveform" in find_kind(stem.modality).words:  # of any length, and this is the shortest
+        value = np.resize(value, (6 * len(value) + 1, *value.shape[1:]))
+    inputs, _ = modality.stack([Sample(0, 0, value, ())] * 2, training=False)
+    return torch.randn_like(inputs) if inputs.is_floating_point() else inputs
 
 
 def save_program(program: torch.export.ExportedProgram, file: Path) -> None:

@@ -136,8 +136,8 @@ def _find_roles(folder: Path, model: dict[str, Any], pieces: dict[str, int], opt
     roles: dict[str, str] = {} if unknown is None else {"<unk>": unknown}
     for role in (MASK, "<pad>", "</s>", "<s>", "<unk>"):  # one token for both ends is the end
         named = [given.get(n) if n.endswith("_token") else n for n in _ROLES[role]]
-        contents = [n["content"] if isinstance(n, dict) else n for n in named]
-        found = next((n for n in contents if n in pieces and n not in roles.values()), None)
+        contents = [n.get("content") if isinstance(n, dict) else n for n in named]
+        found = next((n for n in contents if isinstance(n, str) and n in pieces and n not in roles.values()), None)
         if found is not None:
             roles.setdefault(role, found)
     return roles

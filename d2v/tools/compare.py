@@ -54,7 +54,10 @@ def compare(
     Raises:
         ValueError: no run in a folder, no such metric, or a damaged file.
     """
-    found = [read_run(path) for folder in runs for path in list_runs(folder)]
+    once: dict[Path, Path] = {}
+    for path in itertools.chain.from_iterable(map(list_runs, runs)):
+        once.setdefault(path.resolve(), path)
+    found = [read_run(path) for path in once.values()]
     if not found:
         raise ValueError("runs: expected run folders, or the folder of a sweep, got nothing")
     known = list(dict.fromkeys(name for run in found for name in run.values))

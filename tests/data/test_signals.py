@@ -133,6 +133,7 @@ BROKEN = {
     "head.csv": (b"a,b,c\n", "shape (0, 0)"),
     "gap.csv": (b"1,2,3\n4,,6\n", "could not convert string ''"),
     "ragged.csv": (b"1,2,3\n4,5\n", "columns"),
+    "large.csv": (b"1,2,3\n4,1e200,6\n", "expected finite values, got 1e+200 in row 1, column 1"),
     "infinite.csv": (b"1,2,3\n4,inf,6\n", "expected finite values, got inf in row 1, column 1"),
     "bytes.csv": (b"\xff\x00\x80", "not UTF-8"),
     "cut.wav": (encode_sound(VALUES.astype(np.float32), 100)[:200], "cut off"),

@@ -201,6 +201,14 @@ def test_other_layouts_are_converted_and_nothing_else_changes(kind: str, tmp_pat
     assert same == list(range(len(ids)))
 
 
+def test_what_is_no_name_of_a_special_token_is_passed_over(tmp_path: Path) -> None:
+    foreign("WordPiece").save(str(tmp_path / "tokenizer.json"))
+    wanted = convert_tokenizer(tmp_path)
+    odd = {"pad_token": {"content": ["x"]}, "mask_token": ["x"], "bos_token": {"lstrip": True}, "unk_token": 7}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(odd))
+    assert convert_tokenizer(tmp_path) == wanted
+
+
 def test_names_of_special_tokens_in_a_text_are_no_special_tokens(tmp_path: Path) -> None:
     for kind in ("WordPiece", "Unigram", "BPE"):
         foreign(kind).save(str(tmp_path / "tokenizer.json"))

@@ -46,11 +46,11 @@ def others(example: Tensor) -> list[Tensor]:
     """Inputs of other batch sizes and lengths."""
     if example.dim() == 4:
         return [torch.randn(batch, *example.shape[1:]) for batch in (1, 3)]
-    longer = torch.cat([example, example.flip(1)], 1)
+    longer = torch.cat([example, example.flip(1)], 1)  # (B,S), (B,S,N)
     return [longer[:1, : example.shape[1] // 2 + 1], torch.cat([longer, longer.flip(0)])[:3, : example.shape[1] + 7]]
 
 
-NAMES = ["vision-tiny", "speech-base", "speech-tiny", "text1-tiny"]
+NAMES = ["vision-tiny", "speech-base", "speech-tiny", "text1-tiny", "signals-tiny"]
 
 
 @pytest.mark.parametrize("name", NAMES)

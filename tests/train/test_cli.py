@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -299,3 +300,14 @@ def run_without_tyro(command: list[str]) -> subprocess.CompletedProcess[str]:
     """A process in which tyro is not installed."""
     program = "import sys; sys.modules['tyro'] = None; from d2v.cli import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_output_that_nobody_reads_is_no_error(buffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "d2v", "recipes", "--show", "vision-tiny"]
+    env = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, env=env)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")

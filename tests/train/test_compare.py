@@ -64,6 +64,8 @@ def test_means_and_tests_over_seeds(sweep: Path) -> None:
     assert "Welch's t-test over seeds (3, 3 in the groups)" in text
     assert any(line.split() == ["learning_rate=0.001", "3", "3", "1.133", "±", "0.15"] for line in text.splitlines())
     assert "note:" not in text
+    # A run counts once, however often it is given.
+    assert json.loads(compare([sweep, sweep / "0.001-0", sweep / ".." / "sweep"], as_json=True)) == result
 
 
 def test_holm_over_three_groups(sweep: Path) -> None:

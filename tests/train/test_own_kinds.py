@@ -21,6 +21,7 @@ from d2v import Config, recipes
 from d2v.config.inputs import KINDS, find_kind
 from d2v.data import make_modality
 from d2v.data.dataset import Modality
+from d2v.interop.program import make_program
 from d2v.model.layers import check_lengths, valid_positions
 from d2v.model.stems import InputStem
 from d2v.testing import check_modality
@@ -208,6 +209,11 @@ def test_the_example_passes_its_check(tmp_path: Path) -> None:
     path = example["write_recordings"](tmp_path, 2, 0)
     config = example["recipe"]().change(**SMALL, **SECOND, data={"path": str(path)})
     assert check_modality(config)[-2].startswith("padding: none, the stem takes no lengths")
+    model = d2v.Data2Vec(config).eval()
+    program = make_program(model).module()
+    for batch in (1, 3):
+        inputs = torch.randn(batch, 600, 12)
+        torch.testing.assert_close(program(inputs), model.teacher.encode(inputs).features, rtol=1e-4, atol=1e-4)
 
 
 def test_spectrograms_pass_the_check(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,9 @@ def test_files_that_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert "expected JSON, got what cannot be read" in refused(capsys, "pretrain", "--config", str(tmp_path / "a.json"))
     (tmp_path / "a.toml").write_bytes(b"\xff\xfe")
     assert "expected TOML, got what cannot be read" in refused(capsys, "pretrain", "--config", str(tmp_path / "a.toml"))
+    os.mkfifo(tmp_path / "pipe.toml")
+    for endless in (str(tmp_path / "pipe.toml"), "/dev/zero"):  # would be waited for, or fill the memory
+        assert "got what cannot be read: not a regular file" in refused(capsys, "pretrain", "--config", endless)
     assert "Missing value for argument '--config'" in refused(capsys, "pretrain", "vision-tiny", "--config")
 
 

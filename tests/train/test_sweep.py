@@ -68,6 +68,7 @@ def test_the_product_of_the_values() -> None:
     assert (first.config.version, second.config.version) == (2, 1)
     # No value leads out of the folder.
     assert plan("vision-tiny", ["--data.path", "../a/b", ".."], "x")[0].name == "path=.._a_b"
+    assert plan("vision-tiny", ["--data.path", "", "a"], "x")[0].name == "path="
 
 
 def test_runs_are_skipped_resumed_and_told_of(
@@ -150,6 +151,9 @@ def test_an_array_of_slurm(command: list[str], tmp_path: Path, capsys: pytest.Ca
     assert set(states(tmp_path / "sweep").values()) == {"not begun"}
     assert sorted(p.name for p in script.parent.iterdir()) == ["sweep.json", "sweep.sbatch"]
     assert "#SBATCH --array=0-3\n" in script.read_text()
+    # A name with a line break ends no comment.
+    assert main([*command, *values, "--slurm", "--run.dir", str(tmp_path / "a\nexit 3")]) == 0
+    assert "\nexit 3" not in (tmp_path / "a\nexit 3" / "sweep.sbatch").read_text().partition("case ")[0]
     for name, text in FAKES.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
@@ -187,6 +191,9 @@ def test_sweeps_that_cannot_be_made(
         ("--data.valid", "a/b", "a:b"): "expected values with folders of their own, got two for 'valid=a_b'",
         ("--run.seed", "0", "1", "--run.dir", str(images)): "expected an empty folder or an earlier sweep",
         ("--run.seed", "0", "1", "--run.dir="): "run.dir: expected a folder for the runs, got nothing",
+        ("--run.seed", "0", "1", "--run.dir", "a", "b"): "run.dir: expected one folder for the runs, got a b",
+        ("--run.seed", "0", "1", "--slurm", "False"): "slurm: expected no value, got False",
+        ("--data.valid", "a", 256 * "b"): "the name of a folder, 255 bytes, got 'valid=bbb",
     }
     for more, text in cases.items():
         assert text in refused(capsys, *command, *more), more
