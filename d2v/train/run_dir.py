@@ -103,7 +103,8 @@ class RunFolder:
 
 
 def read_run(folder: str) -> Config:
-    """The settings of the run in a folder, but for `data.allow_commands`, which each call has to give."""
+    """The settings of the run in a folder, but for `data.allow_commands` and `data.cache`, which each call has to give:
+    a folder made by somebody else neither runs anything nor chooses where to write."""
     path = Path(folder)
     checkpoint = latest_checkpoint(path)
     stored = load_json(file := (checkpoint or path) / CONFIG)
@@ -115,7 +116,9 @@ def read_run(folder: str) -> Config:
         raise damaged(file, error) from None
     if checkpoint is not None:
         check_layers(config, len(read_index(checkpoint)), f"checkpoint {str(checkpoint)!r}")
-    return config.change(data={"allow_commands": False}, run={"dir": folder})
+    if config.data.cache is not None:
+        print(f"note: data.cache counts on the command line only; it was {config.data.cache!r}", file=sys.stderr)
+    return config.change(data={"allow_commands": False, "cache": None}, run={"dir": folder})
 
 
 def check_run_folder(folder: str) -> None:

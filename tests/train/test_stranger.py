@@ -15,6 +15,7 @@ from d2v.config.fields import flat_fields, forget_places
 from d2v.config.finetune import FineTuneConfig, read_config
 from d2v.model.data2vec import build_model
 from d2v.model.saving import write_folder
+from d2v.train import run_dir
 
 PLACES = {
     "data.path", "data.valid", "data.tokenizer", "data.cache", "data.allow_commands", "run.dir", "finetune.options.bpe",
@@ -141,3 +142,14 @@ def test_no_configuration_ends_in_a_traceback(export: Path, text: str, capsys: p
     (export / "config.json").write_text(text)
     assert main(["export", "--checkpoint", str(export), "--format", "safetensors", "--output", str(export / "x")]) == 2
     assert capsys.readouterr().err.startswith("d2v: checkpoint: cannot read")
+
+
+def test_a_run_that_goes_on_takes_no_cache_from_its_folder(
+    make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config().change(data={"cache": str(tmp_path / "cache")}, run={"dir": str(tmp_path / "run")})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(config.to_json())
+    assert run_dir.read_run(str(tmp_path / "run")) == config.change(data={"cache": None})
+    note = f"note: data.cache counts on the command line only; it was {str(tmp_path / 'cache')!r}"
+    assert note in capsys.readouterr().err
