@@ -141,12 +141,13 @@ def average(values: Sequence[float]) -> dict[str, float | None] | None:
 
 def compare_pairs(groups: Mapping[str, Sequence[Run]], metric: str) -> list[dict[str, Any]]:
     """Differences of the means of pairs of groups, with p-values of Welch's t-test: single, and by Holm's method over
-    the pairs. None with fewer than two seeds in a group, without spread, or without scipy."""
+    the pairs. None with fewer than two seeds in a group, with a seed twice, without spread, or without scipy."""
     tests = []
     for first, second in itertools.combinations(groups, 2):
         a, b = ([run.values[metric] for run in groups[name] if metric in run.values] for name in (first, second))
         if a and b:
-            p = _welch(a, b) if min(count_seeds(groups[name]) for name in (first, second)) > 1 else None
+            fair = all(count_seeds(groups[name]) == len(groups[name]) > 1 for name in (first, second))
+            p = _welch(a, b) if fair else None
             test: dict[str, Any] = {"metric": metric, "from": first, "to": second}
             tests.append({**test, "difference": float(np.mean(b) - np.mean(a)), "p": p, "p by Holm": None})
     largest, known = 0.0, sorted((test for test in tests if test["p"] is not None), key=lambda test: test["p"])
@@ -185,7 +186,7 @@ def _describe(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         if tables["tests"]:
             seeds = ", ".join(str(row["seeds"]) for row in tables["groups"])
             text = f"Welch's t-test over seeds ({seeds} in the groups); p also by Holm's method over a metric's pairs"
-            parts.append(f"{text}; -: needs 2 seeds a group, and scipy\n{_align(tables['tests'])}")
+            parts.append(f"{text}; -: needs 2 seeds a group, each once, and scipy\n{_align(tables['tests'])}")
     return "\n\n".join(parts)
 
 

@@ -91,6 +91,9 @@ def test_too_few_seeds_and_no_scipy(sweep: Path, monkeypatch: pytest.MonkeyPatch
     result = json.loads(compare([single[0], again, sweep / "0.003-0", sweep / "0.003-1"], as_json=True))
     assert [(g["runs"], g["seeds"]) for g in result["groups"]] == [(2, 1), (2, 2)]
     assert result["tests"][0]["p"] is None
+    result = json.loads(compare([sweep, again], as_json=True))
+    assert [(g["runs"], g["seeds"]) for g in result["groups"]] == [(4, 3), (3, 3)]
+    assert result["tests"][0]["p"] is None, "seeds 0, 0, 1, 2 are no four independent runs"
     monkeypatch.setitem(sys.modules, "scipy", None)
     assert json.loads(compare([sweep], as_json=True))["tests"][0]["p"] is None
 
