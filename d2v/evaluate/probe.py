@@ -346,10 +346,7 @@ def probe(
         raise ValueError(f"pool: expected one of {', '.join(POOLS)} for a model without a class token, got class")
     uncut = Uncut(config, max_seconds, max_tokens)
     modality = uncut.modality
-    unknown = [name for name in baselines if name not in ("random_init", *modality.baselines)]
-    if unknown:
-        known = ", ".join(("random_init", *modality.baselines))
-        raise ValueError(f"baselines: expected of {known} for {modality.noun}, got {unknown[0]}")
+    _check_baselines(baselines, modality)
     train_source, test_source = open_pair(modality, train, test)
 
     encoders: dict[str, Any] = {"pretrained": model}
@@ -380,6 +377,12 @@ def probe(
     _write_result(result, checkpoint, output)
     print(json.dumps(result))
     return result
+
+
+def _check_baselines(baselines: Sequence[str], modality: Modality) -> None:
+    known = ("random_init", *modality.baselines)
+    if unknown := [name for name in baselines if name not in known]:
+        raise ValueError(f"baselines: expected of {', '.join(known)} for {modality.noun}, got {unknown[0]}")
 
 
 def _write_result(result: dict[str, Any], checkpoint: str, output: str | None) -> None:
