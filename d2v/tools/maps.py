@@ -18,7 +18,7 @@ from torch import Tensor
 
 from d2v.config import Config
 from d2v.data import make_modality
-from d2v.data.dataset import Batch, Collate, EvaluationSamples, Modality
+from d2v.data.dataset import Collate, EvaluationSamples, Modality
 from d2v.data.sources import Rejected, Source
 from d2v.evaluate.pieces import Uncut, list_entries
 from d2v.evaluate.probe import encode_batch, standardise_features
@@ -110,9 +110,7 @@ def draw_maps(
         assert table.labels is not None
         rows = choose_rows(table.labels, samples, seed)
 
-        def encode(part: Batch) -> Tensor:
-            return encode_batch(encoder, uncut.modality, part, place, layer)
-
+        encode = partial(encode_batch, encoder, uncut.modality, device=place, layer=layer)
         features, labels = collect_features(table, rows, uncut.modality, encode, batch, uncut)
         points, axes = embed(features, method, seed)
         title = f"{checkpoint}, {weights}: {len(labels)} {modality.noun}, mean features"
