@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -107,17 +107,6 @@ class RunProbe:
             raise ProbeFailed(text)
         return values
 
-    def _in_step(self, batches: Iterable[PieceBatch]) -> Iterator[tuple[PieceBatch, bool]]:
-        """As `Ranks.in_step`, and ends on all ranks where one has failed."""
-        source, last = iter(batches), None
-        while True:
-            part = next(source, None)
-            if not any(self._agree(part is not None)):
-                return
-            last = last if part is None else part
-            assert last is not None
-            yield last, part is not None
-
     # ---- the measurement ------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
@@ -163,7 +152,9 @@ class RunProbe:
         data = self.config.data
         size = min(BATCH, data.micro_batch or -(-data.global_batch // self.ranks.size))
         batches = self._uncut.batches(source, torch.device("cpu"), size, rows=rows)
-        work = lambda: collect_features({"teacher": extract}, source, name, self._in_step(batches))  # noqa: E731
+        # Where one rank has failed, `_agree` ends the pass on all.
+        steps = self.ranks.in_step(batches, self._agree)
+        work = lambda: collect_features({"teacher": extract}, source, name, steps)  # noqa: E731
         parts: list[Collected] = self._agree(self._attempt(work))
         bad, cut = ([one for part in parts for one in getattr(part, kind)] for kind in ("bad", "cut"))
         labels = np.concatenate([part.labels for part in parts])

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
@@ -93,13 +93,18 @@ class Ranks:
         if self.size > 1:
             dist.barrier(group=self.control)
 
-    def in_step(self, items: Iterable[_T]) -> Iterator[tuple[_T, bool]]:
+    def in_step(
+        self, items: Iterable[_T], gather: Callable[[Any], list[Any]] | None = None
+    ) -> Iterator[tuple[_T, bool]]:
         """Items, as often on every rank as on the one that has most: a rank that has run out gets its last item again,
-        with False. For forwards of a sharded model, in which all ranks take part."""
+        with False. For forwards of a sharded model, in which all ranks take part.
+
+        gather: in place of `self.gather`, where another exchange may meet this one.
+        """
         source, last = iter(items), None
         while True:
             item = next(source, None)
-            if not any(self.gather(item is not None)):
+            if not any((gather or self.gather)(item is not None)):
                 return
             last = last if item is None else item
             assert last is not None
