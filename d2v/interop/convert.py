@@ -78,7 +78,9 @@ def _take_tokenizer(source: Path, model: Data2Vec | FineTuned) -> tuple[str | No
     except ValueError as error:
         return None, f"\nThe tokenizer was not taken along: {error}; {hint}"
     with torch.no_grad():
-        embedding.weight.copy_(embedding.weight[torch.tensor(ids)])
+        for name, parameter in encoder.named_parameters():
+            if name.endswith("stem.embed_tokens.weight"):  # the teacher may average the stem, too
+                parameter.copy_(parameter[torch.tensor(ids)])
     return text, "\nIts tokenizer is in the folder, too, with RoBERTa's special ids; embeddings moved with them."
 
 

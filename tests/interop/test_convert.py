@@ -16,7 +16,7 @@ import d2v
 from d2v import recipes
 from d2v.config.finetune import HeadSettings
 from d2v.data.tokenizer import BytePairs, DocumentReader, save_tokenizer, train_tokenizer
-from d2v.interop import fairseq
+from d2v.interop import convert, fairseq
 from d2v.interop.convert import export_checkpoint, import_checkpoint
 from d2v.interop.torch_file import read_torch_file
 from d2v.model.data2vec import strip_pretraining
@@ -160,6 +160,12 @@ def test_embeddings_go_where_the_special_tokens_go(tmp_path: Path) -> None:
     assert ids != made.encode("the cat").ids
     assert torch.equal(after[ids], before[made.encode("the cat").ids])
     assert torch.equal(after[-1], before[4])
+    # A teacher that averages the stem has embeddings of its own.
+    whole = d2v.Data2Vec(config.change(ema={"scope": "all"}))
+    mine, averaged = whole.stem.embed_tokens.weight, whole.teacher.get_parameter("stem.embed_tokens.weight")
+    first = averaged[4].clone()
+    assert "embeddings moved with them" in convert._take_tokenizer(tmp_path / "hf", whole)[1]
+    assert torch.equal(averaged[-1], first) and torch.equal(mine, averaged)
     made.add_tokens(["more"])
     made.save(str(tmp_path / "hf" / "tokenizer.json"))
     assert f"got others and {size + 1} tokens for {size} embeddings" in import_checkpoint(
