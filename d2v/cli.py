@@ -367,6 +367,10 @@ COMMANDS = {
         "table and curves of several runs or a sweep, means over seeds, tests of differences", options.Compare,
         "d2v.tools.compare:compare",
     ),
+    "audit": Command(
+        "replay updates of a run and compare them, bit for bit, with what it wrote down", options.Audit,
+        "d2v.tools.audit:audit",
+    ),
     "recipes": Command("list the recipes", options.Recipes, _list_recipes),
     "info": Command("which operators and backends this installation can run, and why not", options.Info, _info),
     "data textures": Command(

@@ -143,7 +143,7 @@ def plan(recipe: str, arguments: Sequence[str], folder: str) -> list[Member]:
 def find_state(config: Config) -> str:
     """Whether a run is finished; `ValueError` where its folder holds one with other settings."""
     from d2v.folder import CONFIG, latest_checkpoint, load_json, step_of
-    from d2v.train.resume import compare_configs
+    from d2v.train.run_dir import compare_configs
 
     folder = Path(config.run.dir)
     found = latest_checkpoint(folder)

@@ -259,6 +259,32 @@ class Compare:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Replays updates of a pre-training run from its checkpoint and compares losses, gradient norms and, with
+    --run.digest-every, weights with those that the run wrote down: the same bits, equal within a limit, or what differs
+    first. Writes nothing; ends with 1 where they differ. Under torchrun on any number of ranks; D2V_KERNELS_BACKEND
+    chooses other operators."""
+
+    folder: Path = setting(option="dir", positional=True)  # noqa: RUF009
+    """Run folder."""
+    steps: str
+    """FIRST:LAST, in updates: from the state after FIRST to that after LAST. It begins at the newest checkpoint up to
+    FIRST that is kept (--run.keep-every), or at the beginning of the run."""
+    path: str | None = setting(None, option="data.path")
+    """The training data; unset: where they lay."""
+    threads: int | None = setting(None, low=1, option="run.threads")
+    """CPU threads; unset: as the run."""
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", option="run.device")
+    """auto: a GPU when there is one."""
+    parallel: Literal["ddp", "fsdp"] | None = setting(None, option="run.parallel")
+    """As for pretrain; unset: as the run."""
+    allow_commands: bool = setting(False, option="data.allow-commands")
+    """Run shell commands that the data path or a manifest names."""
+    limit: float = setting(1e-6, low=0)
+    """Largest relative difference of losses and gradient norms that counts as equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipes:
     """Lists the recipes: what they are for, size of the model, masks, number of updates."""
 

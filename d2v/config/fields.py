@@ -169,3 +169,11 @@ def shorten(value: Any) -> str:
     """A value of a file in a message: of a large or deeply nested one the beginning."""
     text = reprlib.repr(value) if isinstance(value, (list, tuple, dict)) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a configuration's JSON object by dotted name."""
+    flat: dict[str, Any] = {}
+    for section, value in config.items():
+        flat |= {f"{section}.{n}": v for n, v in value.items()} if isinstance(value, Mapping) else {section: value}
+    return flat

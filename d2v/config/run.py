@@ -161,6 +161,9 @@ class Run:
     """Updates between lines of metrics.jsonl."""
     checkpoint_every: int = setting(5_000, low=1, free=True)
     """Updates between checkpoints."""
+    digest_every: int | None = setting(None, low=1, free=True, rare=True)
+    """Updates between lines of digests.jsonl, from which `d2v audit` tells whether a run can be repeated; copies of the
+    model on several ranks that are no longer equal stop the run. Unset: none."""
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "none"], ...] = setting(
         ("tensorboard",), free=True
     )

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from d2v.config.fields import shorten
+from d2v.config.fields import flatten_config, shorten
 from d2v.finetune.objective import CHOICE
 from d2v.finetune.report import RESULT
 from d2v.folder import CONFIG, load_json
 from d2v.tools.figures import escape, new_figure, save_figure
 from d2v.tools.plot import COLUMNS, LOGARITHMIC, PROBES, UNITS, choose_panels
 from d2v.train.logging import read_metrics
-from d2v.train.resume import flatten_config
 
 SEED, NO_SETTING, NO_METRICS = "run.seed", "run.dir", ("valid_step", "probe_step", CHOICE)
 

@@ -24,6 +24,8 @@ from d2v.train.monitors import find_low_ranks
 from d2v.train.trackers import Tracker, Trackers
 
 Item = TypeVar("Item")
+DIGESTS = "digests.jsonl"
+"""In the run folder: what `d2v.train.digests` writes."""
 Reduce = Callable[[Tensor], object]
 """Sums a float64 tensor over all ranks, in place."""
 
@@ -251,6 +253,7 @@ class Report:
         self.folder, self.update, self.steps, self.active = folder, update, steps, active
         if active:
             self._file = MetricsFile(folder / "metrics.jsonl", update)
+            self._digests: MetricsFile | None = None
             self._progress = Progress(update, steps)
             self._trackers = Trackers(trackers or {} if update < steps else {}, self.say)
 
@@ -282,6 +285,12 @@ class Report:
             self._trackers.log(line)
             self._progress.show(line)
 
+    def write_digests(self, line: Mapping[str, Any]) -> None:
+        """A line of `DIGESTS`."""
+        if self.active:
+            self._digests = self._digests or MetricsFile(self.folder / DIGESTS, self.update)
+            self._digests.write(line)
+
     def write_counts(self, bad: BadSamples) -> None:
         """`data.json`: how many samples there are, how many were bad, what was converted and what was left out."""
         if self.active:
@@ -300,6 +309,8 @@ class Report:
             stopped = kind is not None and issubclass(kind, (SystemExit, KeyboardInterrupt))
             self._trackers.finish("finished" if kind is None else "stopped" if stopped else "failed")
             self._file.close()
+            if self._digests is not None:
+                self._digests.close()
             self._progress.close()
 
     def summarise(self, update: int, bad: BadSamples) -> None:

@@ -1,5 +1,5 @@
-"""The run folder: whose it is, what it holds, who may write into it; and the signals that end a run in order, with an
-exit code that says whether to start it again."""
+"""The run folder: whose it is, what it holds, who may write into it, which settings may change when it goes on; and
+the signals that end a run in order, with an exit code that says whether to start it again."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from d2v.config import Config
+from d2v.config.fields import flat_fields, flatten_config, shorten
 from d2v.config.finetune import SECTION
 from d2v.data.sources import Source
 from d2v.files import PARTIAL, write_atomically
 from d2v.folder import CONFIG, check_layers, clean_folder, damaged, latest_checkpoint, load_json, read_index, step_of
 from d2v.train.distributed import Ranks
-from d2v.train.resume import compare_configs
+from d2v.train.optim import learning_rate_at
 
 EXIT_REQUEUE = 75
 """Exit code after SIGTERM and SIGUSR1 (EX_TEMPFAIL): the job was stopped from outside; started again, it goes on."""
@@ -30,6 +32,9 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 REQUEUE = "requeue"
 """File in the run folder of a run that was stopped from outside and can be started again."""
 _ECHO_SECONDS = 1.0
+FREE_FIELDS = frozenset(name for name, field in flat_fields(Config).items() if field.metadata.get("free"))
+"""Settings that leave the sequence of updates as it is."""
+LENGTH = ("run.steps", "run.extend")
 LOCK = ".lock"
 """File that is locked; all that a first start leaves which is killed before it writes the configuration."""
 
@@ -100,6 +105,43 @@ class RunFolder:
         """Rank 0: tells a batch script whether to start the run again."""
         if code == EXIT_REQUEUE:
             write_atomically(self.path / REQUEUE, json.dumps({"step": update, "signal": number}))
+
+
+def compare_configs(stored: Mapping[str, Any], config: Config, folder: Path, update: int) -> list[str]:
+    """What of the free settings differs from the run that `folder` holds, in words.
+
+    `ValueError` names the other settings that differ. Settings that the stored run did not know yet count as equal. The
+    length may differ where the `update` updates so far had the same learning rates and decays.
+    """
+    before, now = flatten_config(stored), flatten_config(json.loads(config.to_json()))
+    texts = {
+        n: f"{n} (stored {shorten(before[n])}, given {now[n]})" for n in now if n in before and before[n] != now[n]
+    }
+    refused = [name for name in texts if name not in FREE_FIELDS]
+    if not set(refused) <= set(LENGTH):
+        listed = ", ".join(texts[name] for name in refused)
+        raise ValueError(f"run.dir: {str(folder)!r} holds a run with other settings: {listed}")
+    if refused:
+        steps, extend = (before.get(name, now[name]) for name in LENGTH)
+        past = replace(config, run=replace(config.run, steps=steps, extend=extend if "run.extend" in before else 0))
+        if config.run.last < update or not _equal_so_far(past, config, update):
+            changed = ", ".join(texts[name] for name in refused)
+            raise ValueError(
+                f"run.dir: {str(folder)!r} holds a run with other settings: {changed}; the rates of its {update} "
+                f"updates follow from its length: --run.steps {steps} --run.extend N goes on for N updates with a "
+                f"schedule of their own, --model.init {folder} with another --run.dir begins a new run from its weights"
+            )
+    return list(texts.values())
+
+
+def _equal_so_far(one: Config, other: Config, update: int) -> bool:
+    """Whether learning rates and decays of the first `update` updates are the same."""
+
+    def rates(config: Config, number: int) -> tuple[float, float]:
+        run = config.run
+        return learning_rate_at(config.optim, number, run.steps, run.extend), config.ema.decay(number, run.steps)
+
+    return all(rates(one, number) == rates(other, number) for number in range(1, update + 1))
 
 
 def read_run(folder: str) -> Config:

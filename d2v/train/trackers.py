@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 import torch
 
+from d2v.config.fields import flatten_config
 from d2v.files import parse_json, write_atomically
 from d2v.runtime import keep_random_state
-from d2v.train.resume import flatten_config
 
 PROJECT = "d2v"
 """Project of W&B and Trackio, experiment of MLflow, where the environment names none."""

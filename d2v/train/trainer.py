@@ -22,6 +22,7 @@ from d2v.data.loader import BadSamples
 from d2v.folder import latest_checkpoint
 from d2v.runtime import Profiler, memory_bytes, span
 from d2v.train.checkpoint import RunState, Saver
+from d2v.train.digests import Digests
 from d2v.train.distributed import Ranks, StopFlag, accumulating, parallelise
 from d2v.train.logging import Report
 from d2v.train.objective import Objective, Step
@@ -53,6 +54,7 @@ class Trainer(RunState):
         optimiser = build_optimiser(objective.parameter_groups(), config.optim)
         super().__init__(config, model, optimiser, objective.source, ranks)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.digests = Digests(self.network, ranks, config.run) if config.run.digest_every else None
 
     # ---- one update -------------------------------------------------------------------------------------------
 
@@ -63,6 +65,8 @@ class Trainer(RunState):
         """
         objective, ranks, optim = self.objective, self.ranks, self.config.optim
         objective.begin_update(self.update + 1)
+        if self.digests is not None:
+            self.digests.before_update(self.is_due(self.config.run.digest_every, self.update + 1))
         # What the losses are divided by: known on the host for one rank, on the device for several.
         weight: float | Tensor = max(own := sum(objective.weigh(batch) for batch in batches), 1.0)
         if ranks.size > 1:
@@ -127,12 +131,14 @@ class Trainer(RunState):
                 step = self.run_update(batches)
                 self.report.advance()
                 profiler.step()
-                due = self._is_due(run.checkpoint_every, self.update)
+                due = self.is_due(run.checkpoint_every, self.update)
+                if self.digests is not None and self.is_due(run.digest_every, self.update):
+                    self._digest(self.digests)
                 if due and self.objective.valid is not None:
                     self._validate()
-                if self.objective.probe is not None and self._is_due(probe_every, self.update):
+                if self.objective.probe is not None and self.is_due(probe_every, self.update):
                     self._probe()
-                if self._is_due(run.log_every, self.update):
+                if self.is_due(run.log_every, self.update):
                     self._log(step, batches[0])
                 asked = stop_flag.exchange(_SAVE_FAILED if self.saver.failed else stop.signal)
                 if asked == _SAVE_FAILED:
@@ -146,8 +152,9 @@ class Trainer(RunState):
         self.report.summarise(self.update, self.bad)
         self.ranks.wait()
 
-    def _is_due(self, every: int, update: int) -> bool:
-        return update % every == 0 or update == self.config.run.last
+    def is_due(self, every: int | None, update: int) -> bool:
+        """Whether what happens `every` so many updates, and after the last one, does after this one."""
+        return not every or update % every == 0 or update == self.config.run.last
 
     def _prepare(self, folder: RunFolder, trackers: Mapping[str, Tracker] | None) -> None:
         run, first = self.config.run, self.ranks.is_first
@@ -171,12 +178,20 @@ class Trainer(RunState):
         for batch in batches:
             self.report.say(self.bad.add(batch.notes))
         if self.ranks.size > 1:
-            if not self._is_due(self.config.run.log_every, update):
+            if not self.is_due(self.config.run.log_every, update):
                 return
             self._exchange_bad()
         self.bad.write()
         with self.ranks.saying_once():
             self.bad.check(update * self.config.data.global_batch)
+
+    def _digest(self, digests: Digests) -> None:
+        """A line of digests; stops where copies of the model on several ranks are no longer the same."""
+        self.window.pause_clock()
+        line, odd = digests.collect(self.update, self.model)
+        self.report.write_digests(line)
+        self._stop_on(odd)
+        self.window.resume_clock()
 
     def _exchange_bad(self) -> None:
         """Every rank learns what the others found, so that all come to the same verdict and rank 0 can write it."""

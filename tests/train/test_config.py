@@ -8,7 +8,7 @@ import pytest
 
 from d2v import Config, recipes
 from d2v.config.finetune import FineTuneConfig
-from d2v.train.resume import FREE_FIELDS
+from d2v.train.run_dir import FREE_FIELDS
 
 
 def test_replace_changes_one_setting() -> None:
@@ -110,7 +110,7 @@ def test_the_mask_token_is_in_the_vocabulary() -> None:
 def test_what_a_resumed_run_may_change() -> None:
     of_data = "allow_commands bad_fraction cache micro_batch path tokenizer valid workers"
     of_run = """activation_checkpointing async_checkpoint best checkpoint_every collapse_after collapse_content_spread
-        collapse_prediction_std compile compile_scope convolution device dir keep_best keep_checkpoints keep_every
+        collapse_prediction_std compile compile_scope convolution device digest_every dir keep_best keep_checkpoints keep_every
         keep_pages log_every packed parallel products shard_ranks teacher_graph threads timeout track"""
     of_probe = {f"probe.{n}" for n in ("train", "test", "every", "pool", "samples")}
     assert of_probe | {f"data.{n}" for n in of_data.split()} | {f"run.{n}" for n in of_run.split()} == FREE_FIELDS

@@ -50,7 +50,7 @@ def test_a_change_would_be_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     test_options_are_frozen()
     original = options.option_names
     monkeypatch.setattr(options, "option_names", lambda kind: [*original(kind), "--surprise"])
-    with pytest.raises(AssertionError, match=r"new options: \['compare .*--surprise"):
+    with pytest.raises(AssertionError, match=r"new options: \['audit .*--surprise"):
         test_options_are_frozen()
     monkeypatch.setattr(options, "option_names", lambda kind: original(kind)[1:])
     with pytest.raises(AssertionError, match="options are gone"):

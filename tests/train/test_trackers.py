@@ -118,7 +118,7 @@ def test_a_resumed_run_is_the_same_and_has_no_line_twice(
 ) -> None:
     from d2v.train.trainer import Trainer
 
-    config = of(make_config(), track=(name,), log_every=1)
+    config = of(make_config(), track=(name,), log_every=1, async_checkpoint=False)
     whole = Trainer.run_update
 
     def killed(self: Any, batches: Any) -> Any:
