@@ -22,9 +22,18 @@ class Ema:
     """What is averaged: all: everything but decoder and head (published: images); encoder: not the stem (2.0 speech);
     transformer: blocks, attention biases (1.0 images in fairseq); layers: blocks and the norm before them (1.0 speech);
     blocks: only the main blocks (text). The teacher uses the student's own parts for the rest."""
+    freeze_after: int | None = setting(None, low=0, rare=True)
+    """Updates after which the averages stay as they are; 0 with --model.init: those of the checkpoint from the
+    beginning. The whole teacher stands still with ema.scope all only. Unset: never."""
+
+    def is_frozen(self, update: int) -> bool:
+        """Whether the averages no longer move at update number `update` (1-based)."""
+        return self.freeze_after is not None and update > self.freeze_after
 
     def decay(self, update: int, steps: int) -> float:
-        """Decay used after optimiser update number `update` (1-based) of a run of `steps` updates."""
+        """Decay used after optimiser update number `update` (1-based) of a run of `steps` updates; 1: frozen."""
+        if self.is_frozen(update):
+            return 1.0
         anneal = self.anneal_steps if self.anneal_steps is not None else steps
         if update >= anneal:
             return self.end

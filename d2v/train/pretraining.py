@@ -81,7 +81,13 @@ def load_weights(model: Data2Vec, checkpoint: str, option: str) -> str | None:
     another one. `ValueError` names the settings that differ, or the first tensor that does not fit."""
     folder = find_checkpoint(checkpoint, option)
     what = f"{option} {str(folder)!r}"
-    tensors, note = resize_positions(load_tensors(folder, MODEL), read_config(folder / CONFIG), model.config)
+    stored = load_tensors(folder, MODEL)
+    # A part that is averaged from now on begins as the student's.
+    stored |= {
+        f"teacher.{name}": tensor for name, tensor in stored.items() if name.split(".")[0] in model.teacher.owned
+        and f"teacher.{name}" not in stored
+    }
+    tensors, note = resize_positions(stored, read_config(folder / CONFIG), model.config)
     if problem := describe_mismatch(model.state_dict(), tensors):
         stored, given = (architecture(c) for c in (read_config(folder / CONFIG), model.config))
         differing = [f"{name} {stored[name]}, got {given[name]}" for name in stored if stored[name] != given[name]]
@@ -154,6 +160,8 @@ class Pretraining(Objective):
 
     def end_update(self, update: int, applied: Tensor | None) -> None:
         """One step of the moving average, which a skipped optimiser step skips, too."""
+        if self.config.ema.is_frozen(update):
+            return
         decay = self.config.ema.decay(update, self.config.run.steps)
         with span("ema"):
             self.model.teacher.update(decay if applied is None else applied * (1.0 - decay))

@@ -34,7 +34,7 @@ REQUEUE = "requeue"
 _ECHO_SECONDS = 1.0
 FREE_FIELDS = frozenset(name for name, field in flat_fields(Config).items() if field.metadata.get("free"))
 """Settings that leave the sequence of updates as it is."""
-LENGTH = ("run.steps", "run.extend")
+LENGTH = ("run.steps", "run.extend", "ema.freeze_after")
 LOCK = ".lock"
 """File that is locked; all that a first start leaves which is killed before it writes the configuration."""
 
@@ -114,6 +114,7 @@ def compare_configs(stored: Mapping[str, Any], config: Config, folder: Path, upd
     length may differ where the `update` updates so far had the same learning rates and decays.
     """
     before, now = flatten_config(stored), flatten_config(json.loads(config.to_json()))
+    before |= {name: None for name in ("ema.freeze_after",) if name in now and name not in before}
     texts = {
         n: f"{n} (stored {shorten(before[n])}, given {now[n]})" for n in now if n in before and before[n] != now[n]
     }
@@ -122,13 +123,14 @@ def compare_configs(stored: Mapping[str, Any], config: Config, folder: Path, upd
         listed = ", ".join(texts[name] for name in refused)
         raise ValueError(f"run.dir: {str(folder)!r} holds a run with other settings: {listed}")
     if refused:
-        steps, extend = (before.get(name, now[name]) for name in LENGTH)
-        past = replace(config, run=replace(config.run, steps=steps, extend=extend if "run.extend" in before else 0))
+        steps, extend, freeze_after = (before.get(name, now[name]) for name in LENGTH)
+        run = replace(config.run, steps=steps, extend=extend if "run.extend" in before else 0)
+        past = replace(config, run=run, ema=replace(config.ema, freeze_after=freeze_after))
         if config.run.last < update or not _equal_so_far(past, config, update):
             changed = ", ".join(texts[name] for name in refused)
             raise ValueError(
-                f"run.dir: {str(folder)!r} holds a run with other settings: {changed}; the rates of its {update} "
-                f"updates follow from its length: --run.steps {steps} --run.extend N goes on for N updates with a "
+                f"run.dir: {str(folder)!r} holds a run with other settings: {changed}; the rates and decays of its "
+                f"{update} updates follow from them: --run.steps {steps} --run.extend N goes on for N updates with a "
                 f"schedule of their own, --model.init {folder} with another --run.dir begins a new run from its weights"
             )
     return list(texts.values())
