@@ -228,6 +228,10 @@ class Target:
     (over B at each position), or several joined by commas."""
     out_norm: str = "none"
     """Norm of the mean, same names."""
+    cache: str | None = setting(None, only="pretrain", free=True, rare=True, outside=True)
+    """With ema.freeze_after: folder in which the targets of samples are kept in bfloat16 once the teacher stands still,
+    so that its forward is needed once a sample; of samples that are the same each time (no crops, mirroring, turns, speed).
+    Unset: none."""
 
 
 @dataclass(frozen=True)
@@ -402,6 +406,14 @@ RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("run.compile_scope", "blocks with fsdp", lambda c: c.run.compile_scope == "blocks" or c.run.parallel == "ddp"),
     ("run.teacher_graph", "False with fsdp or run.compile",
      lambda c: not c.run.teacher_graph or (c.run.parallel == "ddp" and not c.run.compile)),
+    # A target has to be that of the sample alone, and of a teacher that no longer changes.
+    ("target.cache", "nothing without ema.freeze_after, ema.scope all and ddp",
+     lambda c: c.target.cache is None
+     or (c.ema.freeze_after is not None and c.ema.scope == "all" and c.run.parallel == "ddp")),
+    ("target.cache", "nothing with targets that depend on the rest of a batch",
+     lambda c: c.target.cache is None
+     or not ({"batch", "position"} & {*c.target.norm.split(","), *c.target.out_norm.split(",")}
+             or {"norms-over-batch", "masked-tokens-only-teacher", "statistics-over-padding"} & c.published)),
     ("probe.test", "data to go with probe.train, or neither",
      lambda c: (c.probe.train is None) == (c.probe.test is None)),
     ("probe.pool", "another than class for a model without a class token",

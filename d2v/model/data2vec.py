@@ -118,6 +118,8 @@ class Data2Vec(nn.Module):
         self.teacher = Teacher(student, config.ema.scope, working_dtype, sharded)
         self.graphed: GraphedTargets | None = None
         self.compiled: Callable[..., Output] | None = None
+        self.rounds_targets = False
+        """Whether targets have the bits that a cache keeps of them."""
         self._drawn = 0
 
     def forward(
@@ -127,6 +129,7 @@ class Data2Vec(nn.Module):
         masks: Tensor | Masks | None = None,
         noise: Tensor | None = None,
         noise_keys: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Output:
         """One training forward; with `Masks` given, nothing is read from a device (text: with lengths too).
 
@@ -138,6 +141,7 @@ class Data2Vec(nn.Module):
                 others at every call. N is a multiple of B. In 2.0 every row masks the same number.
             noise: (N,T-V,C) decoder rows of the masked positions in ascending order; None: drawn. 2.0 only.
             noise_keys: int64 (N,), keys of the drawn noise; None: drawn with torch's generator. 2.0 only.
+            targets: (B,T,C) on the inputs' device, in place of the teacher's; None: the teacher's.
 
         Raises:
             ValueError, TypeError: inputs, lengths, masks or noise that do not fit; a model without the parts that only
@@ -157,20 +161,20 @@ class Data2Vec(nn.Module):
         if self.teacher.working_dtype is not None:
             self.teacher.working_parts()  # rewritten where the averages came from a checkpoint
         if self.compiled is None:
-            return self._compute(inputs, drawn, rows, valid, noise, noise_keys)
+            return self._compute(inputs, drawn, rows, valid, noise, noise_keys, targets)
         if self.config.version == 1 or valid is not None:
             # Differs from batch to batch: a size of the graph from the first one on. Others become one as they change.
             torch._dynamo.maybe_mark_dynamic(drawn.rows, 0)
-        return self.compiled(self, inputs, drawn, rows, valid, noise, noise_keys)
+        return self.compiled(self, inputs, drawn, rows, valid, noise, noise_keys, targets)
 
     def _compute(
         self, inputs: Tensor, drawn: Masks, rows: MaskedRows, valid: Tensor | None, noise: Tensor | None,
-        noise_keys: Tensor | None,
+        noise_keys: Tensor | None, targets: Tensor | None,
     ) -> Output:  # fmt: skip
         """What `forward` does once everything that the host decides is decided: one graph for a compiler.
 
         Args:
-            inputs, noise, noise_keys: of `forward`, checked.
+            inputs, noise, noise_keys, targets: of `forward`, checked.
             drawn: the masks of `rows` on the device.
             rows: of the student.
             valid: (B,) tokens before the padding, on the host; None: no padding.
@@ -186,10 +190,14 @@ class Data2Vec(nn.Module):
                 prediction = self._decode(encoded, drawn, rows, noise, noise_keys)
         only_masked = "masked-tokens-only-teacher" in self.config.published
         with span("teacher"):
-            if only_masked and self.takes_ids and self.decoder is None:
+            if targets is not None:
+                targets = targets.float()
+            elif only_masked and self.takes_ids and self.decoder is None:
                 targets = self._make_targets_of_masked_tokens(inputs, drawn.mask, rows.masks.mask)
             else:
                 targets = self._make_targets(inputs, features, valid)
+            if self.rounds_targets:
+                targets = targets.bfloat16().float()
         with span("loss"):
             return self._compute_loss(prediction, encoded, targets, features, drawn.rows, rows.copies, valid)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import shutil
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +25,9 @@ from d2v.data.sources import Source, for_example
 from d2v.folder import CONFIG, MODEL, copy_into, describe_mismatch, find_checkpoint, load_tensors
 from d2v.model.data2vec import Data2Vec, Output, build_model
 from d2v.model.stems.positions import resize_positions
+from d2v.model.target_cache import TargetCache
 from d2v.runtime import prepare_process, span
+from d2v.train.digests import digest
 from d2v.train.distributed import Ranks, open_ranks
 from d2v.train.flops import count_work, describe_rates
 from d2v.train.monitors import find_failure, measure
@@ -84,8 +90,9 @@ def load_weights(model: Data2Vec, checkpoint: str, option: str) -> str | None:
     stored = load_tensors(folder, MODEL)
     # A part that is averaged from now on begins as the student's.
     stored |= {
-        f"teacher.{name}": tensor for name, tensor in stored.items() if name.split(".")[0] in model.teacher.owned
-        and f"teacher.{name}" not in stored
+        f"teacher.{name}": tensor
+        for name, tensor in stored.items()
+        if name.split(".")[0] in model.teacher.owned and f"teacher.{name}" not in stored
     }
     tensors, note = resize_positions(stored, read_config(folder / CONFIG), model.config)
     if problem := describe_mismatch(model.state_dict(), tensors):
@@ -105,6 +112,7 @@ class Pretraining(Objective):
         self.config, self.source, self.valid = config, source, valid
         self.modality = make_modality(config)
         self.noun = self.modality.noun
+        self.cache: TargetCache | None = None
         self._said: set[int] | None = None
         """Held-out samples that `_say_unread` has spoken about; None: it was not called yet."""
         self.model = build_model(config, device)
@@ -143,17 +151,59 @@ class Pretraining(Objective):
         """The model's inputs of a batch, on the device."""
         return self.modality.prepare(batch.inputs.to(device, non_blocking=True))
 
-    def run_model(self, network: nn.Module, batch: Batch, device: torch.device) -> Output:
-        """One forward under the run's precision."""
+    def _open_cache(self, ranks: Ranks) -> TargetCache:
+        """The targets of this teacher; says how much they may become. `ValueError` where the disk has less."""
+        config, grid, longest = self.config, self.model.grid, self.modality.longest_piece()
+        assert config.target.cache is not None
+        folder, lengths = Path(config.target.cache), self.source.lengths
+        if grid is None and lengths is not None:
+            values, counts = np.unique(lengths, return_counts=True)
+            most = [min(self.modality.count_tokens(n), longest or n) for n in values.tolist()]
+            tokens = int(counts @ np.array(most))
+        else:
+            tokens = len(self.source) * (longest if grid is None and longest is not None else math.prod(grid or (1,)))
+        wanted = 2 * tokens * config.encoder.width
+        teacher = json.dumps(digest(self.model.teacher.state_dict()))
+        cache = TargetCache(folder, config, teacher, wanted // ranks.size + 1)
+        free, there = shutil.disk_usage(folder).free, sum(f.stat().st_size for f in cache.folder.glob("*.bf16"))
+        with ranks.saying_once():
+            if wanted - there > free:
+                raise ValueError(f"target.cache: expected {wanted - there} bytes free in {str(folder)!r}, got {free}")
+        if ranks.is_first:
+            sizes = f"up to {wanted / 1e9:.3g} GB in {cache.folder}, {there / 1e9:.3g} GB are there"
+            print(f"note: target.cache: {sizes}", file=sys.stderr)
+        return cache
+
+    def run_model(
+        self, network: nn.Module, batch: Batch, device: torch.device, targets: Tensor | None = None
+    ) -> Output:  # fmt: skip
+        """One forward under the run's precision; targets: (B,T,C) on the host, in place of the teacher's."""
+        if targets is not None:
+            targets = targets.to(device, non_blocking=True)
         with autocast(self.config.run.precision, device):
             out: Output = network(
-                self.inputs_of(batch, device), lengths=batch.lengths, masks=batch.masks, noise_keys=batch.noise_keys
-            )
+                self.inputs_of(batch, device), lengths=batch.lengths, masks=batch.masks, noise_keys=batch.noise_keys,
+                targets=targets,
+            )  # fmt: skip
             return out
+
+    def begin_update(self, update: int) -> None:
+        """Besides: whether targets may be kept from now on."""
+        super().begin_update(update)
+        self.model.rounds_targets = self.config.target.cache is not None and self.config.ema.is_frozen(update)
 
     def forward(self, network: nn.Module, batch: Batch, ranks: Ranks) -> Step:
         """Regression and class loss; spreads as this micro-batch's share of their mean over the update."""
-        out = self.run_model(network, batch, ranks.device)
+        if not self.model.rounds_targets:
+            out = self.run_model(network, batch, ranks.device)
+        else:
+            self.cache = self.cache or self._open_cache(ranks)
+            assert batch.masks is not None
+            keys = self.cache.keys(batch.inputs, batch.lengths)
+            targets = self.cache.read(keys, batch.masks.mask.shape[1])
+            out = self.run_model(network, batch, ranks.device, targets)
+            if targets is None:
+                self.cache.write(keys, out.targets, batch.token_lengths)
         share = len(batch) / self.config.data.global_batch
         values = {"prediction_std": out.prediction_std * share, "target_std": out.target_std * share}
         return Step(out.losses, values, out, count_work(self.config, batch))

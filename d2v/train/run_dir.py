@@ -147,8 +147,8 @@ def _equal_so_far(one: Config, other: Config, update: int) -> bool:
 
 
 def read_run(folder: str) -> Config:
-    """The settings of the run in a folder, but for `data.allow_commands` and `data.cache`, which each call has to give:
-    a folder made by somebody else neither runs anything nor chooses where to write."""
+    """The settings of the run in a folder, but for `data.allow_commands`, `data.cache` and `target.cache`, which each
+    call has to give: a folder made by somebody else neither runs anything nor chooses where to write."""
     path = Path(folder)
     checkpoint = latest_checkpoint(path)
     stored = load_json(file := (checkpoint or path) / CONFIG)
@@ -160,9 +160,11 @@ def read_run(folder: str) -> Config:
         raise damaged(file, error) from None
     if checkpoint is not None:
         check_layers(config, len(read_index(checkpoint)), f"checkpoint {str(checkpoint)!r}")
-    if config.data.cache is not None:
-        print(f"note: data.cache counts on the command line only; it was {config.data.cache!r}", file=sys.stderr)
-    return config.change(data={"allow_commands": False, "cache": None}, run={"dir": folder})
+    for name, value in (("data.cache", config.data.cache), ("target.cache", config.target.cache)):
+        if value is not None:
+            print(f"note: {name} counts on the command line only; it was {value!r}", file=sys.stderr)
+    unset = {"data": {"allow_commands": False, "cache": None}, "target": {"cache": None}}
+    return config.change(**unset, run={"dir": folder})
 
 
 def check_run_folder(folder: str) -> None:
