@@ -33,6 +33,7 @@ from .training.cases import CPU, DRY, GPU, Precision, StepCase, make_batch, make
 from .training.estimate import estimate
 from .training.forms import (
     FORMS,
+    FROZEN,
     Form,
     check_equal,
     measure_gpu_memory,
@@ -172,7 +173,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         device=(("cpu", "cuda"), "where the step runs"),
         threads=([1, 2], "CPU threads, one run each"),
         only=("", "measure the cases whose name contains this text"),
-        forms=(list(FORMS), "forms to measure"),
+        forms=([name for name in FORMS if name != FROZEN], f"forms to measure, of {', '.join(FORMS)}"),
         rounds=(30, "most steps of each form; at least 5 are run"),
         budget=(40.0, "seconds of a case after which no round begins"),
         output=(RESULTS / "step-DEVICE.jsonl", "JSON lines that keep the rows"),

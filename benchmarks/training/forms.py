@@ -1,4 +1,4 @@
-"""The four forms of a training step: each does forward, backward, clipping, AdamW and the moving average; and what a
+"""The forms of a training step: each does forward, backward, clipping, AdamW and the moving average; and what a
 step spends its time and memory on."""
 
 from __future__ import annotations
@@ -6,15 +6,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from d2v.config import Config
 from d2v.model.data2vec import Data2Vec
+from d2v.model.target_cache import TargetCache
 from d2v.model.transformer import Block
 from d2v.train.objective import autocast
 from d2v.train.optim import build_optimiser, clip_gradients, decay_groups
@@ -27,7 +30,9 @@ FORMS = {
     "plain compiled": "the same under torch.compile",
     "d2v": "this library",
     "d2v all": "as one compiled graph; on a GPU with compiled blocks, the teacher as a CUDA graph",
+    "d2v frozen": "this library with a teacher that stands still: its targets come from disk",
 }
+FROZEN = "d2v frozen"
 PHASES = ("forward", "backward", "optimiser", "ema")
 CLIP = 3.0
 
@@ -49,6 +54,10 @@ class Form:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = build_optimiser(decay_groups(self.model, config.optim), config.optim)
         self.marks: list[Any] = []
+        self.cache: TargetCache | None = None
+        if name == FROZEN:
+            self._folder = tempfile.TemporaryDirectory()
+            self.cache = TargetCache(Path(self._folder.name), config, "", 10**12)
 
     def _use_everything(self) -> None:
         """On a CPU the network as one graph; on a GPU the student's blocks, and the teacher as a CUDA graph."""
@@ -65,8 +74,17 @@ class Form:
         """The loss; noise: decoder rows, for comparing forms."""
         blocks = plain_blocks() if self.plain else contextlib.nullcontext()
         with blocks, autocast(self.config.run.precision, self.device):
-            loss: Tensor = self.network(inputs, masks=masks, noise=noise).loss
-        return loss
+            if self.cache is None:
+                loss: Tensor = self.network(inputs, masks=masks, noise=noise).loss
+                return loss
+            keys = self.cache.keys(inputs.cpu(), None)
+            targets = self.cache.read(keys, masks.mask.shape[1])
+            out = self.network(
+                inputs, masks=masks, noise=noise, targets=None if targets is None else targets.to(inputs.device)
+            )
+            if targets is None:
+                self.cache.write(keys, out.targets, None)
+            return cast(Tensor, out.loss)
 
     def step(self, inputs: Tensor, masks: Masks) -> None:
         """One update."""
@@ -84,7 +102,7 @@ class Form:
         self._mark()
         if isinstance(self.model, PlainData2Vec):
             self.model.update_teacher(0.999)
-        else:
+        elif self.cache is None:
             self.model.teacher.update(0.999)
         self._mark()
 
