@@ -367,6 +367,9 @@ COMMANDS = {
         "table and curves of several runs or a sweep, means over seeds, tests of differences", options.Compare,
         "d2v.tools.compare:compare",
     ),
+    "watch": Command(
+        "progress of runs, and what is wrong with one, until all have ended", options.Watch, "d2v.tools.watch:watch"
+    ),
     "audit": Command(
         "replay updates of a run and compare them, bit for bit, with what it wrote down", options.Audit,
         "d2v.tools.audit:audit",

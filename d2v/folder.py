@@ -36,6 +36,10 @@ SUMS = "d2v.sums"
 """Entry of the header of an exported `MODEL` with the checksums of its tensors."""
 _NAME = re.compile(r"step-(\d{8,})")
 REMOVED = ".removed-"
+STATUS = "status.json"
+"""In a run folder: how the run goes, for `d2v watch` and other programs."""
+LOST = "lost.txt"
+"""In a run folder: which rank the others have lost."""
 
 
 def clean_folder(folder: Path) -> None:

@@ -285,6 +285,25 @@ class Audit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Shows how runs go, a line each, until all have ended: progress, numbers, time left, and what is wrong: failed,
+    dead (its process is gone), stalled, lost (a rank). Ends with 1 where something is."""
+
+    runs: tuple[Path, ...] = setting(option="runs", positional=True)
+    """Run folders."""
+    every: float = setting(10.0, low=0.1)
+    """Seconds between looks."""
+    once: bool = False
+    """Look once."""
+    stall: float | None = setting(None, low=0.0)
+    """Seconds without a line of metrics after which a run counts as stalled; unset: five times what the last lines
+    took, at least a minute."""
+    on_alert: str | None = None
+    """Command to run where something is wrong or an effective rank has collapsed, once for each run and kind; it gets
+    the run folder and a sentence as two more arguments."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipes:
     """Lists the recipes: what they are for, size of the model, masks, number of updates."""
 

@@ -230,8 +230,8 @@ class Target:
     """Norm of the mean, same names."""
     cache: str | None = setting(None, only="pretrain", free=True, rare=True, outside=True)
     """With ema.freeze_after: folder in which the targets of samples are kept in bfloat16 once the teacher stands still,
-    so that its forward is needed once a sample; of samples that are the same each time (no crops, mirroring, turns, speed).
-    Unset: none."""
+    so that its forward is needed once a sample; of samples that are the same each time: no crops, mirroring, turns or
+    speed. Unset: none."""
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ class Run:
     digest_every: int | None = setting(None, low=1, free=True, rare=True)
     """Updates between lines of digests.jsonl, from which `d2v audit` tells whether a run can be repeated; copies of the
     model on several ranks that are no longer equal stop the run. Unset: none."""
-    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "none"], ...] = setting(
+    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "prometheus", "none"], ...] = setting(
         ("tensorboard",), free=True
     )
     """Programs that get the lines of metrics, too, in the run folder and offline (docs/monitoring.md); none: none. On

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from d2v.config import Run
+from d2v.folder import LOST
 from d2v.runtime import choose_device
 
 _T = TypeVar("_T")
@@ -207,7 +209,7 @@ def open_ranks(run: Run) -> Iterator[Ranks]:
         rank, size = dist.get_rank(), dist.get_world_size()
         control, storage = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
         store: Any = dist.distributed_c10d._get_default_store()
-        with Heartbeat(rank, size, store, run.timeout) if size > 1 else contextlib.nullcontext():
+        with Heartbeat(rank, size, store, run) if size > 1 else contextlib.nullcontext():
             yield Ranks(
                 device, rank, size, control, storage, dist.PrefixStore("d2v-world", store) if size > 1 else None
             )
@@ -299,10 +301,10 @@ class Heartbeat:
     that stays silent for `timeout` seconds counts as lost and ends the process.
     """
 
-    def __init__(self, rank: int, size: int, store: Any, timeout: float) -> None:
-        """rank, size: of the run; store: of the job."""
-        self.rank, self.timeout = rank, timeout
-        self.interval = min(2.0, timeout / 10)
+    def __init__(self, rank: int, size: int, store: Any, run: Run) -> None:
+        """rank, size: of the run; store: of the job; run: timeout and folder, which gets `LOST`."""
+        self.rank, self.timeout, self.folder = rank, run.timeout, Path(run.dir) if run.dir else None
+        self.interval = min(2.0, run.timeout / 10)
         self._store = dist.PrefixStore("d2v-heartbeat", store.clone() if hasattr(store, "clone") else store)
         self._set("name", f"rank {rank} on {socket.gethostname()}")
         self._set("beat", "0")
@@ -363,6 +365,9 @@ class Heartbeat:
         """Says who is gone and ends the process at once: other threads may wait for that rank, and would not let it."""
         if (lost := self._describe_lost(silence)) and not self._leaving.is_set():
             print(f"d2v: {lost}; this rank ({self.rank}) stops{where}", file=sys.stderr, flush=True)
+            if self.folder is not None and self.folder.is_dir():
+                with contextlib.suppress(OSError):
+                    (self.folder / LOST).write_text(lost, encoding="utf-8")
             os._exit(EXIT_LOST)
 
     def _describe_lost(self, silence: float) -> str | None:

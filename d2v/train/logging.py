@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from d2v.data.loader import BadSamples
 from d2v.files import parse_json, write_atomically
+from d2v.folder import STATUS
 from d2v.runtime import format_seconds, span
 from d2v.train.monitors import find_low_ranks
 from d2v.train.trackers import Tracker, Trackers
@@ -253,6 +256,7 @@ class Report:
         self.folder, self.update, self.steps, self.active = folder, update, steps, active
         if active:
             self._file = MetricsFile(folder / "metrics.jsonl", update)
+            self._line: dict[str, Any] = {"step": update}
             self._digests: MetricsFile | None = None
             self._progress = Progress(update, steps)
             self._trackers = Trackers(trackers or {} if update < steps else {}, self.say)
@@ -260,6 +264,7 @@ class Report:
     def begin(self, config: Any, bad: BadSamples) -> None:
         """Begins the trackers; says what is worth knowing before the first update."""
         if self.active:
+            self._write_status("running")
             self._trackers.start(config, self.folder, self.update)
         if self.update < self.steps and config.optim.warmup_steps >= self.steps:
             self.say([f"optim.warmup_steps ({config.optim.warmup_steps}) covers all of run.steps"])
@@ -282,8 +287,22 @@ class Report:
         """A line of metrics."""
         if self.active:
             self._file.write(line)
+            self._line = dict(line)
+            self._write_status("running")
             self._trackers.log(line)
             self._progress.show(line)
+
+    def _write_status(self, state: str, reason: str = "") -> None:
+        """`STATUS`: the last line of metrics, how far the run is, and since when this is known."""
+        line, numbers = self._line, (int, float)
+        left = (self.steps - line["step"]) * line["step_seconds"] if "step_seconds" in line else None
+        entries = {
+            "state": state, "reason": reason, "step": line["step"], "last_step": self.steps, "seconds_left": left,
+            "time": time.time(), "host": socket.gethostname(), "pid": os.getpid(),
+            "metrics": {k: v for k, v in line.items() if isinstance(v, numbers) and math.isfinite(v)},
+        }  # fmt: skip
+        with contextlib.suppress(OSError):  # a full disk shows elsewhere
+            write_atomically(self.folder / STATUS, json.dumps(entries, indent=1))
 
     def write_digests(self, line: Mapping[str, Any]) -> None:
         """A line of `DIGESTS`."""
@@ -303,11 +322,13 @@ class Report:
     def __enter__(self) -> Report:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """Closes the files, and tells the trackers how the run has ended."""
         if self.active:
             stopped = kind is not None and issubclass(kind, (SystemExit, KeyboardInterrupt))
-            self._trackers.finish("finished" if kind is None else "stopped" if stopped else "failed")
+            state = "finished" if kind is None else "stopped" if stopped else "failed"
+            self._write_status(state, " ".join(str(error).split()) if state == "failed" else "")
+            self._trackers.finish(state)
             self._file.close()
             if self._digests is not None:
                 self._digests.close()

@@ -22,7 +22,17 @@ from d2v.config.fields import flat_fields, flatten_config, shorten
 from d2v.config.finetune import SECTION
 from d2v.data.sources import Source
 from d2v.files import PARTIAL, write_atomically
-from d2v.folder import CONFIG, check_layers, clean_folder, damaged, latest_checkpoint, load_json, read_index, step_of
+from d2v.folder import (
+    CONFIG,
+    LOST,
+    check_layers,
+    clean_folder,
+    damaged,
+    latest_checkpoint,
+    load_json,
+    read_index,
+    step_of,
+)
 from d2v.train.distributed import Ranks
 from d2v.train.optim import learning_rate_at
 
@@ -67,7 +77,8 @@ class RunFolder:
                 f"checkpoint is {now and now.name}, it was {self.resumed and self.resumed.name}; give the command again"
             )
         clean_folder(self.path / "checkpoints")
-        (self.path / REQUEUE).unlink(missing_ok=True)
+        for name in (REQUEUE, LOST):
+            (self.path / name).unlink(missing_ok=True)
         write_atomically(self.path / CONFIG, config.to_json())
 
     def compare_files(self, source: Source, option: str, allowed: float) -> None:

@@ -156,6 +156,27 @@ class Trackio(_Continued):
         return name
 
 
+class Prometheus:
+    """RUN/metrics.prom, the last line of metrics in the text format that node exporters collect."""
+
+    def start(self, config: dict[str, Any], folder: Path, resumed: int) -> None:
+        client: Any = importlib.import_module("prometheus_client")
+        self._client, self._registry = client, client.CollectorRegistry()
+        self._gauges: dict[str, Any] = {}
+        self._file, self._labels = folder / "metrics.prom", {"run": folder.name, "recipe": str(config.get("recipe"))}
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in {"step": step, **values}.items():
+            if name not in self._gauges:
+                gauge = self._client.Gauge(f"d2v_{name}", name, list(self._labels), registry=self._registry)
+                self._gauges[name] = gauge.labels(**self._labels)
+            self._gauges[name].set(value)
+        self._client.write_to_textfile(str(self._file), self._registry)
+
+    def finish(self, status: str) -> None:
+        """The file stays."""
+
+
 class _Function:
     """A user's function of (step, values)."""
 
@@ -174,11 +195,15 @@ class _Function:
 
 _KINDS: dict[str, tuple[type, str]] = {
     "tensorboard": (TensorBoard, "torch.utils.tensorboard"), "wandb": (Wandb, "wandb"), "mlflow": (MLflow, "mlflow"),
-    "trackio": (Trackio, "trackio"),
+    "trackio": (Trackio, "trackio"), "prometheus": (Prometheus, "prometheus_client"),
 }  # fmt: skip
-"""Trackers by their names in `run.track`, which are those of their packages, and the module that each needs."""
+"""Trackers by their names in `run.track`, and the module that each needs."""
 _SILENT = {"WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 """What keeps packages from reporting to their makers; counts where it is set before their import."""
+
+
+def _package(name: str) -> str:
+    return "prometheus-client" if name == "prometheus" else name
 
 
 def make_trackers(names: Sequence[str], more: Iterable[Any] = ()) -> dict[str, Tracker]:
@@ -197,7 +222,7 @@ def make_trackers(names: Sequence[str], more: Iterable[Any] = ()) -> dict[str, T
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(f"run.track: {name} cannot be imported ({error}): pip install {name}") from None
+            raise ValueError(f"run.track: {name} cannot be imported ({error}): pip install {_package(name)}") from None
         found[name] = kind()
     for number, given in enumerate(more, start=1):
         one: Any = given() if isinstance(given, type) else given

@@ -112,8 +112,12 @@ def test_what_a_resumed_run_may_change() -> None:
     of_run = """activation_checkpointing async_checkpoint best checkpoint_every collapse_after collapse_content_spread
         collapse_prediction_std compile compile_scope convolution device digest_every dir keep_best keep_checkpoints
         keep_every keep_pages log_every packed parallel products shard_ranks teacher_graph threads timeout track"""
+    of_target = {"target.cache"}
     of_probe = {f"probe.{n}" for n in ("train", "test", "every", "pool", "samples")}
-    assert of_probe | {f"data.{n}" for n in of_data.split()} | {f"run.{n}" for n in of_run.split()} == FREE_FIELDS
+    assert (
+        of_target | of_probe | {f"data.{n}" for n in of_data.split()} | {f"run.{n}" for n in of_run.split()}
+        == FREE_FIELDS
+    )
 
 
 def test_unknown_fields_of_a_file_are_named() -> None:
