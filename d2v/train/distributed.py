@@ -233,10 +233,8 @@ def parallelise(
         may_skip: some trained parameters may take no part in an update.
 
     Raises:
-        ValueError: a number of ranks that does not fit; one graph on several ranks, which has not been tried.
+        ValueError: a number of ranks that does not fit.
     """
-    if run.compile_scope == "network" and ranks.is_parallel:
-        raise ValueError(f"run.compile_scope: expected blocks on {ranks.size} ranks, got network")
     if run.compile:
         for part in blocks if run.compile_scope == "blocks" else [model]:
             part.compile()
