@@ -68,6 +68,9 @@ class Stem:
     """Waveforms: channels, kernel and stride of each convolution."""
     convolution_bias: bool = setting(False, only="waveform stock", rare=True)
     """Waveforms: these convolutions have a bias."""
+    convolution_norm: Literal["layer", "group"] = setting("layer", only="waveform stock", rare=True)
+    """Waveforms: layer: a norm over channels behind each convolution; group: one norm of each channel over time behind
+    the first convolution, none behind the others (published as extractor_mode default)."""
     gradient_scale: float = setting(1.0, low=0, only="waveform stock", rare=True)
     """Waveforms: factor on the gradient that enters them; 0 freezes them."""
     position_layers: int = setting(5, low=1, only="conv", rare=True)

@@ -18,7 +18,7 @@ from d2v.model.cuda_graph import GraphedTargets, Record
 from d2v.model.decoder import ConvDecoder, RegressionHead
 from d2v.model.layers import valid_positions
 from d2v.model.masking import MaskedRows, resolve_masks
-from d2v.model.stems import PADDING, make_positions, make_stem
+from d2v.model.stems import PADDING, InputStem, make_positions, make_stem
 from d2v.model.stems.positions import ConvPositions
 from d2v.model.targets import make_targets
 from d2v.model.teacher import PARTS, Encoded, Teacher, encode_parts, evaluating
@@ -145,6 +145,7 @@ class Data2Vec(nn.Module):
         """
         self._check_parts()
         tokens, valid = self.stem.measure(inputs, lengths)
+        inputs = self.stem.mark(inputs, lengths)
         batch = inputs.shape[0]
         rows = resolve_masks(self.config, masks, batch, tokens, valid, self._drawn)
         self._drawn += batch if masks is None else 0
@@ -229,10 +230,12 @@ class Data2Vec(nn.Module):
 
     def drop_training_settings(self) -> Data2Vec:
         """Takes off, in place, what is right in training only, and returns the model: the precision of the teacher's
-        working copies, and positions that see padding, with which features would depend on the rest of a batch."""
+        working copies, and statistics and positions that see padding: features would depend on the rest of a batch."""
         self.teacher.working_dtype = None
         for part in self.modules():
-            if isinstance(part, ConvPositions):
+            if isinstance(part, InputStem):
+                part.over_padding = False
+            elif isinstance(part, ConvPositions):
                 part.zero_input = part.zero_between = True
         return self
 

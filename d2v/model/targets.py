@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from d2v.config import Config
-from d2v.model.layers import valid_positions
+from d2v.model.layers import standardise, valid_positions
 from d2v_kernels import average_layers
 
 _EPS = 1e-5
@@ -24,7 +24,10 @@ def make_targets(config: Config, layers: list[Tensor], lengths: Tensor | None) -
     if "statistics-over-padding" in config.published:
         lengths = None
     if norm == "position":
-        mean = torch.stack([_norm_over_samples(t, lengths) for t in layers]).mean(dim=0)
+        # Over the samples, padding left out. Not published.
+        valid = valid_positions(lengths, layers[0].shape[1], layers[0].device)
+        weight = layers[0].new_ones(*layers[0].shape[:2], 1) if valid is None else valid[..., None]
+        mean = torch.stack([standardise(t, 0, weight) for t in layers]).mean(dim=0)
         return average_layers([mean], norm="none", out_norm=out_norm, lengths=lengths, eps=_EPS)
     if "norms-over-batch" in config.published and not {"instance", "batch"} & set(norm.split(",")):
         # Published 1.0 speech keeps (T,B,C) where no tensor is instance- or batch-normed: what it calls time is then
@@ -32,14 +35,3 @@ def make_targets(config: Config, layers: list[Tensor], lengths: Tensor | None) -
         y = average_layers([t.transpose(0, 1) for t in layers], norm=norm, out_norm=out_norm, eps=_EPS)
         return y.transpose(0, 1).contiguous()
     return average_layers(layers, norm=norm, out_norm=out_norm, lengths=lengths, eps=_EPS)
-
-
-def _norm_over_samples(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """(B,T,C) float32: standardised over the samples at each position and channel, padding left out. Not published."""
-    x = x if x.dtype == torch.float64 else x.float()
-    valid = valid_positions(lengths, x.shape[1], x.device)
-    weight = x.new_ones(*x.shape[:2], 1) if valid is None else valid[..., None].to(x.dtype)
-    count = weight.sum(dim=0).clamp_min(1.0)
-    centred = x - (x * weight).sum(dim=0) / count
-    variance = (centred.square() * weight).sum(dim=0) / count
-    return centred / (variance + _EPS).sqrt()

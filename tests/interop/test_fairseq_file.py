@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import published, published_first, published_second
 from support.golden import load_case
 
 import d2v
@@ -45,6 +46,24 @@ def published_state(case: str, half: bool = False) -> dict[str, Any]:
     return {"args": None, "cfg": {"model": about["config"]}, "model": model, "last_optimizer_state": None}
 
 
+def make_published(family: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A small published configuration with random tensors of a student and a teacher."""
+    name = family.partition("_")[2]
+    if family == "d2v2_image":
+        config = published.make_config(**options)
+        student = published.make_tensors(config, seed=1)
+        return config, student, published.make_teacher(config, student, seed=2)
+    module = published_first if family.startswith("d2v1") else published_second
+    config = module.make_config(name, **options)
+    shapes = module.make_shapes(config, name)
+    student, other = (published_second.make_tensors(shapes, seed=seed) for seed in (1, 2))
+    names = module.teacher_names(config, name, shapes)
+    copied: set[str] = set()
+    if isinstance(names, tuple):
+        names, copied = names
+    return config, student, {theirs: (student if ours in copied else other)[ours] for ours, theirs in names.items()}
+
+
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("case", FAMILIES)
 def test_round_trip(tmp_path: Path, case: str, half: bool) -> None:
@@ -66,6 +85,37 @@ def test_round_trip(tmp_path: Path, case: str, half: bool) -> None:
                 assert torch.equal(tensor.float(), expected.float()), name
         missing = {n for n in theirs if n not in ours and theirs[n].is_floating_point()}
         assert not missing - {"version", "encoder.sentence_encoder.version"}, missing
+
+
+WHOLE = {"ema_layers_only": False, "ema_transformer_only": False}
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("d2v1_audio", {"extractor_mode": "default"}),
+    ("d2v1_audio", {**WHOLE, "average_top_k_layers": 3}),
+    ("d2v1_vision", {"ema_transformer_only": False}),
+    ("d2v2_audio", {"extractor_mode": "default", "ema_local_encoder": True}),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), OPTIONS)
+def test_options_round_trip(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    """Configuration and tensors of a file with options that no published model has; the teacher is not the student."""
+    config, student, teacher = make_published(family, options)
+    torch.save({"cfg": {"model": config}, "model": {**student, "_ema": teacher}}, tmp_path / "a.pt")
+    model = fairseq.load(tmp_path / "a.pt")
+    fairseq.save(model, tmp_path / "b.pt")
+    again = read_torch_file(tmp_path / "b.pt")
+    written = again["cfg"]["model"]
+    for part in (config, *config.get("modalities", {}).values()):
+        where = written if part is config else next(iter(written["modalities"].values()))
+        assert {n: where[n] for n in options if n in part} == {n: part[n] for n in options if n in part}
+    second = fairseq.load(tmp_path / "b.pt")
+    assert second.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor), name
+    averaged = fairseq.teacher_parameters(model)
+    shared = {"mask_emb", "final_proj.weight", "final_proj.bias"}  # the teacher has no use for them
+    for name in averaged.keys() & teacher.keys() - shared:
+        assert torch.equal(averaged[name], teacher[name].float()), name
 
 
 @pytest.mark.parametrize("name", STOCK)

@@ -30,6 +30,8 @@ AUDIO: dict[str, dict[str, Any]] = {
     "batch_and_layer": {
         "instance_norm_target_layer": False, "batch_norm_target_layer": True, "layer_norm_targets": True,
     },
+    "norm_over_time": {"extractor_mode": "default"},
+    "norm_over_time_averaged": {"extractor_mode": "default", "ema_local_encoder": True},
     "positions_with_norm": {"conv_pos_pre_ln": True},
     "even_kernels": {"conv_pos_width": 12, "decoder_kernel": 4},
     "one_convolution": {"conv_pos_depth": 1, "conv_pos_width": 9, "conv_pos_groups": 8},

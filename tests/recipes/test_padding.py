@@ -20,6 +20,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "speech_prenet_and_extra_tokens": ("speech-base", {"prenet_depth": 1, "extra_tokens": 2}, {}),
     "speech_alibi_of_each_layer": ("speech-base", {"alibi_per_layer": True, "alibi_heads": 3}, {}),
     "speech_position_norm": ("speech-base", {}, {"position_norm": True, "position_width": 12}),
+    "speech_norm_over_time": ("speech-base", {}, {"convolution_norm": "group", "convolution_bias": True}),
+    "speech1_norm_over_time": ("speech1-base", {}, {"convolution_norm": "group"}),
     "speech_pre_norm": ("speech-base", {"norm_order": "pre"}, {}),
     "log_mel": ("speech-base", {"alibi": "none"}, {"kind": "log-mel", "positions": "sincos"}),
     "text": ("text-base", {}, {}),
@@ -29,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "speech1_pre_norm": ("speech1-base", {"norm_order": "pre"}, {}),
     "text1": ("text1-base", {}, {}),
     "signals": ("signals-tiny", {}, {"channels": 3}),
+    "signals_norm_over_time": ("signals-tiny", {}, {"channels": 3, "convolution_norm": "group"}),
     "signals_conv": ("signals-tiny", {}, {"channels": 3, "positions": "conv"}),
 }
 

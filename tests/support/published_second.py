@@ -104,7 +104,8 @@ def _audio_shapes(config: dict[str, Any], p: str) -> dict[str, tuple[int, ...]]:
     inputs = 1
     for i, (size, kernel, _) in enumerate(convolutions(config)):
         shapes[f"{p}local_encoder.conv_layers.{i}.0.weight"] = (size, inputs, kernel)
-        shapes |= {f"{p}local_encoder.conv_layers.{i}.2.1.{leaf}": (size,) for leaf in ("weight", "bias")}
+        if at := norm_of(part["extractor_mode"], i):
+            shapes |= {f"{p}local_encoder.conv_layers.{i}.{at}.{leaf}": (size,) for leaf in ("weight", "bias")}
         inputs = size
     shapes |= {f"{p}project_features.1.{leaf}": (inputs,) for leaf in ("weight", "bias")}
     shapes |= {f"{p}project_features.2.weight": (width, inputs), f"{p}project_features.2.bias": (width,)}
@@ -116,6 +117,23 @@ def _audio_shapes(config: dict[str, Any], p: str) -> dict[str, tuple[int, ...]]:
     if deeper:
         shapes |= {f"{p}relative_positional_encoder.0.{leaf}": (width,) for leaf in ("weight", "bias")}
     return shapes
+
+
+def norm_of(mode: str, layer: int) -> str:
+    """Where the norm stands in a layer of the waveform extractor, or "": it has none."""
+    return "2.1" if mode == "layer_norm" else "" if layer else "2"
+
+
+def norm_channels(w: dict[str, Tensor], at: str, mode: str, layer: int, x: Tensor) -> Tensor:
+    """What the extractor does between convolution and GELU, of (B,C,T); the norm of a channel counts padding."""
+    name = at + norm_of(mode, layer)
+    if mode == "layer_norm":
+        x = _standardise(x, (1,))
+    elif layer == 0:
+        x = _standardise(x, (2,))
+    else:
+        return x
+    return x * w[name + ".weight"][:, None] + w[name + ".bias"][:, None]
 
 
 def _text_shapes(part: dict[str, Any], p: str, width: int) -> dict[str, tuple[int, ...]]:
@@ -175,8 +193,8 @@ class PublishedStep:
             return self.norm(w, p + "layernorm_embedding", x, 1e-5) if self.part["layernorm_embedding"] else x
         x = inputs[:, None]
         for i, (_, _, stride) in enumerate(convolutions(self.config)):
-            x = F.conv1d(x, w[f"{p}conv_layers.{i}.0.weight"], stride=stride).transpose(1, 2)
-            x = F.gelu(self.norm(w, f"{p}conv_layers.{i}.2.1", x, 1e-5)).transpose(1, 2)
+            x = F.conv1d(x, w[f"{p}conv_layers.{i}.0.weight"], stride=stride)
+            x = F.gelu(norm_channels(w, f"{p}conv_layers.{i}.", self.part["extractor_mode"], i, x))
         x = self.norm(w, self.p + "project_features.1", x.transpose(1, 2), 1e-5)
         return F.linear(x, w[self.p + "project_features.2.weight"], w[self.p + "project_features.2.bias"])
 

@@ -95,9 +95,8 @@ def _finish_second(own: dict[str, Any], sections: dict[str, Section], name: str)
 
 def _finish_audio1(own: dict[str, Any], model: Section) -> frozenset[str]:
     """The published behaviours, which an option decides."""
-    if own["ema.scope"] != "layers":
-        model.only("ema_transformer_only", True)
-    model.read.add("ema_transformer_only")
+    if own["ema.scope"] == "all":
+        own["target.top_k"] = own["encoder.depth"]  # a whole model as the teacher averages all its layers
     if own["stem.position_layers"] < 2:
         raise NotImplementedError(f"pos_conv_depth: expected at least 2, got {own['stem.position_layers']}")
     own["encoder.prenet_dropout"] = own["encoder.dropout"]

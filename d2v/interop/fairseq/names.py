@@ -100,7 +100,7 @@ BEIT: Pairs = (
     *((f"{part}.*", f"encoder.{part}.*") for part in ("blocks", "rel_pos_bias", "norm")),
 )
 """Names of the separate 1.0 vision repository to those of fairseq."""
-# Prefix of the student's names below which the 1.0 teacher lives; its names have no prefix.
+# Prefix of the student's names below which the 1.0 teacher lives, unless it is a whole model; its names have no prefix.
 TEACHER_PREFIX = {"d2v1_audio": "encoder.", "d2v1_vision": "encoder.", "d2v1_text": _TEXT}
 # In checkpoints, but no weights: a format number, and a table that follows from the image size.
 DERIVED = ("version", "rel_pos_bias.relative_position_index")
@@ -136,6 +136,8 @@ def published_names(model: Data2Vec, name: str) -> list[tuple[str, Callable[[Ten
     found = next(renamed(name, NAMES[family]), None)
     if found is None:
         raise KeyError(f"{name}: no published name in {family}")
+    if name.startswith("stem.norms.") and model.config.stem.convolution_norm == "group":
+        found = found.replace(".2.1.", ".2.")  # no layers around it that transpose
     if name.startswith("positions.convs.") and model.config.stem.position_norm:
         # With a norm before them the published convolutions lie one level deeper.
         found = found.replace("relative_positional_encoder.", "relative_positional_encoder.1.")
@@ -164,6 +166,10 @@ def student_entries(model: Data2Vec) -> Iterator[Entry]:
 def teacher_entries(model: Data2Vec) -> Iterator[tuple[Entry, bool]]:
     """What the published `_ema` entry holds, and whether it is averaged here or the student's own."""
     prefix = TEACHER_PREFIX.get(family_of(model))
+    if model.config.ema.scope == "all" and prefix == "encoder.":
+        prefix = ""
+        unused = ("mask_emb", "final_proj.")
+        yield from ((entry, False) for entry in student_entries(model) if entry.name.startswith(unused))
     for part in PARTS:
         averaged = part in model.teacher.owned
         module = model.teacher.get_submodule(part) if averaged else model.get_submodule(part)

@@ -57,6 +57,13 @@ def _refine(name: str, field: str, needed: str, on: str) -> Option:
                   lambda v, _: v == on)  # fmt: skip
 
 
+def _whole(needed: str) -> Option:
+    """Whether a 1.0 teacher is part of a model or a whole one, which the setting read before allows."""
+    return Option("ema_transformer_only", "ema.scope", True,
+                  lambda v, own: own["ema.scope"] if v or own["ema.scope"] != needed else "all",
+                  lambda v, _: v != "all")  # fmt: skip
+
+
 def _agree(name: str, where: str, field: str, default: Any, expected: str = "") -> Option:
     """A second option for a setting: another value than the first one's is refused."""
 
@@ -81,6 +88,12 @@ def _scale_option(default: bool) -> Option:
 def _convolutions(name: str) -> Option:
     return Option(name, "stem.convolutions", None, lambda v, _: parse_convolutions(v),
                   lambda v, _: str([tuple(layer) for layer in v]))  # fmt: skip
+
+
+def _extractor(default: str) -> Option:
+    return Option("extractor_mode", "stem.convolution_norm", default,
+                  lambda v, _: "group" if v == "default" else "layer",
+                  lambda v, _: "default" if v == "group" else "layer_norm")  # fmt: skip
 
 
 def _patches(own: dict[str, Any]) -> int:
@@ -160,6 +173,7 @@ _DECODER = (
     Option("add_positions_all", "decoder.positions_all", False),
 )
 _AUDIO2 = (
+    _extractor("layer_norm"),
     _convolutions("feature_encoder_spec"),
     Option("local_grad_mult", "stem.gradient_scale", 1.0, as_float),
     Option("conv_pos_depth", "stem.position_layers", 5),
@@ -183,6 +197,7 @@ _TEXT2 = (
     _scale_option(True),
 )
 _AUDIO1 = (
+    _extractor("default"),
     _convolutions("conv_feature_layers"),
     Option("conv_bias", "stem.convolution_bias", False),
     Option("feature_grad_mult", "stem.gradient_scale", 1.0, as_float),
@@ -202,6 +217,7 @@ _AUDIO1 = (
     Option("mask_prob", "mask.ratio", 0.65),
     Option("mask_length", "mask.span", 10),
     _switch("ema_layers_only", "ema.scope", True, "layers", "encoder"),
+    _whole("encoder"),
     _STEPS,
     _BLOCK_TARGETS,
     _LOSS_SCALE1,
@@ -245,6 +261,7 @@ _VISION1 = (
            lambda v, config: round(v * config.stem.grid[0] * config.stem.grid[1])),
     Option("min_mask_patches_per_block", "mask.span", 16, lambda v, _: math.isqrt(v), lambda v, _: v**2),
     _switch("end_of_block_targets", "target.source", True, "block", "ffn"),
+    _whole("transformer"),
     _LOSS_SCALE1,
     *_EMA,
 )  # fmt: skip
@@ -263,7 +280,7 @@ class Part:
     """What is written beside `options`."""
 
 
-_ZERO, _OFF = (0,), (False,)
+_ZERO, _OFF, _EXTRACTORS = (0,), (False,), ("layer_norm", "default")
 _MODEL2 = Part(
     _SECOND,
     "",
@@ -291,8 +308,7 @@ PARTS: dict[str, dict[str, Part]] = {
     "d2v2_audio": {
         "": _MODEL2,
         "modalities.audio": _second(
-            "audio", _AUDIO2, {"extractor_mode": ("layer_norm",), "encoder_zero_mask": (True,)},
-            extractor_mode="layer_norm",
+            "audio", _AUDIO2, {"extractor_mode": _EXTRACTORS, "encoder_zero_mask": (True,)},
         ),
         "modalities.audio.decoder": _DECODER2,
     },
@@ -314,11 +330,11 @@ PARTS: dict[str, dict[str, Part]] = {
             _AUDIO1,
             "audio1",
             {
-                "extractor_mode": ("layer_norm",), "activation_fn": ("gelu",), "layer_type": ("transformer",),
+                "extractor_mode": _EXTRACTORS, "activation_fn": ("gelu",), "layer_type": ("transformer",),
                 "pos_enc_type": ("abs",), "mask_selection": ("static",), "no_mask_overlap": _OFF,
                 **dict.fromkeys(("mask_other", "mask_dropout", "mask_channel_prob"), _ZERO),
             },
-            {"_name": "data2vec_audio", "extractor_mode": "layer_norm", "ema_transformer_only": True},
+            {"_name": "data2vec_audio"},
         ),
     },
     "d2v1_text": {
@@ -335,8 +351,8 @@ PARTS: dict[str, dict[str, Part]] = {
     },
     "d2v1_vision": {
         "": Part(
-            _VISION1, "vision1", {"shared_rel_pos_bias": (True,), "ema_transformer_only": (True,)},
-            {"_name": "data2vec_vision", "shared_rel_pos_bias": True, "ema_transformer_only": True},
+            _VISION1, "vision1", {"shared_rel_pos_bias": (True,)},
+            {"_name": "data2vec_vision", "shared_rel_pos_bias": True},
         ),
     },
 }  # fmt: skip
@@ -372,7 +388,12 @@ NEEDED: dict[str, tuple[Rule, ...]] = {
     "d2v2_image": (_SCOPES, ("stem.position_scale", "0 or 1", lambda v, _: v in (0.0, 1.0))),
     "d2v2_text": (_SCOPES,),
     "d2v1_audio": (
-        ("ema.scope", "layers or encoder", lambda v, _: v in ("layers", "encoder")),
+        ("ema.scope", "layers, encoder or all", lambda v, _: v in ("layers", "encoder", "all")),
+        (
+            "target.top_k",
+            "encoder.depth with ema.scope all",
+            lambda v, config: config.ema.scope != "all" or v == config.encoder.depth,
+        ),
         ("encoder.norm_eps", "1e-05", lambda v, _: v == 1e-5),
         ("encoder.prenet_dropout", "encoder.dropout", lambda v, config: v == config.encoder.dropout),
     ),
@@ -380,6 +401,9 @@ NEEDED: dict[str, tuple[Rule, ...]] = {
         ("ema.scope", "blocks or all", lambda v, _: v in ("blocks", "all")),
         ("stem.dropout", "encoder.dropout", lambda v, config: v == config.encoder.dropout),
     ),
-    "d2v1_vision": (("target.source", "block", lambda v, _: v == "block"),),
+    "d2v1_vision": (
+        ("target.source", "block", lambda v, _: v == "block"),
+        ("ema.scope", "transformer or all", lambda v, _: v in ("transformer", "all")),
+    ),
 }
 """Settings for which the published code of a family has no option: name, expected, test."""

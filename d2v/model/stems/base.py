@@ -13,6 +13,8 @@ StemFlops = tuple[float, float, float]
 class InputStem(nn.Module):
     """Turns inputs into tokens."""
 
+    over_padding = False
+    """Statistics of a sample count its padding, too (published)."""
     step = 1  # values of a sample from the beginning of a token to that of the next one
 
     def measure(self, inputs: Tensor, lengths: Tensor | None = None) -> tuple[int, Tensor | None]:
@@ -26,6 +28,11 @@ class InputStem(nn.Module):
         """Features (B,T,C) of what `measure` took, with the token lengths that it gave. No token before the padding may
         depend on the padding."""
         raise NotImplementedError
+
+    def mark(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """What `forward` takes of inputs and lengths that `measure` took: inputs, with a mark at the padding where
+        lengths in tokens do not say enough."""
+        return inputs
 
     def samples_needed(self) -> int:
         """Values of the shortest sample that yields a token."""
