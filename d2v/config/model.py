@@ -52,6 +52,9 @@ class Stem:
     attention (1.0 images); none (text, whose stem has learned positions)."""
     dropout: float = setting(0.0, rare=True)
     """Dropout on the features. Text: inside the stem; speech: on what the student sees only."""
+    width: int | None = setting(None, low=1, only="projected", rare=True)
+    """Images, text: channels of the embeddings of patches or tokens, which a linear layer brings to encoder.width;
+    unset: encoder.width, without such a layer."""
     norm_eps: float = setting(1e-5, only="sequence", rare=True)
     """Epsilon of the layer norm on embeddings (text) or on the convolutions' output (speech)."""
     image_size: int = setting(224, low=1, only="vision")
@@ -139,6 +142,9 @@ class Encoder:
     """Heads that have the bias, the first ones; unset: all."""
     alibi_distance: Literal["sequence", "manhattan", "euclidean"] = setting("sequence", rare=True)
     """Distance of two tokens: in the sequence, or of two patches on their grid."""
+    alibi_table: int | None = setting(None, low=1, rare=True)
+    """A learned table in place of -slope * distance, which it starts from: a bias for each head and pair of so many
+    positions (later ones take the last); images: of all patches. Memory grows with the tokens squared. Unset: none."""
     alibi_per_head: bool = setting(True, rare=True)
     """One factor for each head, or one for all."""
     alibi_per_layer: bool = setting(False, rare=True)
@@ -214,8 +220,14 @@ class Mask:
     """Draw the visible blocks instead of the masked ones."""
     copies: int = setting(1, low=1)
     """Masked copies M of each sample; the teacher runs once for all of them."""
+    keep_masked: float = setting(0.0, low=0, below=1, only="2.0", rare=True)
+    """Share of the masked tokens that the student sees all the same; they stay in the loss."""
     noise_std: float = setting(0.01, only="2.0")
     """Standard deviation of the noise that stands for masked tokens in the decoder."""
+
+    def count_shown(self, masked: int) -> int:
+        """Of so many masked tokens of a row, those that the student sees."""
+        return round(masked * self.keep_masked)
 
 
 @dataclass(frozen=True)
@@ -246,6 +258,9 @@ class Loss:
     class_rows: int = 256
     """Student rows per micro-batch for which the published class weight was chosen; makes the class loss independent of
     batch size and accumulation."""
+    reconstruction: float = setting(0.0, low=0, only="pixels 2.0", rare=True)
+    """Weight of a second loss: a linear layer on the predictions against the pixels of the masked patches, each patch
+    with mean 0 and variance 1."""
 
 
 @dataclass(frozen=True)
@@ -367,10 +382,13 @@ def take_architecture(config: Config, source: Config) -> Config:
 RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("encoder.width", "a multiple of encoder.heads", lambda c: c.encoder.width % c.encoder.heads == 0),
     ("target.top_k", "1 to encoder.depth", lambda c: 1 <= c.target.top_k <= c.encoder.depth),
+    ("loss.reconstruction", "0 unless vision of version 2",
+     lambda c: c.loss.reconstruction == 0.0 or {"pixels", "2.0"} <= c.traits),
     ("encoder.extra_tokens", "at least 1", lambda c: c.loss.class_weight <= 0.0 or c.encoder.extra_tokens >= 1),
     ("stem.kind", "stock unless speech", lambda c: c.stem.kind == "stock" or "speech" in c.traits),
     ("stem.positions", "other than conv for vision", lambda c: not {"conv", "image"} <= c.traits),
     ("stem.positions", "relative for vision only", lambda c: not {"relative", "sequence"} <= c.traits),
+    ("stem.width", "unset unless images or text", lambda c: c.stem.width is None or "projected" in c.traits),
     ("stem.convolutions", "at least 1", lambda c: len(c.stem.convolutions) >= 1),
     ("stem.convolutions", "numbers of 1 or more", lambda c: min(min(row) for row in c.stem.convolutions) >= 1),
     ("stem.image_size", "at most a million patches", lambda c: c.stem.grid[0] <= 1000),
@@ -390,6 +408,10 @@ RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
      lambda c: c.encoder.alibi_distance == "sequence" or "image" in c.traits),
     ("encoder.alibi", "none with relative positions",
      lambda c: c.stem.positions != "relative" or c.encoder.alibi == "none"),
+    ("encoder.alibi_table", "unset without encoder.alibi",
+     lambda c: c.encoder.alibi_table is None or c.encoder.alibi != "none"),
+    ("encoder.alibi_table", "the number of patches",
+     lambda c: c.encoder.alibi_table is None or c.grid is None or c.encoder.alibi_table == math.prod(c.grid)),
     ("encoder.alibi_heads", "1 to encoder.heads",
      lambda c: c.encoder.alibi == "none" or c.encoder.alibi_heads in (None, *range(1, c.encoder.heads + 1))),
     # What cannot be one graph: each choice of skipped blocks would be another, and counts read on the host end one.

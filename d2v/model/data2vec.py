@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from d2v.config.finetune import FineTuneConfig, read_config
 from d2v.folder import CONFIG, MODEL, build_filled, find_model, load_tensors
 from d2v.model.cuda_graph import GraphedTargets, Record
 from d2v.model.decoder import ConvDecoder, RegressionHead
-from d2v.model.layers import valid_positions
+from d2v.model.layers import Linear, valid_positions
 from d2v.model.masking import MaskedRows, resolve_masks
 from d2v.model.stems import PADDING, InputStem, make_positions, make_stem
 from d2v.model.stems.positions import ConvPositions
@@ -37,7 +38,7 @@ class Output:
     loss: Tensor
     """0-D: sum of `losses` over `sample_size`."""
     losses: dict[str, Tensor]
-    """Differentiable sums: "regression", and "cls" where the class token has a loss."""
+    """Differentiable sums: "regression", "cls" where the class token has a loss, "reconstruction" where pixels have."""
     sample_size: int
     """P."""
     prediction: Tensor
@@ -102,6 +103,7 @@ class Data2Vec(nn.Module):
         self.decoder: ConvDecoder | None = None
         self.head: RegressionHead | None = None
         self.mask_token: nn.Parameter | None = None
+        self.reconstruction: nn.Linear | None = None
         if config.version == 2:
             dims = 1 if self.grid is None else 2
             self.decoder = ConvDecoder(config.decoder, width, dims, config.run.convolution)
@@ -111,6 +113,8 @@ class Data2Vec(nn.Module):
                 self.mask_token = nn.Parameter(torch.rand(width))
         with torch.no_grad():
             self.stem.initialise_model(self)
+        if config.loss.reconstruction > 0.0:
+            self.reconstruction = Linear(width, self.stem.raw_width)
         student = {name: self.get_submodule(name) for name in PARTS}
         # A sharded teacher is cast as it is gathered.
         sharded = config.run.parallel != "ddp"
@@ -192,7 +196,8 @@ class Data2Vec(nn.Module):
             else:
                 targets = self._make_targets(inputs, features, valid)
         with span("loss"):
-            return self._compute_loss(prediction, encoded, targets, features, drawn.rows, rows.copies, valid)
+            out = self._compute_loss(prediction, encoded, targets, features, drawn.rows, rows.copies, valid)
+            return out if self.reconstruction is None else self._add_reconstruction(out, inputs)
 
     def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
         """Features of unmasked inputs by the student, in evaluation mode and without gradient.
@@ -432,6 +437,19 @@ class Data2Vec(nn.Module):
             class_prediction=class_prediction, class_target=class_target,
         )  # fmt: skip
 
+    def _add_reconstruction(self, out: Output, inputs: Tensor) -> Output:
+        """With the loss of the pixels; unbiased variances, as published."""
+        assert self.reconstruction is not None
+        config, raw = self.config.loss, self.stem.raw_tokens(inputs).float()
+        variance, mean = torch.var_mean(raw, dim=2, keepdim=True)
+        error = masked_regression_loss(
+            self.reconstruction(out.prediction), (raw - mean) / (variance + 1e-6).sqrt(), None, out.target_rows,
+            beta=config.beta, scale=self.config.loss_scale * config.reconstruction,
+        )  # fmt: skip
+        losses = {**out.losses, "reconstruction": error.loss}
+        total = out.loss + error.loss / max(out.sample_size, 1)
+        return dataclasses.replace(out, losses=losses, loss=total)
+
     def _class_weight(self, sample_size: int, rows: int) -> float:
         """Factor on the class loss, which the division by the sample size turns into a weight of the mean over rows.
 
@@ -479,7 +497,7 @@ def strip_pretraining(model: Data2Vec, *, decoder: bool = True, teacher: bool = 
         teacher: the averages; `model.teacher.encode` then uses the student's weights.
     """
     if decoder:
-        model.decoder = model.head = None
+        model.decoder = model.head = model.reconstruction = None
     if teacher:
         for name in model.teacher.owned:
             delattr(model.teacher, name)

@@ -77,6 +77,7 @@ def shape_of(batch: Batch) -> Shape:
 def count_work(config: Config, batch: Batch) -> dict[str, float]:
     """`tokens` that the teacher reads (padding and copies do not count) and `flops` of one micro-batch, for `rates`."""
     shape = shape_of(batch)
+    shape = shape._replace(visible=shape.visible + config.mask.count_shown(shape.tokens - shape.visible))
     lengths = batch.token_lengths
     tokens = shape.samples * shape.tokens if lengths is None else int(lengths.sum())
     return {"tokens": float(tokens), "flops": count_flops(config, shape)}
@@ -157,4 +158,6 @@ def _count_prediction(config: Config, shape: Shape, rows: int) -> float:
     first = int(inputs[-1] * decoder.projection_ratio)
     sizes = [inputs[-1], *[first] * (decoder.projection_layers - 1), width]
     products = sum(a * b for a, b in itertools.pairwise(sizes))
+    if config.loss.reconstruction > 0.0:
+        products += width * _stem_of(config).raw_width
     return rows * shape.tokens * convolutions + shape.masked * 2.0 * products

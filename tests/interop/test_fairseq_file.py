@@ -93,6 +93,10 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("d2v1_audio", {**WHOLE, "average_top_k_layers": 3}),
     ("d2v1_vision", {"ema_transformer_only": False}),
     ("d2v2_audio", {"extractor_mode": "default", "ema_local_encoder": True}),
+    ("d2v2_audio", {"keep_masked_pct": 0.25, "learned_alibi": True, "alibi_max_pos": 30}),
+    ("d2v2_image", {"keep_masked_pct": 0.5, "local_dim": 12}),
+    ("d2v2_image", {"use_alibi_encoder": True, "learned_alibi": True, "alibi_max_pos": 16, "local_dim": 24}),
+    ("d2v2_image", {"recon_loss": 0.5, "embed_dim": 48, "ema_encoder_only": True}),
 ]
 
 

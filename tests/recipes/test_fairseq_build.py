@@ -30,7 +30,6 @@ def build(**options: Any) -> Data2Vec:
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"recon_loss": 1.0}, "recon_loss"),
         ({"mae_init": True}, "mae_init"),
         ({"shared_decoder": {}}, "shared_decoder"),
         ({"dropout_input": 0.1}, "dropout_input"),
@@ -65,7 +64,6 @@ def test_tensors_that_do_not_fit_are_named() -> None:
 
 REFUSED = [
     ("d2v2_audio", {"extractor_mode": "other"}, "modalities.audio.extractor_mode"),
-    ("d2v2_audio", {"learned_alibi": True}, "modalities.audio.learned_alibi"),
     ("d2v2_audio", {"mask_channel_prob": 0.1}, "modalities.audio.mask_channel_prob"),
     ("d2v2_audio", {"encoder_zero_mask": False}, "modalities.audio.encoder_zero_mask"),
     ("d2v2_text", {"local_grad_mult": 0.5}, "modalities.text.local_grad_mult"),

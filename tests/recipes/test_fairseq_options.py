@@ -54,6 +54,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "use_alibi_encoder": True, "alibi_distance": "euclidean", "learned_alibi_scale_per_layer": True,
     },
     "alibi_of_the_sequence": {"use_alibi_encoder": True, "alibi_dims": 1, "num_extra_tokens": 0, "cls_loss": 0},
+    "learned_alibi_table": {"use_alibi_encoder": True, "learned_alibi": True, "alibi_max_pos": 16},
+    "learned_alibi_table_of_each_layer": {
+        "use_alibi_encoder": True, "learned_alibi": True, "alibi_max_pos": 16, "learned_alibi_scale_per_layer": True,
+    },
+    "some_masked_visible": {"keep_masked_pct": 0.3},
+    "some_masked_visible_with_positions": {"keep_masked_pct": 0.5, "add_positions_masked": True, "clone_batch": 3},
+    "narrow_patches": {"local_dim": 12},
+    "wide_patches_without_stem_average": {"local_dim": 24, "ema_local_encoder": False},
+    "pixels": {"recon_loss": 0.5, "embed_dim": 48, "num_heads": 2, "decoder_dim": 16},
+    "pixels_smooth_l1": {
+        "recon_loss": 2.0, "embed_dim": 48, "loss_beta": 0.5, "loss_scale": 2.0, "d2v_loss": 0.5, "clone_batch": 3,
+    },
     "constant_decay": {"ema_decay": 0.95, "ema_end_decay": 0.95},
 }  # fmt: skip
 
@@ -63,12 +75,13 @@ def make_inputs(config: dict[str, Any], samples: int = 2) -> tuple[Tensor, Tenso
     image = config["modalities"]["image"]
     tokens = (image["input_size"] // image["patch_size"]) ** 2
     rows, masked = samples * config["clone_batch"], int(tokens * image["mask_prob"])
+    hidden = masked - round(masked * image["keep_masked_pct"])
     generator = torch.Generator().manual_seed(7)
     images = torch.randn(
         samples, image["in_chans"], image["input_size"], image["input_size"], generator=generator, dtype=torch.float64
     )
     mask = torch.rand(rows, tokens, generator=generator).argsort(dim=1) < masked
-    noise = torch.randn(rows, masked, config["embed_dim"], generator=generator, dtype=torch.float64)
+    noise = torch.randn(rows, hidden, config["embed_dim"], generator=generator, dtype=torch.float64)
     return images, mask, 0.01 * noise
 
 
@@ -92,7 +105,7 @@ def test_step(name: str, backend: str) -> None:
             if key in expected:
                 # An instance-normed target has mean 0: its class target is rounding noise.
                 assert_near(getattr(out, key), expected[key], 5e-5, key, floor=0.02)
-        assert out.losses.keys() == expected.keys() & {"regression", "cls"}
+        assert out.losses.keys() == expected.keys() & {"regression", "cls", "reconstruction"}
         for key in out.losses:
             assert_near(out.losses[key], expected[key], 1e-5, key)
         assert_near(out.loss, expected["loss"], 1e-5, "loss")
@@ -128,9 +141,7 @@ def test_unequal_counts_follow_row_0() -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("keep_masked_pct", 0.1),
-        ("learned_alibi", True),
-        ("transformer_decoder", True),
+        ("mask_dropout", 0.1),
         ("prenet_layerdrop", 0.1),
         ("local_grad_mult", 0.5),
         ("mask_prob_min", 0.2),

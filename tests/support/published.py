@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "cls_loss": 0.01, "recon_loss": 0, "d2v_loss": 1, "mae_init": False, "skip_ema": False,
 }  # fmt: skip
 IMAGE_DEFAULTS: dict[str, Any] = {
+    "keep_masked_pct": 0, "learned_alibi": False, "alibi_max_pos": None,
     "prenet_depth": 1, "num_extra_tokens": 1, "mask_noise_std": 0.01, "mask_prob": 0.75, "inverse_mask": True,
     "mask_prob_adjust": 0.07, "mask_length": 2, "ema_local_encoder": True, "input_size": 16, "in_chans": 3,
     "patch_size": 4, "embed_dim": 16, "fixed_positions": True, "prenet_dropout": 0,
@@ -39,14 +40,16 @@ DECODER_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make_config(**options: Any) -> dict[str, Any]:
-    """A small configuration; each option replaces the default of its name in whichever section has it."""
+def make_config(local_dim: int | None = None, **options: Any) -> dict[str, Any]:
+    """A small configuration; each option replaces the default of its name in whichever section has it; `local_dim`:
+    the embed_dim of the images alone."""
     config, image, decoder = copy.deepcopy(DEFAULTS), copy.deepcopy(IMAGE_DEFAULTS), copy.deepcopy(DECODER_DEFAULTS)
     for name, value in options.items():
         sections = [s for s in (config, image, decoder) if name in s]
         assert sections, name
         for section in sections:
             section[name] = value
+    image["embed_dim"] = image["embed_dim"] if local_dim is None else local_dim
     config["modalities"] = {"image": {**image, "decoder": decoder}}
     return config
 
@@ -79,7 +82,13 @@ def make_tensors(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
         layer(block + "mlp.fc1", hidden, width)
         layer(block + "mlp.fc2", width, hidden)
     norm("norm" if config["layer_norm_first"] else IMAGE + "context_encoder.norm")
-    layer(IMAGE + "local_encoder.proj", width, image["in_chans"], image["patch_size"], image["patch_size"])
+    local = image["embed_dim"]
+    at = IMAGE + ("local_encoder.proj" if local == width else "local_encoder.0.proj")
+    layer(at, local, image["in_chans"], image["patch_size"], image["patch_size"])
+    if local != width:
+        layer(IMAGE + "local_encoder.1", width, local)
+    if config["recon_loss"]:
+        layer("recon_proj", width, width)
     inputs = width
     for i in range(decoder["decoder_layers"]):
         layer(
@@ -90,6 +99,8 @@ def make_tensors(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
     if image["use_alibi_encoder"]:
         rows = image["prenet_depth"] + config["depth"] if image["learned_alibi_scale_per_layer"] else 1
         shapes[IMAGE + "alibi_scale"] = (rows, 1, image["num_alibi_heads"], 1, 1)
+        if image["learned_alibi"]:
+            shapes[IMAGE + "alibi_bias"] = (1, image["num_alibi_heads"], *[image["alibi_max_pos"]] * 2)
     if image["num_extra_tokens"]:
         shapes[IMAGE + "extra_tokens"] = (1, image["num_extra_tokens"], width)
     if image["fixed_positions"]:
@@ -112,7 +123,7 @@ def make_teacher(config: dict[str, Any], student: dict[str, Tensor], seed: int) 
     if config["ema_encoder_only"]:
         names = {n: n.removeprefix("blocks.") for n in student if n.startswith("blocks.")}
     else:
-        names = {n: n for n in student if not n.startswith(IMAGE + "decoder")}
+        names = {n: n for n in student if not n.startswith((IMAGE + "decoder", "recon_proj", "shared_decoder"))}
         if not image["ema_local_encoder"]:
             names = {n: n for n in names if not n.startswith(IMAGE + "local_encoder")}
     generator = torch.Generator().manual_seed(seed)
@@ -154,7 +165,11 @@ class PublishedStep:
             distance = (place[:, :, None] - place[:, None, :]).abs().double()
         slopes = torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], dtype=torch.float64)
         scale = p[IMAGE + "alibi_scale"].clamp_min(0)
-        bias = -slopes.view(1, -1, 1, 1) * distance[:, None] * scale[layer if len(scale) > 1 else 0]
+        scale = scale[layer if len(scale) > 1 else 0]
+        if image["learned_alibi"]:
+            pairs = [p[IMAGE + "alibi_bias"][0][:, row][:, :, row] for row in place]
+            return F.pad(torch.stack(pairs) * scale, (extra, 0, extra, 0))
+        bias = -slopes.view(1, -1, 1, 1) * distance[:, None] * scale
         return F.pad(bias, (extra, 0, extra, 0))
 
     def block(self, p: dict[str, Tensor], name: str, x: Tensor, bias: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
@@ -182,9 +197,12 @@ class PublishedStep:
         return out, out if self.config["end_of_block_targets"] else f
 
     def context(self, p: dict[str, Tensor], images: Tensor, keep: Tensor | None, clones: int) -> Tensor:
-        name = IMAGE + "local_encoder.proj"
+        projected = self.image["embed_dim"] != self.config["embed_dim"]
+        name = IMAGE + ("local_encoder.0.proj" if projected else "local_encoder.proj")
         x = F.conv2d(images, p[name + ".weight"], p[name + ".bias"], stride=self.image["patch_size"])
         x = x.flatten(2).transpose(1, 2)
+        if projected:
+            x = F.linear(x, p[IMAGE + "local_encoder.1.weight"], p[IMAGE + "local_encoder.1.bias"])
         if self.image["fixed_positions"]:
             x = x + p[IMAGE + "fixed_positional_encoder.positions"]
         x = x.repeat_interleave(clones, dim=0)
@@ -238,6 +256,7 @@ class PublishedStep:
         config, p = self.config, self.student
         clones = config["clone_batch"]
         visible = int((~mask[0]).sum())
+        visible += round(int(mask[0].sum()) * self.image["keep_masked_pct"])
         order = mask.to(torch.uint8).argsort(dim=1, stable=True)
         x = self.context(p, images, order[:, :visible], clones)
         for i in range(config["depth"]):
@@ -266,7 +285,19 @@ class PublishedStep:
             result["class_target"] = y.mean(dim=1).repeat_interleave(clones, dim=0)
             error = self.error(result["class_prediction"], result["class_target"])
             result["cls"] = error * scale * config["cls_loss"] * count
-        result["loss"] = (result["regression"] + result.get("cls", 0.0)) / count
+        if config["recon_loss"]:
+            patch, pixels = self.image["patch_size"], []
+            for image in images:
+                for row in range(0, image.shape[1], patch):
+                    for column in range(0, image.shape[2], patch):
+                        square = image[:, row : row + patch, column : column + patch]
+                        values = square.permute(1, 2, 0).reshape(-1)
+                        deviation = ((values - values.mean()).square().sum() / (len(values) - 1) + 1e-6).sqrt()
+                        pixels.append((values - values.mean()) / deviation)
+            wanted = torch.stack(pixels).view(len(images), mask.shape[1], -1).repeat_interleave(clones, dim=0)[mask]
+            made = F.linear(prediction, p["recon_proj.weight"], p["recon_proj.bias"])
+            result["reconstruction"] = self.error(made, wanted) * scale * config["recon_loss"]
+        result["loss"] = sum(result.get(n, 0.0) for n in ("regression", "cls", "reconstruction")) / count
         return result
 
     def error(self, x: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from d2v.config import Config
 from d2v.interop.fairseq.options import PUBLISHED, Section
-from d2v.interop.fairseq.tables import EMBEDDINGS, FIXED, NEEDED, PARTS, Rule, parse_convolutions
+from d2v.interop.fairseq.tables import EMBEDDINGS, FIXED, NEEDED, PARTS, parse_convolutions
 from d2v.interop.options import apply, read_options, setting_of, write_options
 
 __all__ = ["describe", "parse_convolutions", "translate"]
@@ -89,8 +89,9 @@ def _finish_second(own: dict[str, Any], sections: dict[str, Section], name: str)
         raise NotImplementedError(f"d2v_loss: expected above 0, got {regression}")
     scale = own["loss.scale"]
     own["loss.scale"] = (own["encoder.width"] ** -0.5 if scale is None else float(scale)) * regression
-    # d2v_loss scales the regression only, so the class weight is divided by it.
+    # d2v_loss scales the regression only, so the other weights are divided by it.
     own["loss.class_weight"] /= regression
+    own["loss.reconstruction"] /= regression
 
 
 def _finish_audio1(own: dict[str, Any], model: Section) -> frozenset[str]:
@@ -121,8 +122,7 @@ def describe(config: Config, family: str) -> dict[str, Any]:
     Raises:
         NotImplementedError: something that the published code has no option for.
     """
-    any_family: Rule = ("stem.norm_eps", "1e-05", lambda v, _: v == 1e-5)
-    for name, expected, fits in (any_family, *NEEDED[family]):
+    for name, expected, fits in (*NEEDED[""], *NEEDED[family]):
         if not fits(value := setting_of(config, name), config):
             if expected == "encoder.dropout":
                 expected = f"encoder.dropout {config.encoder.dropout}"

@@ -27,17 +27,20 @@ def _second(modality: str) -> Pairs:
         ("stem.norms.#.*", p + "local_encoder.conv_layers.#.2.1.*"),
         ("stem.norm.*", p + ("project_features.1.*" if audio else "local_encoder.layernorm_embedding.*")),
         *((("stem.proj.*", p + "project_features.2.*"),) if audio else ()),
+        ("stem.project.*", p + "local_encoder.1.*"),
         ("stem.*", p + "local_encoder.*"),
         ("positions.table", p + "fixed_positional_encoder.positions"),
         ("positions.convs.#.*", p + "relative_positional_encoder.#+1.0.*"),
         ("positions.norm.*", p + "relative_positional_encoder.0.*"),
         ("positions.alibi.scale", p + "alibi_scale"),
+        ("positions.alibi.table", p + "alibi_bias"),
         ("context.extra_tokens", p + "extra_tokens"),
         ("context.*", p + "context_encoder.*"),
         ("blocks.blocks.*", "blocks.*"),
         ("blocks.norm.*", "norm.*"),
         ("decoder.blocks.#.*", p + "decoder.blocks.#.0.*"),
         ("decoder.proj.*", p + "decoder.proj.*"),
+        ("reconstruction.*", "recon_proj.*"),
     )
 
 
@@ -138,6 +141,8 @@ def published_names(model: Data2Vec, name: str) -> list[tuple[str, Callable[[Ten
         raise KeyError(f"{name}: no published name in {family}")
     if name.startswith("stem.norms.") and model.config.stem.convolution_norm == "group":
         found = found.replace(".2.1.", ".2.")  # no layers around it that transpose
+    if name.startswith("stem.proj.") and getattr(model.stem, "project", None) is not None:
+        found = found.replace("local_encoder.", "local_encoder.0.")
     if name.startswith("positions.convs.") and model.config.stem.position_norm:
         # With a norm before them the published convolutions lie one level deeper.
         found = found.replace("relative_positional_encoder.", "relative_positional_encoder.1.")
@@ -154,7 +159,7 @@ def _third(index: int) -> Callable[[Tensor], Tensor]:
 
 def student_entries(model: Data2Vec) -> Iterator[Entry]:
     """Weights and fixed tables of the student."""
-    for part in (*PARTS, "decoder", "head"):
+    for part in (*PARTS, "decoder", "head", "reconstruction"):
         module = getattr(model, part)
         if module is not None:
             yield from _entries(model, part, module)

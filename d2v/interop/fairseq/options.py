@@ -23,7 +23,7 @@ PUBLISHED["d2v2_text"] = PUBLISHED["d2v2_audio"] | {"loss-on-padding"}
 _NAMES = {
     "": "_name ema_same_dtype log_norms min_target_var min_pred_var supported_modality seed decoder_group",
     "modality": """
-        type init_extra_token_zero mask_channel_length alibi_max_pos model_depth alibi_dims alibi_distance
+        type init_extra_token_zero mask_channel_length model_depth alibi_dims alibi_distance
         enc_dec_transformer
     """,
     "decoder": "",

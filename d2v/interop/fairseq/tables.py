@@ -57,6 +57,16 @@ def _refine(name: str, field: str, needed: str, on: str) -> Option:
                   lambda v, _: v == on)  # fmt: skip
 
 
+def _read_table(learned: bool, own: dict[str, Any]) -> int | None:
+    """The size of the table, which the option before named."""
+    size: int | None = own["encoder.alibi_table"]
+    if not learned or own["encoder.alibi"] == "none":
+        return None
+    if size is None:
+        raise ValueError("alibi_max_pos: expected a number with learned_alibi, got None")
+    return size
+
+
 def _whole(needed: str) -> Option:
     """Whether a 1.0 teacher is part of a model or a whole one, which the setting read before allows."""
     return Option("ema_transformer_only", "ema.scope", True,
@@ -134,6 +144,7 @@ _SECOND = (
     Option("end_drop_path_rate", "encoder.drop_path", 0.0),
     Option("clone_batch", "mask.copies", 1),
     Option("cls_loss", "loss.class_weight", 0),
+    Option("recon_loss", "loss.reconstruction", 0, as_float),
     Option("loss_scale", "loss.scale", None,
            write=lambda _, c: None if c.loss_scale == c.encoder.width**-0.5 else c.loss_scale),
     _switch("ema_encoder_only", "ema.scope", True, "blocks", "encoder"),
@@ -150,6 +161,7 @@ _MODALITY = (
     Option("mask_prob_adjust", "mask.adjust", 0.0),
     Option("mask_length", "mask.span", 5, lambda v, _: max(v, 1)),
     Option("inverse_mask", "mask.inverse", False, lambda v, own: bool(v) and own["mask.span"] > 1),
+    Option("keep_masked_pct", "mask.keep_masked", 0.0, lambda v, own: float(v) if own["mask.span"] > 1 else 0.0),
     Option("mask_noise_std", "mask.noise_std", 0.01),
     Option("use_alibi_encoder", "encoder.alibi", False,
            lambda v, _: "fixed" if v else "none", lambda v, _: v != "none"),
@@ -157,6 +169,8 @@ _MODALITY = (
     Option("alibi_scale", "encoder.alibi_scale", 1.0, as_float),
     Option("num_alibi_heads", "encoder.alibi_heads", lambda own: own["encoder.heads"],
            write=lambda v, config: v or config.encoder.heads),
+    Option("alibi_max_pos", "encoder.alibi_table"),
+    Option("learned_alibi", "encoder.alibi_table", False, _read_table, lambda v, _: v is not None),
     Option("learned_alibi_scale_per_head", "encoder.alibi_per_head", False, as_bool),
     Option("learned_alibi_scale_per_layer", "encoder.alibi_per_layer", False, as_bool),
 )  # fmt: skip
@@ -182,7 +196,13 @@ _AUDIO2 = (
     Option("conv_pos_pre_ln", "stem.position_norm", False),
 )
 _IMAGE2 = (
-    _agree("embed_dim", "modalities.image.", "encoder.width", 768),
+    Option(
+        "embed_dim",
+        "stem.width",
+        768,
+        lambda v, own: None if v == own["encoder.width"] else v,
+        lambda v, config: v or config.encoder.width,
+    ),
     Option("input_size", "stem.image_size", 224),
     Option("patch_size", "stem.patch_size", 16),
     Option("in_chans", "stem.channels", 3),
@@ -285,17 +305,17 @@ _MODEL2 = Part(
     _SECOND,
     "",
     {
-        **dict.fromkeys(("start_drop_path_rate", "dropout_input", "recon_loss"), _ZERO),
+        **dict.fromkeys(("start_drop_path_rate", "dropout_input"), _ZERO),
         "shared_decoder": (None,), "mae_init": _OFF, "skip_ema": _OFF,
     },
-    {"_name": "data2vec_multi", "dropout_input": 0.0, "start_drop_path_rate": 0.0, "d2v_loss": 1.0, "recon_loss": 0.0},
+    {"_name": "data2vec_multi", "dropout_input": 0.0, "start_drop_path_rate": 0.0, "d2v_loss": 1.0},
 )  # fmt: skip
 _DECODER2 = Part(_DECODER, "decoder")
 _MODALITY_BUILT: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("prenet_layerdrop", "start_drop_path_rate", "end_drop_path_rate", "keep_masked_pct"), _ZERO),
+    **dict.fromkeys(("prenet_layerdrop", "start_drop_path_rate", "end_drop_path_rate"), _ZERO),
     **dict.fromkeys(("mask_dropout", "mask_channel_prob"), _ZERO),
     "mask_prob_min": (None,),
-    **dict.fromkeys(("add_masks", "remove_masks", "learned_alibi", "transformer_decoder"), _OFF),
+    **dict.fromkeys(("add_masks", "remove_masks", "transformer_decoder"), _OFF),
 }  # fmt: skip
 
 
@@ -378,15 +398,20 @@ EMBEDDINGS = {
     "d2v2_text": "modality_encoders.TEXT.local_encoder.embed_tokens.weight",
 }
 Rule = tuple[str, str, Callable[[Any, Config], bool]]
-_SCOPES: Rule = ("ema.scope", "all, encoder or blocks", lambda v, _: v in ("all", "encoder", "blocks"))
+_SECOND_RULES: tuple[Rule, ...] = (
+    ("ema.scope", "all, encoder or blocks", lambda v, _: v in ("all", "encoder", "blocks")),
+    ("mask.keep_masked", "0 for mask.span 1", lambda v, config: v == 0.0 or config.mask.span > 1),
+)
+_NO_PROJECTION: Rule = ("stem.width", "encoder.width", lambda v, config: v in (None, config.encoder.width))
 NEEDED: dict[str, tuple[Rule, ...]] = {
+    "": (("stem.norm_eps", "1e-05", lambda v, _: v == 1e-5),),
     "d2v2_audio": (
-        _SCOPES,
+        *_SECOND_RULES,
         ("stem.positions", "conv", lambda v, _: v == "conv"),
         ("stem.convolution_bias", "False", lambda v, _: not v),
     ),
-    "d2v2_image": (_SCOPES, ("stem.position_scale", "0 or 1", lambda v, _: v in (0.0, 1.0))),
-    "d2v2_text": (_SCOPES,),
+    "d2v2_image": (*_SECOND_RULES, ("stem.position_scale", "0 or 1", lambda v, _: v in (0.0, 1.0))),
+    "d2v2_text": (*_SECOND_RULES, _NO_PROJECTION),
     "d2v1_audio": (
         ("ema.scope", "layers, encoder or all", lambda v, _: v in ("layers", "encoder", "all")),
         (
@@ -398,12 +423,14 @@ NEEDED: dict[str, tuple[Rule, ...]] = {
         ("encoder.prenet_dropout", "encoder.dropout", lambda v, config: v == config.encoder.dropout),
     ),
     "d2v1_text": (
+        _NO_PROJECTION,
         ("ema.scope", "blocks or all", lambda v, _: v in ("blocks", "all")),
         ("stem.dropout", "encoder.dropout", lambda v, config: v == config.encoder.dropout),
     ),
     "d2v1_vision": (
+        _NO_PROJECTION,
         ("target.source", "block", lambda v, _: v == "block"),
         ("ema.scope", "transformer or all", lambda v, _: v in ("transformer", "all")),
     ),
 }
-"""Settings for which the published code of a family has no option: name, expected, test."""
+"""Settings for which the published code of a family ("": of any) has no option: name, expected, test."""
