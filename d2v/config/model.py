@@ -171,16 +171,16 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """Convolutional decoder of data2vec 2.0: predicts masked tokens from visible tokens and noise."""
+class SharedDecoder:
+    """Second convolutional decoder of data2vec 2.0, always over a sequence, with a regression loss of its own."""
 
-    layers: int = setting(6, low=0)
-    """Convolutions."""
-    width: int = setting(768, low=1)
+    layers: int = setting(0, low=0, rare=True)
+    """Convolutions; 0: there is no such decoder."""
+    width: int = setting(768, low=1, rare=True)
     """Channels of a convolution's output."""
-    kernel: int = setting(3, low=1)
-    """Kernel size (both axes for images)."""
-    groups: int = setting(16, low=1)
+    kernel: int = setting(3, low=1, rare=True)
+    """Kernel size."""
+    groups: int = setting(16, low=1, rare=True)
     """Groups of a convolution."""
     residual: bool = setting(True, rare=True)
     """Add a layer's input to its output where the channel counts agree."""
@@ -188,6 +188,25 @@ class Decoder:
     """Linear layers of the last projection, with GELU between."""
     projection_ratio: float = setting(2.0, above=0, rare=True)
     """Hidden width of the projection over C."""
+
+
+@dataclass(frozen=True)
+class Decoder(SharedDecoder):
+    """Decoder of data2vec 2.0: predicts masked tokens from visible tokens and noise."""
+
+    layers: int = setting(6, low=0)
+    """Convolutions, or transformer blocks."""
+    width: int = setting(768, low=1)
+    """Channels of a convolution's output, or of a block."""
+    kernel: int = setting(3, low=1)
+    """Kernel size (both axes for images)."""
+    groups: int = setting(16, low=1)
+    """Groups of a convolution."""
+    kind: Literal["conv", "transformer", "cross"] = setting("conv", rare=True)
+    """conv: convolutions; transformer: blocks over visible tokens and noise; cross: blocks in which the positions of
+    masked patches attend to visible ones, without noise (images)."""
+    heads: int = setting(8, low=1, rare=True)
+    """Attention heads of transformer and cross. Published: 8."""
     input_dropout: float = 0.0
     """Dropout on the encoder output that enters the decoder."""
     positions_masked: bool = setting(False, only="sincos", rare=True)
@@ -274,6 +293,7 @@ class Config:
     stem: Stem = field(default_factory=Stem)
     encoder: Encoder = field(default_factory=Encoder)
     decoder: Decoder = field(default_factory=Decoder, metadata={"only": "2.0"})
+    shared_decoder: SharedDecoder = field(default_factory=SharedDecoder, metadata={"only": "2.0"})
     head: Head = field(default_factory=Head, metadata={"only": "1.0"})
     mask: Mask = field(default_factory=Mask)
     target: Target = field(default_factory=Target)
@@ -357,9 +377,10 @@ _WITHOUT_SHAPE = {
 def architecture(config: Config) -> dict[str, Any]:
     """Settings that decide which tensors a model has and what they mean, by their dotted names."""
     found = {}
+    sections = ("version", "stem", "encoder", "decoder", "shared_decoder", "head")
     for name in flat_fields(Config):
         section, _, last = name.partition(".")
-        if section in ("version", "stem", "encoder", "decoder", "head") and last not in _WITHOUT_SHAPE.get(section, ()):
+        if section in sections and last not in _WITHOUT_SHAPE.get(section, ()):
             found[name] = operator.attrgetter(name)(config)
     return found
 
@@ -400,6 +421,10 @@ RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("mask.kind", "block, random or span for version 2",
      lambda c: c.version == 1 or c.mask.kind not in ("rectangles", "token-span")),
     ("data.speed", "0 unless speech", lambda c: c.data.speed == 0.0 or "speech" in c.traits),
+    ("decoder.kind", "conv or transformer but for images with sincos positions",
+     lambda c: c.decoder.kind != "cross" or ({"image", "sincos"} <= c.traits and c.stem.position_scale != 0.0)),
+    ("decoder.width", "a multiple of decoder.heads",
+     lambda c: c.decoder.kind == "conv" or c.decoder.width % c.decoder.heads == 0),
     ("decoder.positions_masked", "False without sincos",
      lambda c: c.stem.positions == "sincos" or not c.decoder.positions_masked),
     ("decoder.positions_all", "False without sincos",

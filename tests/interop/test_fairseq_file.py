@@ -96,6 +96,22 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("d2v2_audio", {"keep_masked_pct": 0.25, "learned_alibi": True, "alibi_max_pos": 30}),
     ("d2v2_image", {"keep_masked_pct": 0.5, "local_dim": 12}),
     ("d2v2_image", {"use_alibi_encoder": True, "learned_alibi": True, "alibi_max_pos": 16, "local_dim": 24}),
+    ("d2v2_image", {"transformer_decoder": True, "decoder_layers": 1}),
+    ("d2v2_image", {"transformer_decoder": True, "enc_dec_transformer": True}),
+    (
+        "d2v2_image",
+        {
+            "shared_decoder": {
+                "decoder_layers": 2,
+                "decoder_dim": 8,
+                "decoder_kernel": 3,
+                "decoder_groups": 2,
+                "decoder_residual": True,
+                "projection_layers": 1,
+                "projection_ratio": 2.0,
+            }
+        },
+    ),
     ("d2v2_image", {"recon_loss": 0.5, "embed_dim": 48, "ema_encoder_only": True}),
 ]
 

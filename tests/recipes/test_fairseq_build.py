@@ -31,7 +31,7 @@ def build(**options: Any) -> Data2Vec:
     ("options", "word"),
     [
         ({"mae_init": True}, "mae_init"),
-        ({"shared_decoder": {}}, "shared_decoder"),
+        ({"shared_decoder": {"decoder_layers": 0}}, "shared_decoder"),
         ({"dropout_input": 0.1}, "dropout_input"),
         ({"post_mlp_drop": 0.1}, "post_mlp_drop"),
         ({"d2v_loss": 0}, "d2v_loss"),
@@ -64,6 +64,7 @@ def test_tensors_that_do_not_fit_are_named() -> None:
 
 REFUSED = [
     ("d2v2_audio", {"extractor_mode": "other"}, "modalities.audio.extractor_mode"),
+    ("d2v2_audio", {"transformer_decoder": True}, "modalities.audio.transformer_decoder"),
     ("d2v2_audio", {"mask_channel_prob": 0.1}, "modalities.audio.mask_channel_prob"),
     ("d2v2_audio", {"encoder_zero_mask": False}, "modalities.audio.encoder_zero_mask"),
     ("d2v2_text", {"local_grad_mult": 0.5}, "modalities.text.local_grad_mult"),

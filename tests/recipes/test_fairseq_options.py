@@ -14,6 +14,7 @@ from torch import Tensor
 from d2v.interop import fairseq
 from d2v_kernels import use_backend
 
+SHARED = {"decoder_layers": 3, "decoder_dim": 24, "decoder_kernel": 5, "decoder_groups": 4, "decoder_residual": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "pre_norm": {"layer_norm_first": True, "prenet_depth": 2},
@@ -66,6 +67,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pixels_smooth_l1": {
         "recon_loss": 2.0, "embed_dim": 48, "loss_beta": 0.5, "loss_scale": 2.0, "d2v_loss": 0.5, "clone_batch": 3,
     },
+    "transformer_decoder": {"transformer_decoder": True, "decoder_dim": 24},
+    "transformer_decoder_pre_norm": {
+        "transformer_decoder": True, "layer_norm_first": True, "add_positions_masked": True, "mlp_ratio": 2.5,
+        "norm_affine": False,
+    },
+    "cross_decoder": {"transformer_decoder": True, "enc_dec_transformer": True, "decoder_dim": 24},
+    "cross_decoder_with_positions": {
+        "transformer_decoder": True, "enc_dec_transformer": True, "add_positions_all": True, "decoder_layers": 1,
+        "mlp_ratio": 2,
+    },
+    "shared_decoder": {"shared_decoder": SHARED, "d2v_loss": 0.5},
+    "shared_decoder_and_pixels": {
+        "shared_decoder": {**SHARED, "decoder_layers": 1}, "embed_dim": 48, "recon_loss": 0.25,
+        "transformer_decoder": True, "decoder_dim": 16, "keep_masked_pct": 0.3,
+    },
     "constant_decay": {"ema_decay": 0.95, "ema_end_decay": 0.95},
 }  # fmt: skip
 
@@ -105,7 +121,7 @@ def test_step(name: str, backend: str) -> None:
             if key in expected:
                 # An instance-normed target has mean 0: its class target is rounding noise.
                 assert_near(getattr(out, key), expected[key], 5e-5, key, floor=0.02)
-        assert out.losses.keys() == expected.keys() & {"regression", "cls", "reconstruction"}
+        assert out.losses.keys() == expected.keys() & {"regression", "cls", "shared", "reconstruction"}
         for key in out.losses:
             assert_near(out.losses[key], expected[key], 1e-5, key)
         assert_near(out.loss, expected["loss"], 1e-5, "loss")

@@ -80,6 +80,10 @@ def _finish_second(own: dict[str, Any], sections: dict[str, Section], name: str)
         if modality.get("alibi_dims", 2) == 1:
             own["encoder.alibi_distance"] = "sequence"
         own |= {"decoder.projection_layers": 1, "decoder.projection_ratio": 2.0}  # the 2-D decoder ignores both
+    if model.get("shared_decoder") is None:
+        own["shared_decoder.layers"] = 0
+    elif own["shared_decoder.layers"] == 0:
+        raise NotImplementedError("shared_decoder.decoder_layers: expected 1 or more, got 0")
     if name == "text" and own["encoder.prenet_depth"] == 0:
         # Without prenet blocks, text has neither norm nor dropout before the main blocks.
         own |= {"encoder.input_norm": False, "encoder.prenet_dropout": 0.0}
@@ -147,6 +151,8 @@ def describe(config: Config, family: str) -> dict[str, Any]:
         result |= {f"{n}_{suffix}": n in on for n in order}
     if family.startswith("d2v2"):
         result["supported_modality"] = family.removeprefix("d2v2_").upper()
+        if config.shared_decoder.layers == 0:
+            result["shared_decoder"] = None
     if family == "d2v1_audio":
         result["require_same_masks"] = "equal-mask-counts" in config.published
     return result

@@ -38,8 +38,15 @@ def _second(modality: str) -> Pairs:
         ("context.*", p + "context_encoder.*"),
         ("blocks.blocks.*", "blocks.*"),
         ("blocks.norm.*", "norm.*"),
-        ("decoder.blocks.#.*", p + "decoder.blocks.#.0.*"),
+        *(
+            (f"{ours}blocks.#.{leaf}", f"{theirs}blocks.#.0.{leaf}")
+            for ours, theirs in (("decoder.", p + "decoder."), ("shared_decoder.", "shared_decoder."))
+            for leaf in ("weight", "bias")
+        ),
+        ("decoder.blocks.*", p + "decoder.encoder.blocks.*"),
+        ("decoder.embed.*", p + "decoder.input_proj.*"),
         ("decoder.proj.*", p + "decoder.proj.*"),
+        ("shared_decoder.proj.*", "shared_decoder.proj.*"),
         ("reconstruction.*", "recon_proj.*"),
     )
 
@@ -143,6 +150,8 @@ def published_names(model: Data2Vec, name: str) -> list[tuple[str, Callable[[Ten
         found = found.replace(".2.1.", ".2.")  # no layers around it that transpose
     if name.startswith("stem.proj.") and getattr(model.stem, "project", None) is not None:
         found = found.replace("local_encoder.", "local_encoder.0.")
+    if name.startswith("decoder.blocks.") and model.config.decoder.kind == "cross":
+        found = found.replace("decoder.encoder.", "decoder.")
     if name.startswith("positions.convs.") and model.config.stem.position_norm:
         # With a norm before them the published convolutions lie one level deeper.
         found = found.replace("relative_positional_encoder.", "relative_positional_encoder.1.")
@@ -159,7 +168,7 @@ def _third(index: int) -> Callable[[Tensor], Tensor]:
 
 def student_entries(model: Data2Vec) -> Iterator[Entry]:
     """Weights and fixed tables of the student."""
-    for part in (*PARTS, "decoder", "head", "reconstruction"):
+    for part in (*PARTS, "decoder", "shared_decoder", "head", "reconstruction"):
         module = getattr(model, part)
         if module is not None:
             yield from _entries(model, part, module)

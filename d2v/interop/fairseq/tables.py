@@ -6,6 +6,7 @@ Defaults are those of the published code.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -186,6 +187,7 @@ _DECODER = (
     Option("add_positions_masked", "decoder.positions_masked", False),
     Option("add_positions_all", "decoder.positions_all", False),
 )
+_SHARED = tuple(dataclasses.replace(option, field=f"shared_{option.field}") for option in _DECODER[:7])
 _AUDIO2 = (
     _extractor("layer_norm"),
     _convolutions("feature_encoder_spec"),
@@ -207,6 +209,8 @@ _IMAGE2 = (
     Option("patch_size", "stem.patch_size", 16),
     Option("in_chans", "stem.channels", 3),
     _switch("fixed_positions", "stem.position_scale", True, 1.0, 0.0),
+    _switch("transformer_decoder", "decoder.kind", False, "transformer", "conv"),
+    _refine("enc_dec_transformer", "decoder.kind", "transformer", "cross"),
 )
 _NO_POSITIONS = _switch("no_token_positional_embeddings", "stem.learned_positions", False, False, True)
 _TEXT2 = (
@@ -306,11 +310,12 @@ _MODEL2 = Part(
     "",
     {
         **dict.fromkeys(("start_drop_path_rate", "dropout_input"), _ZERO),
-        "shared_decoder": (None,), "mae_init": _OFF, "skip_ema": _OFF,
+        "mae_init": _OFF, "skip_ema": _OFF,
     },
     {"_name": "data2vec_multi", "dropout_input": 0.0, "start_drop_path_rate": 0.0, "d2v_loss": 1.0},
 )  # fmt: skip
 _DECODER2 = Part(_DECODER, "decoder")
+_SHARED2 = Part(_SHARED, "shared decoder")
 _MODALITY_BUILT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("prenet_layerdrop", "start_drop_path_rate", "end_drop_path_rate"), _ZERO),
     **dict.fromkeys(("mask_dropout", "mask_channel_prob"), _ZERO),
@@ -331,19 +336,23 @@ PARTS: dict[str, dict[str, Part]] = {
             "audio", _AUDIO2, {"extractor_mode": _EXTRACTORS, "encoder_zero_mask": (True,)},
         ),
         "modalities.audio.decoder": _DECODER2,
+        "shared_decoder": _SHARED2,
     },
     "d2v2_image": {
         "": _MODEL2,
         "modalities.image": _second(
             "image", _IMAGE2,
-            {"local_grad_mult": (1,), "alibi_dims": (2, 1), "alibi_distance": ("manhattan", "euclidean")},
+            {"local_grad_mult": (1,), "transformer_decoder": (False, True), "alibi_dims": (2, 1),
+             "alibi_distance": ("manhattan", "euclidean")},
         ),
         "modalities.image.decoder": _DECODER2,
+        "shared_decoder": _SHARED2,
     },
     "d2v2_text": {
         "": _MODEL2,
         "modalities.text": _second("text", _TEXT2, {"local_grad_mult": (1,), "learned_pos": (True,)}),
         "modalities.text.decoder": _DECODER2,
+        "shared_decoder": _SHARED2,
     },
     "d2v1_audio": {
         "": Part(
@@ -402,16 +411,22 @@ _SECOND_RULES: tuple[Rule, ...] = (
     ("ema.scope", "all, encoder or blocks", lambda v, _: v in ("all", "encoder", "blocks")),
     ("mask.keep_masked", "0 for mask.span 1", lambda v, config: v == 0.0 or config.mask.span > 1),
 )
+_CONV_DECODER: Rule = ("decoder.kind", "conv", lambda v, _: v == "conv")
 _NO_PROJECTION: Rule = ("stem.width", "encoder.width", lambda v, config: v in (None, config.encoder.width))
 NEEDED: dict[str, tuple[Rule, ...]] = {
     "": (("stem.norm_eps", "1e-05", lambda v, _: v == 1e-5),),
     "d2v2_audio": (
         *_SECOND_RULES,
+        _CONV_DECODER,
         ("stem.positions", "conv", lambda v, _: v == "conv"),
         ("stem.convolution_bias", "False", lambda v, _: not v),
     ),
-    "d2v2_image": (*_SECOND_RULES, ("stem.position_scale", "0 or 1", lambda v, _: v in (0.0, 1.0))),
-    "d2v2_text": (*_SECOND_RULES, _NO_PROJECTION),
+    "d2v2_image": (
+        *_SECOND_RULES,
+        ("decoder.heads", "8", lambda v, config: v == 8 or config.decoder.kind == "conv"),
+        ("stem.position_scale", "0 or 1", lambda v, _: v in (0.0, 1.0)),
+    ),
+    "d2v2_text": (*_SECOND_RULES, _CONV_DECODER, _NO_PROJECTION),
     "d2v1_audio": (
         ("ema.scope", "layers, encoder or all", lambda v, _: v in ("layers", "encoder", "all")),
         (
