@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from d2v.model.layers import Linear, valid_positions
 from d2v.model.masking import MaskedRows, resolve_masks
 from d2v.model.stems import PADDING, InputStem, make_positions, make_stem
 from d2v.model.stems.positions import ConvPositions
-from d2v.model.targets import make_targets
+from d2v.model.targets import Output, make_targets
 from d2v.model.teacher import PARTS, Encoded, Teacher, encode_parts, evaluating
 from d2v.model.transformer import InputBlock, TransformerEncoder
 from d2v.runtime import choose_device, span
@@ -29,40 +28,6 @@ from d2v_kernels import Masks, Noise, gather_tokens, masked_regression_loss, res
 
 WORKING_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtype of the teacher's working copies by `run.precision`."""
-
-
-@dataclass
-class Output:
-    """Result of a training forward. N rows, P masked positions in all, in row-major order (row, then position)."""
-
-    loss: Tensor
-    """0-D: sum of `losses` over `sample_size`."""
-    losses: dict[str, Tensor]
-    """Differentiable sums: "regression"; "cls", "shared", "reconstruction" of class token, shared decoder, pixels."""
-    sample_size: int
-    """P."""
-    prediction: Tensor
-    """(P,C)."""
-    targets: Tensor
-    """(B,T,C) float32 targets at all positions, without gradient."""
-    target_rows: Tensor
-    """(P,) int64: row of `targets` viewed as (B*T, C) that each prediction regresses on."""
-    prediction_std: Tensor
-    """0-D: mean over channels of the predictions' standard deviation over the P rows."""
-    target_std: Tensor
-    """0-D: the same of the targets."""
-    features: Tensor
-    """(B,T,C): the stem's output, what the local encoder makes of the samples (1.0 text with an averaged stem: of their
-    first masked copy); without gradient."""
-    class_prediction: Tensor | None = None
-    """(N,C), or None without class loss."""
-    class_target: Tensor | None = None
-    """(N,C): mean target of the row's sample, or None."""
-
-    @property
-    def target(self) -> Tensor:
-        """(P,C): the targets of `prediction`, copied out of `targets` when asked for."""
-        return self.targets.flatten(0, 1).index_select(0, self.target_rows)
 
 
 class Data2Vec(nn.Module):

@@ -1,6 +1,8 @@
-"""Targets: the mean of the teacher's normalised tensors (data2vec, section 3.3)."""
+"""Targets: the mean of the teacher's normalised tensors (data2vec, section 3.3); and what a forward gives."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,3 +37,37 @@ def make_targets(config: Config, layers: list[Tensor], lengths: Tensor | None) -
         y = average_layers([t.transpose(0, 1) for t in layers], norm=norm, out_norm=out_norm, eps=_EPS)
         return y.transpose(0, 1).contiguous()
     return average_layers(layers, norm=norm, out_norm=out_norm, lengths=lengths, eps=_EPS)
+
+
+@dataclass
+class Output:
+    """Result of a training forward. N rows, P masked positions in all, in row-major order (row, then position)."""
+
+    loss: Tensor
+    """0-D: sum of `losses` over `sample_size`."""
+    losses: dict[str, Tensor]
+    """Differentiable sums: "regression"; "cls", "shared", "reconstruction" of class token, shared decoder, pixels."""
+    sample_size: int
+    """P."""
+    prediction: Tensor
+    """(P,C)."""
+    targets: Tensor
+    """(B,T,C) float32 targets at all positions, without gradient."""
+    target_rows: Tensor
+    """(P,) int64: row of `targets` viewed as (B*T, C) that each prediction regresses on."""
+    prediction_std: Tensor
+    """0-D: mean over channels of the predictions' standard deviation over the P rows."""
+    target_std: Tensor
+    """0-D: the same of the targets."""
+    features: Tensor
+    """(B,T,C): the stem's output, what the local encoder makes of the samples (1.0 text with an averaged stem: of their
+    first masked copy); without gradient."""
+    class_prediction: Tensor | None = None
+    """(N,C), or None without class loss."""
+    class_target: Tensor | None = None
+    """(N,C): mean target of the row's sample, or None."""
+
+    @property
+    def target(self) -> Tensor:
+        """(P,C): the targets of `prediction`, copied out of `targets` when asked for."""
+        return self.targets.flatten(0, 1).index_select(0, self.target_rows)
