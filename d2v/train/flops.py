@@ -78,7 +78,6 @@ def shape_of(batch: Batch) -> Shape:
 def count_work(config: Config, batch: Batch) -> dict[str, float]:
     """`tokens` that the teacher reads (padding and copies do not count) and `flops` of one micro-batch, for `rates`."""
     shape = shape_of(batch)
-    shape = shape._replace(visible=shape.visible + config.mask.count_shown(shape.tokens - shape.visible))
     lengths = batch.token_lengths
     tokens = shape.samples * shape.tokens if lengths is None else int(lengths.sum())
     return {"tokens": float(tokens), "flops": count_flops(config, shape)}
@@ -110,6 +109,7 @@ def find_peak(name: str) -> float | None:
 def count_flops(config: Config, shape: Shape) -> float:
     """FLOPs of forward and backward of one micro-batch; optimiser and moving average have no products."""
     encoder = config.encoder
+    shape = shape._replace(visible=shape.visible + config.mask.count_shown(shape.tokens - shape.visible))
     samples, rows = shape.samples, shape.samples * shape.copies
     seen = encoder.extra_tokens + (shape.visible if config.version == 2 else shape.tokens)
     full = encoder.extra_tokens + shape.tokens
@@ -181,4 +181,5 @@ def _count_blocks(config: Config, shape: Shape, rows: int) -> float:
         return rows * (blocks + 2.0 * shape.tokens * width * decoder.width) + shape.masked * 2.0 * width * decoder.width
     own = shape.masked * (20.0 * decoder.width**2 + 4.0 * shape.visible * decoder.width)
     others = rows * shape.visible * 4.0 * width * decoder.width
-    return decoder.layers * (own + others) + shape.masked * 4.0 * width * decoder.width
+    once = 2.0 / 3.0  # the first layer's input, positions, needs no gradient
+    return decoder.layers * (own + others) + shape.masked * (1.0 + once) * 2.0 * width * decoder.width

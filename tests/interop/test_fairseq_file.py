@@ -17,6 +17,7 @@ from d2v import recipes
 from d2v.interop import fairseq
 from d2v.interop.fairseq.config import describe, translate
 from d2v.interop.fairseq.names import family_of
+from d2v.interop.huggingface.config import write_config
 from d2v.interop.torch_file import read_torch_file
 
 FAMILIES = ("d2v1_audio", "d2v1_text", "d2v1_vision", "d2v2_audio", "d2v2_image", "d2v2_text")
@@ -158,6 +159,36 @@ def test_described_options_translate_back(name: str) -> None:
         assert getattr(back.encoder, field) == getattr(model.encoder, field), field
     for field in ("ratio", "span", "copies", "inverse"):
         assert getattr(back.mask, field) == pytest.approx(getattr(model.mask, field)), field
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("text_base", {"stem": {"width": 48}}, "stem.width: expected encoder.width, got 48"),
+    ("text1_base", {"stem": {"width": 48}}, "stem.width"),
+    ("vision1_base", {"stem": {"width": 48}}, "stem.width"),
+    ("text_base", {"mask": {"keep_masked": 0.1}}, "mask.keep_masked: expected 0 for mask.span 1, got 0.1"),
+    ("speech_base", {"decoder": {"kind": "transformer"}}, "decoder.kind: expected conv, got transformer"),
+    ("vision_base", {"decoder": {"kind": "cross", "heads": 4}}, "decoder.heads: expected 8, got 4"),
+    ("speech1_base", {"ema": {"scope": "all"}}, "target.top_k: expected encoder.depth with ema.scope all, got 8"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "text"), REFUSED)
+def test_what_the_published_code_has_no_option_for(name: str, changes: dict[str, Any], text: str) -> None:
+    config = getattr(recipes, name)().change(**changes)
+    family = f"d2v{config.version}_" + {"speech": "audio", "text": "text"}.get(
+        config.stem.modality, "vision" if config.version == 1 else "image"
+    )
+    with pytest.raises(NotImplementedError, match=text):
+        describe(config, family)
+    if config.version == 1 and "stem" in changes:
+        with pytest.raises(NotImplementedError, match=r"huggingface: stem\.width: expected 768, got 48"):
+            write_config(config)
+
+
+def test_other_norms_of_waveforms_do_not_go_to_transformers() -> None:
+    config = recipes.speech1_base().change(stem={"convolution_norm": "group"})
+    with pytest.raises(NotImplementedError, match=r"stem.convolution_norm: expected layer, got group"):
+        write_config(config)
 
 
 def test_older_files_hold_a_namespace(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from support.published import PublishedStep, make_config, make_teacher, make_ten
 from support.tensors import BACKENDS
 from torch import Tensor
 
+from d2v import Config
+from d2v.config import Mask
 from d2v.interop import fairseq
-from d2v_kernels import use_backend
+from d2v.model.masking import resolve_masks
+from d2v_kernels import masks_from_bool, use_backend
 
 SHARED = {"decoder_layers": 3, "decoder_dim": 24, "decoder_kernel": 5, "decoder_groups": 4, "decoder_residual": True}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -168,3 +172,22 @@ def test_unsupported_modality_option_is_named(option: str, value: Any) -> None:
     config["modalities"]["image"][option] = value
     with pytest.raises(NotImplementedError, match=f"modalities.image.{option}"):
         fairseq.build(config, {}, None, family="d2v2_image")
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_masked_tokens_that_stay_visible(published: bool) -> None:
+    """Spread over the masked ones of a row, or the first ones, as the published sort gives them; all in the loss."""
+    names = frozenset({"visible-count-of-row-0"}) if published else frozenset()
+    config = dataclasses.replace(Config(), mask=Mask(keep_masked=0.25), published=names)
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, [0, 2, 3, 5, 7, 8, 11, 15]] = mask[1, 8:] = True
+    given = masks_from_bool(mask)
+    masks = resolve_masks(config, mask, batch=2, tokens=16, lengths=None, first_id=0).masks
+    assert masks.keep is not None and masks.restore is not None and torch.equal(masks.rows, given.rows)
+    for row, more in enumerate([[0, 2], [8, 9]] if published else [[3, 11], [10, 14]]):
+        shown = sorted([*(~mask[row]).nonzero()[:, 0].tolist(), *more])
+        assert masks.keep[row].tolist() == shown
+        hidden = [t for t in range(16) if t not in shown]
+        assert [masks.restore[row, t] for t in [*shown, *hidden]] == list(range(16))
+    again = dataclasses.replace(config, mask=Mask(keep_masked=0.0))
+    assert torch.equal(resolve_masks(again, mask, 2, 16, None, 0).masks.restore, given.restore)

@@ -179,3 +179,26 @@ def test_teacher_of_masked_tokens_is_a_teacher_of_the_masked_text() -> None:
         layers = model.teacher.collect(alone, features, None, config.target.top_k, config.target.source)
         expected = torch.stack([torch.nn.functional.layer_norm(t, t.shape[-1:]) for t in layers]).mean(dim=0)
         assert_same(expected[0], out.targets[row, masks.mask[row]], f"row {row}")
+
+
+@pytest.mark.parametrize("name", ["speech-base", "vision-base"])
+def test_a_table_starts_as_the_bias_that_it_replaces(name: str) -> None:
+    """Also where it is shorter than the sequence: later positions take the last ones' bias."""
+    alibi: dict[str, Any] = {"alibi": "fixed", "alibi_heads": 3, "extra_tokens": 1, "alibi_scale": 0.7}
+    image = name == "vision-base"
+    if image:
+        alibi["alibi_distance"] = "euclidean"
+    config = make_config(name, **alibi)
+    inputs, lengths = (torch.randn(2, 3, 32, 32), None) if image else make_batch(config, (700, 400))
+    plain, table = (Data2Vec(make_config(name, **alibi, alibi_table=n)) for n in (None, 16 if image else 40))
+    table.load_state_dict(plain.state_dict(), strict=False)
+    assert_same(plain.encode(inputs, lengths).features, table.encode(inputs, lengths).features, "features")
+    if not image:
+        short = Data2Vec(make_config(name, **alibi, alibi_table=8))
+        short.load_state_dict(plain.state_dict(), strict=False)
+        with torch.no_grad():
+            bias = short.positions.alibi.attention_bias(None, torch.arange(12)[None]).matrix_of(0)
+        assert bias is not None and torch.equal(bias[0, :, 7, :8], bias[0, :, 11, :8])
+        assert (
+            float(bias[0, 0, 11, 7]) == 0.0 and float(bias[0, 0, 0, 7]) < 0.0 and float(bias[0, 3].abs().max()) == 0.0
+        )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from d2v.config import Config, Stem
-from d2v.model.stems.base import InputStem
+from d2v.model.stems.base import InputStem, StemFlops
 from d2v.model.transformer import initialise_linears
 from d2v_kernels import linear
 
@@ -63,6 +63,11 @@ class PatchStem(InputStem):
         """(B,T,p*p*channels): pixels of each patch row by row, the channels of a pixel together (published order)."""
         p = self.proj.kernel_size[0]
         return inputs.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+    def count_flops(self, tokens: int, length: int) -> StemFlops:
+        """Of the patches, and of the projection."""
+        projection = 0 if self.project is None else self.project.weight.numel()
+        return 2.0 * tokens * self.proj.weight.numel(), 2.0 * tokens * projection, 0.0
 
     def initialise_model(self, model: Any) -> None:
         """As published: the projection; 1.0: head and learned tokens."""
