@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import families
 from support.parity import assert_near
 from support.published import PublishedStep, make_config, make_teacher, make_tensors
 from support.tensors import BACKENDS
@@ -191,3 +192,20 @@ def test_masked_tokens_that_stay_visible(published: bool) -> None:
         assert [masks.restore[row, t] for t in [*shown, *hidden]] == list(range(16))
     again = dataclasses.replace(config, mask=Mask(keep_masked=0.0))
     assert torch.equal(resolve_masks(again, mask, 2, 16, None, 0).masks.restore, given.restore)
+
+
+def test_the_shared_decoder_has_noise_of_its_own() -> None:
+    """With the weights of the other decoder it makes the same predictions from given noise, others from drawn noise."""
+    config = families.make_config("speech-base").change(mask={"noise_std": 1.0})
+    same = {n: getattr(config.decoder, n) for n in ("layers", "width", "kernel", "groups")}
+    model = families.make_model(config.change(shared_decoder=same))
+    assert model.shared_decoder is not None and model.decoder is not None
+    model.shared_decoder.load_state_dict(model.decoder.state_dict())
+    waves = torch.randn(2, 2_000)
+    tokens, _ = model.stem.measure(waves)
+    mask = (torch.arange(tokens) % 2 == 0).expand(4, -1)
+    noise = torch.randn(4, int(mask[0].sum()), config.encoder.width)
+    given = model(waves, masks=mask, noise=noise).losses
+    assert torch.equal(given["shared"], given["regression"])
+    drawn = model(waves, masks=mask, noise_keys=torch.arange(4)).losses
+    assert not torch.isclose(drawn["shared"], drawn["regression"], rtol=1e-4)

@@ -21,6 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "speech_alibi_of_each_layer": ("speech-base", {"alibi_per_layer": True, "alibi_heads": 3}, {}),
     "speech_alibi_table": ("speech-base", {"alibi_table": 20, "extra_tokens": 1}, {}),
     "speech_position_norm": ("speech-base", {}, {"position_norm": True, "position_width": 12}),
+    "speech_transformer_decoder": ("speech-base", {}, {}),
     "speech_norm_over_time": ("speech-base", {}, {"convolution_norm": "group", "convolution_bias": True}),
     "speech1_norm_over_time": ("speech1-base", {}, {"convolution_norm": "group"}),
     "speech_pre_norm": ("speech-base", {"norm_order": "pre"}, {}),
@@ -37,12 +38,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "signals_norm_over_time": ("signals-tiny", {}, {"channels": 3, "convolution_norm": "group"}),
     "signals_conv": ("signals-tiny", {}, {"channels": 3, "positions": "conv"}),
 }
+DECODERS = {"speech_transformer_decoder": {"kind": "transformer", "heads": 4}}
 
 
 def make(name: str) -> Config:
     recipe, encoder, stem = CASES[name]
     config = make_config(recipe, **encoder)
-    return dataclasses.replace(config, stem=dataclasses.replace(config.stem, **stem))
+    return config.change(stem=stem, decoder=DECODERS.get(name, {}))
 
 
 def lengths_of(config: Config) -> tuple[int, ...]:
