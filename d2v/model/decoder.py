@@ -37,9 +37,10 @@ class ConvDecoder(nn.Module):
         """
         super().__init__()
         inputs = [width] + [config.width] * config.layers
-        for name, channels in (("width of the encoder", width), ("decoder.width", config.width)):
+        section = "decoder" if isinstance(config, Decoder) else "shared_decoder"
+        for name, channels in (("width of the encoder", width), (f"{section}.width", config.width)):
             if config.layers and channels % config.groups:
-                raise ValueError(f"decoder.groups: expected a divisor of the {name} {channels}, got {config.groups}")
+                raise ValueError(f"{section}.groups: expected a divisor of the {name} {channels}, got {config.groups}")
         self.residual, self.trim, self.convolution = config.residual, config.kernel % 2 == 0, convolution
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(

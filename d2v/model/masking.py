@@ -89,7 +89,8 @@ def _from_tensor(config: Config, mask: Tensor) -> Masks:
         raise ValueError(f"masks: expected bool (N, T), got {mask.dtype} {tuple(mask.shape)}")
     masks = masks_from_bool(mask.detach().cpu())
     if config.version == 2 and masks.keep is None and mask.shape[0] > 0:
-        return cut_to_first_row(masks) if "visible-count-of-row-0" in config.published else masks
+        cut = "visible-count-of-row-0" in config.published and config.decoder.kind != "cross"
+        return cut_to_first_row(masks) if cut else masks
     return masks
 
 

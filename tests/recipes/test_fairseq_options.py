@@ -159,6 +159,16 @@ def test_unequal_counts_follow_row_0() -> None:
     assert_near(out.prediction, expected["prediction"], 5e-5, "prediction")
 
 
+def test_cross_decoders_need_equal_counts() -> None:
+    config = make_config(transformer_decoder=True, enc_dec_transformer=True, clone_batch=1)
+    model = fairseq.build(config, make_tensors(config, seed=1), None, family="d2v2_image")
+    images, mask, _ = make_inputs(config)
+    mask[1] = mask[0]
+    mask[1, (~mask[1]).nonzero()[0]] = True
+    with pytest.raises(ValueError, match=r"same number of masked positions in every row.*in rows \[1\]"):
+        model(images.float(), masks=mask)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
