@@ -36,8 +36,8 @@ class Data2Vec(nn.Module):
     2022a) it sees a mask token at the masked positions and has a regression head in place of the decoder.
 
     Attributes: stem, positions, context, blocks (the student's encoder), decoder (2.0) or head (1.0), mask_token (1.0
-    speech and vision), shared_decoder and reconstruction (rare losses of 2.0), teacher; origin: what a loader of foreign
-    files remembers, to write the same again.
+    speech and vision), shared_decoder and reconstruction (rare losses of 2.0), teacher; origin: what a loader of
+    foreign files remembers, to write the same again.
     """
 
     origin: object = None
