@@ -53,8 +53,8 @@ class Stem:
     dropout: float = setting(0.0, rare=True)
     """Dropout on the features. Text: inside the stem; speech: on what the student sees only."""
     width: int | None = setting(None, low=1, only="projected", rare=True)
-    """Images, text: channels of the embeddings of patches or tokens, which a linear layer brings to encoder.width;
-    unset: encoder.width, without such a layer."""
+    """Channels of the embeddings of patches or tokens, which a linear layer brings to encoder.width; unset:
+    encoder.width, without such a layer."""
     norm_eps: float = setting(1e-5, only="sequence", rare=True)
     """Epsilon of the layer norm on embeddings (text) or on the convolutions' output (speech)."""
     image_size: int = setting(224, low=1, only="vision")
