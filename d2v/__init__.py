@@ -9,9 +9,10 @@ from d2v.config import Config
 if TYPE_CHECKING:
     from d2v.data import register_modality
     from d2v.data.dataset import Modality
-    from d2v.model.data2vec import Data2Vec, Output
+    from d2v.model.data2vec import Data2Vec
     from d2v.model.finetuned import FineTuned
     from d2v.model.stems import InputStem
+    from d2v.model.targets import Output
     from d2v.model.teacher import Encoded
 
 __version__ = "0.1.0"
@@ -22,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 _MODULES = {
-    "Data2Vec": "model.data2vec", "Output": "model.data2vec", "FineTuned": "model.finetuned",
+    "Data2Vec": "model.data2vec", "Output": "model.targets", "FineTuned": "model.finetuned",
     "Encoded": "model.teacher", "InputStem": "model.stems", "Modality": "data.dataset", "register_modality": "data",
 }  # fmt: skip
 

@@ -102,7 +102,8 @@ class Signals(Speech):
     @staticmethod
     def make_stem(config: Config) -> WaveformStem:
         """Convolutions of all channels together."""
-        return WaveformStem(config.stem, config.encoder.width, config.stem.channels)
+        over_padding = "statistics-over-padding" in config.published
+        return WaveformStem(config.stem, config.encoder.width, config.stem.channels, over_padding)
 
     def __init__(self, config: Config) -> None:
         self.rate = config.stem.sample_rate

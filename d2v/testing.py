@@ -91,7 +91,8 @@ def _check_tokens(objective: Pretraining, batch: Batch, inputs: Tensor) -> str:
     """Shapes of features and masks, and where masks lie."""
     model, lengths = objective.model, batch.lengths
     tokens, valid = model.stem.measure(inputs, lengths)
-    shape, expected = tuple(model.stem(inputs, valid).shape), (len(batch), tokens, objective.config.encoder.width)
+    features = model.stem(model.stem.mark(inputs, lengths), valid)
+    shape, expected = tuple(features.shape), (len(batch), tokens, objective.config.encoder.width)
     _require(shape == expected, "tokens", f"features {expected}, as `measure` says", shape)
     before = torch.tensor([tokens] * len(batch)) if valid is None else valid
     if lengths is not None:

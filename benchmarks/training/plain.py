@@ -59,8 +59,8 @@ def mix_plain(q: Tensor, k: Tensor, v: Tensor, around: AttentionBias, index: int
     alibi = around.alibi_of(index)
     if alibi is not None and alibi.scale is not None:
         bias = alibi.slopes * alibi.scale.clamp_min(0.0)  # (H,)
-        assert around.distances is not None
-        bias = -bias[:, None, None] * around.distances[:, None]
+        assert around.pairs is not None
+        bias = -bias[:, None, None] * around.pairs
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = None if bias is None else bias.to(q.dtype)
     composed = q.device.type == "cpu" and composed_is_quicker(tuple(q.shape), q.dtype, mask is not None, dropout)
@@ -174,7 +174,9 @@ class PlainData2Vec(Data2Vec):
             table = grid_distances(self.config.stem.grid, self.config.encoder.alibi_distance).to(places.device)
             distances = table[places[:, :, None], places[:, None, :]]
         extra = self.config.encoder.extra_tokens
-        return AttentionBias(alibi=around.alibi, scales=around.scales, distances=F.pad(distances, (extra, 0, extra, 0)))
+        return AttentionBias(
+            alibi=around.alibi, scales=around.scales, pairs=F.pad(distances, (extra, 0, extra, 0))[:, None]
+        )
 
     def encode_visible(self, features: Tensor, mask: Tensor, copies: int, visible: int) -> tuple[Tensor, Tensor]:
         """2.0: the encoder's output (N,E+V,C), and where each token of a row is among visible, then masked ones."""

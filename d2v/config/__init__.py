@@ -10,6 +10,7 @@ from d2v.config.model import (
     Head,
     Loss,
     Mask,
+    SharedDecoder,
     Stem,
     Target,
 )
@@ -17,5 +18,5 @@ from d2v.config.run import Data, Ema, Optim, Probe, Run
 
 __all__ = [
     "PUBLISHED_BEHAVIOURS", "SPEECH_CONVOLUTIONS", "Config", "Data", "Decoder", "Ema", "Encoder", "Head", "Loss",
-    "Mask", "Optim", "Probe", "Run", "Stem", "Target", "setting",
+    "Mask", "Optim", "Probe", "Run", "SharedDecoder", "Stem", "Target", "setting",
 ]  # fmt: skip

@@ -27,7 +27,8 @@ class InputKind:
     """Config -> `d2v.data.dataset.Modality`, or where such a class is."""
     words: frozenset[str] = frozenset()
     """For `Config.traits`, besides the name: settings apply by them. "waveform": a sequence that convolutions
-    make tokens of (seconds, crops); "channels": `stem.channels` counts; "ids": token ids of a tokenizer."""
+    make tokens of (seconds, crops); "channels": `stem.channels` counts; "ids": token ids of a tokenizer; "pixels": the
+    stem has `raw_tokens`; "projected": `stem.width` counts."""
     describe: Callable[[Any], str] = lambda stem: stem.modality
     """`Stem` -> the input in a few words."""
     grid: Callable[[Any], Grid | None] = lambda stem: None
@@ -45,11 +46,11 @@ KINDS: dict[str, InputKind] = {
         example="inputs = torch.randn(1, 16_000)  # waveform at 16 kHz, zero mean and unit variance",
         tokens="a frame each 20 ms"),
     "vision": InputKind(
-        "d2v.model.stems.vision:make_stem", "d2v.data.vision:Images", frozenset({"channels"}),
+        "d2v.model.stems.vision:make_stem", "d2v.data.vision:Images", frozenset({"channels", "pixels", "projected"}),
         lambda s: f"{s.image_size} px, patch {s.patch_size}", lambda s: s.grid,
         "inputs = torch.randn(1, {channels}, {image_size}, {image_size})  # normalised pixels", "patches row by row"),
     "text": InputKind(
-        "d2v.model.stems.text:make_stem", "d2v.data.text:Texts", frozenset({"ids"}),
+        "d2v.model.stems.text:make_stem", "d2v.data.text:Texts", frozenset({"ids", "projected"}),
         lambda s: f"{s.vocabulary} token ids, at most {s.max_tokens} tokens",
         example="inputs = torch.tensor([[0, 5, 6, 7, 2]])  # token ids: <s> ... </s>", tokens="a token each"),
     "signals": InputKind(

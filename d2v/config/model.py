@@ -52,6 +52,9 @@ class Stem:
     attention (1.0 images); none (text, whose stem has learned positions)."""
     dropout: float = setting(0.0, rare=True)
     """Dropout on the features. Text: inside the stem; speech: on what the student sees only."""
+    width: int | None = setting(None, low=1, only="projected", rare=True)
+    """Channels of the embeddings of patches or tokens, which a linear layer brings to encoder.width; unset:
+    encoder.width, without such a layer."""
     norm_eps: float = setting(1e-5, only="sequence", rare=True)
     """Epsilon of the layer norm on embeddings (text) or on the convolutions' output (speech)."""
     image_size: int = setting(224, low=1, only="vision")
@@ -68,6 +71,9 @@ class Stem:
     """Waveforms: channels, kernel and stride of each convolution."""
     convolution_bias: bool = setting(False, only="waveform stock", rare=True)
     """Waveforms: these convolutions have a bias."""
+    convolution_norm: Literal["layer", "group"] = setting("layer", only="waveform stock", rare=True)
+    """Waveforms: layer: a norm over channels behind each convolution; group: one norm of each channel over time behind
+    the first convolution, none behind the others (published as extractor_mode default)."""
     gradient_scale: float = setting(1.0, low=0, only="waveform stock", rare=True)
     """Waveforms: factor on the gradient that enters them; 0 freezes them."""
     position_layers: int = setting(5, low=1, only="conv", rare=True)
@@ -136,6 +142,9 @@ class Encoder:
     """Heads that have the bias, the first ones; unset: all."""
     alibi_distance: Literal["sequence", "manhattan", "euclidean"] = setting("sequence", rare=True)
     """Distance of two tokens: in the sequence, or of two patches on their grid."""
+    alibi_table: int | None = setting(None, low=1, rare=True)
+    """A learned table in place of -slope * distance, which it starts from: a bias for each head and pair of so many
+    positions (later ones take the last); images: of all patches. Memory grows with the tokens squared. Unset: none."""
     alibi_per_head: bool = setting(True, rare=True)
     """One factor for each head, or one for all."""
     alibi_per_layer: bool = setting(False, rare=True)
@@ -162,16 +171,16 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """Convolutional decoder of data2vec 2.0: predicts masked tokens from visible tokens and noise."""
+class SharedDecoder:
+    """Second convolutional decoder of data2vec 2.0, always over a sequence, with a regression loss of its own."""
 
-    layers: int = setting(6, low=0)
-    """Convolutions."""
-    width: int = setting(768, low=1)
+    layers: int = setting(0, low=0, rare=True)
+    """Convolutions; 0: there is no such decoder."""
+    width: int = setting(768, low=1, rare=True)
     """Channels of a convolution's output."""
-    kernel: int = setting(3, low=1)
-    """Kernel size (both axes for images)."""
-    groups: int = setting(16, low=1)
+    kernel: int = setting(3, low=1, rare=True)
+    """Kernel size."""
+    groups: int = setting(16, low=1, rare=True)
     """Groups of a convolution."""
     residual: bool = setting(True, rare=True)
     """Add a layer's input to its output where the channel counts agree."""
@@ -179,6 +188,25 @@ class Decoder:
     """Linear layers of the last projection, with GELU between."""
     projection_ratio: float = setting(2.0, above=0, rare=True)
     """Hidden width of the projection over C."""
+
+
+@dataclass(frozen=True)
+class Decoder(SharedDecoder):
+    """Decoder of data2vec 2.0: predicts masked tokens from visible tokens and noise."""
+
+    layers: int = setting(6, low=0)
+    """Convolutions, or transformer blocks."""
+    width: int = setting(768, low=1)
+    """Channels of a convolution's output, or of a block."""
+    kernel: int = setting(3, low=1)
+    """Kernel size (both axes for images)."""
+    groups: int = setting(16, low=1)
+    """Groups of a convolution."""
+    kind: Literal["conv", "transformer", "cross"] = setting("conv", rare=True)
+    """conv: convolutions; transformer: blocks over visible tokens and noise; cross: blocks in which the positions of
+    masked patches attend to visible ones, without noise (images)."""
+    heads: int = setting(8, low=1, rare=True)
+    """Attention heads of transformer and cross. Published: 8."""
     input_dropout: float = 0.0
     """Dropout on the encoder output that enters the decoder."""
     positions_masked: bool = setting(False, only="sincos", rare=True)
@@ -211,8 +239,14 @@ class Mask:
     """Draw the visible blocks instead of the masked ones."""
     copies: int = setting(1, low=1)
     """Masked copies M of each sample; the teacher runs once for all of them."""
+    keep_masked: float = setting(0.0, low=0, below=1, only="2.0", rare=True)
+    """Share of the masked tokens that the student sees all the same; they stay in the loss."""
     noise_std: float = setting(0.01, only="2.0")
     """Standard deviation of the noise that stands for masked tokens in the decoder."""
+
+    def count_shown(self, masked: int) -> int:
+        """Of so many masked tokens of a row, those that the student sees."""
+        return round(masked * self.keep_masked)
 
 
 @dataclass(frozen=True)
@@ -247,6 +281,9 @@ class Loss:
     class_rows: int = 256
     """Student rows per micro-batch for which the published class weight was chosen; makes the class loss independent of
     batch size and accumulation."""
+    reconstruction: float = setting(0.0, low=0, only="pixels 2.0", rare=True)
+    """Weight of a second loss: a linear layer on the predictions against the pixels of the masked patches, each patch
+    with mean 0 and variance 1."""
 
 
 @dataclass(frozen=True)
@@ -260,6 +297,7 @@ class Config:
     stem: Stem = field(default_factory=Stem)
     encoder: Encoder = field(default_factory=Encoder)
     decoder: Decoder = field(default_factory=Decoder, metadata={"only": "2.0"})
+    shared_decoder: SharedDecoder = field(default_factory=SharedDecoder, metadata={"only": "2.0"})
     head: Head = field(default_factory=Head, metadata={"only": "1.0"})
     mask: Mask = field(default_factory=Mask)
     target: Target = field(default_factory=Target)
@@ -343,9 +381,10 @@ _WITHOUT_SHAPE = {
 def architecture(config: Config) -> dict[str, Any]:
     """Settings that decide which tensors a model has and what they mean, by their dotted names."""
     found = {}
+    sections = ("version", "stem", "encoder", "decoder", "shared_decoder", "head")
     for name in flat_fields(Config):
         section, _, last = name.partition(".")
-        if section in ("version", "stem", "encoder", "decoder", "head") and last not in _WITHOUT_SHAPE.get(section, ()):
+        if section in sections and last not in _WITHOUT_SHAPE.get(section, ()):
             found[name] = operator.attrgetter(name)(config)
     return found
 
@@ -368,10 +407,13 @@ def take_architecture(config: Config, source: Config) -> Config:
 RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("encoder.width", "a multiple of encoder.heads", lambda c: c.encoder.width % c.encoder.heads == 0),
     ("target.top_k", "1 to encoder.depth", lambda c: 1 <= c.target.top_k <= c.encoder.depth),
+    ("loss.reconstruction", "0 unless vision of version 2",
+     lambda c: c.loss.reconstruction == 0.0 or {"pixels", "2.0"} <= c.traits),
     ("encoder.extra_tokens", "at least 1", lambda c: c.loss.class_weight <= 0.0 or c.encoder.extra_tokens >= 1),
     ("stem.kind", "stock unless speech", lambda c: c.stem.kind == "stock" or "speech" in c.traits),
     ("stem.positions", "other than conv for vision", lambda c: not {"conv", "image"} <= c.traits),
     ("stem.positions", "relative for vision only", lambda c: not {"relative", "sequence"} <= c.traits),
+    ("stem.width", "unset unless images or text", lambda c: c.stem.width is None or "projected" in c.traits),
     ("stem.convolutions", "at least 1", lambda c: len(c.stem.convolutions) >= 1),
     ("stem.convolutions", "numbers of 1 or more", lambda c: min(min(row) for row in c.stem.convolutions) >= 1),
     ("stem.image_size", "at most a million patches", lambda c: c.stem.grid[0] <= 1000),
@@ -383,6 +425,10 @@ RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("mask.kind", "block, random or span for version 2",
      lambda c: c.version == 1 or c.mask.kind not in ("rectangles", "token-span")),
     ("data.speed", "0 unless speech", lambda c: c.data.speed == 0.0 or "speech" in c.traits),
+    ("decoder.kind", "conv or transformer without fixed positions of images",
+     lambda c: c.decoder.kind != "cross" or ({"image", "sincos"} <= c.traits and c.stem.position_scale != 0.0)),
+    ("decoder.width", "a multiple of decoder.heads",
+     lambda c: c.decoder.kind == "conv" or c.decoder.width % c.decoder.heads == 0),
     ("decoder.positions_masked", "False without sincos",
      lambda c: c.stem.positions == "sincos" or not c.decoder.positions_masked),
     ("decoder.positions_all", "False without sincos",
@@ -391,6 +437,10 @@ RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
      lambda c: c.encoder.alibi_distance == "sequence" or "image" in c.traits),
     ("encoder.alibi", "none with relative positions",
      lambda c: c.stem.positions != "relative" or c.encoder.alibi == "none"),
+    ("encoder.alibi_table", "unset without encoder.alibi",
+     lambda c: c.encoder.alibi_table is None or c.encoder.alibi != "none"),
+    ("encoder.alibi_table", "as many as patches on the grid {0.grid}",
+     lambda c: c.encoder.alibi_table is None or c.grid is None or c.encoder.alibi_table == math.prod(c.grid)),
     ("encoder.alibi_heads", "1 to encoder.heads",
      lambda c: c.encoder.alibi == "none" or c.encoder.alibi_heads in (None, *range(1, c.encoder.heads + 1))),
     # What cannot be one graph: each choice of skipped blocks would be another, and counts read on the host end one.

@@ -359,7 +359,7 @@ class LabelledTexts(TextSource):
 class Texts(Modality):
     """Blocks of text as token ids, padded to the longest of a batch."""
 
-    name, noun, words = "text", "texts", ("ids",)
+    name, noun, words = "text", "texts", ("ids", "projected")
     baselines = ("bag_of_words",)
     shortest = 4
     make_stem = staticmethod(make_stem)

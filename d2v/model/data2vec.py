@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from d2v.config import Config
 from d2v.config.finetune import FineTuneConfig, read_config
 from d2v.folder import CONFIG, MODEL, build_filled, find_model, load_tensors
 from d2v.model.cuda_graph import GraphedTargets, Record
-from d2v.model.decoder import ConvDecoder, RegressionHead
-from d2v.model.layers import valid_positions
+from d2v.model.decoder import ConvDecoder, RegressionHead, TransformerDecoder, initialise_xavier
+from d2v.model.layers import Linear, valid_positions
 from d2v.model.masking import MaskedRows, resolve_masks
-from d2v.model.stems import PADDING, make_positions, make_stem
+from d2v.model.stems import PADDING, InputStem, make_positions, make_stem
 from d2v.model.stems.positions import ConvPositions
-from d2v.model.targets import make_targets
+from d2v.model.targets import Output, make_targets
 from d2v.model.teacher import PARTS, Encoded, Teacher, encode_parts, evaluating
 from d2v.model.transformer import InputBlock, TransformerEncoder
 from d2v.runtime import choose_device, span
@@ -30,47 +30,14 @@ WORKING_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtype of the teacher's working copies by `run.precision`."""
 
 
-@dataclass
-class Output:
-    """Result of a training forward. N rows, P masked positions in all, in row-major order (row, then position)."""
-
-    loss: Tensor
-    """0-D: sum of `losses` over `sample_size`."""
-    losses: dict[str, Tensor]
-    """Differentiable sums: "regression", and "cls" where the class token has a loss."""
-    sample_size: int
-    """P."""
-    prediction: Tensor
-    """(P,C)."""
-    targets: Tensor
-    """(B,T,C) float32 targets at all positions, without gradient."""
-    target_rows: Tensor
-    """(P,) int64: row of `targets` viewed as (B*T, C) that each prediction regresses on."""
-    prediction_std: Tensor
-    """0-D: mean over channels of the predictions' standard deviation over the P rows."""
-    target_std: Tensor
-    """0-D: the same of the targets."""
-    features: Tensor
-    """(B,T,C): the stem's output, what the local encoder makes of the samples (1.0 text with an averaged stem: of their
-    first masked copy); without gradient."""
-    class_prediction: Tensor | None = None
-    """(N,C), or None without class loss."""
-    class_target: Tensor | None = None
-    """(N,C): mean target of the row's sample, or None."""
-
-    @property
-    def target(self) -> Tensor:
-        """(P,C): the targets of `prediction`, copied out of `targets` when asked for."""
-        return self.targets.flatten(0, 1).index_select(0, self.target_rows)
-
-
 class Data2Vec(nn.Module):
     """data2vec 2.0 (Baevski et al. 2022b): a student that sees the visible tokens of M masked copies of each sample
     regresses, at the masked positions, on the teacher's averaged layers of the whole sample. In 1.0 (Baevski et al.
     2022a) it sees a mask token at the masked positions and has a regression head in place of the decoder.
 
     Attributes: stem, positions, context, blocks (the student's encoder), decoder (2.0) or head (1.0), mask_token (1.0
-    speech and vision), teacher; origin: what a loader of foreign files remembers, to write the same again.
+    speech and vision), shared_decoder and reconstruction (rare losses of 2.0), teacher; origin: what a loader of
+    foreign files remembers, to write the same again.
     """
 
     origin: object = None
@@ -99,18 +66,29 @@ class Data2Vec(nn.Module):
         self.positions = make_positions(config)
         self.context = InputBlock(config.encoder, keep_residual)
         self.blocks = TransformerEncoder(config.encoder, keep_residual)
-        self.decoder: ConvDecoder | None = None
+        self.decoder: ConvDecoder | TransformerDecoder | None = None
+        self.shared_decoder: ConvDecoder | None = None
         self.head: RegressionHead | None = None
         self.mask_token: nn.Parameter | None = None
+        self.reconstruction: nn.Linear | None = None
         if config.version == 2:
             dims = 1 if self.grid is None else 2
-            self.decoder = ConvDecoder(config.decoder, width, dims, config.run.convolution)
+            choice, dropout = config.run.convolution, config.decoder.input_dropout
+            if config.decoder.kind == "conv":
+                self.decoder = ConvDecoder(config.decoder, width, dims, choice, dropout)
+            else:
+                self.decoder = TransformerDecoder(config.decoder, config.encoder, keep_residual)
+            if config.shared_decoder.layers > 0:
+                self.shared_decoder = ConvDecoder(config.shared_decoder, width, 1, choice, dropout)
+                initialise_xavier(self.shared_decoder)
         else:
             self.head = RegressionHead(config.head, width)
             if not self.takes_ids:  # which have a mask token of their own
                 self.mask_token = nn.Parameter(torch.rand(width))
         with torch.no_grad():
             self.stem.initialise_model(self)
+        if config.loss.reconstruction > 0.0:
+            self.reconstruction = Linear(width, self.stem.raw_width)
         student = {name: self.get_submodule(name) for name in PARTS}
         # A sharded teacher is cast as it is gathered.
         sharded = config.run.parallel != "ddp"
@@ -149,6 +127,7 @@ class Data2Vec(nn.Module):
         """
         self._check_parts()
         tokens, valid = self.stem.measure(inputs, lengths)
+        inputs = self.stem.mark(inputs, lengths)
         batch = inputs.shape[0]
         rows = resolve_masks(self.config, masks, batch, tokens, valid, self._drawn)
         self._drawn += batch if masks is None else 0
@@ -183,11 +162,15 @@ class Data2Vec(nn.Module):
         with span("student"):
             encode = self._encode_masked if self.decoder is None else self._encode_visible
             features, encoded = encode(inputs, drawn, rows, valid)
+        shared = None
         with span("decoder"):
             if self.decoder is None:
                 prediction = self._regress(encoded, drawn.rows, drawn.mask.shape[1])
             else:
-                prediction = self._decode(encoded, drawn, rows, noise, noise_keys)
+                prediction = self._decode(self.decoder, encoded, drawn, rows, noise, noise_keys)
+            if self.shared_decoder is not None:  # with noise of its own
+                keys = None if noise_keys is None else ~noise_keys
+                shared = self._decode(self.shared_decoder, encoded, drawn, rows, noise, keys)
         only_masked = "masked-tokens-only-teacher" in self.config.published
         with span("teacher"):
             if targets is not None:
@@ -199,7 +182,9 @@ class Data2Vec(nn.Module):
             if self.rounds_targets:
                 targets = targets.bfloat16().float()
         with span("loss"):
-            return self._compute_loss(prediction, encoded, targets, features, drawn.rows, rows.copies, valid)
+            out = self._compute_loss(prediction, encoded, targets, features, drawn.rows, rows.copies, valid)
+            more = shared is not None or self.reconstruction is not None
+            return self._add_losses(out, inputs, shared) if more else out
 
     def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
         """Features of unmasked inputs by the student, in evaluation mode and without gradient.
@@ -237,10 +222,12 @@ class Data2Vec(nn.Module):
 
     def drop_training_settings(self) -> Data2Vec:
         """Takes off, in place, what is right in training only, and returns the model: the precision of the teacher's
-        working copies, and positions that see padding, with which features would depend on the rest of a batch."""
+        working copies, and statistics and positions that see padding: features would depend on the rest of a batch."""
         self.teacher.working_dtype = None
         for part in self.modules():
-            if isinstance(part, ConvPositions):
+            if isinstance(part, InputStem):
+                part.over_padding = False
+            elif isinstance(part, ConvPositions):
                 part.zero_input = part.zero_between = True
         return self
 
@@ -313,13 +300,19 @@ class Data2Vec(nn.Module):
         return self.head(selected)
 
     def _decode(
-        self, encoded: Tensor, masks: Masks, rows: MaskedRows, noise: Tensor | None, noise_keys: Tensor | None
-    ) -> Tensor:
-        """(P,C): the decoder at the masked positions."""
-        assert masks.keep is not None and masks.restore is not None and self.decoder is not None
+        self, decoder: ConvDecoder | TransformerDecoder, encoded: Tensor, masks: Masks, rows: MaskedRows,
+        noise: Tensor | None, noise_keys: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """(P,C): a decoder at the masked positions."""
+        assert masks.keep is not None and masks.restore is not None
         count, tokens = masks.restore.shape
         visible = masks.keep.shape[1]
-        kept = self.decoder.take(encoded[:, encoded.shape[1] - visible :])
+        kept = decoder.take(encoded[:, encoded.shape[1] - visible :])
+        if self.config.decoder.kind == "cross" and isinstance(decoder, TransformerDecoder):
+            table = self.positions(kept.new_zeros(1, tokens, kept.shape[2]))[0]
+            kept = kept + table[masks.keep.long()] if self.config.decoder.positions_all else kept
+            queries = table[masks.rows % tokens].unflatten(0, (count, -1))
+            return decoder.project(decoder.attend(queries, kept).flatten(0, 1))
         fill: Tensor | Noise
         if noise is not None:
             fill = noise.to(kept)
@@ -333,10 +326,10 @@ class Data2Vec(nn.Module):
             x = self.positions(x)
         hides = "positions-see-padding" not in self.config.published
         valid = valid_positions(rows.lengths, tokens, x.device) if hides else None
-        hidden = self.decoder(x, self.grid or (tokens,), valid)
+        hidden = decoder(x, (tokens,) if self.grid is None or decoder is self.shared_decoder else self.grid, valid)
         # The projection is per token: only the rows that enter the loss are projected.
         selected = gather_tokens(hidden.reshape(1, count * tokens, hidden.shape[-1]), masks.rows[None])
-        return self.decoder.project(selected[0])
+        return decoder.project(selected[0])
 
     def _check_parts(self) -> None:
         """`ValueError` for a model that `strip_pretraining` has been at."""
@@ -437,6 +430,27 @@ class Data2Vec(nn.Module):
             class_prediction=class_prediction, class_target=class_target,
         )  # fmt: skip
 
+    def _add_losses(self, out: Output, inputs: Tensor, shared: Tensor | None) -> Output:
+        """With the losses of the shared decoder's predictions (P,C) and of pixels, whose variances are unbiased, as
+        published."""
+        config, losses = self.config.loss, {}
+
+        def regress(prediction: Tensor, targets: Tensor, weight: float) -> Tensor:
+            scale = self.config.loss_scale * weight
+            return masked_regression_loss(
+                prediction, targets, None, out.target_rows, beta=config.beta, scale=scale
+            ).loss  # fmt: skip
+
+        if shared is not None:
+            losses["shared"] = regress(shared, out.targets, 1.0)
+        if self.reconstruction is not None:
+            raw = self.stem.raw_tokens(inputs).float()
+            variance, mean = torch.var_mean(raw, dim=2, keepdim=True)
+            made = self.reconstruction(out.prediction if shared is None else shared)
+            losses["reconstruction"] = regress(made, (raw - mean) / (variance + 1e-6).sqrt(), config.reconstruction)
+        total = out.loss + torch.stack(list(losses.values())).sum() / max(out.sample_size, 1)
+        return dataclasses.replace(out, losses={**out.losses, **losses}, loss=total)
+
     def _class_weight(self, sample_size: int, rows: int) -> float:
         """Factor on the class loss, which the division by the sample size turns into a weight of the mean over rows.
 
@@ -484,7 +498,7 @@ def strip_pretraining(model: Data2Vec, *, decoder: bool = True, teacher: bool = 
         teacher: the averages; `model.teacher.encode` then uses the student's weights.
     """
     if decoder:
-        model.decoder = model.head = None
+        model.decoder = model.shared_decoder = model.head = model.reconstruction = None
     if teacher:
         for name in model.teacher.owned:
             delattr(model.teacher, name)

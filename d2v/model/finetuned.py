@@ -72,9 +72,10 @@ class FineTuned(nn.Module):
         Raises:
             ValueError, TypeError: inputs or lengths that do not fit.
         """
-        tokens, lengths = self.encoder.stem.measure(inputs, lengths)
+        stem = self.encoder.stem
+        (tokens, lengths), inputs = stem.measure(inputs, lengths), stem.mark(inputs, lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            x = self._hide(self.encoder.stem(inputs, lengths), mask, channels, noise_keys)
+            x = self._hide(stem(inputs, lengths), mask, channels, noise_keys)
             x = self.encoder.run_encoder(x, lengths)
         return self.head(x, x.shape[1] - tokens, valid_positions(lengths, tokens, x.device))
 

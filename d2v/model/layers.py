@@ -51,6 +51,22 @@ def norm_gelu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = Non
     return layer_norm_gelu(x.contiguous(), weight, bias, eps=NORM_EPS)
 
 
+def standardise(x: Tensor, axis: int, weight: Tensor | None = None) -> Tensor:
+    """x (B,T,C) with mean 0 and variance 1 along an axis, in float32 or above.
+
+    weight: (B,T,1), 0 at what the statistics leave out, else 1; None: they leave out nothing.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    if weight is None:
+        variance, mean = torch.var_mean(x, axis, correction=0, keepdim=True)
+        return (x - mean) / (variance + NORM_EPS).sqrt()
+    weight = weight.to(x.dtype)
+    count = weight.sum(axis, keepdim=True).clamp_min(1.0)
+    centred = x - (x * weight).sum(axis, keepdim=True) / count
+    variance = (centred.square() * weight).sum(axis, keepdim=True) / count
+    return centred / (variance + NORM_EPS).sqrt()
+
+
 def valid_positions(lengths: Tensor | None, tokens: int, device: torch.device) -> Tensor | None:
     """(B,T) bool on the device, True before the padding; None where there is no padding."""
     if lengths is None:

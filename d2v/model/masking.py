@@ -76,6 +76,8 @@ def resolve_masks(
             f"masks: expected the same number of masked positions in every row, row 0 has {int(counts[0])}; got "
             f"{counts[odd].tolist()[:8]} in rows {odd[:8]}"
         )
+    if config.mask.keep_masked > 0.0 and config.version == 2:
+        masks = show_masked(config, masks)
     copies = rows // batch
     if lengths is None:
         return MaskedRows(masks, copies, None, None)
@@ -87,7 +89,8 @@ def _from_tensor(config: Config, mask: Tensor) -> Masks:
         raise ValueError(f"masks: expected bool (N, T), got {mask.dtype} {tuple(mask.shape)}")
     masks = masks_from_bool(mask.detach().cpu())
     if config.version == 2 and masks.keep is None and mask.shape[0] > 0:
-        return cut_to_first_row(masks) if "visible-count-of-row-0" in config.published else masks
+        cut = "visible-count-of-row-0" in config.published and config.decoder.kind != "cross"
+        return cut_to_first_row(masks) if cut else masks
     return masks
 
 
@@ -118,5 +121,26 @@ def cut_to_first_row(masks: Masks) -> Masks:
     mask = masks.mask
     visible = mask.shape[1] - int(mask[0].sum())
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)
-    order = torch.cat([order[:, :visible].sort(dim=1).values, order[:, visible:]], dim=1)
-    return Masks(mask, order[:, :visible].to(torch.int32), order.argsort(dim=1).to(torch.int32), masks.rows)
+    return _with_order(masks, order[:, :visible], order[:, visible:])
+
+
+def show_masked(config: Config, masks: Masks) -> Masks:
+    """Lists with `mask.keep_masked` of the masked tokens of each row among the visible ones; `mask` and `rows` keep
+    them. They are spread over the row; the published sort gives its first ones ("visible-count-of-row-0")."""
+    assert masks.keep is not None and masks.restore is not None
+    visible, order = masks.keep.shape[1], masks.restore.argsort(dim=1)
+    hidden = order[:, visible:]
+    masked = hidden.shape[1]
+    extra = config.mask.count_shown(masked)
+    shown = torch.arange(masked) < extra
+    if "visible-count-of-row-0" not in config.published and extra > 0:
+        shown = torch.zeros(masked, dtype=torch.bool)
+        shown[(2 * torch.arange(extra) + 1) * masked // (2 * extra)] = True
+    return _with_order(masks, torch.cat([order[:, :visible], hidden[:, shown]], dim=1), hidden[:, ~shown])
+
+
+def _with_order(masks: Masks, shown: Tensor, hidden: Tensor) -> Masks:
+    """Lists of the positions that the student sees, in any order, and of those that it does not, ascending."""
+    shown = shown.sort(dim=1).values
+    restore = torch.cat([shown, hidden], dim=1).argsort(dim=1)
+    return Masks(masks.mask, shown.to(torch.int32), restore.to(torch.int32), masks.rows)

@@ -191,7 +191,8 @@ def encode_parts(parts: Mapping[str, Any], inputs: Tensor, lengths: Tensor | Non
     if layer is not None and not 0 <= layer <= blocks:
         raise ValueError(f"layer: expected 0 to {blocks}, got {layer}")
     with evaluating(*parts.values()):
-        tokens, lengths = parts["stem"].measure(inputs, lengths)
+        stem = parts["stem"]
+        (tokens, lengths), inputs = stem.measure(inputs, lengths), stem.mark(inputs, lengths)
         x = encode_measured(parts, inputs, lengths, layer)
     extra = x.shape[1] - tokens
     valid = valid_positions(lengths, tokens, x.device)

@@ -26,8 +26,9 @@ class AttentionBias:
     """ALiBi slopes and positions of the tokens, without scale; None: no ALiBi."""
     scales: Tensor | None = None
     """(L,H) or (1,H): ALiBi's scale of each block, prenet blocks first, or of all."""
-    distances: Tensor | None = None
-    """(N or 1, E+T, E+T): distances that ALiBi uses for tokens on a grid; None: those of their positions."""
+    pairs: Tensor | None = None
+    """(N or 1, H or 1, E+T, E+T): what -slope * scale multiplies, for tokens on a grid or tables; None: distances of
+    their positions."""
     table: Tensor | None = None
     """(H,E+T,E+T): bias of all pairs of tokens, for relative positions; None: none."""
     packed: Packed | None = None
@@ -48,10 +49,10 @@ class AttentionBias:
         if self.table is not None:
             return self.table[None]
         alibi = self.alibi_of(index)
-        if self.distances is None or alibi is None or alibi.scale is None:
+        if self.pairs is None or alibi is None or alibi.scale is None:
             return None
         slopes = alibi.slopes * alibi.scale.clamp_min(0.0)
-        return -slopes[:, None, None] * self.distances[:, None]
+        return -slopes[:, None, None] * self.pairs
 
     def alibi_of(self, index: int) -> Alibi | None:
         """ALiBi of one block."""
@@ -73,7 +74,9 @@ def mix_tokens(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias, index: int,
     matrix = bias.matrix_of(index)
     if matrix is None:
         return attend(q, k, v, valid=bias.lengths, alibi=bias.alibi_of(index), dropout=dropout)
-    # Of patches on a grid: short rows without padding.
+    if bias.lengths is not None:
+        padding = torch.arange(k.shape[1], device=k.device) >= bias.lengths[:, None]
+        matrix = matrix.masked_fill(padding[:, None, None], -torch.inf)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, matrix.to(q.dtype), dropout).transpose(1, 2)
 
@@ -330,10 +333,10 @@ class TransformerEncoder(nn.Module):
         return tensors
 
 
-def initialise_linears(module: nn.Module, std: float | None) -> None:
+def initialise_linears(module: nn.Module | None, std: float | None) -> None:
     """Every linear layer N(0, std^2) with bias 0, as published; norms and convolutions keep PyTorch's defaults, and so
     do the linear layers for std None."""
-    for part in module.modules():
+    for part in () if module is None else module.modules():
         if std is not None and isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=std)
             if part.bias is not None:

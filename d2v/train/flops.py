@@ -16,6 +16,7 @@ all), the teacher's B rows all tokens; a first layer that sees the data has no g
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from functools import lru_cache
@@ -26,7 +27,7 @@ import torch
 from d2v.model.stems import InputStem, make_stem
 
 if TYPE_CHECKING:
-    from d2v.config import Config, Encoder
+    from d2v.config import Config, Encoder, SharedDecoder
     from d2v.data.dataset import Batch
 
 PEAKS = {
@@ -108,6 +109,7 @@ def find_peak(name: str) -> float | None:
 def count_flops(config: Config, shape: Shape) -> float:
     """FLOPs of forward and backward of one micro-batch; optimiser and moving average have no products."""
     encoder = config.encoder
+    shape = shape._replace(visible=shape.visible + config.mask.count_shown(shape.tokens - shape.visible))
     samples, rows = shape.samples, shape.samples * shape.copies
     seen = encoder.extra_tokens + (shape.visible if config.version == 2 else shape.tokens)
     full = encoder.extra_tokens + shape.tokens
@@ -150,11 +152,34 @@ def _count_prediction(config: Config, shape: Shape, rows: int) -> float:
     if config.version == 1:
         sizes = [width, *[2 * width] * (config.head.layers - 1), width]
         return shape.masked * 2.0 * sum(a * b for a, b in itertools.pairwise(sizes))
-    decoder = config.decoder
-    taps = decoder.kernel ** (1 if config.grid is None else 2)
+    if config.decoder.kind == "conv":
+        work = _count_convolutions(config.decoder, width, 1 if config.grid is None else 2, shape, rows)
+    else:
+        work = _count_blocks(config, shape, rows)
+    if config.shared_decoder.layers > 0:
+        work += _count_convolutions(config.shared_decoder, width, 1, shape, rows)
+    if config.loss.reconstruction > 0.0:
+        work += shape.masked * 2.0 * width * _stem_of(config).raw_width
+    return work
+
+
+def _count_convolutions(decoder: SharedDecoder, width: int, dims: int, shape: Shape, rows: int) -> float:
     inputs = [width] + [decoder.width] * decoder.layers
-    convolutions = sum(2.0 * taps * c * decoder.width / decoder.groups for c in inputs[:-1])
+    convolutions = sum(2.0 * decoder.kernel**dims * c * decoder.width / decoder.groups for c in inputs[:-1])
     first = int(inputs[-1] * decoder.projection_ratio)
     sizes = [inputs[-1], *[first] * (decoder.projection_layers - 1), width]
     products = sum(a * b for a, b in itertools.pairwise(sizes))
     return rows * shape.tokens * convolutions + shape.masked * 2.0 * products
+
+
+def _count_blocks(config: Config, shape: Shape, rows: int) -> float:
+    """Decoders of transformer blocks; those of kind cross have the masked tokens alone, and products with the rest."""
+    decoder, width = config.decoder, config.encoder.width
+    if decoder.kind == "transformer":
+        inner = dataclasses.replace(config.encoder, width=decoder.width, heads=decoder.heads)
+        blocks = decoder.layers * _count_block(inner, shape.tokens)
+        return rows * (blocks + 2.0 * shape.tokens * width * decoder.width) + shape.masked * 2.0 * width * decoder.width
+    own = shape.masked * (20.0 * decoder.width**2 + 4.0 * shape.visible * decoder.width)
+    others = rows * shape.visible * 4.0 * width * decoder.width
+    once = 2.0 / 3.0  # the first layer's input, positions, needs no gradient
+    return decoder.layers * (own + others) + shape.masked * (1.0 + once) * 2.0 * width * decoder.width

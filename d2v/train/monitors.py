@@ -16,7 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from d2v.config import Run
-    from d2v.model.data2vec import Output
+    from d2v.model.targets import Output
 
 _EPS = 1e-6
 RANK_ROWS = 2048

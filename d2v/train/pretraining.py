@@ -23,9 +23,10 @@ from d2v.data.dataset import Batch
 from d2v.data.loader import train_updates, validation_batches
 from d2v.data.sources import Source, for_example
 from d2v.folder import CONFIG, MODEL, copy_into, describe_mismatch, find_checkpoint, load_tensors
-from d2v.model.data2vec import Data2Vec, Output, build_model
+from d2v.model.data2vec import Data2Vec, build_model
 from d2v.model.stems.positions import resize_positions
 from d2v.model.target_cache import TargetCache
+from d2v.model.targets import Output
 from d2v.runtime import prepare_process, span
 from d2v.train.digests import digest
 from d2v.train.distributed import Ranks, open_ranks

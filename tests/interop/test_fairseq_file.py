@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import published, published_first, published_second
 from support.golden import load_case
 
 import d2v
@@ -16,6 +17,7 @@ from d2v import recipes
 from d2v.interop import fairseq
 from d2v.interop.fairseq.config import describe, translate
 from d2v.interop.fairseq.names import family_of
+from d2v.interop.huggingface.config import write_config
 from d2v.interop.torch_file import read_torch_file
 
 FAMILIES = ("d2v1_audio", "d2v1_text", "d2v1_vision", "d2v2_audio", "d2v2_image", "d2v2_text")
@@ -45,6 +47,24 @@ def published_state(case: str, half: bool = False) -> dict[str, Any]:
     return {"args": None, "cfg": {"model": about["config"]}, "model": model, "last_optimizer_state": None}
 
 
+def make_published(family: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A small published configuration with random tensors of a student and a teacher."""
+    name = family.partition("_")[2]
+    if family == "d2v2_image":
+        config = published.make_config(**options)
+        student = published.make_tensors(config, seed=1)
+        return config, student, published.make_teacher(config, student, seed=2)
+    module = published_first if family.startswith("d2v1") else published_second
+    config = module.make_config(name, **options)
+    shapes = module.make_shapes(config, name)
+    student, other = (published_second.make_tensors(shapes, seed=seed) for seed in (1, 2))
+    names = module.teacher_names(config, name, shapes)
+    copied: set[str] = set()
+    if isinstance(names, tuple):
+        names, copied = names
+    return config, student, {theirs: (student if ours in copied else other)[ours] for ours, theirs in names.items()}
+
+
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("case", FAMILIES)
 def test_round_trip(tmp_path: Path, case: str, half: bool) -> None:
@@ -68,6 +88,57 @@ def test_round_trip(tmp_path: Path, case: str, half: bool) -> None:
         assert not missing - {"version", "encoder.sentence_encoder.version"}, missing
 
 
+WHOLE = {"ema_layers_only": False, "ema_transformer_only": False}
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("d2v1_audio", {"extractor_mode": "default"}),
+    ("d2v1_audio", {**WHOLE, "average_top_k_layers": 3}),
+    ("d2v1_vision", {"ema_transformer_only": False}),
+    ("d2v2_audio", {"extractor_mode": "default", "ema_local_encoder": True}),
+    ("d2v2_audio", {"keep_masked_pct": 0.25, "learned_alibi": True, "alibi_max_pos": 30}),
+    ("d2v2_image", {"keep_masked_pct": 0.5, "local_dim": 12}),
+    ("d2v2_image", {"use_alibi_encoder": True, "learned_alibi": True, "alibi_max_pos": 16, "local_dim": 24}),
+    ("d2v2_image", {"transformer_decoder": True, "decoder_layers": 1}),
+    ("d2v2_image", {"transformer_decoder": True, "enc_dec_transformer": True}),
+    (
+        "d2v2_image",
+        {
+            "shared_decoder": {
+                "decoder_layers": 2,
+                "decoder_dim": 8,
+                "decoder_kernel": 3,
+                "decoder_groups": 2,
+                "decoder_residual": True,
+                "projection_layers": 1,
+                "projection_ratio": 2.0,
+            }
+        },
+    ),
+    ("d2v2_image", {"recon_loss": 0.5, "embed_dim": 48, "ema_encoder_only": True}),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), OPTIONS)
+def test_options_round_trip(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    """Configuration and tensors of a file with options that no published model has; the teacher is not the student."""
+    config, student, teacher = make_published(family, options)
+    torch.save({"cfg": {"model": config}, "model": {**student, "_ema": teacher}}, tmp_path / "a.pt")
+    model = fairseq.load(tmp_path / "a.pt")
+    fairseq.save(model, tmp_path / "b.pt")
+    again = read_torch_file(tmp_path / "b.pt")
+    written = again["cfg"]["model"]
+    for part in (config, *config.get("modalities", {}).values()):
+        where = written if part is config else next(iter(written["modalities"].values()))
+        assert {n: where[n] for n in options if n in part} == {n: part[n] for n in options if n in part}
+    second = fairseq.load(tmp_path / "b.pt")
+    assert second.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor), name
+    averaged = fairseq.teacher_parameters(model)
+    shared = {"mask_emb", "final_proj.weight", "final_proj.bias"}  # the teacher has no use for them
+    for name in averaged.keys() & teacher.keys() - shared:
+        assert torch.equal(averaged[name], teacher[name].float()), name
+
+
 @pytest.mark.parametrize("name", STOCK)
 def test_described_options_translate_back(name: str) -> None:
     config = getattr(recipes, name)()
@@ -88,6 +159,36 @@ def test_described_options_translate_back(name: str) -> None:
         assert getattr(back.encoder, field) == getattr(model.encoder, field), field
     for field in ("ratio", "span", "copies", "inverse"):
         assert getattr(back.mask, field) == pytest.approx(getattr(model.mask, field)), field
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("text_base", {"stem": {"width": 48}}, "stem.width: expected encoder.width, got 48"),
+    ("text1_base", {"stem": {"width": 48}}, "stem.width"),
+    ("vision1_base", {"stem": {"width": 48}}, "stem.width"),
+    ("text_base", {"mask": {"keep_masked": 0.1}}, "mask.keep_masked: expected 0 for mask.span 1, got 0.1"),
+    ("speech_base", {"decoder": {"kind": "transformer"}}, "decoder.kind: expected conv, got transformer"),
+    ("vision_base", {"decoder": {"kind": "cross", "heads": 4}}, "decoder.heads: expected 8, got 4"),
+    ("speech1_base", {"ema": {"scope": "all"}}, "target.top_k: expected encoder.depth with ema.scope all, got 8"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "text"), REFUSED)
+def test_what_the_published_code_has_no_option_for(name: str, changes: dict[str, Any], text: str) -> None:
+    config = getattr(recipes, name)().change(**changes)
+    family = f"d2v{config.version}_" + {"speech": "audio", "text": "text"}.get(
+        config.stem.modality, "vision" if config.version == 1 else "image"
+    )
+    with pytest.raises(NotImplementedError, match=text):
+        describe(config, family)
+    if config.version == 1 and "stem" in changes:
+        with pytest.raises(NotImplementedError, match=r"huggingface: stem\.width: expected 768, got 48"):
+            write_config(config)
+
+
+def test_other_norms_of_waveforms_do_not_go_to_transformers() -> None:
+    config = recipes.speech1_base().change(stem={"convolution_norm": "group"})
+    with pytest.raises(NotImplementedError, match=r"stem.convolution_norm: expected layer, got group"):
+        write_config(config)
 
 
 def test_older_files_hold_a_namespace(tmp_path: Path) -> None:

@@ -31,6 +31,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "even_positions": {"conv_pos": 12, "pos_conv_depth": 2, "conv_pos_groups": 1},
         "bias": {"conv_bias": True},
+        "norm_over_time": {"extractor_mode": "default", "conv_bias": True},
+        "everything_averaged": {"ema_layers_only": False, "ema_transformer_only": False, "average_top_k_layers": 1},
+        "norm_over_time_averaged": {
+            "extractor_mode": "default", "ema_layers_only": False, "ema_transformer_only": False,
+        },
         "gradient": {"feature_grad_mult": 0.25},
         "odd_widths": {"encoder_embed_dim": 24, "encoder_ffn_embed_dim": 37, "encoder_attention_heads": 3},
         "smooth_l1": {"loss_beta": 0.5, "loss_scale": 2.0, "average_top_k_layers": 1},
@@ -52,6 +57,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "vision": {
         "defaults": {},
         "mlp_outputs": {"end_of_block_targets": False},
+        "everything_averaged": {"ema_transformer_only": False, "instance_norm_target_layer": True},
         "no_layer_scale": {"layer_scale_init_value": 0},
         "ignored_ratio": {"mlp_ratio": 2},
         "instance": {"instance_norm_target_layer": True, "average_top_k_layers": 3},
@@ -119,7 +125,7 @@ def test_step(name: str, option: str, padded: bool) -> None:
         assert_near(gradient, grad * factor, 1e-4, key, floor=0.01 * largest)
     model.teacher.update(0.75)
     averaged = fairseq.teacher_parameters(model)
-    derived = {"version", "rel_pos_bias.relative_position_index"}
+    derived = {"version", *(n for n in averaged if n.endswith("rel_pos_bias.relative_position_index"))}
     assert averaged.keys() - derived == set(names.values())
     for ours, theirs in names.items():
         weight = 1.0 if ours in copied else 0.25

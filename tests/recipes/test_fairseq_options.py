@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from support import families
 from support.parity import assert_near
 from support.published import PublishedStep, make_config, make_teacher, make_tensors
 from support.tensors import BACKENDS
 from torch import Tensor
 
+from d2v import Config
+from d2v.config import Mask
 from d2v.interop import fairseq
-from d2v_kernels import use_backend
+from d2v.model.masking import resolve_masks
+from d2v_kernels import masks_from_bool, use_backend
 
+SHARED = {"decoder_layers": 3, "decoder_dim": 24, "decoder_kernel": 5, "decoder_groups": 4, "decoder_residual": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "pre_norm": {"layer_norm_first": True, "prenet_depth": 2},
@@ -54,6 +60,33 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "use_alibi_encoder": True, "alibi_distance": "euclidean", "learned_alibi_scale_per_layer": True,
     },
     "alibi_of_the_sequence": {"use_alibi_encoder": True, "alibi_dims": 1, "num_extra_tokens": 0, "cls_loss": 0},
+    "learned_alibi_table": {"use_alibi_encoder": True, "learned_alibi": True, "alibi_max_pos": 16},
+    "learned_alibi_table_of_each_layer": {
+        "use_alibi_encoder": True, "learned_alibi": True, "alibi_max_pos": 16, "learned_alibi_scale_per_layer": True,
+    },
+    "some_masked_visible": {"keep_masked_pct": 0.3},
+    "some_masked_visible_with_positions": {"keep_masked_pct": 0.5, "add_positions_masked": True, "clone_batch": 3},
+    "narrow_patches": {"local_dim": 12},
+    "wide_patches_without_stem_average": {"local_dim": 24, "ema_local_encoder": False},
+    "pixels": {"recon_loss": 0.5, "embed_dim": 48, "num_heads": 2, "decoder_dim": 16},
+    "pixels_smooth_l1": {
+        "recon_loss": 2.0, "embed_dim": 48, "loss_beta": 0.5, "loss_scale": 2.0, "d2v_loss": 0.5, "clone_batch": 3,
+    },
+    "transformer_decoder": {"transformer_decoder": True, "decoder_dim": 24},
+    "transformer_decoder_pre_norm": {
+        "transformer_decoder": True, "layer_norm_first": True, "add_positions_masked": True, "mlp_ratio": 2.5,
+        "norm_affine": False,
+    },
+    "cross_decoder": {"transformer_decoder": True, "enc_dec_transformer": True, "decoder_dim": 24},
+    "cross_decoder_with_positions": {
+        "transformer_decoder": True, "enc_dec_transformer": True, "add_positions_all": True, "decoder_layers": 1,
+        "mlp_ratio": 2,
+    },
+    "shared_decoder": {"shared_decoder": SHARED, "d2v_loss": 0.5},
+    "shared_decoder_and_pixels": {
+        "shared_decoder": {**SHARED, "decoder_layers": 1}, "embed_dim": 48, "recon_loss": 0.25,
+        "transformer_decoder": True, "decoder_dim": 16, "keep_masked_pct": 0.3,
+    },
     "constant_decay": {"ema_decay": 0.95, "ema_end_decay": 0.95},
 }  # fmt: skip
 
@@ -63,12 +96,13 @@ def make_inputs(config: dict[str, Any], samples: int = 2) -> tuple[Tensor, Tenso
     image = config["modalities"]["image"]
     tokens = (image["input_size"] // image["patch_size"]) ** 2
     rows, masked = samples * config["clone_batch"], int(tokens * image["mask_prob"])
+    hidden = masked - round(masked * image["keep_masked_pct"])
     generator = torch.Generator().manual_seed(7)
     images = torch.randn(
         samples, image["in_chans"], image["input_size"], image["input_size"], generator=generator, dtype=torch.float64
     )
     mask = torch.rand(rows, tokens, generator=generator).argsort(dim=1) < masked
-    noise = torch.randn(rows, masked, config["embed_dim"], generator=generator, dtype=torch.float64)
+    noise = torch.randn(rows, hidden, config["embed_dim"], generator=generator, dtype=torch.float64)
     return images, mask, 0.01 * noise
 
 
@@ -92,7 +126,7 @@ def test_step(name: str, backend: str) -> None:
             if key in expected:
                 # An instance-normed target has mean 0: its class target is rounding noise.
                 assert_near(getattr(out, key), expected[key], 5e-5, key, floor=0.02)
-        assert out.losses.keys() == expected.keys() & {"regression", "cls"}
+        assert out.losses.keys() == expected.keys() & {"regression", "cls", "shared", "reconstruction"}
         for key in out.losses:
             assert_near(out.losses[key], expected[key], 1e-5, key)
         assert_near(out.loss, expected["loss"], 1e-5, "loss")
@@ -125,12 +159,20 @@ def test_unequal_counts_follow_row_0() -> None:
     assert_near(out.prediction, expected["prediction"], 5e-5, "prediction")
 
 
+def test_cross_decoders_need_equal_counts() -> None:
+    config = make_config(transformer_decoder=True, enc_dec_transformer=True, clone_batch=1)
+    model = fairseq.build(config, make_tensors(config, seed=1), None, family="d2v2_image")
+    images, mask, _ = make_inputs(config)
+    mask[1] = mask[0]
+    mask[1, (~mask[1]).nonzero()[0]] = True
+    with pytest.raises(ValueError, match=r"same number of masked positions in every row.*in rows \[1\]"):
+        model(images.float(), masks=mask)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("keep_masked_pct", 0.1),
-        ("learned_alibi", True),
-        ("transformer_decoder", True),
+        ("mask_dropout", 0.1),
         ("prenet_layerdrop", 0.1),
         ("local_grad_mult", 0.5),
         ("mask_prob_min", 0.2),
@@ -141,3 +183,39 @@ def test_unsupported_modality_option_is_named(option: str, value: Any) -> None:
     config["modalities"]["image"][option] = value
     with pytest.raises(NotImplementedError, match=f"modalities.image.{option}"):
         fairseq.build(config, {}, None, family="d2v2_image")
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_masked_tokens_that_stay_visible(published: bool) -> None:
+    """Spread over the masked ones of a row, or the first ones, as the published sort gives them; all in the loss."""
+    names = frozenset({"visible-count-of-row-0"}) if published else frozenset()
+    config = dataclasses.replace(Config(), mask=Mask(keep_masked=0.25), published=names)
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, [0, 2, 3, 5, 7, 8, 11, 15]] = mask[1, 8:] = True
+    given = masks_from_bool(mask)
+    masks = resolve_masks(config, mask, batch=2, tokens=16, lengths=None, first_id=0).masks
+    assert masks.keep is not None and masks.restore is not None and torch.equal(masks.rows, given.rows)
+    for row, more in enumerate([[0, 2], [8, 9]] if published else [[3, 11], [10, 14]]):
+        shown = sorted([*(~mask[row]).nonzero()[:, 0].tolist(), *more])
+        assert masks.keep[row].tolist() == shown
+        hidden = [t for t in range(16) if t not in shown]
+        assert [masks.restore[row, t] for t in [*shown, *hidden]] == list(range(16))
+    again = dataclasses.replace(config, mask=Mask(keep_masked=0.0))
+    assert torch.equal(resolve_masks(again, mask, 2, 16, None, 0).masks.restore, given.restore)
+
+
+def test_the_shared_decoder_has_noise_of_its_own() -> None:
+    """With the weights of the other decoder it makes the same predictions from given noise, others from drawn noise."""
+    config = families.make_config("speech-base").change(mask={"noise_std": 1.0})
+    same = {n: getattr(config.decoder, n) for n in ("layers", "width", "kernel", "groups")}
+    model = families.make_model(config.change(shared_decoder=same))
+    assert model.shared_decoder is not None and model.decoder is not None
+    model.shared_decoder.load_state_dict(model.decoder.state_dict())
+    waves = torch.randn(2, 2_000)
+    tokens, _ = model.stem.measure(waves)
+    mask = (torch.arange(tokens) % 2 == 0).expand(4, -1)
+    noise = torch.randn(4, int(mask[0].sum()), config.encoder.width)
+    given = model(waves, masks=mask, noise=noise).losses
+    assert torch.equal(given["shared"], given["regression"])
+    drawn = model(waves, masks=mask, noise_keys=torch.arange(4)).losses
+    assert not torch.isclose(drawn["shared"], drawn["regression"], rtol=1e-4)

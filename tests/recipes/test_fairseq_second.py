@@ -21,6 +21,11 @@ AUDIO: dict[str, dict[str, Any]] = {
     "fixed_scale": {"learned_alibi_scale": False},
     "no_alibi": {"use_alibi_encoder": False},
     "alibi_on_three_heads": {"num_alibi_heads": 3},
+    "table": {"learned_alibi": True, "alibi_max_pos": 30, "num_extra_tokens": 1},
+    "table_on_three_heads_of_each_layer": {
+        "learned_alibi": True, "alibi_max_pos": 25, "num_alibi_heads": 3, "learned_alibi_scale_per_layer": True,
+    },
+    "some_masked_visible": {"keep_masked_pct": 0.4},
     "six_heads": {"embed_dim": 24, "num_heads": 6, "num_alibi_heads": 6},
     "extra_tokens": {"num_extra_tokens": 2, "cls_loss": 0.1, "learned_alibi_scale_per_layer": True},
     "pre_norm": {"layer_norm_first": True},
@@ -30,6 +35,8 @@ AUDIO: dict[str, dict[str, Any]] = {
     "batch_and_layer": {
         "instance_norm_target_layer": False, "batch_norm_target_layer": True, "layer_norm_targets": True,
     },
+    "norm_over_time": {"extractor_mode": "default"},
+    "norm_over_time_averaged": {"extractor_mode": "default", "ema_local_encoder": True},
     "positions_with_norm": {"conv_pos_pre_ln": True},
     "even_kernels": {"conv_pos_width": 12, "decoder_kernel": 4},
     "one_convolution": {"conv_pos_depth": 1, "conv_pos_width": 9, "conv_pos_groups": 8},
@@ -50,6 +57,8 @@ TEXT: dict[str, dict[str, Any]] = {
     "bare_embeddings": {"layernorm_embedding": False, "no_token_positional_embeddings": True},
     "scaled_embeddings": {"no_scale_embedding": False},
     "alibi": {"use_alibi_encoder": True},
+    "table": {"use_alibi_encoder": True, "learned_alibi": True, "alibi_max_pos": 40},
+    "random_masks_stay_hidden": {"keep_masked_pct": 0.4},
     "dense_decoder": {"decoder_groups": 1, "projection_layers": 2, "decoder_residual": False, "decoder_kernel": 9},
     "extra_token": {"num_extra_tokens": 1, "cls_loss": 0.5, "prenet_depth": 1},
     "layer_then_instance": {
@@ -94,7 +103,8 @@ def test_step(name: str, option: str, padded: bool) -> None:
     mask = torch.rand(rows, tokens, generator=generator)
     mask[:, last:] = 2.0 if padded and name == "audio" else mask[:, last:]
     mask = mask.argsort(dim=1).argsort(dim=1) < masked
-    noise = 0.01 * torch.randn(rows, masked, config["embed_dim"], generator=generator, dtype=torch.float64)
+    hidden = masked - (round(masked * config["modalities"][name]["keep_masked_pct"]) if name == "audio" else 0)
+    noise = 0.01 * torch.randn(rows, hidden, config["embed_dim"], generator=generator, dtype=torch.float64)
     learned = config["modalities"][name]["learned_alibi_scale"]
     leaves = {n: t.clone().requires_grad_(learned or "alibi_scale" not in n) for n, t in student.items()}
     expected = PublishedStep(config, name, leaves, teacher).run(inputs, padding, mask, noise)

@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "speech_alibi": ("speech-base", {}, 1),
     "speech_alibi_and_extra_tokens": ("speech-base", {"extra_tokens": 2}, 0),
     "text": ("text-base", {}, 1),
+    "text_alibi_table": ("text-base", {"alibi": "learned", "alibi_table": 40}, 0),
 }
 LENGTHS = {"speech": (2_000, 1_500, 700), "text": (31, 2, 9)}
 

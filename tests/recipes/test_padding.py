@@ -19,24 +19,32 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "speech": ("speech-base", {}, {}),
     "speech_prenet_and_extra_tokens": ("speech-base", {"prenet_depth": 1, "extra_tokens": 2}, {}),
     "speech_alibi_of_each_layer": ("speech-base", {"alibi_per_layer": True, "alibi_heads": 3}, {}),
+    "speech_alibi_table": ("speech-base", {"alibi_table": 20, "extra_tokens": 1}, {}),
     "speech_position_norm": ("speech-base", {}, {"position_norm": True, "position_width": 12}),
+    "speech_transformer_decoder": ("speech-base", {}, {}),
+    "speech_norm_over_time": ("speech-base", {}, {"convolution_norm": "group", "convolution_bias": True}),
+    "speech1_norm_over_time": ("speech1-base", {}, {"convolution_norm": "group"}),
     "speech_pre_norm": ("speech-base", {"norm_order": "pre"}, {}),
     "log_mel": ("speech-base", {"alibi": "none"}, {"kind": "log-mel", "positions": "sincos"}),
     "text": ("text-base", {}, {}),
     "text_alibi": ("text-base", {"alibi": "fixed"}, {"learned_positions": False}),
+    "text_narrow_with_table": ("text-base", {"alibi": "learned", "alibi_table": 31}, {"width": 12}),
+    "text1_narrow": ("text1-base", {}, {"width": 12}),
     "text_large": ("text-large", {}, {}),
     "speech1": ("speech1-base", {}, {}),
     "speech1_pre_norm": ("speech1-base", {"norm_order": "pre"}, {}),
     "text1": ("text1-base", {}, {}),
     "signals": ("signals-tiny", {}, {"channels": 3}),
+    "signals_norm_over_time": ("signals-tiny", {}, {"channels": 3, "convolution_norm": "group"}),
     "signals_conv": ("signals-tiny", {}, {"channels": 3, "positions": "conv"}),
 }
+DECODERS = {"speech_transformer_decoder": {"kind": "transformer", "heads": 4}}
 
 
 def make(name: str) -> Config:
     recipe, encoder, stem = CASES[name]
     config = make_config(recipe, **encoder)
-    return dataclasses.replace(config, stem=dataclasses.replace(config.stem, **stem))
+    return config.change(stem=stem, decoder=DECODERS.get(name, {}))
 
 
 def lengths_of(config: Config) -> tuple[int, ...]:
@@ -173,3 +181,26 @@ def test_teacher_of_masked_tokens_is_a_teacher_of_the_masked_text() -> None:
         layers = model.teacher.collect(alone, features, None, config.target.top_k, config.target.source)
         expected = torch.stack([torch.nn.functional.layer_norm(t, t.shape[-1:]) for t in layers]).mean(dim=0)
         assert_same(expected[0], out.targets[row, masks.mask[row]], f"row {row}")
+
+
+@pytest.mark.parametrize("name", ["speech-base", "vision-base"])
+def test_a_table_starts_as_the_bias_that_it_replaces(name: str) -> None:
+    """Also where it is shorter than the sequence: later positions take the last ones' bias."""
+    alibi: dict[str, Any] = {"alibi": "fixed", "alibi_heads": 3, "extra_tokens": 1, "alibi_scale": 0.7}
+    image = name == "vision-base"
+    if image:
+        alibi["alibi_distance"] = "euclidean"
+    config = make_config(name, **alibi)
+    inputs, lengths = (torch.randn(2, 3, 32, 32), None) if image else make_batch(config, (700, 400))
+    plain, table = (Data2Vec(make_config(name, **alibi, alibi_table=n)) for n in (None, 16 if image else 40))
+    table.load_state_dict(plain.state_dict(), strict=False)
+    assert_same(plain.encode(inputs, lengths).features, table.encode(inputs, lengths).features, "features")
+    if not image:
+        short = Data2Vec(make_config(name, **alibi, alibi_table=8))
+        short.load_state_dict(plain.state_dict(), strict=False)
+        with torch.no_grad():
+            bias = short.positions.alibi.attention_bias(None, torch.arange(12)[None]).matrix_of(0)
+        assert bias is not None and torch.equal(bias[0, :, 7, :8], bias[0, :, 11, :8])
+        assert (
+            float(bias[0, 0, 11, 7]) == 0.0 and float(bias[0, 0, 0, 7]) < 0.0 and float(bias[0, 3].abs().max()) == 0.0
+        )

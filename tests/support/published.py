@@ -26,12 +26,13 @@ DEFAULTS: dict[str, Any] = {
     "cls_loss": 0.01, "recon_loss": 0, "d2v_loss": 1, "mae_init": False, "skip_ema": False,
 }  # fmt: skip
 IMAGE_DEFAULTS: dict[str, Any] = {
+    "keep_masked_pct": 0, "learned_alibi": False, "alibi_max_pos": None,
     "prenet_depth": 1, "num_extra_tokens": 1, "mask_noise_std": 0.01, "mask_prob": 0.75, "inverse_mask": True,
     "mask_prob_adjust": 0.07, "mask_length": 2, "ema_local_encoder": True, "input_size": 16, "in_chans": 3,
     "patch_size": 4, "embed_dim": 16, "fixed_positions": True, "prenet_dropout": 0,
     "use_alibi_encoder": False, "alibi_dims": 2, "alibi_distance": "manhattan", "alibi_scale": 1.0,
     "learned_alibi_scale": True, "learned_alibi_scale_per_head": True, "learned_alibi_scale_per_layer": False,
-    "num_alibi_heads": 2,
+    "num_alibi_heads": 2, "transformer_decoder": False, "enc_dec_transformer": False,
 }  # fmt: skip
 DECODER_DEFAULTS: dict[str, Any] = {
     "decoder_dim": 16, "decoder_groups": 4, "decoder_kernel": 3, "decoder_layers": 2, "input_dropout": 0.0,
@@ -39,14 +40,16 @@ DECODER_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make_config(**options: Any) -> dict[str, Any]:
-    """A small configuration; each option replaces the default of its name in whichever section has it."""
+def make_config(local_dim: int | None = None, **options: Any) -> dict[str, Any]:
+    """A small configuration; each option replaces the default of its name in whichever section has it; `local_dim`:
+    the embed_dim of the images alone."""
     config, image, decoder = copy.deepcopy(DEFAULTS), copy.deepcopy(IMAGE_DEFAULTS), copy.deepcopy(DECODER_DEFAULTS)
     for name, value in options.items():
         sections = [s for s in (config, image, decoder) if name in s]
         assert sections, name
         for section in sections:
             section[name] = value
+    image["embed_dim"] = image["embed_dim"] if local_dim is None else local_dim
     config["modalities"] = {"image": {**image, "decoder": decoder}}
     return config
 
@@ -55,41 +58,65 @@ def make_tensors(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
     """Random student tensors (float64) under their published names."""
     image = config["modalities"]["image"]
     decoder = image["decoder"]
-    width, hidden, kernel = (
-        config["embed_dim"],
-        int(config["embed_dim"] * config["mlp_ratio"]),
-        decoder["decoder_kernel"],
-    )
+    width, kernel = config["embed_dim"], decoder["decoder_kernel"]
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def norm(name: str) -> None:
+    def norm(name: str, size: int = width) -> None:
         if config["norm_affine"]:
-            shapes.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
+            shapes.update({f"{name}.weight": (size,), f"{name}.bias": (size,)})
 
     def layer(name: str, *shape: int) -> None:
         shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
 
     blocks = [f"{IMAGE}context_encoder.blocks.{i}." for i in range(image["prenet_depth"])]
     blocks += [f"blocks.{i}." for i in range(config["depth"])]
+
+    def add_block(block: str, size: int) -> None:
+        norm(block + "norm1", size)
+        norm(block + "norm2", size)
+        layer(block + "attn.qkv", 3 * size, size)
+        layer(block + "attn.proj", size, size)
+        layer(block + "mlp.fc1", int(size * config["mlp_ratio"]), size)
+        layer(block + "mlp.fc2", size, int(size * config["mlp_ratio"]))
+
     for block in blocks:
-        norm(block + "norm1")
-        norm(block + "norm2")
-        layer(block + "attn.qkv", 3 * width, width)
-        layer(block + "attn.proj", width, width)
-        layer(block + "mlp.fc1", hidden, width)
-        layer(block + "mlp.fc2", width, hidden)
+        add_block(block, width)
     norm("norm" if config["layer_norm_first"] else IMAGE + "context_encoder.norm")
-    layer(IMAGE + "local_encoder.proj", width, image["in_chans"], image["patch_size"], image["patch_size"])
-    inputs = width
+    local = image["embed_dim"]
+    at = IMAGE + ("local_encoder.proj" if local == width else "local_encoder.0.proj")
+    layer(at, local, image["in_chans"], image["patch_size"], image["patch_size"])
+    if local != width:
+        layer(IMAGE + "local_encoder.1", width, local)
+    if config["recon_loss"]:
+        layer("recon_proj", width, width)
+    inputs, inner = width, decoder["decoder_dim"]
     for i in range(decoder["decoder_layers"]):
-        layer(
-            f"{IMAGE}decoder.blocks.{i}.0", decoder["decoder_dim"], inputs // decoder["decoder_groups"], kernel, kernel
-        )
-        inputs = decoder["decoder_dim"]
+        if not image["transformer_decoder"]:
+            layer(f"{IMAGE}decoder.blocks.{i}.0", inner, inputs // decoder["decoder_groups"], kernel, kernel)
+        elif image["enc_dec_transformer"]:
+            block = f"{IMAGE}decoder.blocks.{i}."
+            for name, shape in {
+                "norm1": (inner,), "norm2": (inner,), "attn.q_proj": (inner, inner), "attn.kv_proj": (2 * inner, width),
+                "attn.proj": (inner, inner), "mlp.fc1": (4 * inner, inner), "mlp.fc2": (inner, 4 * inner),
+            }.items():  # fmt: skip
+                layer(block + name, *shape)
+        else:
+            add_block(f"{IMAGE}decoder.encoder.blocks.{i}.", inner)
+        inputs = inner
+    if image["transformer_decoder"]:
+        layer(IMAGE + "decoder.input_proj", inner, width)
     layer(IMAGE + "decoder.proj", width, inputs)
+    if shared := config["shared_decoder"]:
+        for i in range(shared["decoder_layers"]):
+            inputs = shared["decoder_dim"] if i else width
+            kernels = inputs // shared["decoder_groups"], shared["decoder_kernel"]
+            layer(f"shared_decoder.blocks.{i}.0", shared["decoder_dim"], *kernels)
+        layer("shared_decoder.proj", width, shared["decoder_dim"])
     if image["use_alibi_encoder"]:
         rows = image["prenet_depth"] + config["depth"] if image["learned_alibi_scale_per_layer"] else 1
         shapes[IMAGE + "alibi_scale"] = (rows, 1, image["num_alibi_heads"], 1, 1)
+        if image["learned_alibi"]:
+            shapes[IMAGE + "alibi_bias"] = (1, image["num_alibi_heads"], *[image["alibi_max_pos"]] * 2)
     if image["num_extra_tokens"]:
         shapes[IMAGE + "extra_tokens"] = (1, image["num_extra_tokens"], width)
     if image["fixed_positions"]:
@@ -112,7 +139,7 @@ def make_teacher(config: dict[str, Any], student: dict[str, Tensor], seed: int) 
     if config["ema_encoder_only"]:
         names = {n: n.removeprefix("blocks.") for n in student if n.startswith("blocks.")}
     else:
-        names = {n: n for n in student if not n.startswith(IMAGE + "decoder")}
+        names = {n: n for n in student if not n.startswith((IMAGE + "decoder", "recon_proj", "shared_decoder"))}
         if not image["ema_local_encoder"]:
             names = {n: n for n in names if not n.startswith(IMAGE + "local_encoder")}
     generator = torch.Generator().manual_seed(seed)
@@ -154,16 +181,23 @@ class PublishedStep:
             distance = (place[:, :, None] - place[:, None, :]).abs().double()
         slopes = torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], dtype=torch.float64)
         scale = p[IMAGE + "alibi_scale"].clamp_min(0)
-        bias = -slopes.view(1, -1, 1, 1) * distance[:, None] * scale[layer if len(scale) > 1 else 0]
+        scale = scale[layer if len(scale) > 1 else 0]
+        if image["learned_alibi"]:
+            pairs = [p[IMAGE + "alibi_bias"][0][:, row][:, :, row] for row in place]
+            return F.pad(torch.stack(pairs) * scale, (extra, 0, extra, 0))
+        bias = -slopes.view(1, -1, 1, 1) * distance[:, None] * scale
         return F.pad(bias, (extra, 0, extra, 0))
 
-    def block(self, p: dict[str, Tensor], name: str, x: Tensor, bias: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    def block(
+        self, p: dict[str, Tensor], name: str, x: Tensor, bias: Tensor | float = 0.0, heads: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        heads = heads or self.config["num_heads"]
+
         def linear(part: str, x: Tensor) -> Tensor:
             return F.linear(x, p[f"{name}{part}.weight"], p[f"{name}{part}.bias"])
 
         def attend(x: Tensor) -> Tensor:
             n, t, c = x.shape
-            heads = self.config["num_heads"]
             q, k, v = (y.view(n, t, heads, c // heads).transpose(1, 2) for y in linear("attn.qkv", x).split(c, dim=2))
             weights = (q * (c // heads) ** -0.5 @ k.transpose(2, 3) + bias).softmax(dim=3)
             return linear("attn.proj", (weights @ v).transpose(1, 2).reshape(n, t, c))
@@ -182,9 +216,12 @@ class PublishedStep:
         return out, out if self.config["end_of_block_targets"] else f
 
     def context(self, p: dict[str, Tensor], images: Tensor, keep: Tensor | None, clones: int) -> Tensor:
-        name = IMAGE + "local_encoder.proj"
+        projected = self.image["embed_dim"] != self.config["embed_dim"]
+        name = IMAGE + ("local_encoder.0.proj" if projected else "local_encoder.proj")
         x = F.conv2d(images, p[name + ".weight"], p[name + ".bias"], stride=self.image["patch_size"])
         x = x.flatten(2).transpose(1, 2)
+        if projected:
+            x = F.linear(x, p[IMAGE + "local_encoder.1.weight"], p[IMAGE + "local_encoder.1.bias"])
         if self.image["fixed_positions"]:
             x = x + p[IMAGE + "fixed_positional_encoder.positions"]
         x = x.repeat_interleave(clones, dim=0)
@@ -217,7 +254,49 @@ class PublishedStep:
             y = _standardise(y, (2,))
         return _standardise(y, (1,)) if self.config["instance_norm_targets"] else y
 
+    def cross(self, x: Tensor, y: Tensor) -> Tensor:
+        """Predictions of masked positions x that attend to visible tokens y."""
+        p, at = self.student, IMAGE + "decoder."
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            return F.linear(x, p[f"{at}{name}.weight"], p[f"{at}{name}.bias"])
+
+        x = linear("input_proj", x)
+        for i in range(self.decoder["decoder_layers"]):
+            width = x.shape[2] // 8
+            q, kv = linear(f"blocks.{i}.attn.q_proj", x), linear(f"blocks.{i}.attn.kv_proj", y)
+            heads = []
+            for head in range(8):
+                part = slice(head * width, (head + 1) * width)
+                key, value = kv[..., : x.shape[2]][..., part], kv[..., x.shape[2] :][..., part]
+                heads.append((q[..., part] @ key.transpose(1, 2) / width**0.5).softmax(dim=2) @ value)
+            mixed = linear(f"blocks.{i}.attn.proj", torch.cat(heads, dim=2))
+            norms = [(p[f"{at}blocks.{i}.norm{n}.weight"], p[f"{at}blocks.{i}.norm{n}.bias"]) for n in (1, 2)]
+            u = F.layer_norm(x + mixed if i else mixed, x.shape[2:], *norms[0])
+            f = linear(f"blocks.{i}.mlp.fc2", F.gelu(linear(f"blocks.{i}.mlp.fc1", u)))
+            x = F.layer_norm(u + f, x.shape[2:], *norms[1])
+        return linear("proj", x)
+
     def decode(self, x: Tensor) -> Tensor:
+        if self.image["transformer_decoder"]:
+            p, at = self.student, IMAGE + "decoder."
+            x = F.linear(x, p[at + "input_proj.weight"], p[at + "input_proj.bias"])
+            for i in range(self.decoder["decoder_layers"]):
+                x, _ = self.block(p, f"{at}encoder.blocks.{i}.", x, heads=8)
+            return F.linear(x, p[at + "proj.weight"], p[at + "proj.bias"])
+        return self.convolve(x)
+
+    def share(self, x: Tensor) -> Tensor:
+        p, decoder = self.student, self.config["shared_decoder"]
+        x = x.transpose(1, 2)
+        for i in range(decoder["decoder_layers"]):
+            weight, bias = (p[f"shared_decoder.blocks.{i}.0.{leaf}"] for leaf in ("weight", "bias"))
+            y = F.conv1d(x, weight, bias, padding=weight.shape[2] // 2, groups=decoder["decoder_groups"])
+            y = F.gelu(_standardise(y, (1,)))
+            x = x + y if x.shape == y.shape else y
+        return F.linear(x.transpose(1, 2), p["shared_decoder.proj.weight"], p["shared_decoder.proj.bias"])
+
+    def convolve(self, x: Tensor) -> Tensor:
         p, side = self.student, self.image["input_size"] // self.image["patch_size"]
         n, _, c = x.shape
         x = x.transpose(1, 2).reshape(n, c, side, side)
@@ -238,6 +317,7 @@ class PublishedStep:
         config, p = self.config, self.student
         clones = config["clone_batch"]
         visible = int((~mask[0]).sum())
+        visible += round(int(mask[0].sum()) * self.image["keep_masked_pct"])
         order = mask.to(torch.uint8).argsort(dim=1, stable=True)
         x = self.context(p, images, order[:, :visible], clones)
         for i in range(config["depth"]):
@@ -253,7 +333,15 @@ class PublishedStep:
             full = full + mask[..., None] * places
         if self.decoder["add_positions_all"]:
             full = full + places
-        prediction = self.decode(full)[mask]
+        if self.image["transformer_decoder"] and self.image["enc_dec_transformer"]:
+            assert places is not None
+            queries = torch.stack([places[0][row] for row in mask])
+            kept = x[:, extra:]
+            if self.decoder["add_positions_all"]:
+                kept = kept + torch.stack([places[0][~row] for row in mask])
+            prediction = self.cross(queries, kept).flatten(0, 1)
+        else:
+            prediction = self.decode(full)[mask]
         with torch.no_grad():
             y = self.targets(images)
         target = y.repeat_interleave(clones, dim=0)[mask]
@@ -261,12 +349,28 @@ class PublishedStep:
         count = int(mask.sum())
         result = {"prediction": prediction, "target": target, "targets": y}
         result["regression"] = self.error(prediction, target) * scale * config["d2v_loss"]
+        first = prediction
+        if config["shared_decoder"]:
+            first = self.share(full)[mask]
+            result["shared"] = self.error(first, target) * scale * config["d2v_loss"]
         if config["cls_loss"]:
             result["class_prediction"] = x[:, extra - 1]
             result["class_target"] = y.mean(dim=1).repeat_interleave(clones, dim=0)
             error = self.error(result["class_prediction"], result["class_target"])
             result["cls"] = error * scale * config["cls_loss"] * count
-        result["loss"] = (result["regression"] + result.get("cls", 0.0)) / count
+        if config["recon_loss"]:
+            patch, pixels = self.image["patch_size"], []
+            for image in images:
+                for row in range(0, image.shape[1], patch):
+                    for column in range(0, image.shape[2], patch):
+                        square = image[:, row : row + patch, column : column + patch]
+                        values = square.permute(1, 2, 0).reshape(-1)
+                        deviation = ((values - values.mean()).square().sum() / (len(values) - 1) + 1e-6).sqrt()
+                        pixels.append((values - values.mean()) / deviation)
+            wanted = torch.stack(pixels).view(len(images), mask.shape[1], -1).repeat_interleave(clones, dim=0)[mask]
+            made = F.linear(first, p["recon_proj.weight"], p["recon_proj.bias"])
+            result["reconstruction"] = self.error(made, wanted) * scale * config["recon_loss"]
+        result["loss"] = sum(result.get(n, 0.0) for n in ("regression", "cls", "shared", "reconstruction")) / count
         return result
 
     def error(self, x: Tensor, y: Tensor) -> Tensor:

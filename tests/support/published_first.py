@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from support.published import _standardise
+from support.published_second import norm_channels, norm_of
 
 _TARGETS: dict[str, Any] = {
     "loss_beta": 0, "loss_scale": None, "average_top_k_layers": 2, "layer_norm_target_layer": False,
@@ -100,7 +101,8 @@ def make_shapes(config: dict[str, Any], name: str) -> dict[str, tuple[int, ...]]
             shapes[at + "0.weight"] = (size, inputs, kernel)
             if config["conv_bias"]:
                 shapes[at + "0.bias"] = (size,)
-            layer(at + "2.1", size)
+            if norm := norm_of(config["extractor_mode"], i):
+                layer(at + norm, size)
             inputs = size
         layer("layer_norm", inputs)
         layer("post_extract_proj", width, inputs)
@@ -137,6 +139,8 @@ def teacher_names(
 ) -> tuple[dict[str, str], set[str]]:
     """Student's names to the teacher's, and those of them that are copied instead of averaged."""
     prefix = "encoder.sentence_encoder." if name == "text" else "encoder."
+    if not config.get("ema_transformer_only", True):
+        return {n: n for n in shapes}, {n for n in shapes if n.startswith(("mask_emb", "final_proj"))}
     names = {n: n.removeprefix(prefix) for n in shapes if n.startswith(prefix)}
     copied: set[str] = set()
     if name == "audio" and config["ema_layers_only"]:
@@ -207,12 +211,12 @@ class PublishedStep:
             w, "encoder.", x, padding, config["encoder_layers"], config["encoder_attention_heads"], first
         )
 
-    def extract(self, waves: Tensor) -> Tensor:
-        w, x = self.student, waves[:, None]
+    def extract(self, w: dict[str, Tensor], waves: Tensor) -> Tensor:
+        x = waves[:, None]
         for i, (_, _, stride) in enumerate(eval(self.config["conv_feature_layers"])):
             at = f"feature_extractor.conv_layers.{i}."
-            x = F.conv1d(x, w[at + "0.weight"], w.get(at + "0.bias"), stride=stride).transpose(1, 2)
-            x = F.gelu(self.norm(w, at + "2.1", x)).transpose(1, 2)
+            x = F.conv1d(x, w[at + "0.weight"], w.get(at + "0.bias"), stride=stride)
+            x = F.gelu(norm_channels(w, at, self.config["extractor_mode"], i, x))
         return self.linear(w, "post_extract_proj", self.norm(w, "layer_norm", x.transpose(1, 2)))
 
     def text(self, w: dict[str, Tensor], tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -257,11 +261,18 @@ class PublishedStep:
             tensors.append((x if config["end_of_block_targets"] else f)[:, 1:])
         return self.norm(w, "encoder.norm", x)[:, 1:], tensors
 
+    def embed(self, w: dict[str, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches and class tokens."""
+        patch = self.config["patch_size"]
+        x = F.conv2d(images, w["patch_embed.conv.weight"], w["patch_embed.conv.bias"], stride=patch)
+        return x.flatten(2).transpose(1, 2), w["cls_emb"].expand(len(x), -1, -1)
+
     # ---- all
 
     def targets(self, tensors: list[Tensor]) -> Tensor:
         config = self.config
-        tensors = tensors[-config["average_top_k_layers"] :]
+        if self.name != "audio" or config["ema_transformer_only"]:  # else all layers, whatever the option says
+            tensors = tensors[-config["average_top_k_layers"] :]
         permuted = config["instance_norm_target_layer"] or config["batch_norm_target_layer"]
         # Speech keeps (T,B,C) where nothing permuted it, and then norms over the wrong axes.
         time_first = self.name == "audio" and not permuted
@@ -285,10 +296,12 @@ class PublishedStep:
         """Prediction, target, loss; padding (B,T) True at padded frames of speech."""
         s = self.student
         if self.name == "audio":
-            features = self.extract(inputs)
+            features = self.extract(s, inputs)
             x, _ = self.speech(s, torch.where(mask[..., None], s["mask_emb"], features), padding)
             with torch.no_grad():
-                _, tensors = self.speech(self.teacher, features, padding)
+                whole = not self.config["ema_transformer_only"]
+                clean = self.extract(self.teacher, inputs) if whole else features
+                _, tensors = self.speech(self.teacher, clean, padding)
             prediction = self.linear(s, "final_proj", x[mask])
         elif self.name == "text":
             x, _ = self.text(s, inputs.masked_fill(mask, MASK))
@@ -299,12 +312,10 @@ class PublishedStep:
                 at = f"encoder.regression_head.{2 * i}"
                 prediction = self.linear(s, at, F.gelu(prediction) if i else prediction)
         else:
-            patch = self.config["patch_size"]
-            x = F.conv2d(inputs, s["patch_embed.conv.weight"], s["patch_embed.conv.bias"], stride=patch)
-            x = x.flatten(2).transpose(1, 2)
-            token = s["cls_emb"].expand(len(x), -1, -1)
+            x, token = self.embed(s, inputs)
             with torch.no_grad():
-                _, tensors = self.vision(self.teacher, torch.cat([token, x], dim=1))
+                patches, own = self.embed(s if self.config["ema_transformer_only"] else self.teacher, inputs)
+                _, tensors = self.vision(self.teacher, torch.cat([own, patches], dim=1))
             x = torch.where(mask[..., None], s["mask_emb"], x)
             prediction = self.vision(s, torch.cat([token, x], dim=1))[0][mask]  # final_proj is not called
         with torch.no_grad():

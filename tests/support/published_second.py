@@ -17,6 +17,7 @@ MODEL: dict[str, Any] = {
     **MODEL_DEFAULTS, "num_heads": 4, "cls_loss": 0, "layer_norm_targets": False, "norm_eps": 1e-5, "mlp_ratio": 2,
 }  # fmt: skip
 AUDIO: dict[str, Any] = {
+    "keep_masked_pct": 0, "learned_alibi": False, "alibi_max_pos": None,
     "prenet_depth": 1, "num_extra_tokens": 0, "mask_noise_std": 0.01, "mask_prob": 0.5, "inverse_mask": False,
     "mask_prob_adjust": 0.05, "mask_length": 3, "ema_local_encoder": False, "local_grad_mult": 1.0,
     "use_alibi_encoder": True, "alibi_scale": 1.0, "learned_alibi_scale": True, "learned_alibi_scale_per_head": True,
@@ -25,6 +26,7 @@ AUDIO: dict[str, Any] = {
     "conv_pos_depth": 3, "conv_pos_pre_ln": False,
 }  # fmt: skip
 TEXT: dict[str, Any] = {
+    "keep_masked_pct": 0, "learned_alibi": False, "alibi_max_pos": None,
     "prenet_depth": 0, "num_extra_tokens": 0, "mask_noise_std": 0.01, "mask_prob": 0.5, "mask_length": 1,
     "ema_local_encoder": False, "max_source_positions": 40, "dropout": 0.0, "no_scale_embedding": True,
     "layernorm_embedding": True, "no_token_positional_embeddings": False, "learned_pos": True, "prenet_dropout": 0,
@@ -84,6 +86,8 @@ def make_shapes(config: dict[str, Any], name: str) -> dict[str, tuple[int, ...]]
         rows = prenet + config["depth"] if part["learned_alibi_scale_per_layer"] else 1
         heads = part["num_alibi_heads"] if part["learned_alibi_scale_per_head"] else 1
         shapes[p + "alibi_scale"] = (rows, 1, heads, 1, 1)
+        if part["learned_alibi"]:
+            shapes[p + "alibi_bias"] = (1, part["num_alibi_heads"], *[part["alibi_max_pos"]] * 2)
     inputs = width
     for i in range(decoder["decoder_layers"]):
         size = decoder["decoder_dim"]
@@ -104,7 +108,8 @@ def _audio_shapes(config: dict[str, Any], p: str) -> dict[str, tuple[int, ...]]:
     inputs = 1
     for i, (size, kernel, _) in enumerate(convolutions(config)):
         shapes[f"{p}local_encoder.conv_layers.{i}.0.weight"] = (size, inputs, kernel)
-        shapes |= {f"{p}local_encoder.conv_layers.{i}.2.1.{leaf}": (size,) for leaf in ("weight", "bias")}
+        if at := norm_of(part["extractor_mode"], i):
+            shapes |= {f"{p}local_encoder.conv_layers.{i}.{at}.{leaf}": (size,) for leaf in ("weight", "bias")}
         inputs = size
     shapes |= {f"{p}project_features.1.{leaf}": (inputs,) for leaf in ("weight", "bias")}
     shapes |= {f"{p}project_features.2.weight": (width, inputs), f"{p}project_features.2.bias": (width,)}
@@ -116,6 +121,23 @@ def _audio_shapes(config: dict[str, Any], p: str) -> dict[str, tuple[int, ...]]:
     if deeper:
         shapes |= {f"{p}relative_positional_encoder.0.{leaf}": (width,) for leaf in ("weight", "bias")}
     return shapes
+
+
+def norm_of(mode: str, layer: int) -> str:
+    """Where the norm stands in a layer of the waveform extractor, or "": it has none."""
+    return "2.1" if mode == "layer_norm" else "" if layer else "2"
+
+
+def norm_channels(w: dict[str, Tensor], at: str, mode: str, layer: int, x: Tensor) -> Tensor:
+    """What the extractor does between convolution and GELU, of (B,C,T); the norm of a channel counts padding."""
+    name = at + norm_of(mode, layer)
+    if mode == "layer_norm":
+        x = _standardise(x, (1,))
+    elif layer == 0:
+        x = _standardise(x, (2,))
+    else:
+        return x
+    return x * w[name + ".weight"][:, None] + w[name + ".bias"][:, None]
 
 
 def _text_shapes(part: dict[str, Any], p: str, width: int) -> dict[str, tuple[int, ...]]:
@@ -175,10 +197,15 @@ class PublishedStep:
             return self.norm(w, p + "layernorm_embedding", x, 1e-5) if self.part["layernorm_embedding"] else x
         x = inputs[:, None]
         for i, (_, _, stride) in enumerate(convolutions(self.config)):
-            x = F.conv1d(x, w[f"{p}conv_layers.{i}.0.weight"], stride=stride).transpose(1, 2)
-            x = F.gelu(self.norm(w, f"{p}conv_layers.{i}.2.1", x, 1e-5)).transpose(1, 2)
+            x = F.conv1d(x, w[f"{p}conv_layers.{i}.0.weight"], stride=stride)
+            x = F.gelu(norm_channels(w, f"{p}conv_layers.{i}.", self.part["extractor_mode"], i, x))
         x = self.norm(w, self.p + "project_features.1", x.transpose(1, 2), 1e-5)
         return F.linear(x, w[self.p + "project_features.2.weight"], w[self.p + "project_features.2.bias"])
+
+    def visible(self, mask: Tensor) -> int:
+        masked = int(mask[0].sum())
+        more = round(masked * self.part["keep_masked_pct"]) if self.part["mask_length"] > 1 else 0
+        return mask.shape[1] - masked + more
 
     def relative(self, w: dict[str, Tensor], x: Tensor) -> Tensor:
         p = self.p + "relative_positional_encoder."
@@ -203,6 +230,8 @@ class PublishedStep:
         distance = (places[:, None, :, None] - places[:, None, None, :]).abs()
         bias = -torch.tensor(slopes, dtype=torch.float64).view(1, -1, 1, 1) * distance
         scale = w[self.p + "alibi_scale"].clamp_min(0)
+        if self.part["learned_alibi"]:
+            bias = torch.stack([w[self.p + "alibi_bias"][0][:, row][:, :, row] for row in places])
         return F.pad(bias * scale[layer if len(scale) > 1 else 0], (extra, 0, extra, 0))
 
     def block(
@@ -247,7 +276,7 @@ class PublishedStep:
             shown = x if mask is None else x * ~mask[..., None]
             x = x + self.relative(w, shown)
         if mask is not None:
-            visible = int((~mask[0]).sum())
+            visible = self.visible(mask)
             places = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :visible]
             x = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
             padding = None if padding is None else padding.gather(1, places)
@@ -302,7 +331,7 @@ class PublishedStep:
         rows = features.repeat_interleave(clones, dim=0)
         padded = None if padding is None else padding.repeat_interleave(clones, dim=0)
         x, _ = self.encode(self.student, rows, mask, padded, self.student)
-        extra, visible = self.part["num_extra_tokens"], int((~mask[0]).sum())
+        extra, visible = self.part["num_extra_tokens"], self.visible(mask)
         order = mask.to(torch.uint8).argsort(dim=1, stable=True)
         full = torch.cat([x[:, extra:], noise], dim=1)
         assert full.shape[1] == order.shape[1] == visible + noise.shape[1]

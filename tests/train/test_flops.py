@@ -83,6 +83,17 @@ CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "vision": ("vision-tiny", {}),
     "vision, class token and prenet": ("vision-tiny", {"encoder": {"extra_tokens": 1, "prenet_depth": 2}}),
     "vision, many copies": ("vision-tiny", {"mask": {"copies": 6}, "decoder": {"layers": 3, "kernel": 5}}),
+    "vision, narrow patches": ("vision-tiny", {"stem": {"width": 20}}),
+    "vision, some masked visible": ("vision-tiny", {"mask": {"keep_masked": 0.3}}),
+    "vision, transformer decoder": ("vision-tiny", {"decoder": {"kind": "transformer", "heads": 4}}),
+    "vision, cross decoder": ("vision-tiny", {"decoder": {"kind": "cross", "heads": 4}}),
+    "vision, shared decoder and pixels": (
+        "vision-tiny",
+        {
+            "shared_decoder": {"layers": 2, "width": 32, "groups": 4},
+            "loss": {"reconstruction": 0.1},
+        },
+    ),
     "vision 1.0": ("vision1-tiny", {}),
     "speech": ("speech-tiny", {}),
     "speech, waveform": ("speech-base", {}),
@@ -91,6 +102,7 @@ CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "speech 1.0, waveform": ("speech1-base", {}),
     "text": ("text-tiny", {}),
     "text, projection of three layers": ("text-tiny", {"decoder": {"projection_layers": 3}}),
+    "text, narrow tokens": ("text-tiny", {"stem": {"width": 20}}),
     "text 1.0": ("text1-tiny", {}),
 }
 

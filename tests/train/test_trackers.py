@@ -219,7 +219,10 @@ def test_code_is_named_on_the_command_line_alone(
     (tmp_path / "theirs.json").write_text(json.dumps(stored))
     arguments = ["pretrain", "--config", str(tmp_path / "theirs.json"), "--data.path", str(images), "--run.dir"]
     assert cli.main([*arguments, str(tmp_path / "other")]) == 2
-    assert "run.track: expected one of tensorboard, wandb, mlflow, trackio, prometheus, none, got" in capsys.readouterr().err
+    assert (
+        "run.track: expected one of tensorboard, wandb, mlflow, trackio, prometheus, none, got"
+        in capsys.readouterr().err
+    )
     (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         (folder / "config.json").write_text(json.dumps(stored))

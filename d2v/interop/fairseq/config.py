@@ -11,7 +11,7 @@ from typing import Any
 
 from d2v.config import Config
 from d2v.interop.fairseq.options import PUBLISHED, Section
-from d2v.interop.fairseq.tables import EMBEDDINGS, FIXED, NEEDED, PARTS, Rule, parse_convolutions
+from d2v.interop.fairseq.tables import EMBEDDINGS, FIXED, NEEDED, PARTS, parse_convolutions
 from d2v.interop.options import apply, read_options, setting_of, write_options
 
 __all__ = ["describe", "parse_convolutions", "translate"]
@@ -80,6 +80,10 @@ def _finish_second(own: dict[str, Any], sections: dict[str, Section], name: str)
         if modality.get("alibi_dims", 2) == 1:
             own["encoder.alibi_distance"] = "sequence"
         own |= {"decoder.projection_layers": 1, "decoder.projection_ratio": 2.0}  # the 2-D decoder ignores both
+    if model.get("shared_decoder") is None:
+        own["shared_decoder.layers"] = 0
+    elif own["shared_decoder.layers"] == 0:
+        raise NotImplementedError("shared_decoder.decoder_layers: expected 1 or more, got 0")
     if name == "text" and own["encoder.prenet_depth"] == 0:
         # Without prenet blocks, text has neither norm nor dropout before the main blocks.
         own |= {"encoder.input_norm": False, "encoder.prenet_dropout": 0.0}
@@ -89,15 +93,15 @@ def _finish_second(own: dict[str, Any], sections: dict[str, Section], name: str)
         raise NotImplementedError(f"d2v_loss: expected above 0, got {regression}")
     scale = own["loss.scale"]
     own["loss.scale"] = (own["encoder.width"] ** -0.5 if scale is None else float(scale)) * regression
-    # d2v_loss scales the regression only, so the class weight is divided by it.
+    # d2v_loss scales the regression only, so the other weights are divided by it.
     own["loss.class_weight"] /= regression
+    own["loss.reconstruction"] /= regression
 
 
 def _finish_audio1(own: dict[str, Any], model: Section) -> frozenset[str]:
     """The published behaviours, which an option decides."""
-    if own["ema.scope"] != "layers":
-        model.only("ema_transformer_only", True)
-    model.read.add("ema_transformer_only")
+    if own["ema.scope"] == "all":
+        own["target.top_k"] = own["encoder.depth"]  # a whole model as the teacher averages all its layers
     if own["stem.position_layers"] < 2:
         raise NotImplementedError(f"pos_conv_depth: expected at least 2, got {own['stem.position_layers']}")
     own["encoder.prenet_dropout"] = own["encoder.dropout"]
@@ -122,8 +126,7 @@ def describe(config: Config, family: str) -> dict[str, Any]:
     Raises:
         NotImplementedError: something that the published code has no option for.
     """
-    any_family: Rule = ("stem.norm_eps", "1e-05", lambda v, _: v == 1e-5)
-    for name, expected, fits in (any_family, *NEEDED[family]):
+    for name, expected, fits in (*NEEDED[""], *NEEDED[family]):
         if not fits(value := setting_of(config, name), config):
             if expected == "encoder.dropout":
                 expected = f"encoder.dropout {config.encoder.dropout}"
@@ -148,6 +151,8 @@ def describe(config: Config, family: str) -> dict[str, Any]:
         result |= {f"{n}_{suffix}": n in on for n in order}
     if family.startswith("d2v2"):
         result["supported_modality"] = family.removeprefix("d2v2_").upper()
+        if config.shared_decoder.layers == 0:
+            result["shared_decoder"] = None
     if family == "d2v1_audio":
         result["require_same_masks"] = "equal-mask-counts" in config.published
     return result

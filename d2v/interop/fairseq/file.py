@@ -57,9 +57,11 @@ _OLD_NAMES = (
     (r"^encoder\.lm_head\.", "encoder.regression_head."),
 )
 """Of 1.0 text."""
-_NOT_READ = re.compile(r".*(encoder_mask|target_proj\..*|shared_decoder.*|num_updates)$")
+_NOT_READ = re.compile(r".*(encoder_mask|target_proj\..*|num_updates)$")
 """Left over from training code, without effect on what a model computes."""
-_PRE_TRAINING = re.compile(r"(modality_encoders\.\w+\.decoder|encoder\.regression_head|final_proj|mask_emb)\b")
+_PRE_TRAINING = re.compile(
+    r"(modality_encoders\.\w+\.decoder|shared_decoder|recon_proj|encoder\.regression_head|final_proj|mask_emb)\b"
+)
 """What only pre-training uses: a fine-tuned file may lack it."""
 _DECODER = re.compile(r"(modality_encoders\.\w+\.decoder|encoder\.regression_head|final_proj)\.")
 
@@ -114,6 +116,10 @@ def _translate(inner: dict[str, Any], found: Found, fine_tuned: bool) -> Config:
     if family.startswith("d2v2") and not found.has_decoder:
         given = allow_no_decoder(given)
     translated = translate(given, family, shapes, mask_token)
+    if translated.shared_decoder.layers == 0:  # left over from training code
+        for tensors in (found.tensors, found.named):
+            for name in [n for n in tensors if n.startswith("shared_decoder")]:
+                del tensors[name]
     return dataclasses.replace(
         translated, published=PUBLISHED[family] & {"positions-see-padding"},
         encoder=dataclasses.replace(translated.encoder, norm_eps=1e-6) if found.beit else translated.encoder,

@@ -77,7 +77,7 @@ def assemble(
     if teacher is not None:
         entries = list(teacher_entries(model))
         shared = {entry.name for entry, averaged in entries if not averaged}
-        own = [e for e, averaged in entries if averaged and e.name not in DERIVED]
+        own = [e for e, averaged in entries if averaged and not e.name.endswith(DERIVED)]
         _load("teacher", own, {n: t for n, t in teacher.items() if n not in shared})
     return model
 

@@ -27,17 +27,27 @@ def _second(modality: str) -> Pairs:
         ("stem.norms.#.*", p + "local_encoder.conv_layers.#.2.1.*"),
         ("stem.norm.*", p + ("project_features.1.*" if audio else "local_encoder.layernorm_embedding.*")),
         *((("stem.proj.*", p + "project_features.2.*"),) if audio else ()),
+        ("stem.project.*", p + "local_encoder.1.*"),
         ("stem.*", p + "local_encoder.*"),
         ("positions.table", p + "fixed_positional_encoder.positions"),
         ("positions.convs.#.*", p + "relative_positional_encoder.#+1.0.*"),
         ("positions.norm.*", p + "relative_positional_encoder.0.*"),
         ("positions.alibi.scale", p + "alibi_scale"),
+        ("positions.alibi.table", p + "alibi_bias"),
         ("context.extra_tokens", p + "extra_tokens"),
         ("context.*", p + "context_encoder.*"),
         ("blocks.blocks.*", "blocks.*"),
         ("blocks.norm.*", "norm.*"),
-        ("decoder.blocks.#.*", p + "decoder.blocks.#.0.*"),
+        *(
+            (f"{ours}blocks.#.{leaf}", f"{theirs}blocks.#.0.{leaf}")
+            for ours, theirs in (("decoder.", p + "decoder."), ("shared_decoder.", "shared_decoder."))
+            for leaf in ("weight", "bias")
+        ),
+        ("decoder.blocks.*", p + "decoder.encoder.blocks.*"),
+        ("decoder.embed.*", p + "decoder.input_proj.*"),
         ("decoder.proj.*", p + "decoder.proj.*"),
+        ("shared_decoder.proj.*", "shared_decoder.proj.*"),
+        ("reconstruction.*", "recon_proj.*"),
     )
 
 
@@ -100,7 +110,7 @@ BEIT: Pairs = (
     *((f"{part}.*", f"encoder.{part}.*") for part in ("blocks", "rel_pos_bias", "norm")),
 )
 """Names of the separate 1.0 vision repository to those of fairseq."""
-# Prefix of the student's names below which the 1.0 teacher lives; its names have no prefix.
+# Prefix of the student's names below which the 1.0 teacher lives, unless it is a whole model; its names have no prefix.
 TEACHER_PREFIX = {"d2v1_audio": "encoder.", "d2v1_vision": "encoder.", "d2v1_text": _TEXT}
 # In checkpoints, but no weights: a format number, and a table that follows from the image size.
 DERIVED = ("version", "rel_pos_bias.relative_position_index")
@@ -136,6 +146,12 @@ def published_names(model: Data2Vec, name: str) -> list[tuple[str, Callable[[Ten
     found = next(renamed(name, NAMES[family]), None)
     if found is None:
         raise KeyError(f"{name}: no published name in {family}")
+    if name.startswith("stem.norms.") and model.config.stem.convolution_norm == "group":
+        found = found.replace(".2.1.", ".2.")  # no layers around it that transpose
+    if name.startswith("stem.proj.") and getattr(model.stem, "project", None) is not None:
+        found = found.replace("local_encoder.", "local_encoder.0.")
+    if name.startswith("decoder.blocks.") and model.config.decoder.kind == "cross":
+        found = found.replace("decoder.encoder.", "decoder.")
     if name.startswith("positions.convs.") and model.config.stem.position_norm:
         # With a norm before them the published convolutions lie one level deeper.
         found = found.replace("relative_positional_encoder.", "relative_positional_encoder.1.")
@@ -152,7 +168,7 @@ def _third(index: int) -> Callable[[Tensor], Tensor]:
 
 def student_entries(model: Data2Vec) -> Iterator[Entry]:
     """Weights and fixed tables of the student."""
-    for part in (*PARTS, "decoder", "head"):
+    for part in (*PARTS, "decoder", "shared_decoder", "head", "reconstruction"):
         module = getattr(model, part)
         if module is not None:
             yield from _entries(model, part, module)
@@ -164,6 +180,10 @@ def student_entries(model: Data2Vec) -> Iterator[Entry]:
 def teacher_entries(model: Data2Vec) -> Iterator[tuple[Entry, bool]]:
     """What the published `_ema` entry holds, and whether it is averaged here or the student's own."""
     prefix = TEACHER_PREFIX.get(family_of(model))
+    if model.config.ema.scope == "all" and prefix == "encoder.":
+        prefix = ""
+        unused = ("mask_emb", "final_proj.")
+        yield from ((entry, False) for entry in student_entries(model) if entry.name.startswith(unused))
     for part in PARTS:
         averaged = part in model.teacher.owned
         module = model.teacher.get_submodule(part) if averaged else model.get_submodule(part)

@@ -23,10 +23,10 @@ PUBLISHED["d2v2_text"] = PUBLISHED["d2v2_audio"] | {"loss-on-padding"}
 _NAMES = {
     "": "_name ema_same_dtype log_norms min_target_var min_pred_var supported_modality seed decoder_group",
     "modality": """
-        type init_extra_token_zero mask_channel_length alibi_max_pos model_depth alibi_dims alibi_distance
-        enc_dec_transformer
+        type init_extra_token_zero mask_channel_length model_depth alibi_dims alibi_distance enc_dec_transformer
     """,
     "decoder": "",
+    "shared decoder": "input_dropout add_positions_masked add_positions_all",
     "audio1": """
         _name dropout_features final_dim logit_temp quantize_targets quantize_input same_quantizer target_glu
         quantizer_depth quantizer_factor latent_vars latent_groups latent_dim latent_temp mask_min_space

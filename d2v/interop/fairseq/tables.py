@@ -6,6 +6,7 @@ Defaults are those of the published code.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,6 +58,23 @@ def _refine(name: str, field: str, needed: str, on: str) -> Option:
                   lambda v, _: v == on)  # fmt: skip
 
 
+def _read_table(learned: bool, own: dict[str, Any]) -> int | None:
+    """The size of the table, which the option before named."""
+    size: int | None = own["encoder.alibi_table"]
+    if not learned or own["encoder.alibi"] == "none":
+        return None
+    if size is None:
+        raise ValueError("alibi_max_pos: expected a number with learned_alibi, got None")
+    return size
+
+
+def _whole(needed: str) -> Option:
+    """Whether a 1.0 teacher is part of a model or a whole one, which the setting read before allows."""
+    return Option("ema_transformer_only", "ema.scope", True,
+                  lambda v, own: own["ema.scope"] if v or own["ema.scope"] != needed else "all",
+                  lambda v, _: v != "all")  # fmt: skip
+
+
 def _agree(name: str, where: str, field: str, default: Any, expected: str = "") -> Option:
     """A second option for a setting: another value than the first one's is refused."""
 
@@ -81,6 +99,12 @@ def _scale_option(default: bool) -> Option:
 def _convolutions(name: str) -> Option:
     return Option(name, "stem.convolutions", None, lambda v, _: parse_convolutions(v),
                   lambda v, _: str([tuple(layer) for layer in v]))  # fmt: skip
+
+
+def _extractor(default: str) -> Option:
+    return Option("extractor_mode", "stem.convolution_norm", default,
+                  lambda v, _: "group" if v == "default" else "layer",
+                  lambda v, _: "default" if v == "group" else "layer_norm")  # fmt: skip
 
 
 def _patches(own: dict[str, Any]) -> int:
@@ -121,6 +145,7 @@ _SECOND = (
     Option("end_drop_path_rate", "encoder.drop_path", 0.0),
     Option("clone_batch", "mask.copies", 1),
     Option("cls_loss", "loss.class_weight", 0),
+    Option("recon_loss", "loss.reconstruction", 0, as_float),
     Option("loss_scale", "loss.scale", None,
            write=lambda _, c: None if c.loss_scale == c.encoder.width**-0.5 else c.loss_scale),
     _switch("ema_encoder_only", "ema.scope", True, "blocks", "encoder"),
@@ -137,6 +162,7 @@ _MODALITY = (
     Option("mask_prob_adjust", "mask.adjust", 0.0),
     Option("mask_length", "mask.span", 5, lambda v, _: max(v, 1)),
     Option("inverse_mask", "mask.inverse", False, lambda v, own: bool(v) and own["mask.span"] > 1),
+    Option("keep_masked_pct", "mask.keep_masked", 0.0, lambda v, own: float(v) if own["mask.span"] > 1 else 0.0),
     Option("mask_noise_std", "mask.noise_std", 0.01),
     Option("use_alibi_encoder", "encoder.alibi", False,
            lambda v, _: "fixed" if v else "none", lambda v, _: v != "none"),
@@ -144,6 +170,8 @@ _MODALITY = (
     Option("alibi_scale", "encoder.alibi_scale", 1.0, as_float),
     Option("num_alibi_heads", "encoder.alibi_heads", lambda own: own["encoder.heads"],
            write=lambda v, config: v or config.encoder.heads),
+    Option("alibi_max_pos", "encoder.alibi_table"),
+    Option("learned_alibi", "encoder.alibi_table", False, _read_table, lambda v, _: v is not None),
     Option("learned_alibi_scale_per_head", "encoder.alibi_per_head", False, as_bool),
     Option("learned_alibi_scale_per_layer", "encoder.alibi_per_layer", False, as_bool),
 )  # fmt: skip
@@ -159,7 +187,9 @@ _DECODER = (
     Option("add_positions_masked", "decoder.positions_masked", False),
     Option("add_positions_all", "decoder.positions_all", False),
 )
+_SHARED = tuple(dataclasses.replace(option, field=f"shared_{option.field}") for option in _DECODER[:7])
 _AUDIO2 = (
+    _extractor("layer_norm"),
     _convolutions("feature_encoder_spec"),
     Option("local_grad_mult", "stem.gradient_scale", 1.0, as_float),
     Option("conv_pos_depth", "stem.position_layers", 5),
@@ -168,11 +198,19 @@ _AUDIO2 = (
     Option("conv_pos_pre_ln", "stem.position_norm", False),
 )
 _IMAGE2 = (
-    _agree("embed_dim", "modalities.image.", "encoder.width", 768),
+    Option(
+        "embed_dim",
+        "stem.width",
+        768,
+        lambda v, own: None if v == own["encoder.width"] else v,
+        lambda v, config: v or config.encoder.width,
+    ),
     Option("input_size", "stem.image_size", 224),
     Option("patch_size", "stem.patch_size", 16),
     Option("in_chans", "stem.channels", 3),
     _switch("fixed_positions", "stem.position_scale", True, 1.0, 0.0),
+    _switch("transformer_decoder", "decoder.kind", False, "transformer", "conv"),
+    _refine("enc_dec_transformer", "decoder.kind", "transformer", "cross"),
 )
 _NO_POSITIONS = _switch("no_token_positional_embeddings", "stem.learned_positions", False, False, True)
 _TEXT2 = (
@@ -183,6 +221,7 @@ _TEXT2 = (
     _scale_option(True),
 )
 _AUDIO1 = (
+    _extractor("default"),
     _convolutions("conv_feature_layers"),
     Option("conv_bias", "stem.convolution_bias", False),
     Option("feature_grad_mult", "stem.gradient_scale", 1.0, as_float),
@@ -202,6 +241,7 @@ _AUDIO1 = (
     Option("mask_prob", "mask.ratio", 0.65),
     Option("mask_length", "mask.span", 10),
     _switch("ema_layers_only", "ema.scope", True, "layers", "encoder"),
+    _whole("encoder"),
     _STEPS,
     _BLOCK_TARGETS,
     _LOSS_SCALE1,
@@ -245,6 +285,7 @@ _VISION1 = (
            lambda v, config: round(v * config.stem.grid[0] * config.stem.grid[1])),
     Option("min_mask_patches_per_block", "mask.span", 16, lambda v, _: math.isqrt(v), lambda v, _: v**2),
     _switch("end_of_block_targets", "target.source", True, "block", "ffn"),
+    _whole("transformer"),
     _LOSS_SCALE1,
     *_EMA,
 )  # fmt: skip
@@ -263,22 +304,23 @@ class Part:
     """What is written beside `options`."""
 
 
-_ZERO, _OFF = (0,), (False,)
+_ZERO, _OFF, _EXTRACTORS = (0,), (False,), ("layer_norm", "default")
 _MODEL2 = Part(
     _SECOND,
     "",
     {
-        **dict.fromkeys(("start_drop_path_rate", "dropout_input", "recon_loss"), _ZERO),
-        "shared_decoder": (None,), "mae_init": _OFF, "skip_ema": _OFF,
+        **dict.fromkeys(("start_drop_path_rate", "dropout_input"), _ZERO),
+        "mae_init": _OFF, "skip_ema": _OFF,
     },
-    {"_name": "data2vec_multi", "dropout_input": 0.0, "start_drop_path_rate": 0.0, "d2v_loss": 1.0, "recon_loss": 0.0},
+    {"_name": "data2vec_multi", "dropout_input": 0.0, "start_drop_path_rate": 0.0, "d2v_loss": 1.0},
 )  # fmt: skip
 _DECODER2 = Part(_DECODER, "decoder")
+_SHARED2 = Part(_SHARED, "shared decoder")
 _MODALITY_BUILT: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("prenet_layerdrop", "start_drop_path_rate", "end_drop_path_rate", "keep_masked_pct"), _ZERO),
+    **dict.fromkeys(("prenet_layerdrop", "start_drop_path_rate", "end_drop_path_rate"), _ZERO),
     **dict.fromkeys(("mask_dropout", "mask_channel_prob"), _ZERO),
     "mask_prob_min": (None,),
-    **dict.fromkeys(("add_masks", "remove_masks", "learned_alibi", "transformer_decoder"), _OFF),
+    **dict.fromkeys(("add_masks", "remove_masks", "transformer_decoder"), _OFF),
 }  # fmt: skip
 
 
@@ -291,34 +333,37 @@ PARTS: dict[str, dict[str, Part]] = {
     "d2v2_audio": {
         "": _MODEL2,
         "modalities.audio": _second(
-            "audio", _AUDIO2, {"extractor_mode": ("layer_norm",), "encoder_zero_mask": (True,)},
-            extractor_mode="layer_norm",
+            "audio", _AUDIO2, {"extractor_mode": _EXTRACTORS, "encoder_zero_mask": (True,)},
         ),
         "modalities.audio.decoder": _DECODER2,
+        "shared_decoder": _SHARED2,
     },
     "d2v2_image": {
         "": _MODEL2,
         "modalities.image": _second(
             "image", _IMAGE2,
-            {"local_grad_mult": (1,), "alibi_dims": (2, 1), "alibi_distance": ("manhattan", "euclidean")},
+            {"local_grad_mult": (1,), "transformer_decoder": (False, True), "alibi_dims": (2, 1),
+             "alibi_distance": ("manhattan", "euclidean")},
         ),
         "modalities.image.decoder": _DECODER2,
+        "shared_decoder": _SHARED2,
     },
     "d2v2_text": {
         "": _MODEL2,
         "modalities.text": _second("text", _TEXT2, {"local_grad_mult": (1,), "learned_pos": (True,)}),
         "modalities.text.decoder": _DECODER2,
+        "shared_decoder": _SHARED2,
     },
     "d2v1_audio": {
         "": Part(
             _AUDIO1,
             "audio1",
             {
-                "extractor_mode": ("layer_norm",), "activation_fn": ("gelu",), "layer_type": ("transformer",),
+                "extractor_mode": _EXTRACTORS, "activation_fn": ("gelu",), "layer_type": ("transformer",),
                 "pos_enc_type": ("abs",), "mask_selection": ("static",), "no_mask_overlap": _OFF,
                 **dict.fromkeys(("mask_other", "mask_dropout", "mask_channel_prob"), _ZERO),
             },
-            {"_name": "data2vec_audio", "extractor_mode": "layer_norm", "ema_transformer_only": True},
+            {"_name": "data2vec_audio"},
         ),
     },
     "d2v1_text": {
@@ -335,8 +380,8 @@ PARTS: dict[str, dict[str, Part]] = {
     },
     "d2v1_vision": {
         "": Part(
-            _VISION1, "vision1", {"shared_rel_pos_bias": (True,), "ema_transformer_only": (True,)},
-            {"_name": "data2vec_vision", "shared_rel_pos_bias": True, "ema_transformer_only": True},
+            _VISION1, "vision1", {"shared_rel_pos_bias": (True,)},
+            {"_name": "data2vec_vision", "shared_rel_pos_bias": True},
         ),
     },
 }  # fmt: skip
@@ -362,24 +407,45 @@ EMBEDDINGS = {
     "d2v2_text": "modality_encoders.TEXT.local_encoder.embed_tokens.weight",
 }
 Rule = tuple[str, str, Callable[[Any, Config], bool]]
-_SCOPES: Rule = ("ema.scope", "all, encoder or blocks", lambda v, _: v in ("all", "encoder", "blocks"))
+_SECOND_RULES: tuple[Rule, ...] = (
+    ("ema.scope", "all, encoder or blocks", lambda v, _: v in ("all", "encoder", "blocks")),
+    ("mask.keep_masked", "0 for mask.span 1", lambda v, config: v == 0.0 or config.mask.span > 1),
+)
+_CONV_DECODER: Rule = ("decoder.kind", "conv", lambda v, _: v == "conv")
+_NO_PROJECTION: Rule = ("stem.width", "encoder.width", lambda v, config: v in (None, config.encoder.width))
 NEEDED: dict[str, tuple[Rule, ...]] = {
+    "": (("stem.norm_eps", "1e-05", lambda v, _: v == 1e-5),),
     "d2v2_audio": (
-        _SCOPES,
+        *_SECOND_RULES,
+        _CONV_DECODER,
         ("stem.positions", "conv", lambda v, _: v == "conv"),
         ("stem.convolution_bias", "False", lambda v, _: not v),
     ),
-    "d2v2_image": (_SCOPES, ("stem.position_scale", "0 or 1", lambda v, _: v in (0.0, 1.0))),
-    "d2v2_text": (_SCOPES,),
+    "d2v2_image": (
+        *_SECOND_RULES,
+        ("decoder.heads", "8", lambda v, config: v == 8 or config.decoder.kind == "conv"),
+        ("stem.position_scale", "0 or 1", lambda v, _: v in (0.0, 1.0)),
+    ),
+    "d2v2_text": (*_SECOND_RULES, _CONV_DECODER, _NO_PROJECTION),
     "d2v1_audio": (
-        ("ema.scope", "layers or encoder", lambda v, _: v in ("layers", "encoder")),
+        ("ema.scope", "layers, encoder or all", lambda v, _: v in ("layers", "encoder", "all")),
+        (
+            "target.top_k",
+            "encoder.depth with ema.scope all",
+            lambda v, config: config.ema.scope != "all" or v == config.encoder.depth,
+        ),
         ("encoder.norm_eps", "1e-05", lambda v, _: v == 1e-5),
         ("encoder.prenet_dropout", "encoder.dropout", lambda v, config: v == config.encoder.dropout),
     ),
     "d2v1_text": (
+        _NO_PROJECTION,
         ("ema.scope", "blocks or all", lambda v, _: v in ("blocks", "all")),
         ("stem.dropout", "encoder.dropout", lambda v, config: v == config.encoder.dropout),
     ),
-    "d2v1_vision": (("target.source", "block", lambda v, _: v == "block"),),
+    "d2v1_vision": (
+        _NO_PROJECTION,
+        ("target.source", "block", lambda v, _: v == "block"),
+        ("ema.scope", "transformer or all", lambda v, _: v in ("transformer", "all")),
+    ),
 }
-"""Settings for which the published code of a family has no option: name, expected, test."""
+"""Settings for which the published code of a family ("": of any) has no option: name, expected, test."""

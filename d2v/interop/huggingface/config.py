@@ -162,6 +162,12 @@ def _check_variant(config: Config) -> None:
             f"format huggingface: expected {order}-norm blocks with learned norms, no prenet blocks and no ALiBi, "
             f"got norm_order {encoder.norm_order}, prenet_depth {encoder.prenet_depth}, alibi {encoder.alibi}"
         )
+    for name, expected, value in (
+        ("convolution_norm", "layer", stem.convolution_norm),
+        ("width", encoder.width, stem.width or encoder.width),
+    ):
+        if value != expected:
+            raise NotImplementedError(f"format huggingface: stem.{name}: expected {expected}, got {value}")
     if stem.modality != "vision" and stem.norm_eps != encoder.norm_eps:
         raise NotImplementedError(
             f"format huggingface: stem.norm_eps: expected encoder.norm_eps {encoder.norm_eps}, got {stem.norm_eps}"

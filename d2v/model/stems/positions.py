@@ -41,11 +41,11 @@ def grid_distances(grid: tuple[int, int], kind: str) -> Tensor:
 
 
 class AlibiScale(nn.Module):
-    """Slopes of ALiBi, and their factors that are learned, or fixed."""
+    """Slopes of ALiBi or a table in their place, and their factors that are learned, or fixed."""
 
     slopes: Tensor
     scale: Tensor
-
+    table: nn.Parameter | None
     distances: Tensor | None
 
     def __init__(self, config: Encoder, grid: tuple[int, int] | None = None) -> None:
@@ -62,7 +62,6 @@ class AlibiScale(nn.Module):
                     f"encoder.alibi_distance: expected sequence without a grid, got {config.alibi_distance}"
                 )
             distances = grid_distances(grid, config.alibi_distance)
-        self.register_buffer("distances", distances, persistent=False)
         count = config.alibi_heads if config.alibi_heads is not None else config.heads
         layers = config.prenet_depth + config.depth if config.alibi_per_layer else 1
         # The published shape: blocks, batch, heads, queries, keys.
@@ -71,20 +70,33 @@ class AlibiScale(nn.Module):
             self.scale = nn.Parameter(scale)
         else:
             self.register_buffer("scale", scale)
+        slopes, table = alibi_slopes(count, scale.device), None
+        if config.alibi_table is not None:
+            places = torch.arange(config.alibi_table)
+            apart = (places[:, None] - places).abs().float() if distances is None else distances
+            table, distances = nn.Parameter((-slopes[:, None, None] * apart)[None]), None
+            slopes = -torch.ones(count)
+        self.register_parameter("table", table)
+        self.register_buffer("distances", distances, persistent=False)
         # Heads without the bias have slope 0.
-        slopes = F.pad(alibi_slopes(count, scale.device), (0, config.heads - count))
-        self.register_buffer("slopes", slopes, persistent=False)
+        self.register_buffer("slopes", F.pad(slopes, (0, config.heads - count)), persistent=False)
 
-    def attention_bias(self, lengths: Tensor | None, positions: Tensor, extra: int = 0) -> AttentionBias:
-        """`AttentionBias` of tokens at `positions` (N,V), behind `extra` tokens that have none."""
+    def attention_bias(
+        self, lengths: Tensor | None, positions: Tensor, extra: int = 0, same: bool = False
+    ) -> AttentionBias:
+        """`AttentionBias` of tokens at `positions` (N,V), the `same` in all rows, behind `extra` ones without any."""
         heads = self.slopes.shape[0]
-        scales, distances = self.scale.float().flatten(1), None
+        scales, pairs = self.scale.float().flatten(1), None
         if scales.shape[1] > 1:
             scales = F.pad(scales, (0, heads - scales.shape[1]))
-        if self.distances is not None:
+        if self.table is not None:
+            index = (positions[:1] if same else positions).long().clamp_max(self.table.shape[2] - 1)
+            pairs = self.table.float()[0][:, index[:, :, None], index[:, None, :]].transpose(0, 1)
+            pairs = F.pad(pairs, (extra, 0, extra, 0, 0, heads - pairs.shape[1]))
+        elif self.distances is not None:
             index = positions.long()
-            distances = F.pad(self.distances[index[:, :, None], index[:, None, :]], (extra, 0, extra, 0))
-        return AttentionBias(lengths, Alibi(self.slopes.float(), positions), scales, distances)
+            pairs = F.pad(self.distances[index[:, :, None], index[:, None, :]], (extra, 0, extra, 0))[:, None]
+        return AttentionBias(lengths, Alibi(self.slopes.float(), positions), scales, pairs)
 
 
 class Positions(nn.Module):
@@ -139,11 +151,14 @@ class Positions(nn.Module):
             return AttentionBias(lengths)
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+            return self.alibi.attention_bias(lengths, positions, self.extra, same=True)
         return self.alibi.attention_bias(lengths, positions, self.extra)
 
     def _packs(self, x: Tensor) -> bool:
-        """Whether blocks get full rows packed; extra tokens have no place in a packed ALiBi."""
-        if self.packed == "never" or torch.compiler.is_compiling() or (self.extra > 0 and self.alibi is not None):
+        """Whether blocks get full rows packed; extra tokens and tables have no place in a packed ALiBi."""
+        if self.packed == "never" or torch.compiler.is_compiling():
+            return False
+        if self.alibi is not None and (self.extra > 0 or self.alibi.table is not None):
             return False
         where = x.device.type, product_dtype(x), self.head_width
         return self.packed == "always" or prefers_packed(*where, alibi=self.alibi is not None)

@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v.config import Config, Stem
-from d2v.model.layers import NORM_EPS, LayerNorm, Linear, check_lengths, convolve, norm_gelu, valid_positions
+from d2v.model.layers import (
+    NORM_EPS,
+    LayerNorm,
+    Linear,
+    check_lengths,
+    convolve,
+    norm_gelu,
+    standardise,
+    valid_positions,
+)
 from d2v.model.stems.base import InputStem, StemFlops
 
 SAMPLE_RATE = 16_000
@@ -81,19 +91,24 @@ class SpeechStem(InputStem):
 
 
 class WaveformStem(SpeechStem):
-    """Convolutions of the waveform, each with layer norm over channels and GELU, then layer norm and a projection.
+    """Convolutions of the waveform, each with GELU, and layer norm over channels before it or, behind the first one
+    alone, a norm over time; then layer norm and a projection.
 
     wav2vec 2.0 (Baevski et al. 2020, section 2), as data2vec 1.0 and 2.0 use it.
     """
 
-    def __init__(self, config: Stem, width: int, channels: int | None = None) -> None:
+    def __init__(
+        self, config: Stem, width: int, channels: int | None = None, over_padding: bool = False
+    ) -> None:  # fmt: skip
         """
         Args:
             config: the convolutions.
             width: channels C of a token.
             channels: N of inputs (B,S,N); None: inputs are (B,S).
+            over_padding: the norm over time counts padding.
         """
         super().__init__()
+        self.over_padding = over_padding
         self.spec, self.gradient_scale = config.convolutions, config.gradient_scale
         self.step = math.prod(stride for _, _, stride in self.spec)
         self.shape = () if channels is None else (channels,)
@@ -102,7 +117,10 @@ class WaveformStem(SpeechStem):
             nn.Conv1d(i, channels, kernel, stride, bias=config.convolution_bias)
             for i, (channels, kernel, stride) in zip(inputs[:-1], self.spec, strict=True)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(channels, eps=NORM_EPS) for channels in inputs[1:])
+        if config.convolution_norm == "group":
+            self.norms = nn.ModuleList([nn.GroupNorm(inputs[1], inputs[1], eps=NORM_EPS)])
+        else:
+            self.norms = nn.ModuleList(nn.LayerNorm(channels, eps=NORM_EPS) for channels in inputs[1:])
         self.norm = LayerNorm(inputs[-1], eps=config.norm_eps)
         self.proj = Linear(inputs[-1], width)
         for conv in self.convs:
@@ -110,16 +128,42 @@ class WaveformStem(SpeechStem):
             nn.init.kaiming_normal_(conv.weight)
 
     def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Frames (B,T,C) of waveforms that `measure` took, speech at 16 kHz; padded frames are computed too."""
+        """Frames (B,T,C) of waveforms that `measure` took, or `mark` made; padded frames are computed too."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient_scale > 0.0):
-            x = inputs if self.shape else inputs[..., None]
-            for conv, norm in zip(self.convs, self.norms, strict=True):
-                assert isinstance(conv, nn.Conv1d)
-                assert isinstance(norm, nn.LayerNorm)
-                x = norm_gelu(convolve(conv, x), norm.weight, norm.bias)
+            x = inputs if inputs.dim() == 3 else inputs[..., None]
+            if isinstance(self.norms[0], nn.GroupNorm):
+                x = self._norm_over_time(x, self.norms[0])
+            else:
+                for conv, norm in zip(self.convs, self.norms, strict=True):
+                    assert isinstance(conv, nn.Conv1d)
+                    assert isinstance(norm, nn.LayerNorm)
+                    x = norm_gelu(convolve(conv, x), norm.weight, norm.bias)
         if self.gradient_scale not in (0.0, 1.0):
             x = _ScaleGradient.apply(x, self.gradient_scale)
         return self.proj(self.norm(x))
+
+    def mark(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B,S,N+1) where the norm over time needs to know the padding: the last channel is 1 before it, else 0."""
+        if self.over_padding or lengths is None or not isinstance(self.norms[0], nn.GroupNorm):
+            return inputs
+        valid = valid_positions(lengths, inputs.shape[1], inputs.device)
+        assert valid is not None
+        return torch.cat([inputs if self.shape else inputs[..., None], valid[..., None].to(inputs)], dim=2)
+
+    def _norm_over_time(self, x: Tensor, norm: nn.GroupNorm) -> Tensor:
+        """The convolutions, with a norm of each channel over the frames before the padding behind the first one."""
+        first, *others = self.convs
+        assert isinstance(first, nn.Conv1d)
+        shown = None
+        if x.shape[2] > first.in_channels:  # a frame is before the padding where its last sample is
+            _, kernel, stride = self.spec[0]
+            x, shown = x[..., :-1], x[:, kernel - 1 :: stride, -1:]
+        x = convolve(first, x)
+        x = F.gelu((standardise(x, 1, shown) * norm.weight + norm.bias).to(x.dtype))
+        for conv in others:
+            assert isinstance(conv, nn.Conv1d)
+            x = F.gelu(convolve(conv, x))
+        return x
 
     def count_flops(self, tokens: int, length: int) -> StemFlops:
         """Of its convolutions and the projection."""
@@ -200,8 +244,10 @@ class LogMelStem(SpeechStem):
 
 def make_stem(config: Config) -> SpeechStem:
     """The stem of speech."""
-    kind = LogMelStem if config.stem.kind == "log-mel" else WaveformStem
-    return kind(config.stem, config.encoder.width)
+    if config.stem.kind == "log-mel":
+        return LogMelStem(config.stem, config.encoder.width)
+    over_padding = "statistics-over-padding" in config.published
+    return WaveformStem(config.stem, config.encoder.width, over_padding=over_padding)
 
 
 def mel_filters(bins: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config import Config, Stem
-from d2v.model.layers import LayerNorm, check_lengths, valid_positions
+from d2v.model.layers import LayerNorm, Linear, check_lengths, valid_positions
 from d2v.model.stems.base import InputStem, StemFlops
 from d2v.model.transformer import initialise_linears
 
@@ -20,6 +20,8 @@ _INIT_STD = 0.02
 class TextStem(InputStem):
     """Embeddings of tokens and positions, layer norm, dropout (RoBERTa's, as data2vec 1.0 and 2.0 use them)."""
 
+    project: Linear | None
+
     def __init__(self, config: Stem, width: int, zero_padding: bool) -> None:
         """
         Args:
@@ -30,6 +32,7 @@ class TextStem(InputStem):
         super().__init__()
         self.vocabulary, self.max_tokens, self.scale = config.vocabulary, config.max_tokens, config.embedding_scale
         self.zero_padding = zero_padding
+        width = self.make_projection(config.width, width)
         self.embed_tokens = nn.Embedding(config.vocabulary, width, PADDING)
         learned = config.learned_positions
         self.embed_positions = nn.Embedding(config.max_tokens + PADDING + 1, width, PADDING) if learned else None
@@ -90,17 +93,20 @@ class TextStem(InputStem):
         if self.norm is not None:
             x = self.norm(x)
         x = self.dropout(x)
+        if self.project is not None:
+            x = self.project(x)
         if valid is not None and self.zero_padding:
             x = x * valid[..., None]
         return x
 
     def initialise_model(self, model: Any) -> None:
-        """The projection of the decoder, or the head, as published."""
+        """The projections of stem and decoder, or the head, as published."""
+        initialise_linears(self.project, model.config.encoder.init_std)
         initialise_linears(model.head if model.decoder is None else model.decoder.proj, model.config.encoder.init_std)
 
     def count_flops(self, tokens: int, length: int) -> StemFlops:
-        """Embeddings are looked up."""
-        return 0.0, 0.0, 0.0
+        """Embeddings are looked up; their gradient is not a product."""
+        return 0.0, 0.0 if self.project is None else 2.0 * tokens * self.project.weight.numel(), 0.0
 
 
 def make_stem(config: Config) -> TextStem:

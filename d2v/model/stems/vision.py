@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from d2v.config import Config, Stem
-from d2v.model.stems.base import InputStem
+from d2v.model.stems.base import InputStem, StemFlops
 from d2v.model.transformer import initialise_linears
 from d2v_kernels import linear
 
@@ -26,10 +26,12 @@ class PatchStem(InputStem):
             raise ValueError(
                 f"stem.patch_size: expected a divisor of stem.image_size {config.image_size}, got {config.patch_size}"
             )
+        self.raw_width = config.patch_size**2 * config.channels
         self.image_shape = (config.channels, config.image_size, config.image_size)
-        self.proj = nn.Conv2d(config.channels, width, config.patch_size, config.patch_size)
+        local = self.make_projection(config.width, width)
+        self.proj = nn.Conv2d(config.channels, local, config.patch_size, config.patch_size)
         # Xavier on the flattened (C, channels * p * p) kernel, as published; the bias keeps the module's default.
-        nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
+        nn.init.xavier_uniform_(self.proj.weight.view(local, -1))
 
     def measure(self, inputs: Tensor, lengths: Tensor | None = None) -> tuple[int, Tensor | None]:
         """Tokens T of such inputs, and the valid tokens a row: None, all.
@@ -54,10 +56,22 @@ class PatchStem(InputStem):
         p = self.proj.kernel_size[0]
         patches = inputs.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         flat = patches.reshape(batch, (height // p) * (width // p), channels * p * p)
-        return linear(flat, self.proj.weight.flatten(1), self.proj.bias)
+        x = linear(flat, self.proj.weight.flatten(1), self.proj.bias)
+        return x if self.project is None else self.project(x)
+
+    def raw_tokens(self, inputs: Tensor) -> Tensor:
+        """(B,T,p*p*channels): pixels of each patch row by row, the channels of a pixel together (published order)."""
+        p = self.proj.kernel_size[0]
+        return inputs.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+    def count_flops(self, tokens: int, length: int) -> StemFlops:
+        """Of the patches, and of the projection."""
+        projection = 0 if self.project is None else self.project.weight.numel()
+        return 2.0 * tokens * self.proj.weight.numel(), 2.0 * tokens * projection, 0.0
 
     def initialise_model(self, model: Any) -> None:
-        """1.0: head and learned tokens as published."""
+        """As published: the projection; 1.0: head and learned tokens."""
+        initialise_linears(self.project, model.config.encoder.init_std)
         if model.head is not None:
             initialise_linears(model.head, model.config.encoder.init_std)
             for token in (model.mask_token, model.context.extra_tokens):
