@@ -10,7 +10,7 @@ import pytest
 from scripts import structure
 
 ORDER = (
-    ("files", "runtime"), ("config",), ("folder",), ("recipes", "model"), ("data",), ("signals",), ("train",),
+    ("files", "runtime"), ("config",), ("folder",), ("recipes", "model"), ("data",), ("signals", "spectrograms"), ("train",),
     ("saved",), ("evaluate",), ("finetune",), ("interop",), ("tools", "testing"), ("",), ("options",), ("settings",),
     ("sweep",), ("cli",),
 )  # fmt: skip
