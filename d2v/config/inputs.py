@@ -27,7 +27,8 @@ class InputKind:
     """Config -> `d2v.data.dataset.Modality`, or where such a class is."""
     words: frozenset[str] = frozenset()
     """For `Config.traits`, besides the name: settings apply by them. "waveform": a sequence that convolutions
-    make tokens of (seconds, crops); "channels": `stem.channels` counts; "patches": tokens are square patches; "ids": token ids of a tokenizer."""
+    make tokens of (seconds, crops); "channels": `stem.channels` counts; "patches": tokens are square patches; "ids":
+    token ids of a tokenizer."""
     describe: Callable[[Any], str] = lambda stem: stem.modality
     """`Stem` -> the input in a few words."""
     grid: Callable[[Any], Grid | None] = lambda stem: None

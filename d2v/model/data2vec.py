@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from d2v.config import Config
 from d2v.config.finetune import FineTuneConfig, read_config
+from d2v.config.inputs import find_kind
 from d2v.folder import CONFIG, MODEL, build_filled, find_model, load_tensors
 from d2v.model.cuda_graph import GraphedTargets, Record
 from d2v.model.decoder import ConvDecoder, RegressionHead
@@ -119,6 +120,15 @@ class Data2Vec(nn.Module):
         self.graphed: GraphedTargets | None = None
         self.compiled: Callable[..., Output] | None = None
         self._drawn = 0
+
+    def __repr__(self) -> str:
+        """One line; `print(model.blocks)` and the other attributes show the layers."""
+        stem, encoder = self.config.stem, self.config.encoder
+        teacher = sum(p.numel() for p in self.teacher.parameters())
+        student = sum(p.numel() for p in self.parameters()) - teacher
+        about = f"{self.config.version}.0, {stem.modality}: {find_kind(stem.modality).describe(stem)}"
+        blocks = f"{encoder.prenet_depth + encoder.depth} blocks of width {encoder.width}"
+        return f"Data2Vec({about}; {blocks}; parameters: student {student:,}, teacher {teacher:,})"
 
     def forward(
         self,
@@ -452,15 +462,16 @@ def build_encoder(config: Config, names: Collection[str]) -> Data2Vec:
     """A model without its weights; only random draws of a fork are made.
 
     Args:
-        config: of the model. Of a fine-tuned one, parts of the pre-training may be left out, and the final norm is
-            where the head has one behind its pool.
+        config: of the model. Of an imported one, what predicts may be left out; of a fine-tuned one, all of the
+            pre-training, and the final norm is where the head has one behind its pool.
         names: of the tensors that will be loaded; the parts of which there is none are those.
     """
     with torch.random.fork_rng(devices=[]):
         model = Data2Vec(config)
+    has = {part: any(n.startswith(f"{part}.") for n in names) for part in ("decoder", "head", "teacher")}
+    tuned = isinstance(config, FineTuneConfig)
+    strip_pretraining(model, decoder=not (has["decoder"] or has["head"]), teacher=tuned and not has["teacher"])
     if isinstance(config, FineTuneConfig):
-        has = {part: any(n.startswith(f"{part}.") for n in names) for part in ("decoder", "head", "teacher")}
-        strip_pretraining(model, decoder=not (has["decoder"] or has["head"]), teacher=not has["teacher"])
         if "mask_token" not in names:
             model.mask_token = None
         if config.finetune.head.kind == "pooled" and config.finetune.head.norm_eps is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from d2v.config import Config
 from d2v.config.fields import find_nearest
+from d2v.recipes.spectrograms import eat_base, eat_large, spectrograms_tiny
 from d2v.recipes.speech import (
     signals_tiny,
     speech1_base,
@@ -15,7 +16,6 @@ from d2v.recipes.speech import (
     speech_small,
     speech_tiny,
 )
-from d2v.recipes.spectrograms import eat_base, eat_large, spectrograms_tiny
 from d2v.recipes.text import text1_base, text1_tiny, text_base, text_large, text_small, text_tiny
 from d2v.recipes.vision import (
     vision1_base,

@@ -1,4 +1,4 @@
-"""The published data2vec 2.0 image step, which is EAT's of spectrograms too, written out in plain torch, from the description of the golden cases.
+"""The published data2vec 2.0 image step, EAT's on spectrograms too, in plain torch, from the text of the golden cases.
 
 Independent of the package: tensors by their published names, no operators, any dtype. For tests that vary options
 beyond the golden case.

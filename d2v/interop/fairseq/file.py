@@ -73,7 +73,8 @@ def load(path: str | Path) -> Data2Vec | FineTuned:
     ("positions-see-padding"); all other behaviours are the default ones. A fine-tuned file gives a `FineTuned`, its
     labels from the file or from a `dict.ltr.txt` beside it, else numbers; heads that are not known are left out with a
     warning that names them. A file without the decoder (2.0) or regression head (1.0) of the pre-training gives a model
-    without it, with a warning; so does one whose class loss is not that of data2vec 2.0 (emotion2vec). Names may begin with `module.` or `_orig_mod.`.
+    without it, with a warning; so does one whose class loss is not that of data2vec 2.0 (emotion2vec). Names may begin
+    with `module.` or `_orig_mod.`.
 
     Raises:
         ValueError: not such a file; tensors missing, unexpected, misshapen or not finite. NotImplementedError: an
@@ -133,7 +134,7 @@ def _assemble_pretrained(config: Config, found: Found, where: str, loss: str) ->
     whole = found.has_decoder
     if not whole:
         part = "decoder" if config.version == 2 else "regression head"
-        lack = f"has no {part} of the pre-training" if loss == "single" else f"cls_type {loss!r}, a loss that is not built"
+        lack = f"has no {part} of the pre-training" if loss == "single" else f"the loss cls_type {loss!r} is not built"
         warnings.warn(
             f"checkpoint {where!r}: {lack}: the model gives features and can be fine-tuned, "
             "but pre-training cannot go on from it",

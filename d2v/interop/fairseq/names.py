@@ -127,7 +127,7 @@ def family_of(model: Data2Vec) -> str:
         raise ValueError(f"stem.kind: expected stock for a published name, got {config.stem.kind}")
     if config.version == 1:
         if config.stem.modality == "spectrograms":
-            raise ValueError("stem.modality: expected speech, vision or text for a published name of 1.0, got spectrograms")
+            raise ValueError("stem.modality: expected speech, vision or text in 1.0, got spectrograms")
         return "d2v1_vision" if config.stem.modality == "vision" else f"d2v1_{_MODALITIES[config.stem.modality]}"
     return f"d2v2_{_MODALITIES[config.stem.modality]}"
 

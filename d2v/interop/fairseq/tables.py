@@ -269,8 +269,8 @@ _MODEL2 = Part(
     "",
     {
         **dict.fromkeys(("start_drop_path_rate", "dropout_input", "recon_loss"), _ZERO),
-        "shared_decoder": (None,), **dict.fromkeys(("mae_init", "skip_ema", "utterance_level", "adversarial_training"), _OFF),
-        "cls_type": ("single",),
+        **dict.fromkeys(("mae_init", "skip_ema", "utterance_level", "adversarial_training"), _OFF),
+        "shared_decoder": (None,), "cls_type": ("single",),
     },
     {"_name": "data2vec_multi", "dropout_input": 0.0, "start_drop_path_rate": 0.0, "d2v_loss": 1.0, "recon_loss": 0.0},
 )  # fmt: skip
