@@ -1,9 +1,9 @@
-# A notebook of cells: Jupyter (with jupytext), VS Code, PyCharm and Spyder open it; `python examples/notebook.py` runs it.
+# Cells for VS Code, PyCharm, Spyder, and Jupyter with jupytext; `python examples/notebook.py` runs them, too.
 
 # %% [markdown]
 # # data2vec 2.0 in minutes
-# Pre-train a small model on crops of photographs without their labels, look at its curves and features, and ask a linear
-# classifier what they know.
+# Pre-train a small model on crops of photographs without their labels, look at its curves and features, and ask a
+# linear classifier what they know.
 
 # %%
 from pathlib import Path

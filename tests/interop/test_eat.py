@@ -95,8 +95,10 @@ def test_features_of_a_published_file(tmp_path: Path, capsys: pytest.CaptureFixt
         text = capsys.readouterr().out
         assert re.search(r"left out 1: \S*/3.wav: 80 samples at 16 kHz, expected at least 400", text)
         assert re.search(r"cut 1: \S*/1.wav: cut to 1.295 of 1.6 s \(stem.frames\)", text)
+        assert main(["features", *options, "--output", str(tmp_path / "class.npy"), "--pool", "class"]) == 0
+        classes = torch.from_numpy(np.load(tmp_path / "class.npy")).double()
         rows = torch.from_numpy(np.load(output)).double()
-        assert rows.shape == (3 * 64, 16)
+        assert rows.shape == (3 * 64, 16) and classes.shape == (3, 16)
         encoder = model.teacher if weights == "teacher" else model
         for i, values in enumerate(sounds):
             inputs = published_input(values, 128)
@@ -104,10 +106,31 @@ def test_features_of_a_published_file(tmp_path: Path, capsys: pytest.CaptureFixt
             scale = float(expected.abs().max())
             # The filterbank is computed in float32, in which quiet bands have an error of 1e-4.
             torch.testing.assert_close(rows[64 * i : 64 * (i + 1)], expected[1:], rtol=0, atol=1e-4 * scale)
+            torch.testing.assert_close(classes[i], expected[0], rtol=0, atol=1e-4 * scale)
             found = encoder.encode(inputs.float())
             torch.testing.assert_close(found.features[0].double(), expected[1:], rtol=0, atol=1e-5 * scale)
             assert found.class_token is not None
             torch.testing.assert_close(found.class_token[0].double(), expected[0], rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("frames", [128, 64])
+def test_pre_training_goes_on(frames: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From an imported file, at its own length and at another one, for which the positions are computed."""
+    config, student, teacher = make_eat()
+    torch.save(make_state(config, student, teacher), tmp_path / "eat.pt")
+    write_sounds(tmp_path / "sounds")
+    assert main(["import", "--from", str(tmp_path / "eat.pt"), "--output", str(tmp_path / "eat")]) == 0
+    sizes = ["--data.global-batch", "2", "--data.micro-batch", "2", "--data.workers", "0", "--data.bad-fraction", "0.5"]
+    run = ["--run.dir", str(tmp_path / "run"), "--run.steps", "2", "--run.device", "cpu", "--stem.frames", str(frames)]
+    options = ["--model.init", str(tmp_path / "eat"), "--data.path", str(tmp_path / "sounds"), *sizes, *run]
+    assert main(["pretrain", "eat-base", *options]) == 0
+    err = capsys.readouterr().err
+    assert ("stem.frames 128 to 64: positions computed, 8 x 8 to 4 x 8" in err) == (frames == 64)
+    model = d2v.Data2Vec.from_checkpoint(tmp_path / "run")
+    assert model.grid == (frames // 16, 8) and model.config.mask.copies == 16
+    assert torch.equal(model.positions.table, sincos_positions(16, model.grid)[None].float())
+    moved = fairseq.parameters(model)["blocks.0.attn.proj.weight"] - student["blocks.0.attn.proj.weight"]
+    assert 0.0 < float(moved.abs().max()) < 1e-3
 
 
 def test_round_trip(tmp_path: Path) -> None:
