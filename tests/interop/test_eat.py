@@ -136,12 +136,17 @@ def test_pre_training_goes_on(frames: int, tmp_path: Path, capsys: pytest.Captur
 def test_round_trip(tmp_path: Path) -> None:
     state = make_state(*make_eat())
     torch.save(state, tmp_path / "a.pt")
-    fairseq.save(fairseq.load(tmp_path / "a.pt"), tmp_path / "b.pt")
+    model = fairseq.load(tmp_path / "a.pt")
+    fairseq.save(model, tmp_path / "b.pt")
     again = read_torch_file(tmp_path / "b.pt")
     assert again["cfg"]["model"] == state["cfg"]["model"]
     for ours, theirs in ((again["model"], state["model"]), (again["model"]["_ema"], state["model"]["_ema"])):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[n], theirs[n]) for n in theirs if n != "_ema")
+    model.origin = None  # as if it had been trained here: options are written from the settings
+    fairseq.save(model, tmp_path / "c.pt")
+    described = fairseq.load(tmp_path / "c.pt").config
+    assert (described.stem, described.encoder) == (model.config.stem, model.config.encoder)
 
 
 def test_published_sizes() -> None:
