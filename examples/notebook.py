@@ -35,6 +35,7 @@ if not data.exists():
 # %%
 config = d2v.recipes.vision_tiny().change(
     data=dict(path=str(data / "pretrain"), workers=0),
+    optim=dict(warmup_steps=STEPS // 10),
     run=dict(dir=str(FOLDER / "run"), steps=STEPS, log_every=max(1, STEPS // 30), checkpoint_every=STEPS),
 )
 run = pretrain(config)

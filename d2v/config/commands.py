@@ -109,6 +109,8 @@ class _OfFeatures(_OfModel):
     """Blocks that run before the features are taken; unset: all, and the final norm."""
     image_size: int | None = setting(None, low=1, option="stem.image-size")
     """Images: another size than in training, to which the positions are interpolated; unset: that of the model."""
+    frames: int | None = setting(None, low=1, option="stem.frames")
+    """Spectrograms: another length than in training, in frames of 10 ms; unset: that of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)

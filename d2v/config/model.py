@@ -83,7 +83,7 @@ class Stem:
     frame_mean: float = setting(-4.268, only="spectrograms")
     """Spectrograms: what is taken off every value, the mean over the training data; the default is that of AudioSet."""
     frame_deviation: float = setting(4.569, above=0, only="spectrograms")
-    """Spectrograms: half of what values are then divided by, their standard deviation over the training data."""
+    """Spectrograms: what they are then divided by is twice this, the standard deviation over the training data."""
     mel_bins: int = setting(40, low=1, only="log-mel")
     """Log-mel stem: bands of the spectrogram."""
     mel_frames: int = setting(3, low=1, only="log-mel")

@@ -97,6 +97,7 @@ def extract(
     weights: str = "teacher",
     layer: int | None = None,
     image_size: int | None = None,
+    frames: int | None = None,
     pool: str = "tokens",
     batch: int = 16,
     device: str = "auto",
@@ -112,11 +113,11 @@ def extract(
     (`d2v.evaluate.pieces`), cut where `max_seconds` or `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists
     for each sample its name, its first row and its rows: none for one that cannot be used, with the reason in the last
     column. Those, and what is cut, are counted and named in the summary. image_size: side of the images in pixels;
-    None: that of the model.
+    frames: length of spectrograms; None: that of the model.
     """
     if pool not in POOLS:
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
-    model, config, place = load_model(checkpoint, device, image_size)
+    model, config, place = load_model(checkpoint, device, image_size, frames)
     config = config.change(data={"allow_commands": allow_commands})
     uncut = Uncut(config, max_seconds, max_tokens)
     modality = uncut.modality

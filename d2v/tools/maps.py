@@ -57,6 +57,7 @@ def draw_maps(
     weights: str = "teacher",
     layer: int | None = None,
     image_size: int | None = None,
+    frames: int | None = None,
     count: int = 6,
     samples: int = 1000,
     method: str = "pca",
@@ -74,6 +75,7 @@ def draw_maps(
         weights: "student" or "teacher".
         layer: blocks that run before the features are taken; None: all, and the final norm.
         image_size: side of the images in pixels; None: that of the model.
+        frames: length of spectrograms; None: that of the model.
         count, samples: as above.
         method: "pca" or "tsne".
         seed: of the choice of labelled samples and of t-SNE.
@@ -90,7 +92,7 @@ def draw_maps(
             raise ValueError(f"{name}: expected 1 or more, got {value}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    model, config, place = load_model(checkpoint, device, image_size)
+    model, config, place = load_model(checkpoint, device, image_size, frames)
     modality, uncut = make_modality(config), Uncut(config)
     encoder = model.teacher if weights == "teacher" else model
     folder = Path(output)

@@ -133,6 +133,25 @@ def test_pre_training_goes_on(frames: int, tmp_path: Path, capsys: pytest.Captur
     assert 0.0 < float(moved.abs().max()) < 1e-3
 
 
+def test_features_of_another_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, student, teacher = make_eat()
+    torch.save(make_state(config, student, teacher), tmp_path / "eat.pt")
+    sounds = write_sounds(tmp_path / "sounds")
+    assert main(["import", "--from", str(tmp_path / "eat.pt"), "--output", str(tmp_path / "eat")]) == 0
+    options = ["--checkpoint", str(tmp_path / "eat"), "--input", str(tmp_path / "sounds"), "--device", "cpu"]
+    assert main(["features", *options, "--output", str(tmp_path / "a.npy"), "--stem.frames", "160"]) == 0
+    read = capsys.readouterr()
+    assert "cut" not in read.out and "stem.frames 128 to 160: positions computed, 8 x 8 to 10 x 8" in read.err
+    teacher[POSITIONS] = sincos_positions(16, (10, 8))[None].float().double()
+    expected = PublishedStep(config, student, teacher).encode(teacher, published_input(sounds[1], 160))[0, 1:]
+    rows = torch.from_numpy(np.load(tmp_path / "a.npy")).double()[80:160]
+    torch.testing.assert_close(rows, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert main(["features", *options, "--output", str(tmp_path / "b.npy"), "--stem.image-size", "160"]) == 2
+    assert "stem.modality: expected vision with stem.image_size, got spectrograms" in capsys.readouterr().err
+    assert main(["features", *options, "--output", str(tmp_path / "b.npy"), "--stem.frames", "100"]) == 2
+    assert "stem.frames: expected a multiple of stem.patch_size 16, got 100" in capsys.readouterr().err
+
+
 def test_round_trip(tmp_path: Path) -> None:
     state = make_state(*make_eat())
     torch.save(state, tmp_path / "a.pt")
@@ -198,7 +217,7 @@ def test_emotion2vec_gives_features(tmp_path: Path) -> None:
     )
     config["modalities"]["audio"] |= {"prenet_layerdrop": 0.05, "init_extra_token_zero": True}
     config |= {
-        "cls_loss": 1.0, "cls_type": "chunk", "adversarial_training": False, "adversarial_hidden_dim": 128,
+        "cls_loss": 1.0, "cls_type": "chunk", "adversarial_training": True, "adversarial_hidden_dim": 128,
         "adversarial_weight": 0.1, "_name": "data2vec_multi", "supported_modality": "AUDIO",
     }  # fmt: skip
     student = make_second_tensors(make_shapes(config, "audio"), seed=1)
