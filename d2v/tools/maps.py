@@ -105,7 +105,7 @@ def draw_maps(
         pictures = take_pictures(config, modality, source, encoder, place, count, masks=True, layer=layer)
         if not pictures:
             raise ValueError(f"input: expected {modality.noun} that can be decoded and masked, got none")
-        draw = _draw_images if "vision" in config.traits else _draw_sequences
+        draw = _draw_images if "patches" in config.traits else _draw_sequences
         save_figure(draw(pictures, config, f"{checkpoint}, {weights}"), folder / "maps.png")
         written.append(f"{folder / 'maps.png'}: {len(pictures)} {modality.noun}")
     if table is not None:
@@ -158,7 +158,7 @@ def _draw_images(pictures: Sequence[Picture], config: Config, title: str) -> Any
         show_image(axes[0, column], picture.content)
         assert picture.mask is not None
         for copy in range(copies):
-            show_image(axes[1 + copy, column], cover_patches(picture.content, picture.mask[copy], config.stem.grid))
+            show_image(axes[1 + copy, column], cover_patches(picture.content, picture.mask[copy], config.grid))
         for number, patch in enumerate(choose_patches(picture.features)):
             place, similarity = compare_patches(picture.features, config, patch)
             axis = axes[1 + copies + number, column]
