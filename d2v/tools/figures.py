@@ -29,7 +29,7 @@ _OF_PAIRS = "cosine similarity of the features of all pairs of tokens"
 _LAYOUTS: dict[str, tuple[float, tuple[int, ...], str]] = {
     "vision": (3.4, (1, 1), "images, one patch marked; below, cosine similarity of its feature to the others"),
     "speech": (3.8, (2, 3), f"log-mel spectrograms over seconds; below, {_OF_PAIRS}"),
-    "spectrograms": (4.4, (1, 1), "spectrograms, time downwards, one patch marked; below, its similarity to the others"),
+    "spectrograms": (4.4, (1, 1), "spectrograms, time downwards, a patch marked; below, its similarity to the others"),
     "": (3.4, (1,), _OF_PAIRS),
 }
 """Height in inches, ratios of the rows' heights, and title of what `draw_pictures` draws; "": of other kinds."""

@@ -156,7 +156,7 @@ def _draw_images(pictures: Sequence[Picture], config: Config, title: str) -> Any
     image = None
     for column, picture in enumerate(pictures):
         show_image(axes[0, column], picture.content)
-        assert picture.mask is not None
+        assert picture.mask is not None and config.grid is not None
         for copy in range(copies):
             show_image(axes[1 + copy, column], cover_patches(picture.content, picture.mask[copy], config.grid))
         for number, patch in enumerate(choose_patches(picture.features)):
