@@ -42,9 +42,19 @@ DECODER_DEFAULTS: dict[str, Any] = {
 
 EAT: dict[str, Any] = {
     "utterance_level": False, "init_center_token_zero": False, "center_exp": 0.9, "softmax_temperature_student": 0.1,
-    "softmax_temperature_teacher": 0.05,
+    "softmax_temperature_teacher": 0.05, "ema_same_dtype": True, "log_norms": True, "min_target_var": 0,
+    "min_pred_var": 0, "seed": "${common.seed}", "decoder_group": False, "_name": "data2vec_multi",
+    "supported_modality": "IMAGE",
 }  # fmt: skip
-"""What EAT's model has beside the options of data2vec 2.0."""
+EAT_IMAGE: dict[str, Any] = {
+    "target_length": 128, "type": "IMAGE", "prenet_layerdrop": 0, "start_drop_path_rate": 0, "end_drop_path_rate": 0,
+    "init_extra_token_zero": False, "mask_prob_min": None, "keep_masked_pct": 0, "add_masks": False,
+    "remove_masks": False, "mask_dropout": 0.0, "encoder_zero_mask": True, "mask_channel_prob": 0.0,
+    "mask_channel_length": 64, "local_grad_mult": 1.0, "learned_alibi": False, "alibi_max_pos": None,
+    "num_alibi_heads": "${model.num_heads}", "model_depth": "${model.depth}", "transformer_decoder": False,
+    "enc_dec_transformer": False,
+}  # fmt: skip
+"""What EAT's published files have beside what the step needs."""
 
 
 def make_eat_config(**options: Any) -> dict[str, Any]:
@@ -54,8 +64,8 @@ def make_eat_config(**options: Any) -> dict[str, Any]:
         average_top_k_layers=3, num_heads=2, cls_loss=1, input_size=224, learned_alibi_scale=False,
         learned_alibi_scale_per_head=False, num_alibi_heads=2, decoder_kernel=3, **options,
     )  # fmt: skip
-    config["modalities"]["image"]["target_length"] = 128
-    return {**config, **EAT, "_name": "data2vec_multi", "supported_modality": "IMAGE"}
+    config["modalities"]["image"] |= EAT_IMAGE
+    return {**config, **EAT}
 
 
 def grid_of(image: dict[str, Any]) -> tuple[int, int]:
