@@ -74,13 +74,11 @@ def draw_maps(
         labelled: labelled data, as for probes; None: no embedding.
         weights: "student" or "teacher".
         layer: blocks that run before the features are taken; None: all, and the final norm.
-        image_size: side of the images in pixels; None: that of the model.
-        frames: length of spectrograms; None: that of the model.
+        image_size, frames: side of the images in pixels, length of spectrograms; None: that of the model.
         count, samples: as above.
         method: "pca" or "tsne".
         seed: of the choice of labelled samples and of t-SNE.
-        batch: samples per forward.
-        device: "auto", "cpu" or "cuda".
+        batch, device: samples per forward; "auto", "cpu" or "cuda".
 
     Raises:
         ValueError: neither input nor labelled data, numbers below 1, data that cannot be used.
