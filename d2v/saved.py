@@ -21,31 +21,34 @@ from d2v.runtime import choose_device
 
 
 def load_model(
-    checkpoint: str, device: str = "auto", image_size: int | None = None
+    checkpoint: str, device: str = "auto", image_size: int | None = None, frames: int | None = None
 ) -> tuple[Data2Vec, Config, torch.device]:
     """The model of a checkpoint, in evaluation mode, with its configuration and device; of a fine-tuned one the
-    encoder. image_size: as of `load_any`."""
-    model, config, place = load_any(checkpoint, device, image_size=image_size)
+    encoder. image_size, frames: as of `load_any`."""
+    model, config, place = load_any(checkpoint, device, image_size=image_size, frames=frames)
     return (model.encoder if isinstance(model, FineTuned) else model), config, place
 
 
 def load_any(
-    checkpoint: str, device: str = "auto", *, takes_data: bool = True, image_size: int | None = None
-) -> tuple[Data2Vec | FineTuned, Config, torch.device]:
+    checkpoint: str, device: str = "auto", *, takes_data: bool = True, image_size: int | None = None,
+    frames: int | None = None,
+) -> tuple[Data2Vec | FineTuned, Config, torch.device]:  # fmt: skip
     """The model of a checkpoint, pre-trained or fine-tuned; else as `load_model`.
 
     It computes in float32 whatever it was trained in, as run.precision of the configuration says then. Of the folder of
     a fine-tuning run the model that it chose on held-out data. takes_data: False where no text will be
-    read, for which a tokenizer has to be found. image_size: another stem.image_size than it was trained with.
+    read, for which a tokenizer has to be found. image_size, frames: others of `stem` than it was trained with.
     """
     folder = find_model(checkpoint)
     config = read_config(folder / CONFIG)
     config = replace(config, run=replace(config.run, device=device))  # type: ignore[arg-type]
     place = choose_device(device)
     tensors = load_tensors(folder, MODEL)
-    if image_size is not None:
-        require("vision" in config.traits, "stem.modality", "vision with stem.image_size", config)
-        resized = config.change(stem={"image_size": image_size})
+    for word, name, value in (("vision", "image_size", image_size), ("spectrograms", "frames", frames)):
+        if value is None:
+            continue
+        require(word in config.traits, "stem.modality", f"{word} with stem.{name}", config)
+        resized = config.change(stem={name: value})
         tensors, note = resize_positions(tensors, config, resized)
         config = resized
         if note is not None:

@@ -48,12 +48,12 @@ class MaskedAutoencoder(Data2Vec):
         bands = inputs.reshape(len(inputs), features.shape[1], -1)  # as `LogMelStem.prepare` made them
         return F.layer_norm(bands, bands.shape[-1:])
 
-    def _compute_loss(
+    def compute_loss(
         self, prediction: Tensor, encoded: Tensor, targets: Tensor, features: Tensor, rows: Tensor, copies: int,
         lengths: Tensor | None,
     ) -> Output:  # fmt: skip
         if self.config.stem.modality != "text":
-            return super()._compute_loss(prediction, encoded, targets, features, rows, copies, lengths)
+            return super().compute_loss(prediction, encoded, targets, features, rows, copies, lengths)
         batch, tokens, _ = targets.shape
         row = rows // tokens
         target_rows = rows - (row - row // copies) * tokens

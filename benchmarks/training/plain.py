@@ -23,6 +23,7 @@ from torch import Tensor
 from d2v.model import transformer as encoder
 from d2v.model.data2vec import Data2Vec, Output
 from d2v.model.layers import LayerNorm
+from d2v.model.losses import class_weight
 from d2v.model.stems.positions import ConvPositions, grid_distances
 from d2v.model.stems.speech import WaveformStem
 from d2v.model.stems.vision import PatchStem
@@ -275,7 +276,7 @@ class PlainData2Vec(Data2Vec):
         if config.class_weight > 0.0:
             cls = encoded[:, self.config.encoder.extra_tokens - 1].float()
             mean = targets.mean(dim=1).repeat_interleave(copies, dim=0)
-            weight = self._class_weight(size, len(cls))
+            weight = class_weight(self.config, size, len(cls))
             losses["cls"] = F.mse_loss(cls, mean, reduction="none").sum() * (scale * weight)
         with torch.no_grad():
             deviations = variance_of(prediction.detach()), variance_of(target)

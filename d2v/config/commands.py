@@ -109,6 +109,8 @@ class _OfFeatures(_OfModel):
     """Blocks that run before the features are taken; unset: all, and the final norm."""
     image_size: int | None = setting(None, low=1, option="stem.image-size")
     """Images: another size than in training, to which the positions are interpolated; unset: that of the model."""
+    frames: int | None = setting(None, low=1, option="stem.frames")
+    """Spectrograms: another length than in training, in frames of 10 ms; unset: that of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,8 @@ class Probe(_OfFeatures, _OfWhole):
         Literal["random_init", "pixels", "sorted_pixels", "power_spectrum", "log_mel", "bag_of_words"], ...
     ] = ()
     """Features to compare with, probed in exactly the same way: random_init for all data; pixels, sorted_pixels,
-    power_spectrum for images; log_mel (mean and deviation over time) for speech; bag_of_words for text."""
+    power_spectrum for images; log_mel (mean and deviation over time) for speech and spectrograms; bag_of_words for
+    text."""
     pool: Literal["mean", "mean-std", "segments", "class"] = "mean"
     """How a sample's tokens become one vector: their mean; mean and standard deviation; the means of four equal parts
     in order; the class token, of models that have one. Raw features have their own."""
@@ -194,8 +197,8 @@ class Features(_OfFeatures, _OfWhole):
     """Images, speech or text, as for pre-training."""
     output: str
     """File to write: .npy (an array), or .safetensors (a tensor "features"); float32 rows of C numbers."""
-    pool: Literal["tokens", "mean"] = "tokens"
-    """tokens: a row for every valid token; mean: one row a sample."""
+    pool: Literal["tokens", "mean", "class"] = "tokens"
+    """tokens: a row for every valid token; mean: one row a sample; class: its class token, of models that have one."""
     batch: int = 16
     """Samples per forward pass."""
 

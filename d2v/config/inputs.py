@@ -1,4 +1,4 @@
-"""Kinds of input: what settings, model, data and training know of each. Four are built in; `d2v.register_modality`
+"""Kinds of input: what settings, model, data and training know of each. Five are built in; `d2v.register_modality`
 adds others.
 
 An entry names its stem and its data as "module:name": they lie to the right of the settings and need libraries that
@@ -27,8 +27,8 @@ class InputKind:
     """Config -> `d2v.data.dataset.Modality`, or where such a class is."""
     words: frozenset[str] = frozenset()
     """For `Config.traits`, besides the name: settings apply by them. "waveform": a sequence that convolutions
-    make tokens of (seconds, crops); "channels": `stem.channels` counts; "ids": token ids of a tokenizer; "pixels": the
-    stem has `raw_tokens`; "projected": `stem.width` counts."""
+    make tokens of (seconds, crops); "channels": `stem.channels` counts; "patches": tokens are square patches; "ids":
+    token ids of a tokenizer; "pixels": the stem has `raw_tokens`; "projected": `stem.width` counts."""
     describe: Callable[[Any], str] = lambda stem: stem.modality
     """`Stem` -> the input in a few words."""
     grid: Callable[[Any], Grid | None] = lambda stem: None
@@ -46,7 +46,8 @@ KINDS: dict[str, InputKind] = {
         example="inputs = torch.randn(1, 16_000)  # waveform at 16 kHz, zero mean and unit variance",
         tokens="a frame each 20 ms"),
     "vision": InputKind(
-        "d2v.model.stems.vision:make_stem", "d2v.data.vision:Images", frozenset({"channels", "pixels", "projected"}),
+        "d2v.model.stems.vision:make_stem", "d2v.data.vision:Images",
+        frozenset({"channels", "patches", "pixels", "projected"}),
         lambda s: f"{s.image_size} px, patch {s.patch_size}", lambda s: s.grid,
         "inputs = torch.randn(1, {channels}, {image_size}, {image_size})  # normalised pixels", "patches row by row"),
     "text": InputKind(
@@ -58,6 +59,13 @@ KINDS: dict[str, InputKind] = {
         lambda s: f"{s.channels} channels at {s.sample_rate} Hz, {len(s.convolutions)} convolutions",
         example="inputs = torch.randn(1, 10 * {sample_rate}, {channels})  # 10 s, each channel normalised",
         tokens="a frame each"),
+    "spectrograms": InputKind(
+        "d2v.spectrograms:Spectrograms.make_stem", "d2v.spectrograms:Spectrograms",
+        frozenset({"patches", "pixels", "projected"}),
+        lambda s: f"log-mel spectrogram, {s.frames} frames of 10 ms, patch {s.patch_size}",
+        lambda s: (s.frames // s.patch_size, 128 // s.patch_size),
+        "inputs = torch.randn(1, 1, {frames}, 128)  # normalised log-mel spectrogram",
+        "patches row by row: time, then frequency"),
 }  # fmt: skip
 
 

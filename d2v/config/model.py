@@ -43,7 +43,7 @@ class Stem:
     """
 
     modality: str = setting("vision", rare=True)
-    """Kind of input: speech, vision, text, signals, or a registered one."""
+    """Kind of input: speech, vision, text, signals, spectrograms, or a registered one."""
     kind: Literal["stock", "log-mel"] = setting("stock", only="speech", rare=True)
     """stock: the published stem of the modality. log-mel, for speech: a log-mel spectrogram, a few of its frames a
     token; not a published stem, quicker to train on little data."""
@@ -59,8 +59,8 @@ class Stem:
     """Epsilon of the layer norm on embeddings (text) or on the convolutions' output (speech)."""
     image_size: int = setting(224, low=1, only="vision")
     """Height and width of an image in pixels."""
-    patch_size: int = setting(16, low=1, only="vision")
-    """Height and width of a patch in pixels."""
+    patch_size: int = setting(16, low=1, only="patches")
+    """Height and width of a patch in pixels; of spectrograms in frames and bands."""
     channels: int = setting(3, low=1, only="channels")
     """Channels of images, of which those of 1 or 3 are grey or colour; channels of signals."""
     sample_rate: int = setting(100, low=1, only="signals")
@@ -84,6 +84,12 @@ class Stem:
     """Speech: groups of these convolutions."""
     position_norm: bool = setting(False, only="conv", rare=True)
     """Speech: layer norm before them."""
+    frames: int = setting(1024, low=1, only="spectrograms")
+    """Spectrograms: their length in frames of 10 ms; shorter ones are padded, longer ones cut."""
+    frame_mean: float = setting(-4.268, only="spectrograms")
+    """Spectrograms: what is taken off every value, the mean over the training data; the default is that of AudioSet."""
+    frame_deviation: float = setting(4.569, above=0, only="spectrograms")
+    """Spectrograms: what they are then divided by is twice this, the standard deviation over the training data."""
     mel_bins: int = setting(40, low=1, only="log-mel")
     """Log-mel stem: bands of the spectrogram."""
     mel_frames: int = setting(3, low=1, only="log-mel")
@@ -417,6 +423,11 @@ RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     ("stem.convolutions", "at least 1", lambda c: len(c.stem.convolutions) >= 1),
     ("stem.convolutions", "numbers of 1 or more", lambda c: min(min(row) for row in c.stem.convolutions) >= 1),
     ("stem.image_size", "at most a million patches", lambda c: c.stem.grid[0] <= 1000),
+    ("stem.frames", "at most 2^20", lambda c: c.stem.frames <= 1 << 20),
+    ("stem.frames", "a multiple of stem.patch_size {0.stem.patch_size}",
+     lambda c: "spectrograms" not in c.traits or c.stem.frames % c.stem.patch_size == 0),
+    ("stem.patch_size", "a divisor of the 128 bands of spectrograms",
+     lambda c: "spectrograms" not in c.traits or 128 % c.stem.patch_size == 0),
     ("stem.max_tokens", "at most 2^24", lambda c: c.stem.max_tokens <= 1 << 24),
     ("run.steps", "at most 2^40", lambda c: c.run.steps <= 1 << 40),
     ("stem.mask_token", "0 to below {0.stem.vocabulary}",

@@ -401,7 +401,7 @@ class Images(Modality):
     """Images of one size, as uint8 (c,H,W) until they are on the device; c = 1 for grey settings, else
     stem.channels."""
 
-    name, noun, words = "vision", "images", ("channels", "pixels", "projected")
+    name, noun, words = "vision", "images", ("channels", "patches", "pixels", "projected")
     make_stem = staticmethod(make_stem)
     baselines = ("pixels", "sorted_pixels", "power_spectrum")
 

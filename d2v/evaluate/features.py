@@ -20,7 +20,7 @@ from d2v.runtime import Reporter
 from d2v.saved import load_model
 from d2v.train.objective import autocast
 
-POOLS = ("tokens", "mean")
+POOLS = ("tokens", "mean", "class")
 SUFFIXES = (".npy", ".safetensors")
 
 
@@ -97,6 +97,7 @@ def extract(
     weights: str = "teacher",
     layer: int | None = None,
     image_size: int | None = None,
+    frames: int | None = None,
     pool: str = "tokens",
     batch: int = 16,
     device: str = "auto",
@@ -107,15 +108,16 @@ def extract(
 ) -> str:
     """Writes features of everything at `input`; returns a summary.
 
-    The file holds float32 rows (rows, C): of every valid token ("tokens"), or one mean a sample ("mean"). Samples that
-    are longer than the model saw go through it in overlapping pieces (`d2v.evaluate.pieces`), cut where `max_seconds`
-    or `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists for each sample its name, its first row and its
-    rows: none for one that cannot be used, with the reason in the last column. Those, and what is cut, are counted and
-    named in the summary. image_size: side of the images in pixels; None: that of the model.
+    The file holds float32 rows (rows, C): of every valid token ("tokens"), or one a sample: their mean ("mean"),
+    or the class token ("class"). Samples that are longer than the model saw go through it in overlapping pieces
+    (`d2v.evaluate.pieces`), cut where `max_seconds` or `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists
+    for each sample its name, its first row and its rows: none for one that cannot be used, with the reason in the last
+    column. Those, and what is cut, are counted and named in the summary. image_size: side of the images in pixels;
+    frames: length of spectrograms; None: that of the model.
     """
     if pool not in POOLS:
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
-    model, config, place = load_model(checkpoint, device, image_size)
+    model, config, place = load_model(checkpoint, device, image_size, frames)
     config = config.change(data={"allow_commands": allow_commands})
     uncut = Uncut(config, max_seconds, max_tokens)
     modality = uncut.modality
@@ -129,8 +131,9 @@ def extract(
     try:
         for part in uncut.batches(source, place, batch):
             with autocast(precision, place):
-                found = encode_pieces(encoder, modality, part, place, layer)
-            for sample, rows in zip(part.samples, found, strict=True):
+                found = encode_pieces(encoder, modality, part, place, layer, pool == "class")
+            for sample, made in zip(part.samples, found, strict=True):
+                rows = made[None] if pool == "class" else made
                 name, note = source.describe(sample.sample_id), next(iter(sample.notes), None)
                 text = "" if note is None else note.text
                 if note is not None and note.kind == "bad":

@@ -318,6 +318,7 @@ def probe(
     baselines: Sequence[str] = (),
     layer: int | None = None,
     image_size: int | None = None,
+    frames: int | None = None,
     pool: str = "mean",
     neighbours: int = 5,
     labels_per_class: int = 10,
@@ -340,7 +341,7 @@ def probe(
             raise ValueError(f"{name}: expected 1 or more, got {value}")
     if pool not in (*POOLS, "class"):
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, class, got {pool!r}")
-    model, config, place = load_model(checkpoint, device, image_size)
+    model, config, place = load_model(checkpoint, device, image_size, frames)
     config = config.change(data={"allow_commands": allow_commands})
     if pool == "class" and not config.encoder.extra_tokens:
         raise ValueError(f"pool: expected one of {', '.join(POOLS)} for a model without a class token, got class")

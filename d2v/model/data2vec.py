@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,19 @@ from torch.nn import functional
 
 from d2v.config import Config
 from d2v.config.finetune import FineTuneConfig, read_config
+from d2v.config.inputs import find_kind
 from d2v.folder import CONFIG, MODEL, build_filled, find_model, load_tensors
-from d2v.model.cuda_graph import GraphedTargets, Record
 from d2v.model.decoder import ConvDecoder, RegressionHead, TransformerDecoder, initialise_xavier
 from d2v.model.layers import Linear, valid_positions
+from d2v.model.losses import add_losses, compute_loss
 from d2v.model.masking import MaskedRows, resolve_masks
 from d2v.model.stems import PADDING, InputStem, make_positions, make_stem
 from d2v.model.stems.positions import ConvPositions
 from d2v.model.targets import Output, make_targets
-from d2v.model.teacher import PARTS, Encoded, Teacher, encode_parts, evaluating
+from d2v.model.teacher import PARTS, Encoded, GraphedTargets, Record, Teacher, encode_parts, evaluating
 from d2v.model.transformer import InputBlock, TransformerEncoder
 from d2v.runtime import choose_device, span
-from d2v_kernels import Masks, Noise, gather_tokens, masked_regression_loss, restore_tokens
+from d2v_kernels import Masks, Noise, gather_tokens, restore_tokens
 
 WORKING_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtype of the teacher's working copies by `run.precision`."""
@@ -99,6 +99,15 @@ class Data2Vec(nn.Module):
         self.rounds_targets = False
         """Whether targets have the bits that a cache keeps of them."""
         self._drawn = 0
+
+    def __repr__(self) -> str:
+        """One line; `print(model.blocks)` and the other attributes show the layers."""
+        stem, encoder = self.config.stem, self.config.encoder
+        teacher = sum(p.numel() for p in self.teacher.parameters())
+        student = sum(p.numel() for p in self.parameters()) - teacher
+        about = f"{self.config.version}.0, {stem.modality}: {find_kind(stem.modality).describe(stem)}"
+        blocks = f"{encoder.prenet_depth + encoder.depth} blocks of width {encoder.width}"
+        return f"Data2Vec({about}; {blocks}; parameters: student {student:,}, teacher {teacher:,})"
 
     def forward(
         self,
@@ -182,9 +191,20 @@ class Data2Vec(nn.Module):
             if self.rounds_targets:
                 targets = targets.bfloat16().float()
         with span("loss"):
-            out = self._compute_loss(prediction, encoded, targets, features, drawn.rows, rows.copies, valid)
-            more = shared is not None or self.reconstruction is not None
-            return self._add_losses(out, inputs, shared) if more else out
+            out = self.compute_loss(prediction, encoded, targets, features, drawn.rows, rows.copies, valid)
+            if shared is None and self.reconstruction is None:
+                return out
+            pixels = raw = None
+            if self.reconstruction is not None:
+                pixels, raw = (
+                    self.reconstruction(prediction if shared is None else shared),
+                    self.stem.raw_tokens(inputs),
+                )
+            return add_losses(self.config, out, shared, pixels, raw)
+
+    def compute_loss(self, *made: Any) -> Output:
+        """Of `d2v.model.losses.compute_loss`; other losses replace it."""
+        return compute_loss(self.config, *made)
 
     def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
         """Features of unmasked inputs by the student, in evaluation mode and without gradient.
@@ -362,7 +382,7 @@ class Data2Vec(nn.Module):
         return make_targets(self.config, layers, lengths)
 
     def graph_teacher(self, record: Record | None = None) -> None:
-        """From here on the targets of batches without padding come from a recording (`d2v.model.cuda_graph`).
+        """From here on the targets of batches without padding come from a recording (`d2v.model.teacher`).
 
         record: as in `GraphedTargets`; unset: CUDA graphs.
         """
@@ -397,71 +417,6 @@ class Data2Vec(nn.Module):
         y = self._make_targets(front, features, lengths)
         return gather_tokens(y, order.argsort(dim=1))
 
-    def _compute_loss(
-        self, prediction: Tensor, encoded: Tensor, targets: Tensor, features: Tensor, rows: Tensor, copies: int,
-        lengths: Tensor | None,
-    ) -> Output:  # fmt: skip
-        config = self.config.loss
-        batch, tokens, _ = targets.shape
-        sample_size = rows.shape[0]
-        # Row r of the student belongs to sample r // M; the targets are never repeated.
-        row = rows // tokens
-        target_rows = rows - (row - row // copies) * tokens
-        beta, scale = config.beta, self.config.loss_scale
-        regression = masked_regression_loss(prediction, targets, None, target_rows, beta=beta, scale=scale)
-        losses = {"regression": regression.loss}
-        class_prediction = class_target = None
-        if config.class_weight > 0.0:
-            class_prediction = encoded[:, self.config.encoder.extra_tokens - 1]
-            if lengths is None or "statistics-over-padding" in self.config.published:
-                mean = targets.mean(dim=1)
-            else:  # padding has targets of 0
-                mean = targets.sum(dim=1) / lengths.to(targets)[:, None]
-            class_target = mean.repeat_interleave(copies, dim=0)
-            weight = self._class_weight(sample_size, batch * copies)
-            losses["cls"] = masked_regression_loss(
-                class_prediction, class_target, beta=beta, scale=scale * weight
-            ).loss  # fmt: skip
-        total = torch.stack(list(losses.values())).sum()
-        return Output(
-            loss=total / max(sample_size, 1), losses=losses, sample_size=sample_size, prediction=prediction,
-            targets=targets, target_rows=target_rows, prediction_std=regression.prediction_std,
-            target_std=regression.target_std, features=features.detach()[:: features.shape[0] // batch],
-            class_prediction=class_prediction, class_target=class_target,
-        )  # fmt: skip
-
-    def _add_losses(self, out: Output, inputs: Tensor, shared: Tensor | None) -> Output:
-        """With the losses of the shared decoder's predictions (P,C) and of pixels, whose variances are unbiased, as
-        published."""
-        config, losses = self.config.loss, {}
-
-        def regress(prediction: Tensor, targets: Tensor, weight: float) -> Tensor:
-            scale = self.config.loss_scale * weight
-            return masked_regression_loss(
-                prediction, targets, None, out.target_rows, beta=config.beta, scale=scale
-            ).loss  # fmt: skip
-
-        if shared is not None:
-            losses["shared"] = regress(shared, out.targets, 1.0)
-        if self.reconstruction is not None:
-            raw = self.stem.raw_tokens(inputs).float()
-            variance, mean = torch.var_mean(raw, dim=2, keepdim=True)
-            made = self.reconstruction(out.prediction if shared is None else shared)
-            losses["reconstruction"] = regress(made, (raw - mean) / (variance + 1e-6).sqrt(), config.reconstruction)
-        total = out.loss + torch.stack(list(losses.values())).sum() / max(out.sample_size, 1)
-        return dataclasses.replace(out, losses={**out.losses, **losses}, loss=total)
-
-    def _class_weight(self, sample_size: int, rows: int) -> float:
-        """Factor on the class loss, which the division by the sample size turns into a weight of the mean over rows.
-
-        Published: weight * P, so that the effective weight grows with the rows of a micro-batch. Here it is
-        weight * class_rows for any number of rows.
-        """
-        config = self.config.loss
-        if "class-loss-per-micro-batch" in self.config.published:
-            return config.class_weight * sample_size
-        return config.class_weight * config.class_rows * sample_size / rows
-
 
 def build_model(config: Config, device: torch.device | None = None) -> Data2Vec:
     """The untrained model of a configuration; its weights are a function of `run.seed`."""
@@ -474,15 +429,16 @@ def build_encoder(config: Config, names: Collection[str]) -> Data2Vec:
     """A model without its weights; only random draws of a fork are made.
 
     Args:
-        config: of the model. Of a fine-tuned one, parts of the pre-training may be left out, and the final norm is
-            where the head has one behind its pool.
+        config: of the model. Of an imported one, what predicts may be left out; of a fine-tuned one, all of the
+            pre-training, and the final norm is where the head has one behind its pool.
         names: of the tensors that will be loaded; the parts of which there is none are those.
     """
     with torch.random.fork_rng(devices=[]):
         model = Data2Vec(config)
+    has = {part: any(n.startswith(f"{part}.") for n in names) for part in ("decoder", "head", "teacher")}
+    tuned = isinstance(config, FineTuneConfig)
+    strip_pretraining(model, decoder=not (has["decoder"] or has["head"]), teacher=tuned and not has["teacher"])
     if isinstance(config, FineTuneConfig):
-        has = {part: any(n.startswith(f"{part}.") for n in names) for part in ("decoder", "head", "teacher")}
-        strip_pretraining(model, decoder=not (has["decoder"] or has["head"]), teacher=not has["teacher"])
         if "mask_token" not in names:
             model.mask_token = None
         if config.finetune.head.kind == "pooled" and config.finetune.head.norm_eps is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from d2v.config import Config
 from d2v.config.fields import find_nearest
+from d2v.recipes.spectrograms import eat_base, eat_large, spectrograms_tiny
 from d2v.recipes.speech import (
     signals_tiny,
     speech1_base,
@@ -31,9 +32,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         speech_base, speech_large, vision_base, vision_large, vision_huge14, text_base, text_large,
-        speech1_base, vision1_base, vision1_large, text1_base,
+        speech1_base, vision1_base, vision1_large, text1_base, eat_base, eat_large,
         speech_small, vision_small, text_small,
         speech_tiny, vision_tiny, text_tiny, speech1_tiny, vision1_tiny, text1_tiny, signals_tiny,
+        spectrograms_tiny,
     )
 }  # fmt: skip
 

@@ -29,6 +29,7 @@ _OF_PAIRS = "cosine similarity of the features of all pairs of tokens"
 _LAYOUTS: dict[str, tuple[float, tuple[int, ...], str]] = {
     "vision": (3.4, (1, 1), "images, one patch marked; below, cosine similarity of its feature to the others"),
     "speech": (3.8, (2, 3), f"log-mel spectrograms over seconds; below, {_OF_PAIRS}"),
+    "spectrograms": (4.4, (1, 1), "spectrograms, time downwards, a patch marked; below, its similarity to the others"),
     "": (3.4, (1,), _OF_PAIRS),
 }
 """Height in inches, ratios of the rows' heights, and title of what `draw_pictures` draws; "": of other kinds."""
@@ -102,9 +103,11 @@ def _take(
     mask = None if batch.masks is None else batch.masks.mask[:, : len(features)].numpy()
     content, seconds = np.empty((0, 0)), 0.0
     tokens: tuple[str, ...] = ()
-    if "vision" in config.traits:
+    if "patches" in config.traits:
         pixels = batch.inputs[0].permute(1, 2, 0).numpy()
         content = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0]
+        if content.dtype != np.uint8:  # spectrograms
+            content = (content - content.min()) / max(float(np.ptp(content)), 1e-6)
     elif "waveform" in config.traits:
         content = draw_spectrogram(batch.inputs[:1].float()) if "speech" in config.traits else content
         seconds = batch.inputs.shape[1] / modality.rate
@@ -132,7 +135,8 @@ def compare_patches(features: Tensor, config: Config, patch: int | None = None) 
     mean.
     """
     centred = centre_features(features)
-    rows, columns = config.stem.grid
+    assert config.grid is not None
+    rows, columns = config.grid
     patch = int(centred.norm(dim=1).argmax()) if patch is None else patch
     similarity = torch.nn.functional.cosine_similarity(centred[patch][None], centred, dim=1)
     return (patch // columns, patch % columns), similarity.reshape(rows, columns).numpy()
@@ -154,7 +158,7 @@ def plan_height(modality: str) -> float:
 
 def draw_pictures(part: Any, pictures: Sequence[Picture], config: Config) -> None:
     """One sample a column: what it is above (but for text), the similarity of its features below."""
-    vision, speech, text = (word in config.traits for word in ("vision", "speech", "ids"))
+    vision, speech, text = (word in config.traits for word in ("patches", "speech", "ids"))
     _, ratios, title = _LAYOUTS.get(config.stem.modality, _LAYOUTS[""])
     pictures = pictures[:SHOWN_TEXTS] if text else pictures
     axes = part.subplots(len(ratios), len(pictures), squeeze=False, height_ratios=ratios)

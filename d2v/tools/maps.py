@@ -57,6 +57,7 @@ def draw_maps(
     weights: str = "teacher",
     layer: int | None = None,
     image_size: int | None = None,
+    frames: int | None = None,
     count: int = 6,
     samples: int = 1000,
     method: str = "pca",
@@ -73,12 +74,11 @@ def draw_maps(
         labelled: labelled data, as for probes; None: no embedding.
         weights: "student" or "teacher".
         layer: blocks that run before the features are taken; None: all, and the final norm.
-        image_size: side of the images in pixels; None: that of the model.
+        image_size, frames: side of the images in pixels, length of spectrograms; None: that of the model.
         count, samples: as above.
         method: "pca" or "tsne".
         seed: of the choice of labelled samples and of t-SNE.
-        batch: samples per forward.
-        device: "auto", "cpu" or "cuda".
+        batch, device: samples per forward; "auto", "cpu" or "cuda".
 
     Raises:
         ValueError: neither input nor labelled data, numbers below 1, data that cannot be used.
@@ -90,7 +90,7 @@ def draw_maps(
             raise ValueError(f"{name}: expected 1 or more, got {value}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    model, config, place = load_model(checkpoint, device, image_size)
+    model, config, place = load_model(checkpoint, device, image_size, frames)
     modality, uncut = make_modality(config), Uncut(config)
     encoder = model.teacher if weights == "teacher" else model
     folder = Path(output)
@@ -103,7 +103,7 @@ def draw_maps(
         pictures = take_pictures(config, modality, source, encoder, place, count, masks=True, layer=layer)
         if not pictures:
             raise ValueError(f"input: expected {modality.noun} that can be decoded and masked, got none")
-        draw = _draw_images if "vision" in config.traits else _draw_sequences
+        draw = _draw_images if "patches" in config.traits else _draw_sequences
         save_figure(draw(pictures, config, f"{checkpoint}, {weights}"), folder / "maps.png")
         written.append(f"{folder / 'maps.png'}: {len(pictures)} {modality.noun}")
     if table is not None:
@@ -154,9 +154,9 @@ def _draw_images(pictures: Sequence[Picture], config: Config, title: str) -> Any
     image = None
     for column, picture in enumerate(pictures):
         show_image(axes[0, column], picture.content)
-        assert picture.mask is not None
+        assert picture.mask is not None and config.grid is not None
         for copy in range(copies):
-            show_image(axes[1 + copy, column], cover_patches(picture.content, picture.mask[copy], config.stem.grid))
+            show_image(axes[1 + copy, column], cover_patches(picture.content, picture.mask[copy], config.grid))
         for number, patch in enumerate(choose_patches(picture.features)):
             place, similarity = compare_patches(picture.features, config, patch)
             axis = axes[1 + copies + number, column]

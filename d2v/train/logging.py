@@ -192,15 +192,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def in_notebook() -> bool:
+    """Whether the kernel of a notebook runs this process."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and "IPKernelApp" in shell.config
+
+
 class Progress:
     """Rate, time left, loss, content spread and share of time spent waiting for data, on standard error: a bar on a
-    terminal, a line per log interval elsewhere."""
+    terminal and in a notebook, a line per log interval elsewhere."""
 
     def __init__(self, update: int, steps: int) -> None:
         self.steps = steps
         self._said: set[str] = set()
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if in_notebook():
+            from tqdm.auto import tqdm  # a widget where ipywidgets is installed
+
+            self._bar = tqdm(total=steps, initial=update, unit="update")
+        elif sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=update, unit="update", dynamic_ncols=True, file=sys.stderr)

@@ -23,7 +23,7 @@ from d2v.interop.torch_file import read_torch_file
 FAMILIES = ("d2v1_audio", "d2v1_text", "d2v1_vision", "d2v2_audio", "d2v2_image", "d2v2_text")
 STOCK = (
     "speech_base", "speech_large", "vision_base", "vision_large", "vision_huge14", "text_base", "text_large",
-    "speech1_base", "vision1_base", "text1_base",
+    "speech1_base", "vision1_base", "text1_base", "eat_base", "eat_large",
 )  # fmt: skip
 
 

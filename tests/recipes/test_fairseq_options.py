@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 import torch
 from support import families
 from support.parity import assert_near
-from support.published import PublishedStep, make_config, make_teacher, make_tensors
+from support.published import PublishedStep, grid_of, make_config, make_eat_config, make_teacher, make_tensors
 from support.tensors import BACKENDS
 from torch import Tensor
 
@@ -94,22 +95,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def make_inputs(config: dict[str, Any], samples: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     """Images, masks with equal counts, noise; float64."""
     image = config["modalities"]["image"]
-    tokens = (image["input_size"] // image["patch_size"]) ** 2
+    grid, patch = grid_of(image), image["patch_size"]
+    tokens = math.prod(grid)
     rows, masked = samples * config["clone_batch"], int(tokens * image["mask_prob"])
     hidden = masked - round(masked * image["keep_masked_pct"])
     generator = torch.Generator().manual_seed(7)
-    images = torch.randn(
-        samples, image["in_chans"], image["input_size"], image["input_size"], generator=generator, dtype=torch.float64
-    )
+    shape = samples, image["in_chans"], grid[0] * patch, grid[1] * patch
+    images = torch.randn(shape, generator=generator, dtype=torch.float64)
     mask = torch.rand(rows, tokens, generator=generator).argsort(dim=1) < masked
     noise = torch.randn(rows, hidden, config["embed_dim"], generator=generator, dtype=torch.float64)
     return images, mask, 0.01 * noise
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*OPTIONS, "eat"])
 def test_step(name: str, backend: str) -> None:
-    config = make_config(**OPTIONS[name])
+    config = make_eat_config() if name == "eat" else make_config(**OPTIONS[name])
     student = make_tensors(config, seed=1)
     teacher = make_teacher(config, student, seed=2)
     images, mask, noise = make_inputs(config)

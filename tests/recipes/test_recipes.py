@@ -131,6 +131,8 @@ def make_inputs(config: Config, samples: int) -> torch.Tensor:
         return tokens
     if stem.modality == "signals":
         return torch.randn(samples, 600, stem.channels)
+    if stem.modality == "spectrograms":
+        return torch.randn(samples, 1, stem.frames, 128)
     return torch.randn(samples, 9_600)
 
 

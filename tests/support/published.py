@@ -1,4 +1,4 @@
-"""The published data2vec 2.0 image step written out in plain torch, from the description of the golden cases.
+"""The published data2vec 2.0 image step, EAT's on spectrograms too, in plain torch, from the text of the golden cases.
 
 Independent of the package: tensors by their published names, no operators, any dtype. For tests that vary options
 beyond the golden case.
@@ -7,6 +7,7 @@ beyond the golden case.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -38,6 +39,42 @@ DECODER_DEFAULTS: dict[str, Any] = {
     "decoder_dim": 16, "decoder_groups": 4, "decoder_kernel": 3, "decoder_layers": 2, "input_dropout": 0.0,
     "decoder_residual": True, "add_positions_masked": False, "add_positions_all": False,
 }  # fmt: skip
+
+
+EAT: dict[str, Any] = {
+    "utterance_level": False, "init_center_token_zero": False, "center_exp": 0.9, "softmax_temperature_student": 0.1,
+    "softmax_temperature_teacher": 0.05, "ema_same_dtype": True, "log_norms": True, "min_target_var": 0,
+    "min_pred_var": 0, "seed": "${common.seed}", "decoder_group": False, "_name": "data2vec_multi",
+    "supported_modality": "IMAGE",
+}  # fmt: skip
+EAT_IMAGE: dict[str, Any] = {
+    "target_length": 128, "type": "IMAGE", "prenet_layerdrop": 0, "start_drop_path_rate": 0, "end_drop_path_rate": 0,
+    "init_extra_token_zero": False, "mask_prob_min": None, "keep_masked_pct": 0, "add_masks": False,
+    "remove_masks": False, "mask_dropout": 0.0, "encoder_zero_mask": True, "mask_channel_prob": 0.0,
+    "mask_channel_length": 64, "local_grad_mult": 1.0, "learned_alibi": False, "alibi_max_pos": None,
+    "num_alibi_heads": "${model.num_heads}", "model_depth": "${model.depth}", "transformer_decoder": False,
+    "enc_dec_transformer": False,
+}  # fmt: skip
+"""What EAT's published files have beside what the step needs."""
+
+
+def make_eat_config(**options: Any) -> dict[str, Any]:
+    """EAT's published configuration (`pretraining_AS2M`) with its defaults written out, and a smaller model."""
+    config = make_config(
+        in_chans=1, patch_size=16, mask_length=5, mask_prob=0.8, mask_prob_adjust=0.07, prenet_depth=0, depth=3,
+        average_top_k_layers=3, num_heads=2, cls_loss=1, input_size=224, learned_alibi_scale=False,
+        learned_alibi_scale_per_head=False, num_alibi_heads=2, decoder_kernel=3, **options,
+    )  # fmt: skip
+    config["modalities"]["image"] |= EAT_IMAGE
+    return {**config, **EAT}
+
+
+def grid_of(image: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of patches; of one channel time and 128 bands in EAT."""
+    height = width = image["input_size"]
+    if image["in_chans"] == 1 and "target_length" in image:
+        height, width = image["target_length"], 128
+    return height // image["patch_size"], width // image["patch_size"]
 
 
 def make_config(local_dim: int | None = None, **options: Any) -> dict[str, Any]:
@@ -120,11 +157,7 @@ def make_tensors(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
     if image["num_extra_tokens"]:
         shapes[IMAGE + "extra_tokens"] = (1, image["num_extra_tokens"], width)
     if image["fixed_positions"]:
-        shapes[IMAGE + "fixed_positional_encoder.positions"] = (
-            1,
-            (image["input_size"] // image["patch_size"]) ** 2,
-            width,
-        )
+        shapes[IMAGE + "fixed_positional_encoder.positions"] = (1, math.prod(grid_of(image)), width)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
@@ -235,6 +268,13 @@ class PublishedStep:
             x, _ = self.block(p, f"{IMAGE}context_encoder.blocks.{i}.", x, self.bias(p, i, keep, len(x)))
         return x
 
+    def encode(self, p: dict[str, Tensor], images: Tensor) -> Tensor:
+        """(B,E+T,C) of whole images."""
+        x = self.context(p, images, None, 1)
+        for i in range(self.config["depth"]):
+            x, _ = self.block(p, f"blocks.{i}.", x, self.bias(p, self.image["prenet_depth"] + i, None, len(x)))
+        return x
+
     def targets(self, images: Tensor) -> Tensor:
         x = self.context(self.teacher, images, None, 1)
         tensors = []
@@ -297,16 +337,16 @@ class PublishedStep:
         return F.linear(x.transpose(1, 2), p["shared_decoder.proj.weight"], p["shared_decoder.proj.bias"])
 
     def convolve(self, x: Tensor) -> Tensor:
-        p, side = self.student, self.image["input_size"] // self.image["patch_size"]
+        p, (rows, columns) = self.student, grid_of(self.image)
         n, _, c = x.shape
-        x = x.transpose(1, 2).reshape(n, c, side, side)
+        x = x.transpose(1, 2).reshape(n, c, rows, columns)
         kernel = self.decoder["decoder_kernel"]
         for i in range(self.decoder["decoder_layers"]):
             name = f"{IMAGE}decoder.blocks.{i}.0"
             y = F.conv2d(
                 x, p[name + ".weight"], p[name + ".bias"], padding=kernel // 2, groups=self.decoder["decoder_groups"]
             )
-            y = y[:, :, :side, :side]
+            y = y[:, :, :rows, :columns]
             y = F.gelu(_standardise(y, (1,)))
             x = x + y if self.decoder["decoder_residual"] and x.shape == y.shape else y
         x = x.flatten(2).transpose(1, 2)

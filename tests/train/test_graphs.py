@@ -10,8 +10,8 @@ import torch
 
 from d2v import recipes
 from d2v.config import Config
-from d2v.model.cuda_graph import SHAPES, GraphedTargets, Make
 from d2v.model.data2vec import Data2Vec
+from d2v.model.teacher import SHAPES, GraphedTargets, Make
 from d2v.model.transformer import Block
 from d2v.train.pretraining import Pretraining, open_data
 

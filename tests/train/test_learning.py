@@ -38,10 +38,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     write_textures(root / "textures", seed=0, size=32, counts={"pretrain": 100})
     given = request.config.getoption("--data")
     speech = given if given is not None else str(write_sounds(root / "sounds", count=96))
+    sounds = {"speech": speech, "spectrograms": speech}
     example = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "own_modality.py"))
     signals = str(example["write_recordings"](root / "signals", 32, 0))
     pixels = str(root / "textures" / "pretrain")
-    return {"speech": speech, "text": str(root / "topics.txt"), "vision": pixels, "signals": signals}
+    return {**sounds, "text": str(root / "topics.txt"), "vision": pixels, "signals": signals}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -44,9 +44,9 @@ def test_images(make_config: Make, images: Path, tmp_path: Path, capsys: pytest.
     assert "input: expected --input, --labelled or both, got neither" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", ["speech-tiny", "text-tiny"])
-def test_sequences(recipe: str, tmp_path: Path) -> None:
-    speech = recipe.startswith("speech")
+@pytest.mark.parametrize("recipe", ["speech-tiny", "text-tiny", "spectrograms-tiny"])
+def test_other_kinds(recipe: str, tmp_path: Path) -> None:
+    speech = not recipe.startswith("text")
     path = write_sounds(tmp_path / "sounds") if speech else write_text(tmp_path / "text.txt")
     run = str(pretrain(small(recipe, path, tmp_path / "run")))
     table = path if speech else tmp_path / "table.tsv"
@@ -54,7 +54,7 @@ def test_sequences(recipe: str, tmp_path: Path) -> None:
         table.write_text("".join(f"{'kan sota' if i % 2 else 'meer tor lis'}\t{i % 2}\n" for i in range(12)))
     output = tmp_path / "maps"
     text = draw_maps(run, str(output), input=str(path), labelled=str(table), count=2, samples=9, device="cpu")
-    noun = "utterances" if speech else "texts"
+    noun = {"speech": "utterances", "text": "texts"}.get(recipe.removesuffix("-tiny"), "recordings")
     assert f"maps.png: 2 {noun};" in text
     assert f"embedding.png: 9 {noun} of {3 if speech else 2} classes" in text
     assert shape_of(output / "maps.png")[1] > 500

@@ -100,9 +100,9 @@ def small(recipe: str, path: Path, folder: Path) -> Config:
     return change(base, **changes)
 
 
-@pytest.mark.parametrize("recipe", ["speech-tiny", "text-tiny"])
-def test_sequences_have_their_own_pictures(recipe: str, tmp_path: Path) -> None:
-    speech = recipe.startswith("speech")
+@pytest.mark.parametrize("recipe", ["speech-tiny", "text-tiny", "spectrograms-tiny"])
+def test_other_kinds_have_their_own_pictures(recipe: str, tmp_path: Path) -> None:
+    speech = not recipe.startswith("text")
     path = write_sounds(tmp_path / "sounds") if speech else write_text(tmp_path / "text.txt")
     folder = pretrain(small(recipe, path, tmp_path / "run"))
     text = draw_report(folder, images=str(path), count=3)

@@ -80,6 +80,9 @@ def _finish_second(own: dict[str, Any], sections: dict[str, Section], name: str)
         if modality.get("alibi_dims", 2) == 1:
             own["encoder.alibi_distance"] = "sequence"
         own |= {"decoder.projection_layers": 1, "decoder.projection_ratio": 2.0}  # the 2-D decoder ignores both
+        frames = modality.get("target_length")
+        if frames is not None and own["stem.channels"] == 1:  # EAT
+            own |= {"stem.modality": "spectrograms", "stem.frames": frames}
     if model.get("shared_decoder") is None:
         own["shared_decoder.layers"] = 0
     elif own["shared_decoder.layers"] == 0:
@@ -138,6 +141,8 @@ def describe(config: Config, family: str) -> dict[str, Any]:
             for key in name.split(".") if name else ():
                 values = values.setdefault(key, {})
             values |= {**part.written, **write_options(part.options, config)}
+    if config.stem.modality == "spectrograms":
+        result["modalities"]["image"] |= {"in_chans": 1, "target_length": config.stem.frames}
     target = config.target
     for norms, order, name, suffix in (
         (target.norm, _LAYER_NORMS, "target.norm", "norm_target_layer"),

@@ -64,6 +64,8 @@ _PRE_TRAINING = re.compile(
 )
 """What only pre-training uses: a fine-tuned file may lack it."""
 _DECODER = re.compile(r"(modality_encoders\.\w+\.decoder|encoder\.regression_head|final_proj)\.")
+NORMALISED = {"esc50_eval": (-6.627, 5.359), "spcv2_eval": (-6.846, 5.565)}
+"""Mean and deviation of the spectrograms that EAT was fine-tuned on, by the option that names the data."""
 
 
 def load(path: str | Path) -> Data2Vec | FineTuned:
@@ -73,7 +75,8 @@ def load(path: str | Path) -> Data2Vec | FineTuned:
     ("positions-see-padding"); all other behaviours are the default ones. A fine-tuned file gives a `FineTuned`, its
     labels from the file or from a `dict.ltr.txt` beside it, else numbers; heads that are not known are left out with a
     warning that names them. A file without the decoder (2.0) or regression head (1.0) of the pre-training gives a model
-    without it, with a warning. Names may begin with `module.` or `_orig_mod.`.
+    without it, with a warning; so does one whose class loss is not that of data2vec 2.0 (emotion2vec). Names may begin
+    with `module.` or `_orig_mod.`.
 
     Raises:
         ValueError: not such a file; tensors missing, unexpected, misshapen or not finite. NotImplementedError: an
@@ -90,11 +93,17 @@ def load(path: str | Path) -> Data2Vec | FineTuned:
         warnings.warn(f"checkpoint {str(path)!r}: left out the heads {', '.join(left[:8])}", stacklevel=2)
     outer = {} if found.beit else _find_options(state, str(path))
     inner = _describe_beit(found.tensors) if found.beit else _find_config(outer, str(path))
-    config = _translate(inner, found, fine_tuned=bool(found.heads))
+    loss = inner.get("cls_type", "single")
+    if loss != "single":
+        found.tensors = {n: t for n, t in found.tensors.items() if not _DECODER.match(n)}
+    config = _translate(inner, found, fine_tuned=bool(found.heads) or loss != "single")
+    for option, (mean, deviation) in NORMALISED.items():
+        if outer.get(option) and config.stem.modality == "spectrograms":
+            config = config.change(stem={"frame_mean": mean, "frame_deviation": deviation})
     dtypes = {n: t.dtype for n, t in (found.tensors if layout is None else {**found.named, **found.heads}).items()}
     origin = Origin(inner if layout is None else outer, dtypes, tuple(found.heads), key)
     if layout is None:
-        model = _assemble_pretrained(config, found, str(path))
+        model = _assemble_pretrained(config, found, str(path), loss)
         model.origin = origin
         return model
     settings = read_settings(layout, outer, found.heads)
@@ -126,13 +135,14 @@ def _translate(inner: dict[str, Any], found: Found, fine_tuned: bool) -> Config:
     )  # fmt: skip
 
 
-def _assemble_pretrained(config: Config, found: Found, where: str) -> Data2Vec:
-    """A pre-trained model; without decoder or head, like the file, where that has none."""
+def _assemble_pretrained(config: Config, found: Found, where: str, loss: str) -> Data2Vec:
+    """A pre-trained model; without decoder or head, like the file, where that has none. loss: of its class token."""
     whole = found.has_decoder
     if not whole:
         part = "decoder" if config.version == 2 else "regression head"
+        lack = f"has no {part} of the pre-training" if loss == "single" else f"the loss cls_type {loss!r} is not built"
         warnings.warn(
-            f"checkpoint {where!r}: has no {part} of the pre-training: the model gives features and can be fine-tuned, "
+            f"checkpoint {where!r}: {lack}: the model gives features and can be fine-tuned, "
             "but pre-training cannot go on from it",
             stacklevel=3,
         )

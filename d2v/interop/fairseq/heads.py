@@ -184,7 +184,7 @@ def allow_no_decoder(config: Mapping[str, Any]) -> dict[str, Any]:
 _OF_TRAINING = re.compile(
     r"(no_)?mask_(?!noise_std).*|require_same_masks|inverse_mask|encoder_zero_mask|add_masks|remove_masks"
     r"|keep_masked_pct|(prenet_)?layerdrop|encoder_layerdrop|(start|end)_drop_path_rate|post_mlp_drop|dropout_input"
-    r"|mae_masking|drop_path_rate|block_dropout|recon_loss"
+    r"|mae_masking|drop_path_rate|block_dropout|recon_loss|cls_type|adversarial_training"
 )
 
 

@@ -13,7 +13,7 @@ from d2v.model.data2vec import Data2Vec
 from d2v.model.teacher import PARTS
 
 FAMILIES = ("d2v1_audio", "d2v1_vision", "d2v1_text", "d2v2_audio", "d2v2_image", "d2v2_text")
-_MODALITIES = {"speech": "audio", "vision": "image", "text": "text"}
+_MODALITIES = {"speech": "audio", "vision": "image", "text": "text", "spectrograms": "image"}
 
 # Our name to the published name; the first pair that fits counts. `{qkv}` splits the fused projection into three.
 
@@ -136,6 +136,8 @@ def family_of(model: Data2Vec) -> str:
     if config.stem.kind != "stock":
         raise ValueError(f"stem.kind: expected stock for a published name, got {config.stem.kind}")
     if config.version == 1:
+        if config.stem.modality == "spectrograms":
+            raise ValueError("stem.modality: expected speech, vision or text in 1.0, got spectrograms")
         return "d2v1_vision" if config.stem.modality == "vision" else f"d2v1_{_MODALITIES[config.stem.modality]}"
     return f"d2v2_{_MODALITIES[config.stem.modality]}"
 

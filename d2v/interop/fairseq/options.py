@@ -21,7 +21,11 @@ PUBLISHED["d2v2_text"] = PUBLISHED["d2v2_audio"] | {"loss-on-padding"}
 # Options that change nothing that a model computes: of logging, of precision, of other models, of fine-tuning, of
 # initial weights, or read by no code. By section of the configuration.
 _NAMES = {
-    "": "_name ema_same_dtype log_norms min_target_var min_pred_var supported_modality seed decoder_group",
+    "": """
+        _name ema_same_dtype log_norms min_target_var min_pred_var supported_modality seed decoder_group
+        init_center_token_zero center_exp softmax_temperature_student softmax_temperature_teacher
+        adversarial_hidden_dim adversarial_weight
+    """,
     "modality": """
         type init_extra_token_zero mask_channel_length model_depth alibi_dims alibi_distance enc_dec_transformer
     """,
@@ -59,6 +63,7 @@ _NAMES = {
         _name model_path no_pretrained_weights linear_classifier num_classes mixup cutmix label_smoothing drop_path_rate
         layer_decay mixup_prob mixup_switch_prob mixup_mode pretrained_model_args data encoder_dropout post_mlp_drop
         attention_dropout activation_dropout dropout_input layerdrop prenet_layerdrop prenet_dropout no_decay_blocks
+        audio_mae esc50_eval spcv2_eval target_length specaug freqm timem mask_ratio
     """,
     "text head": "_name model_path no_pretrained_weights pretrained_model_args quant_noise_pq_block_size",
 }

@@ -310,7 +310,8 @@ _MODEL2 = Part(
     "",
     {
         **dict.fromkeys(("start_drop_path_rate", "dropout_input"), _ZERO),
-        "mae_init": _OFF, "skip_ema": _OFF,
+        **dict.fromkeys(("mae_init", "skip_ema", "utterance_level", "adversarial_training"), _OFF),
+        "cls_type": ("single",),
     },
     {"_name": "data2vec_multi", "dropout_input": 0.0, "start_drop_path_rate": 0.0, "d2v_loss": 1.0},
 )  # fmt: skip

@@ -284,7 +284,9 @@ def resize_positions(
         elif name.endswith("positions.table") and len(tensor) == rows and min(before) > 1:
             found[name], how = resize_relative(tensor, before, after), "interpolated"
     patches = " to ".join(f"{r} x {c}" for r, c in (before, after))
-    return found, how and f"stem.image_size {old.stem.image_size} to {new.stem.image_size}: positions {how}, {patches}"
+    size = "frames" if new.stem.modality == "spectrograms" else "image_size"
+    sizes = " to ".join(str(getattr(config.stem, size)) for config in (old, new))
+    return found, how and f"stem.{size} {sizes}: positions {how}, {patches}"
 
 
 def resize_relative(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
