@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -213,9 +213,6 @@ def test_refusals(make_config: Make) -> None:
     for sections, expected in wrong:
         with pytest.raises(ValueError, match=f"run.compile_scope: expected {expected}, got network"):
             make_config(**sections)
-    ranks = Ranks(torch.device("cpu"), 0, 2, control=cast(Any, "two ranks"))
-    with pytest.raises(ValueError, match=r"run\.compile_scope: expected blocks on 2 ranks, got network"):
-        parallelise(torch.nn.Linear(1, 1), [], shrink("vision-tiny", **NETWORK).run, ranks)
     text = dataclasses.replace(shrink("text1-tiny"), published=frozenset({"masked-tokens-only-teacher"}))
     with pytest.raises(ValueError, match=r"run\.compile_scope: expected blocks with masked-tokens-only-teacher"):
         dataclasses.replace(text, run=dataclasses.replace(text.run, **NETWORK))

@@ -1,0 +1,61 @@
+"""Compiled blocks and one compiled graph on two ranks: the losses of one eager rank, with few graphs.
+
+Without code generation; `make soak` has the same with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as processes
+from soak.cases import NO_DROPOUT
+from soak.jobs import find_port, largest_difference, losses, rank_environment
+
+from d2v.cli import main
+from d2v.model.data2vec import Data2Vec
+
+from .conftest import tiny_options
+
+COMPILED = ["--run.compile", "--run.threads", "1"]
+NETWORK = [*COMPILED, "--run.compile-scope", "network"]
+
+
+def run_rank(rank: int, ranks: int, port: int, options: list[str], log: str) -> None:
+    """`d2v` on one rank, compiled as far as the graphs of forward and backward."""
+    if ranks > 1:
+        os.environ |= rank_environment(rank, ranks, port)
+    for owner in (Data2Vec, torch.nn.Module):
+        owner.compile = functools.partialmethod(owner.compile, backend="aot_eager")  # type: ignore[method-assign, assignment]
+    assert main(options) == 0
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    Path(f"{log}.{rank}").write_text(str(graphs), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "most"),
+    [
+        ("network", NETWORK, 1),
+        ("blocks", COMPILED, 4),
+        ("sharded", [*COMPILED, "--run.parallel", "fsdp"], 4),
+        ("dropped", [*COMPILED, "--encoder.layer-drop", "0.3", "--encoder.drop-path", "0.2"], 4),
+    ],
+)
+def test_two_ranks_compiled_have_the_losses_of_one(
+    name: str, form: list[str], most: int, images: Path, tmp_path: Path
+) -> None:
+    base = ["pretrain", "vision-tiny", *tiny_options(), *NO_DROPOUT, "--data.path", str(images), "--run.log-every", "1"]
+    base += ["--data.micro-batch", "2", "--run.steps", "6"]
+    more = form[form.index("--encoder.layer-drop") :] if name == "dropped" else []
+    eager, run = tmp_path / "eager", tmp_path / "run"
+    assert main([*base, *more, "--run.dir", str(eager)]) == 0
+    if name == "dropped":  # on one rank, whose random numbers are those of the eager run
+        run_rank(0, 1, 0, [*base, *form, "--run.dir", str(run)], str(tmp_path / "graphs"))
+    else:
+        options = [*base, *form, "--run.dir", str(run)]
+        processes.spawn(run_rank, (2, find_port(), options, str(tmp_path / "graphs")), nprocs=2)
+    assert largest_difference(losses(run), losses(eager)) < 1e-6
+    assert 1 <= int((tmp_path / "graphs.0").read_text()) <= most
