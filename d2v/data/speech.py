@@ -14,7 +14,14 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.data.dataset import STREAM_CROP, STREAM_SPEED, Batch, Modality, Sample, random_stream
 from d2v.data.decoding.recording import LONG, Level, Recording, measure_recording
-from d2v.data.decoding.sound import AV_HINT, decode_audio, describe_conversion, normalise_waveform, resample
+from d2v.data.decoding.sound import (
+    AV_HINT,
+    cut_recording,
+    decode_audio,
+    describe_conversion,
+    normalise_waveform,
+    resample,
+)
 from d2v.data.index import FileSource, is_command
 from d2v.data.sources import Kind, Source, Subset, for_example
 from d2v.model.stems import LogMelStem
@@ -46,7 +53,7 @@ _HAS_AV = importlib.util.find_spec("av") is not None
 SPEECH = Kind(
     "audio files", _audio_suffixes() | (AV_ENDINGS if _HAS_AV else frozenset()),
     "a folder of audio files, a .tsv manifest or shards", lists=True,
-    beside=frozenset({".txt", ".tsv", ".ltr", ".wrd"}), readers=dict.fromkeys(AV_ENDINGS, AV_HINT),
+    beside=frozenset({".txt", ".tsv", ".ltr", ".wrd"}), readers=dict.fromkeys(AV_ENDINGS, AV_HINT), cut=cut_recording,
 )  # fmt: skip
 MIN_TOKENS = 4
 """Shortest utterance in tokens of the stem, whatever data.min_seconds says: less cannot be masked."""
