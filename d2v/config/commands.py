@@ -165,6 +165,26 @@ class EvaluateModel(_OfWhole):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Transcribe(_OfModel):
+    """Prints the text of recordings with a model of speech-ctc, FILE<TAB>TEXT in each line. Recordings longer than
+    those of the training go through the model in overlapping pieces."""
+
+    files: tuple[str, ...] = setting(option="files", positional=True)
+    """Recordings; or folders, .tsv manifests, .tar shards and .parquet files of them."""
+    words: bool = False
+    """Print each word with its time: FILE<TAB>START<TAB>END<TAB>WORD, in seconds from the beginning."""
+    as_json: bool = setting(False, option="json")
+    """Print a JSON object for each recording: file, text, confidence (mean log-probability of the best labels); with
+    --words, words with start and end."""
+    decode: Decoding = field(default_factory=Decoding)
+    """How transcripts are found."""
+    batch: int = 16
+    """Recordings per forward pass."""
+    max_seconds: float | None = None
+    """Cut longer recordings, and count them; unset: none is."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Maps(_OfFeatures):
     """Pictures of what a model has learned: OUTPUT/maps.png, samples with their masks and the similarity of their
     features, and OUTPUT/embedding.png, a point for every labelled sample in the colour of its class."""

@@ -70,15 +70,18 @@ ARCHIVES = frozenset({".zip", ".tar"})
 PARQUET = ".parquet"
 
 
-def open_source(path: str, kind: Kind = IMAGES, **options: Any) -> Source:
+def open_source(path: str | Sequence[str], kind: Kind = IMAGES, **options: Any) -> Source:
     """Opens a folder of files of a kind, one .tar shard, a glob or brace pattern of shards, of .parquet files or of
     files of the kind, or a list of files.
 
-    `options` are those of `Wanted`. Raises `ValueError` where the path is empty, missing or holds no such file.
+    Several paths are files by name. `options` are those of `Wanted`. Raises `ValueError` where the path is empty,
+    missing or holds no such file.
     """
     wanted = Wanted(kind, **options)
     if not path:
         raise ValueError(f"{wanted.option}: expected {kind.places}, got nothing")
+    if not isinstance(path, str):
+        return open_files([Path(file) for file in path], wanted)
     if path.startswith("pipe:"):
         return open_command(path, wanted)
     if Path(path).is_dir():

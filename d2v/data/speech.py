@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,8 +163,8 @@ class Speech(Modality):
             low, high = (low, middle) if self.stem.count_tokens(middle) >= tokens else (middle + 1, high)
         return low
 
-    def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
-        """A folder of audio files, of class folders, a `.tsv` manifest, or .tar shards.
+    def open(self, path: str | Sequence[str], *, labelled: bool = False, option: str = "data.path") -> Source:
+        """A folder of audio files, of class folders, a `.tsv` manifest, .tar shards or .parquet files; or such files.
 
         Files are measured for lengths; a manifest gives its own, unless a few files say otherwise, and only long ones
         are measured. What is damaged is rejected, what is too short is left out and counted.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from d2v.data.sampler import UpdateSampler
 from d2v.evaluate.pieces import PieceBatch, Uncut
 from d2v.finetune.augment import erase_rectangles, mix_images, smooth_targets
 from d2v.finetune.data import Labelled, LabelledBatch, LabelledCollate, LabelledSource
-from d2v.finetune.decoding import Decoder, read_logits
+from d2v.finetune.decoding import Decoder, find_seam, read_logits
 from d2v.finetune.scores import headline, quick_score
 from d2v.finetune.spelling import Spelling
 from d2v.model.data2vec import Data2Vec
@@ -255,8 +256,9 @@ class FineTuning(Objective):
         for i, row in enumerate(batch.rows):
             if i not in batch.bad:
                 frames = None if lengths is None else int(lengths[i])
-                predicted, confidence = read_logits(logits[i], frames, self.task, decoder)
-                outcomes.append(Outcome(row, source.targets[row], predicted, float(losses[i]), confidence))
+                answer = read_logits(logits[i], frames, self.task, decoder)
+                loss, truth = float(losses[i]), source.targets[row]
+                outcomes.append(Outcome(row, truth, answer.value, loss, answer.confidence))
         return outcomes
 
     def find_failure(self, line: Mapping[str, Any], batch: Batch | None) -> str | None:
@@ -264,8 +266,11 @@ class FineTuning(Objective):
         return find_broken(line)
 
 
-def run_model(model: FineTuned, modality: Modality, batch: PieceBatch, device: torch.device) -> list[Tensor]:
-    """Logits of each sample on the host, float32: (K,), or (T,K) of its frames."""
+def run_model(
+    model: FineTuned, modality: Modality, batch: PieceBatch, device: torch.device,
+    report: Callable[[float], object] | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Logits of each sample on the host, float32: (K,), or (T,K) of its frames. report: as of `PieceBatch.run`."""
 
     def forward(inputs: Tensor, lengths: Tensor | None) -> list[Tensor]:
         logits = model(modality.prepare(inputs.to(device)), lengths).float().cpu()
@@ -273,7 +278,8 @@ def run_model(model: FineTuned, modality: Modality, batch: PieceBatch, device: t
             return list(logits)
         return [row[:n] for row, n in zip(logits, model.count_tokens(inputs, lengths).tolist(), strict=True)]
 
-    return batch.run(forward)
+    head = model.head.settings
+    return batch.run(forward, partial(find_seam, blank=head.blank) if head.task == "ctc" else None, report)
 
 
 def _move(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -219,7 +219,7 @@ def scan_table(path: Path, wanted: Wanted) -> Found:
                 continue
             length: Any = -1
             if measure is not None:
-                opened = functools.partial(io.BytesIO, sample.get("bytes"))
+                opened = functools.partial(io.BytesIO, sample.get("bytes") or b"")
                 length = measure_length(measure, opened) if sample.get("bytes") else "no bytes in its row"
             found.append([name, label or "", group, place, -1, -1, length])
     return Found(found, rejected)
