@@ -105,8 +105,10 @@ class _OfWhole(_OfModel):
 class _OfFeatures(_OfModel):
     weights: Literal["student", "teacher"] = "teacher"
     """Network whose features are taken."""
-    layer: int | None = None
-    """Blocks that run before the features are taken; unset: all, and the final norm."""
+    layer: str | None = None
+    """Blocks that run before the features are taken; unset: all, and the final norm. features and evaluate probe: also
+    several, as in 1,5,9, or all: 0 (the input of the first block) to the last. The probe then learns the weights of
+    their sum."""
     image_size: int | None = setting(None, low=1, option="stem.image-size")
     """Images: another size than in training, to which the positions are interpolated; unset: that of the model."""
 
@@ -213,7 +215,10 @@ class Features(_OfFeatures, _OfWhole):
     input: str
     """Images, speech or text, as for pre-training."""
     output: str
-    """File to write: .npy (an array), or .safetensors (a tensor "features"); float32 rows of C numbers."""
+    """File to write: .npy (an array), or .safetensors (a tensor "features"); float32 rows of C numbers, of K layers of
+    (K, C)."""
+    layer_weights: tuple[float, ...] = ()
+    """A number for each of several layers: their weighted sum is written; unset: all of them."""
     pool: Literal["tokens", "mean"] = "tokens"
     """tokens: a row for every valid token; mean: one row a sample."""
     batch: int = 16

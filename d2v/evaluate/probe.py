@@ -17,10 +17,11 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.data.dataset import Batch, Collate, Modality
 from d2v.data.sources import Rejected, Source, check_classes, describe_rare
+from d2v.evaluate.layers import learn_layer_weights, parse_layers
 from d2v.evaluate.pieces import PieceBatch, Uncut, list_entries, list_missing
 from d2v.files import write_atomically
 from d2v.model.data2vec import build_model
-from d2v.model.teacher import Encoded
+from d2v.model.teacher import Encoded, Layers
 from d2v.saved import load_model
 from d2v.train.objective import autocast
 
@@ -30,19 +31,27 @@ def encode_batch(
     modality: Modality,
     batch: Batch,
     device: torch.device,
-    layer: int | None = None,
+    layer: Layers = None,
     pool: str = "mean",
 ) -> Tensor:
-    """(B,F) float32 on the host: `encoder.encode`, a model's or its teacher's, made one row a sample by a pool."""
+    """(B,F) float32 on the host, of K layers (B,K,F): `encoder.encode`, a model's or its teacher's, made one row a
+    sample by a pool."""
     if isinstance(batch, PieceBatch) and len(batch.inputs) > len(batch):
         samples = encode_pieces(encoder, modality, batch, device, layer, class_token=pool == "class")
         if pool == "class":
             return torch.stack(samples)
-        return torch.cat([POOLS[pool](f[None], torch.ones(1, len(f), dtype=torch.bool)) for f in samples])
+        return torch.cat([_pool(pool, f[None], torch.ones(1, len(f), dtype=torch.bool)) for f in samples])
     encoded = encoder.encode(modality.prepare(batch.inputs.to(device)), lengths=batch.lengths, layer=layer)
     if pool == "class":
         return _class_token(encoded).float().cpu()
-    return POOLS[pool](encoded.features.float(), encoded.valid).cpu()
+    return _pool(pool, encoded.features.float(), encoded.valid).cpu()
+
+
+def _pool(pool: str, features: Tensor, valid: Tensor) -> Tensor:
+    """Features (B,T,C) or (B,T,K,C) -> (B,F) or (B,K,F)."""
+    if features.dim() == 3:
+        return POOLS[pool](features, valid)
+    return torch.stack([POOLS[pool](layer, valid) for layer in features.unbind(2)], dim=1)
 
 
 def encode_pieces(
@@ -50,7 +59,7 @@ def encode_pieces(
     modality: Modality,
     batch: PieceBatch,
     device: torch.device,
-    layer: int | None = None,
+    layer: Layers = None,
     class_token: bool = False,
 ) -> list[Tensor]:
     """Features (T,C) of the tokens of each sample, float32 on the host, or its class token (C,)."""
@@ -71,7 +80,7 @@ def _class_token(encoded: Encoded) -> Tensor:
 
 
 def make_extractor(
-    encoder: Any, modality: Modality, device: torch.device, layer: int | None, pool: str, precision: str
+    encoder: Any, modality: Modality, device: torch.device, layer: Layers, pool: str, precision: str
 ) -> Callable[[PieceBatch], Tensor]:
     """`encode_batch` of an encoder in a precision."""
 
@@ -195,7 +204,7 @@ def collect_features(
         read += [part.samples[i].sample_id for i in kept]
         for name, values in found.items():
             rows[name].append(values[kept])
-            odd = np.flatnonzero(~np.isfinite(rows[name][-1]).all(axis=1))
+            odd = np.flatnonzero(~np.isfinite(rows[name][-1].reshape(len(kept), -1)).all(axis=1))
             if len(odd):
                 first = source.describe(part.samples[kept[odd[0]]].sample_id)
                 raise ValueError(f"{option}: expected finite features, got {len(odd)} of {name} that are not; {first}")
@@ -316,7 +325,7 @@ def probe(
     *,
     weights: str = "teacher",
     baselines: Sequence[str] = (),
-    layer: int | None = None,
+    layer: int | str | None = None,
     image_size: int | None = None,
     pool: str = "mean",
     neighbours: int = 5,
@@ -333,6 +342,7 @@ def probe(
 ) -> dict[str, Any]:
     """Probes a checkpoint and baselines; prints a table and, as the last line, one JSON object, which it returns.
 
+    layer: as `parse_layers` takes it; of several layers the sum is probed whose weights `learn_layer_weights` finds.
     The result is also written to `output`, or to `probe.json` of the run folder that `checkpoint` names.
     """
     for name, value in (("neighbours", neighbours), ("labels-per-class", labels_per_class), ("draws", draws)):
@@ -347,19 +357,24 @@ def probe(
     uncut = Uncut(config, max_seconds, max_tokens)
     modality = uncut.modality
     _check_baselines(baselines, modality)
+    layers = parse_layers(layer, model)
     train_source, test_source = open_pair(modality, train, test)
 
     encoders: dict[str, Any] = {"pretrained": model}
     if "random_init" in baselines:
         encoders["random_init"] = build_model(config, place)
     extractors = {
-        name: make_extractor(e.teacher if weights == "teacher" else e, modality, place, layer, pool, precision)
+        name: make_extractor(e.teacher if weights == "teacher" else e, modality, place, layers, pool, precision)
         for name, e in encoders.items()
     }
     extractors |= {name: partial(raw_features, modality, name) for name in baselines if name != "random_init"}
     extractors = {name: extractors[name] for name in ("pretrained", *baselines)}
     first, y = extract_features(extractors, config, train_source, "train", batch=batch, uncut=uncut)
     second, truth = extract_features(extractors, config, test_source, "test", batch=batch, uncut=uncut)
+    mixes = {name: learn_layer_weights(rows, y) for name, rows in first.items() if rows.ndim == 3}
+    for name, mix in mixes.items():
+        for rows in (first, second):
+            rows[name] = np.tensordot(rows[name], np.prod(mix, axis=0), (1, 0))
     features = {name: (first[name], second[name]) for name in extractors}
     options = {"neighbours": neighbours, "labels_per_class": labels_per_class, "draws": draws, "seed": seed}
     scores = {
@@ -373,6 +388,9 @@ def probe(
         "weights": weights, "pool": pool, "classes": len(train_source.classes or []), "train_samples": len(y),
         "test_samples": len(truth), **options,
     }  # fmt: skip
+    if isinstance(layers, tuple):
+        learned = {name: [round(float(w), 6) for w in mix[0]] for name, mix in mixes.items()}
+        result |= {"layers": list(layers), "layer_weights": learned}
     print_table(result, modality.noun)
     _write_result(result, checkpoint, output)
     print(json.dumps(result))
@@ -407,3 +425,6 @@ def print_table(result: dict[str, Any], noun: str) -> None:
         spread = f"{100 * result['few_label'][name]:.1f} ± {100 * result['few_label_std'][name]:.1f}"
         row = f"{100 * result['linear_probe'][name]:>8.1f}{100 * result['knn'][name]:>12.1f}{spread:>22}"
         print(f"{name:<16}{row}")
+    for name, weights in result.get("layer_weights", {}).items():
+        shown = ", ".join(f"{layer}: {w:.3f}" for layer, w in zip(result["layers"], weights, strict=True))
+        print(f"weights of the layers of {name}: {shown}")

@@ -21,7 +21,7 @@ from d2v.model.masking import MaskedRows, resolve_masks
 from d2v.model.stems import PADDING, make_positions, make_stem
 from d2v.model.stems.positions import ConvPositions
 from d2v.model.targets import make_targets
-from d2v.model.teacher import PARTS, Encoded, Teacher, encode_parts, evaluating
+from d2v.model.teacher import PARTS, Encoded, Layers, Teacher, encode_parts, evaluating
 from d2v.model.transformer import InputBlock, TransformerEncoder
 from d2v.runtime import choose_device, span
 from d2v_kernels import Masks, Noise, gather_tokens, masked_regression_loss, restore_tokens
@@ -193,16 +193,16 @@ class Data2Vec(nn.Module):
         with span("loss"):
             return self._compute_loss(prediction, encoded, targets, features, drawn.rows, rows.copies, valid)
 
-    def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
+    def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: Layers = None) -> Encoded:
         """Features of unmasked inputs by the student, in evaluation mode and without gradient.
 
         Args:
             inputs, lengths: as in `forward`. Padding is invisible: a sample has the same features alone and in a batch.
             layer: number of blocks that run, prenet blocks first, 0 to all; their output is returned as it is. None:
-                all blocks and, in pre-norm models, the final norm.
+                all blocks and, in pre-norm models, the final norm. Several numbers: the output of each.
 
         Returns:
-            `Encoded`: features (B,T,C), valid (B,T) bool, class_token (B,C) or None.
+            `Encoded`: features (B,T,C), of K layers (B,T,K,C); valid (B,T) bool; class_token (B,C), (B,K,C) or None.
         """
         return encode_parts({name: self.get_submodule(name) for name in PARTS}, inputs, lengths, layer)
 
