@@ -131,6 +131,8 @@ class Probe(_OfFeatures, _OfWhole):
     pool: Literal["mean", "mean-std", "segments", "class"] = "mean"
     """How a sample's tokens become one vector: their mean; mean and standard deviation; the means of four equal parts
     in order; the class token, of models that have one. Raw features have their own."""
+    multi_label: bool = False
+    """A sample has any number of labels, separated by `;` or `,`: mean average precision in place of accuracy."""
     neighbours: int = 5
     """Neighbours k of the kNN classifier."""
     labels_per_class: int = 10

@@ -42,8 +42,8 @@ def check_weights(weights: Sequence[float], layers: int | tuple[int, ...] | None
 
 
 def learn_layer_weights(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (K,) float32, sum 1, of the sum of layers from which a linear classifier predicts the labels best; and the
-    factors (K,) that give each layer a standard deviation of 1 before.
+    """Weights (K,) float32, sum 1, of the sum of layers from which a linear classifier predicts the labels best; and
+    the factors (K,) that give each layer a standard deviation of 1 before.
 
     As in SUPERB (Yang et al. 2021) the softmax of numbers that are trained together with the classifier, here by L-BFGS
     on the cross entropy with the penalty of the linear probe, on all samples at once. Without the factors a penalty

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.dataset import Batch, Collate, Modality
-from d2v.data.sources import Rejected, Source, check_classes, describe_rare
+from d2v.data.sources import Rejected, Source, check_classes, describe_rare, number_classes
 from d2v.evaluate.layers import learn_layer_weights, parse_layers
+from d2v.evaluate.multilabel import mean_average_precision, split_labels, stack_labels
 from d2v.evaluate.pieces import PieceBatch, Uncut, list_entries, list_missing
 from d2v.files import write_atomically
 from d2v.model.data2vec import build_model
@@ -235,17 +236,24 @@ def standardise_features(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarra
 
 def _logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, truth: np.ndarray) -> float:
     from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
 
+    model: Any = LogisticRegression(max_iter=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not converged after 1000 iterations is close enough, and the same for all
-        return float(LogisticRegression(max_iter=1000).fit(train, labels).score(test, truth))
+        if labels.ndim == 1:
+            return float(model.fit(train, labels).score(test, truth))
+        return mean_average_precision(truth, OneVsRestClassifier(model).fit(train, labels).predict_proba(test))
 
 
 def _score_all(x: np.ndarray, y: np.ndarray, z: np.ndarray, truth: np.ndarray, neighbours: int) -> dict[str, float]:
     from sklearn.neighbors import KNeighborsClassifier
 
-    classifier = KNeighborsClassifier(n_neighbors=min(neighbours, len(x)))
-    return {"linear_probe": _logistic(x, y, z, truth), "knn": float(classifier.fit(x, y).score(z, truth))}
+    classifier = KNeighborsClassifier(n_neighbors=min(neighbours, len(x))).fit(x, y)
+    if y.ndim == 2:
+        shares = y[classifier.kneighbors(z, return_distance=False)].mean(1)
+        return {"linear_probe": _logistic(x, y, z, truth), "knn": mean_average_precision(truth, shares)}
+    return {"linear_probe": _logistic(x, y, z, truth), "knn": float(classifier.score(z, truth))}
 
 
 def score_all_labels(
@@ -265,9 +273,11 @@ def score_features(
     draws: int,
     seed: int,
 ) -> dict[str, float]:
-    """Accuracies 0 to 1 of the three probes on standardised features.
+    """Accuracies 0 to 1 of the three probes on standardised features; of several labels a sample mean average
+    precisions, of a logistic regression for each label, or of its share among the neighbours.
 
-    train, test: (features (n,C), labels (n,)). Linear: multinomial logistic regression, L2 with C = 1. kNN: Euclidean.
+    train, test: (features (n,C), labels (n,), or bool (n,L)). Linear: multinomial logistic regression, L2 with C = 1.
+    kNN: Euclidean.
     Few-label: the linear probe on `labels_per_class` images a class, mean and standard deviation over `draws` draws,
     the same draws for all features.
     """
@@ -276,14 +286,29 @@ def score_features(
     few = []
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
-        chosen = [rng.permutation(np.flatnonzero(y == c))[:labels_per_class] for c in np.unique(y)]
-        rows = np.concatenate(chosen)
+        members = [y[:, c] for c in range(y.shape[1])] if y.ndim == 2 else [y == c for c in np.unique(y)]
+        chosen = [rng.permutation(np.flatnonzero(own))[:labels_per_class] for own in members]
+        rows = np.concatenate(chosen) if y.ndim == 1 else np.unique(np.concatenate(chosen))
         few.append(_logistic(x[rows], y[rows], z, truth))
     return {
         **_score_all(x, y, z, truth, neighbours),
         "few_label": float(np.mean(few)),
         "few_label_std": float(np.std(few, ddof=1)) if draws > 1 else 0.0,
     }
+
+
+def align_label_sets(train: Source, test: Source) -> tuple[list[str], tuple[np.ndarray, np.ndarray]]:
+    """Names of the labels in texts of several (`split_labels`), and bool (n,L): those of each class of the training and
+    of the test source; `ValueError` as `align_labels`."""
+    texts = [*(train.classes or []), *(test.classes or [])]
+    sets = split_labels(texts)
+    first, second = sets[: len(train.classes or [])], sets[len(train.classes or []) :]
+    names = number_classes([name for one in first for name in one])[1]
+    numbers = {name: i for i, name in enumerate(names)}
+    if unknown := sorted({name for one in second for name in one}.difference(numbers)):
+        raise ValueError(f"test: expected the labels {', '.join(names[:20])}, got {unknown[0]!r}")
+    tables = [stack_labels([[numbers[name] for name in one] for one in part], len(names)) for part in (first, second)]
+    return names, (tables[0], tables[1])
 
 
 def align_labels(train: Source, test: Source) -> np.ndarray:
@@ -301,17 +326,20 @@ def _print_error(text: str) -> None:
 
 
 def open_pair(
-    modality: Modality, train: str, test: str, say: Callable[[str], None] = _print_error
+    modality: Modality, train: str, test: str, say: Callable[[str], None] = _print_error, several: bool = False
 ) -> tuple[Source, Source]:
-    """Labelled training and test samples with the same numbers of classes; `ValueError` for those that no probe can
-    use."""
+    """Labelled training and test samples with the same numbers of classes, unless a sample has several labels;
+    `ValueError` for those that no probe can use."""
     first, second = (modality.open(p, labelled=True, option=o) for p, o in ((train, "train"), (test, "test")))
-    second.labels, second.classes = align_labels(first, second), first.classes
+    if several:
+        align_label_sets(first, second)
+    else:
+        second.labels, second.classes = align_labels(first, second), first.classes
+        check_classes(first, "train")
     if len(first.classes or []) < 2:
         raise ValueError(f"train: expected at least 2 classes, got {first.classes}")
-    check_classes(first, "train")
     assert first.labels is not None
-    for text in describe_rare(first.labels.tolist(), first.classes or [], first.describe):
+    for text in [] if several else describe_rare(first.labels.tolist(), first.classes or [], first.describe):
         say(text)
     for name, source in (("train", first), ("test", second)):
         check_lost(modality.config, source, name)  # what the index has rejected already costs no features
@@ -328,6 +356,7 @@ def probe(
     layer: int | str | None = None,
     image_size: int | None = None,
     pool: str = "mean",
+    multi_label: bool = False,
     neighbours: int = 5,
     labels_per_class: int = 10,
     draws: int = 5,
@@ -358,7 +387,7 @@ def probe(
     modality = uncut.modality
     _check_baselines(baselines, modality)
     layers = parse_layers(layer, model)
-    train_source, test_source = open_pair(modality, train, test)
+    train_source, test_source = open_pair(modality, train, test, several=multi_label)
 
     encoders: dict[str, Any] = {"pretrained": model}
     if "random_init" in baselines:
@@ -371,6 +400,10 @@ def probe(
     extractors = {name: extractors[name] for name in ("pretrained", *baselines)}
     first, y = extract_features(extractors, config, train_source, "train", batch=batch, uncut=uncut)
     second, truth = extract_features(extractors, config, test_source, "test", batch=batch, uncut=uncut)
+    names = list(train_source.classes or [])
+    if multi_label:
+        names, (known, asked) = align_label_sets(train_source, test_source)
+        y, truth = known[y], asked[truth]
     mixes = {name: learn_layer_weights(rows, y) for name, rows in first.items() if rows.ndim == 3}
     for name, mix in mixes.items():
         for rows in (first, second):
@@ -385,9 +418,11 @@ def probe(
         for key in ("linear_probe", "knn", "few_label", "few_label_std")
     }
     result |= {
-        "weights": weights, "pool": pool, "classes": len(train_source.classes or []), "train_samples": len(y),
+        "weights": weights, "pool": pool, "classes": len(names), "train_samples": len(y),
         "test_samples": len(truth), **options,
     }  # fmt: skip
+    if multi_label:
+        result["chance"] = round(float(truth[:, truth.any(0)].mean()), 6)
     if isinstance(layers, tuple):
         learned = {name: [round(float(w), 6) for w in mix[0]] for name, mix in mixes.items()}
         result |= {"layers": list(layers), "layer_weights": learned}
@@ -412,10 +447,12 @@ def _write_result(result: dict[str, Any], checkpoint: str, output: str | None) -
 
 
 def print_table(result: dict[str, Any], noun: str) -> None:
-    """Accuracies in percent, a row per kind of features."""
-    chance = 100 / result["classes"]
+    """Accuracies or mean average precisions in percent, a row per kind of features."""
+    chance, score = 100 / result["classes"], "accuracy"
+    if "chance" in result:
+        chance, score = 100 * result["chance"], "mean average precision"
     print(
-        f"test accuracy in %, {result['classes']} classes (chance {chance:.1f}), "
+        f"test {score} in %, {result['classes']} classes (chance {chance:.1f}), "
         f"{result['train_samples']} training and {result['test_samples']} test {noun}"
     )
     neighbours = f"kNN (k={result['neighbours']})"

@@ -21,10 +21,11 @@ from d2v.finetune.spelling import SPECIALS, Spelling
 class Answer(NamedTuple):
     """Prediction of one sample."""
 
-    value: int | float | str
-    """Class number, number or transcript."""
+    value: Any
+    """Class number, probabilities (K,) of labels, number or transcript."""
     confidence: float
-    """Probability of the class; transcripts: mean log-probability of the best labels; numbers: nan."""
+    """Probability of the class, or of the most probable label; transcripts: mean log-probability of the best labels;
+    numbers: nan."""
     path: Sequence[int] = ()
     """Transcripts: the label of each frame."""
 
@@ -90,6 +91,9 @@ def read_logits(logits: Tensor, frames: int | None, task: str, decoder: Decoder 
         return Answer(text, float(log_p.max(-1).values.mean()), path)
     if task == "regression":
         return Answer(float(logits[0]), math.nan)
+    if task == "multi-label":
+        each = logits.float().sigmoid()
+        return Answer(each.numpy(), float(each.max()))
     probabilities = logits.softmax(-1)
     best = int(probabilities.argmax())
     return Answer(best, float(probabilities[best]))

@@ -45,11 +45,13 @@ class Outcome:
     row: int
     """Number of the sample in its source."""
     truth: Any
-    """Class number, number, or transcript."""
+    """Class number, numbers of labels, number, or transcript."""
     predicted: Any
+    """The same; of labels the probability of each (K,)."""
     loss: float
     confidence: float
-    """Probability of the predicted class; CTC: mean log-probability of the best labels; numbers: nan."""
+    """Probability of the predicted class, or of the most probable label; CTC: mean log-probability of the best labels;
+    numbers: nan."""
 
 
 class FineTuning(Objective):
@@ -124,7 +126,7 @@ class FineTuning(Objective):
         assert isinstance(batch, LabelledBatch)
         inputs = self.modality.prepare(batch.inputs.to(ranks.device, non_blocking=True))
         targets = batch.targets.to(ranks.device, non_blocking=True)
-        if self.task == "classification":
+        if self.task in ("classification", "multi-label"):
             targets = smooth_targets(targets, len(self.model.labels), self.options.label_smoothing)
             if self.config.stem.modality == "vision":
                 rng = random_stream(self.config.run.seed, self._update, batch.rows[0], STREAM_MIX)
@@ -145,7 +147,7 @@ class FineTuning(Objective):
     def measure_losses(
         self, logits: Tensor, targets: Tensor, batch: LabelledBatch, zero_infinity: bool = True
     ) -> Tensor:
-        """(B,) float32: cross entropy with (soft) targets, squared error, or CTC.
+        """(B,) float32: cross entropy with (soft) targets, binary ones summed over labels, squared error, or CTC.
 
         zero_infinity: CTC: of a transcript that is longer than its frames the loss is 0, not infinite.
         """
@@ -153,6 +155,8 @@ class FineTuning(Objective):
         if self.task == "classification":
             soft = targets if targets.dim() == 2 else F.one_hot(targets, logits.shape[1]).float()
             return -(soft * logits.log_softmax(-1)).sum(-1)
+        if self.task == "multi-label":
+            return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1)
         if self.task == "regression":
             return (logits[:, 0] - targets).square()
         assert batch.target_lengths is not None

@@ -14,6 +14,7 @@ import torch
 from d2v.config.finetune import Decoding, FineTuneConfig
 from d2v.data.sources import Rejected, Source, ending_of
 from d2v.data.speech import SPEECH, Speech
+from d2v.evaluate.multilabel import name_labels
 from d2v.evaluate.pieces import Uncut, list_entries, list_missing
 from d2v.finetune.decoding import Decoder, find_words, read_logits
 from d2v.finetune.objective import run_model
@@ -22,7 +23,7 @@ from d2v.model.finetuned import FineTuned
 from d2v.runtime import Reporter
 from d2v.saved import load_any
 
-MEANT = ("classification", "regression", "ctc")
+MEANT = ("classification", "regression", "multi-label", "ctc")
 
 
 class SpokenWord(NamedTuple):
@@ -41,9 +42,10 @@ class Prediction(NamedTuple):
     name: str
     """Path of the sample."""
     answer: str | float
-    """Class, transcript or number."""
+    """Class, transcript or number; of labels those with a probability of 0.5 or more, between `; `."""
     confidence: float
-    """Probability of the class; transcripts: mean log-probability of the best labels; numbers: nan."""
+    """Probability of the class, or of the most probable label; transcripts: mean log-probability of the best labels;
+    numbers: nan."""
     words: tuple[SpokenWord, ...] = ()
     """Of a transcript."""
 
@@ -55,7 +57,7 @@ class Predictor:
         self, checkpoint: str, *, decode: Decoding | None = None, device: str = "auto",
         max_seconds: float | None = None, max_tokens: int | None = None,
     ) -> None:  # fmt: skip
-        """Raises `ValueError` for a model that was not fine-tuned for classification, regression or CTC."""
+        """Raises `ValueError` for a model that was not fine-tuned for one of `MEANT`."""
         model, config, self.place = load_any(checkpoint, device)
         if not isinstance(model, FineTuned) or not isinstance(config, FineTuneConfig):
             raise ValueError(f"checkpoint: expected a fine-tuned model, got a pre-trained one at {checkpoint!r}")
@@ -88,7 +90,11 @@ class Predictor:
                     lost.append(Rejected(name, "outputs that are not finite"))
                     continue
                 answer, confidence, path = read_logits(logits, None, self.head.task, self.decoder)
-                named = self.model.labels[int(answer)] if self.head.task == "classification" else answer
+                named = answer
+                if self.head.task == "classification":
+                    named = self.model.labels[answer]
+                elif self.head.task == "multi-label":
+                    named = name_labels(answer, self.model.labels)
                 yield Prediction(name, named, confidence, self._place_words(path))
         for what, entries in (("left out", lost), ("cut", cut)):
             if entries:
