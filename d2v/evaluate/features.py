@@ -113,11 +113,11 @@ def extract(
     """Writes features of everything at `input`; returns a summary.
 
     The file holds float32 rows (rows, C): of every valid token ("tokens"), or one mean a sample ("mean"); of several
-    layers (`parse_layers`) (rows, K, C), or their sum with `layer_weights`. Samples that
-    are longer than the model saw go through it in overlapping pieces (`d2v.evaluate.pieces`), cut where `max_seconds`
-    or `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists for each sample its name, its first row and its
-    rows: none for one that cannot be used, with the reason in the last column. Those, and what is cut, are counted and
-    named in the summary. image_size: side of the images in pixels; None: that of the model.
+    layers (`parse_layers`) (rows, K, C), or their sum with `layer_weights`. Samples that are longer than the model saw
+    go through it in overlapping pieces (`d2v.evaluate.pieces`), cut where `max_seconds` or `max_tokens` is given.
+    Beside the file, OUTPUT.index.tsv lists for each sample its name, its first row and its rows: none for one that
+    cannot be used, with the reason in the last column. Those, and what is cut, are counted and named in the summary.
+    image_size: side of the images in pixels; None: that of the model.
     """
     if pool not in POOLS:
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
@@ -129,9 +129,7 @@ def extract(
     layers = parse_layers(layer, model)
     mix = torch.from_numpy(check_weights(layer_weights, layers)) if layer_weights else None
     encoder = model.teacher if weights == "teacher" else model
-    target = Path(output)
-    writer = RowWriter(target)
-    index = _Index(writer)
+    index = _Index(writer := RowWriter(Path(output)))
     report = Reporter("features", len(source), modality.noun)
 
     try:
@@ -158,11 +156,10 @@ def extract(
         writer.abort()
         raise
     report.finish()
-    index_file = target.with_name(target.name + ".index.tsv")
+    index_file = writer.path.with_name(writer.path.name + ".index.tsv")
     write_atomically(index_file, "\n".join(index.lines) + "\n")
-    used = len(index.lines) - 1 - len(index.lost)
     named = (("left out", index.lost), ("cut", index.cut))
     notes = "".join(f"; {what} {list_entries(found)}" for what, found in named if found)
     notes += "".join(f"; left out {count} {reason}" for reason, count in passed_over(source).items())
-    shape = " x ".join(map(str, writer.shape))
-    return f"{target}: {writer.rows} rows of {shape} of {used} {modality.noun}; {index_file}{notes}"
+    used, shape = len(index.lines) - 1 - len(index.lost), " x ".join(map(str, writer.shape))
+    return f"{output}: {writer.rows} rows of {shape} of {used} {modality.noun}; {index_file}{notes}"

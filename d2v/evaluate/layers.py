@@ -75,3 +75,16 @@ def learn_layer_weights(features: np.ndarray, labels: np.ndarray) -> tuple[np.nd
     with torch.enable_grad():
         optimiser.step(closure)
     return scores.detach().softmax(0).numpy(), factors.numpy()
+
+
+def mix_layers(
+    train: dict[str, np.ndarray], test: dict[str, np.ndarray], labels: np.ndarray
+) -> dict[str, list[float]]:  # fmt: skip
+    """Features (n,K,F) of several layers become their sum (n,F), in place, with weights that `learn_layer_weights`
+    finds on the training samples; returns these (K,) by the name of the features."""
+    learned = {}
+    for name in [name for name, rows in train.items() if rows.ndim == 3]:
+        weights, factors = learn_layer_weights(train[name], labels)
+        train[name], test[name] = (np.tensordot(rows[name], weights * factors, (1, 0)) for rows in (train, test))
+        learned[name] = [round(float(weight), 6) for weight in weights]
+    return learned

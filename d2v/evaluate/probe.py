@@ -17,7 +17,7 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.data.dataset import Batch, Collate, Modality
 from d2v.data.sources import Rejected, Source, check_classes, describe_rare, number_classes
-from d2v.evaluate.layers import learn_layer_weights, parse_layers
+from d2v.evaluate.layers import mix_layers, parse_layers
 from d2v.evaluate.multilabel import mean_average_precision, split_labels, stack_labels
 from d2v.evaluate.pieces import PieceBatch, Uncut, list_entries, list_missing
 from d2v.files import write_atomically
@@ -371,8 +371,8 @@ def probe(
 ) -> dict[str, Any]:
     """Probes a checkpoint and baselines; prints a table and, as the last line, one JSON object, which it returns.
 
-    layer: as `parse_layers` takes it; of several layers the sum is probed whose weights `learn_layer_weights` finds.
-    The result is also written to `output`, or to `probe.json` of the run folder that `checkpoint` names.
+    layer: as of `parse_layers`; several are summed by `mix_layers`. The result is also written to `output`, or to
+    `probe.json` of the run folder that `checkpoint` names.
     """
     for name, value in (("neighbours", neighbours), ("labels-per-class", labels_per_class), ("draws", draws)):
         if value < 1:
@@ -384,51 +384,37 @@ def probe(
     if pool == "class" and not config.encoder.extra_tokens:
         raise ValueError(f"pool: expected one of {', '.join(POOLS)} for a model without a class token, got class")
     uncut = Uncut(config, max_seconds, max_tokens)
-    modality = uncut.modality
+    modality, layers = uncut.modality, parse_layers(layer, model)
     _check_baselines(baselines, modality)
-    layers = parse_layers(layer, model)
     train_source, test_source = open_pair(modality, train, test, several=multi_label)
 
-    encoders: dict[str, Any] = {"pretrained": model}
-    if "random_init" in baselines:
-        encoders["random_init"] = build_model(config, place)
-    extractors = {
-        name: make_extractor(e.teacher if weights == "teacher" else e, modality, place, layers, pool, precision)
-        for name, e in encoders.items()
-    }
-    extractors |= {name: partial(raw_features, modality, name) for name in baselines if name != "random_init"}
-    extractors = {name: extractors[name] for name in ("pretrained", *baselines)}
+    extractors: dict[str, Callable[[PieceBatch], Tensor]] = {}
+    for name in ("pretrained", *baselines):
+        extractors[name] = partial(raw_features, modality, name)
+        if name in ("pretrained", "random_init"):
+            used = model if name == "pretrained" else build_model(config, place)
+            encoder = used.teacher if weights == "teacher" else used
+            extractors[name] = make_extractor(encoder, modality, place, layers, pool, precision)
     first, y = extract_features(extractors, config, train_source, "train", batch=batch, uncut=uncut)
     second, truth = extract_features(extractors, config, test_source, "test", batch=batch, uncut=uncut)
-    names = list(train_source.classes or [])
+    names = train_source.classes or []
     if multi_label:
-        names, (known, asked) = align_label_sets(train_source, test_source)
-        y, truth = known[y], asked[truth]
-    mixes = {name: learn_layer_weights(rows, y) for name, rows in first.items() if rows.ndim == 3}
-    for name, mix in mixes.items():
-        for rows in (first, second):
-            rows[name] = np.tensordot(rows[name], np.prod(mix, axis=0), (1, 0))
-    features = {name: (first[name], second[name]) for name in extractors}
+        names, tables = align_label_sets(train_source, test_source)
+        y, truth = tables[0][y], tables[1][truth]
+    mixes = mix_layers(first, second, y)
     options = {"neighbours": neighbours, "labels_per_class": labels_per_class, "draws": draws, "seed": seed}
-    scores = {
-        name: score_features((a, y), (b, truth), **options) for name, (a, b) in features.items()
-    }  # fmt: skip
+    scores = {name: score_features((first[name], y), (second[name], truth), **options) for name in extractors}
     result: dict[str, Any] = {
         key: {name: round(values[key], 6) for name, values in scores.items()}
         for key in ("linear_probe", "knn", "few_label", "few_label_std")
     }
-    result |= {
-        "weights": weights, "pool": pool, "classes": len(names), "train_samples": len(y),
-        "test_samples": len(truth), **options,
-    }  # fmt: skip
+    result |= {"weights": weights, "pool": pool, "classes": len(names)}
+    result |= {"train_samples": len(y), "test_samples": len(truth), **options}
     if multi_label:
         result["chance"] = round(float(truth[:, truth.any(0)].mean()), 6)
     if isinstance(layers, tuple):
-        learned = {name: [round(float(w), 6) for w in mix[0]] for name, mix in mixes.items()}
-        result |= {"layers": list(layers), "layer_weights": learned}
-    print_table(result, modality.noun)
-    _write_result(result, checkpoint, output)
-    print(json.dumps(result))
+        result |= {"layers": list(layers), "layer_weights": mixes}
+    _write_result(result, checkpoint, output, modality.noun)
     return result
 
 
@@ -438,12 +424,14 @@ def _check_baselines(baselines: Sequence[str], modality: Modality) -> None:
         raise ValueError(f"baselines: expected of {', '.join(known)} for {modality.noun}, got {unknown[0]}")
 
 
-def _write_result(result: dict[str, Any], checkpoint: str, output: str | None) -> None:
+def _write_result(result: dict[str, Any], checkpoint: str, output: str | None, noun: str) -> None:
+    print_table(result, noun)
     folder = Path(checkpoint)
     if output is not None:
         write_atomically(Path(output), json.dumps(result, indent=1))
     elif (folder / "metrics.jsonl").is_file():
         write_atomically(folder / "probe.json", json.dumps(result, indent=1))
+    print(json.dumps(result))
 
 
 def print_table(result: dict[str, Any], noun: str) -> None:

@@ -177,6 +177,38 @@ def test_images_in_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert {p.name for p in tmp_path.glob("[!.]*")} == {"packed", "train-0.parquet", "train-1.parquet"}
 
 
+def test_parquet_with_a_damaged_group(tmp_path: Path) -> None:
+    """The others are read; numbers of rows stay those of the file."""
+    pictures: list[bytes | None] = [encode(make_image(i)) for i in range(6)]
+    file = write_parquet(tmp_path / "a.parquet", "image", pictures, label=[0, 1, 0, 1, 0, 1])
+    import pyarrow.parquet
+
+    column = pyarrow.parquet.ParquetFile(file).metadata.row_group(1).column(2)
+    assert column.path_in_schema == "label"
+    data = bytearray(file.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    file.write_bytes(data)
+    source = open_source(str(file), IMAGES, labelled=True)
+    assert [Path(source.describe(i)).name for i in (1, 2)] == ["a.parquet:1:1.bin", "a.parquet:4:4.bin"]
+    assert [entry.name for entry in source.rejected] == [f"{file}: row group 1"] and not source.incomplete
+    assert source.read(3) == pictures[5]
+    plain = open_source(str(file), IMAGES)
+    assert len(plain) == 6 and plain.read(2) == pictures[2]
+
+
+def test_parquet_of_plain_bytes(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet
+
+    sounds = [encode_sound(make_sound(i, 0.4)) for i in range(3)]
+    table = arrow.table({"sound": sounds, "labels": [["a", "b"], ["b"], []]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert len(open_source(str(tmp_path / "a.parquet"), SPEECH)) == 3
+    source = open_source(str(tmp_path / "a.parquet"), SPEECH, labelled=True)
+    assert source.classes == ["a;b;", "b;"] and source.read(1) == sounds[1] and len(source.incomplete) == 1
+
+
 def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", "image", [b"x"])
     with pytest.raises(ValueError, match=r"train: .*a\.parquet: expected a column label or labels, got \['image'\]"):

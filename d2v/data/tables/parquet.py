@@ -24,6 +24,7 @@ from d2v.data.sources import (
     Source,
     Wanted,
     check_size,
+    describe_error,
     measure_length,
     number_classes,
     printable,
@@ -35,6 +36,7 @@ KEPT_BYTES = 1 << 28
 """Row groups that a process keeps, decoded; at least one."""
 MAX_GROUP_BYTES = 1 << 32
 """Largest row group, decoded."""
+NO_LABEL = "no label"
 ROWS = 64
 """Rows that are measured at a time."""
 
@@ -61,13 +63,13 @@ class ParquetSource(Source):
         found = scan_files(paths, stamps, scan, wanted.cache, scope)
         report.finish()
         self.rejected = [Rejected(*entry) for one in found for entry in one.rejected]
-        self.incomplete = list(self.rejected)
+        self.incomplete = [entry for entry in self.rejected if entry.reason == NO_LABEL]
         rows = [(number, *sample) for number, one in enumerate(found) for sample in one.samples]
         if not rows:
             raise ValueError(f"{wanted.option}: expected rows of {wanted.kind.noun}, found none in {paths}")
-        numbers, names, labels, groups, places, _, _, lengths = zip(*rows, strict=True)
+        numbers, names, labels, groups, places, lines, _, lengths = zip(*rows, strict=True)
         self.names = NameTable(f"{files[number].name}:{name}" for number, name in zip(numbers, names, strict=True))
-        self._places = np.array([numbers, groups, places], dtype=np.int64).T
+        self._places = np.array([numbers, groups, places, lines], dtype=np.int64).T
         self.shards = np.unique(self._places[:, :2], axis=0, return_inverse=True)[1].reshape(-1)
         if wanted.labelled:
             self.labels, self.classes = number_classes(labels)
@@ -81,7 +83,7 @@ class ParquetSource(Source):
         return printable(str(self.files[self._places[index, 0]].parent / self.names[index]))
 
     def read(self, index: int) -> bytes:
-        number, group, row = self._places[index].tolist()
+        number, group, row, _ = self._places[index].tolist()
         assert self.shards is not None
         key = int(self.shards[index])
         if key not in self._groups:
@@ -99,11 +101,8 @@ class ParquetSource(Source):
 
     def read_transcript(self, index: int) -> str:
         if self._texts is None:
-            self._texts = []
-            every = [[find_value(row, TEXTS) for row in _read_columns(file, TEXTS)] for file in self.files]
-            starts = [_group_starts(file) for file in self.files]
-            for number, group, row in self._places.tolist():
-                self._texts.append(every[number][starts[number][group] + row])
+            every = [_read_texts(_open_table(file)) for file in self.files]
+            self._texts = [every[number][line] for number, _, _, line in self._places.tolist()]
         if (text := self._texts[index]) is None:
             raise NoTranscript(f"{self.describe(index)}: expected a column {', '.join(TEXTS)}, found none")
         return text
@@ -153,18 +152,15 @@ def _bytes_of(table: Any, column: str) -> Any:
     return values.field("bytes") if hasattr(values, "field") else values
 
 
-def _read_columns(file: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The values of some columns, as far as there are such, a row at a time."""
-    table = _open_table(file)
-    present = [name for name in columns if name in table.schema_arrow.names]
-    for batch in table.iter_batches(columns=present, use_threads=False):
-        yield from batch.to_pylist() if present else ({} for _ in range(batch.num_rows))
+def _read_rows(file: Any, columns: Sequence[str], groups: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The values of some columns, a row at a time."""
+    for batch in file.iter_batches(ROWS, groups, list(columns), use_threads=False):
+        yield from batch.to_pylist() if columns else ({} for _ in range(batch.num_rows))
 
 
-def _group_starts(file: Path) -> list[int]:
-    metadata = _open_table(file).metadata
-    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    return [0, *np.cumsum(counts).tolist()]
+def _read_texts(file: Any) -> list[str | None]:
+    columns = [name for name in TEXTS if name in file.schema_arrow.names]
+    return [find_value(row, columns) for row in _read_rows(file, columns)]
 
 
 def _label_names(schema: Any) -> dict[str, list[str]]:
@@ -178,14 +174,10 @@ def _label_names(schema: Any) -> dict[str, list[str]]:
         return {}
 
 
-def _name_labels(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
-    def name(value: Any, known: list[str]) -> Any:
-        return known[value] if isinstance(value, int) and 0 <= value < len(known) else value
-
-    return row | {
-        key: [name(one, known) for one in row[key]] if isinstance(row[key], list) else name(row[key], known)
-        for key, known in names.items() if key in row
-    }  # fmt: skip
+def _name_label(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_name_label(one, names) for one in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def scan_table(path: Path, wanted: Wanted) -> Found:
@@ -205,21 +197,23 @@ def scan_table(path: Path, wanted: Wanted) -> Found:
     where = f"{column}.path" if leaf != column and "path" in [f.name for f in schema.field(column).type] else ""
     measure, known = wanted.measure, _label_names(schema)
     columns = [*labels, *([where] if where else []), *([leaf] if measure is not None else [])]
-    found, rejected = list[list[Any]](), list[list[str]]()
-    for group, start in enumerate(_group_starts(path)[:-1]):
-        count = file.metadata.row_group(group).num_rows
-        batches = file.iter_batches(ROWS, [group], columns, use_threads=False) if columns else ()
-        rows = (row for batch in batches for row in batch.to_pylist()) if columns else ({} for _ in range(count))
-        for place, row in enumerate(rows):
-            sample = {"bytes": row.get(column)} if leaf == column else row.get(column) or {}
-            label, told = find_value(_name_labels(row, known), labels), " ".join(str(sample.get("path") or "").split())
-            name = f"{start + place}:{os.path.basename(told)[:200]}" if told else str(start + place)  # noqa: PTH119
-            if wanted.labelled and label is None:
-                rejected.append([f"{path}:{name}", "no label"])
-                continue
-            length: Any = -1
-            if measure is not None:
-                opened = functools.partial(io.BytesIO, sample.get("bytes") or b"")
-                length = measure_length(measure, opened) if sample.get("bytes") else "no bytes in its row"
-            found.append([name, label or "", group, place, -1, -1, length])
+    found, rejected, first = list[list[Any]](), list[list[str]](), 0
+    for group in range(file.num_row_groups):
+        try:
+            for place, row in enumerate(_read_rows(file, columns, [group])):
+                sample = {"bytes": row.get(column)} if leaf == column else row.get(column) or {}
+                label = find_value({key: _name_label(row[key], known.get(key, ())) for key in labels}, labels)
+                told = os.path.basename(" ".join(str(sample.get("path") or "").split()))[:200]  # noqa: PTH119
+                name = f"{first + place}:{told}" if told else str(first + place)
+                if wanted.labelled and label is None:
+                    rejected.append([f"{path}:{name}", NO_LABEL])
+                    continue
+                length: Any = -1
+                if measure is not None:
+                    opened = functools.partial(io.BytesIO, sample.get("bytes") or b"")
+                    length = measure_length(measure, opened) if sample.get("bytes") else "no bytes in its row"
+                found.append([name, label or "", group, place, first + place, -1, length])
+        except Exception as error:  # of damaged bytes, of many kinds
+            rejected.append([f"{path}: row group {group}", describe_error(error)])
+        first += file.metadata.row_group(group).num_rows
     return Found(found, rejected)
