@@ -59,9 +59,10 @@ class FineTuning:
     checkpoint: str = ""
     """Pre-trained model: run folder, checkpoint inside it, or exported folder."""
     train: str = ""
-    """Labelled training data. speech-ctc: audio files with a .txt beside each, a .tsv manifest with an .ltr beside it,
-    or .tar shards with .txt members; speech-classify: class folders, a .tsv of path<TAB>label, or shards with .cls
-    members; vision-classify: class folders, or shards with .cls members; text-classify: a .tsv of text<TAB>label or
+    """Labelled training data. speech-ctc: audio files with a .txt beside each or LibriSpeech's .trans.txt, a .tsv
+    manifest with an .ltr beside it, or .tar shards with .txt members; speech-classify: class folders, a .tsv of
+    path<TAB>label, or shards with .cls members; vision-classify: class folders, or shards with .cls members; of all
+    these also Hugging Face's metadata.csv, .jsonl and .parquet; text-classify: a .tsv of text<TAB>label or
     text<TAB>text<TAB>label."""
     valid: str | None = None
     """Held-out data that choose the checkpoint, same formats; unset: task.valid_share of the training data."""

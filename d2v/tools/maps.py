@@ -92,9 +92,7 @@ def draw_maps(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     model, config, place = load_model(checkpoint, device, image_size)
-    block = parse_layers(layer, model, several=False)
-    assert not isinstance(block, tuple)
-    modality, uncut = make_modality(config), Uncut(config)
+    modality, uncut, block = make_modality(config), Uncut(config), parse_layers(layer, model, several=False)
     encoder = model.teacher if weights == "teacher" else model
     folder = Path(output)
     # Both are opened before anything is computed or written.
