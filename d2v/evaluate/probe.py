@@ -205,7 +205,8 @@ def collect_features(
         read += [part.samples[i].sample_id for i in kept]
         for name, values in found.items():
             rows[name].append(values[kept])
-            odd = np.flatnonzero(~np.isfinite(rows[name][-1].reshape(len(kept), -1)).all(axis=1))
+            finite = np.isfinite(rows[name][-1])
+            odd = np.flatnonzero(~finite.all(axis=tuple(range(1, finite.ndim))))
             if len(odd):
                 first = source.describe(part.samples[kept[odd[0]]].sample_id)
                 raise ValueError(f"{option}: expected finite features, got {len(odd)} of {name} that are not; {first}")

@@ -46,8 +46,6 @@ class Prediction(NamedTuple):
     confidence: float
     """Probability of the class, or of the most probable label; transcripts: mean log-probability of the best labels;
     numbers: nan."""
-    words: tuple[SpokenWord, ...] = ()
-    """Of a transcript."""
 
 
 class Predictor:
@@ -71,9 +69,11 @@ class Predictor:
         self.uncut = Uncut(config, max_seconds, max_tokens)
 
     @torch.no_grad()
-    def run(self, source: Source, batch: int, option: str, report: Reporter | None = None) -> Iterator[Prediction]:
-        """Answers for the samples of a source that can be decoded, in order; the others, and what is cut, are named on
-        standard error. report: of values of samples."""
+    def run(
+        self, source: Source, batch: int, option: str, report: Reporter | None = None
+    ) -> Iterator[tuple[Prediction, list[SpokenWord]]]:
+        """Answers for the samples of a source that can be decoded, in order, with the words of transcripts; the others,
+        and what is cut, are named on standard error. report: of seconds of speech."""
         lost, cut, modality = list_missing(source), list[Rejected](), self.uncut.modality
         for part in self.uncut.batches(source, self.place, batch):
             notes = {note.sample_id: note for note in part.notes}
@@ -95,17 +95,17 @@ class Predictor:
                     named = self.model.labels[answer]
                 elif self.head.task == "multi-label":
                     named = name_labels(answer, self.model.labels)
-                yield Prediction(name, named, confidence, self._place_words(path))
+                yield Prediction(name, named, confidence), self._place_words(path)
         for what, entries in (("left out", lost), ("cut", cut)):
             if entries:
                 print(f"{option}: {what} {list_entries(entries)}", file=sys.stderr)
 
-    def _place_words(self, path: Sequence[int]) -> tuple[SpokenWord, ...]:
+    def _place_words(self, path: Sequence[int]) -> list[SpokenWord]:
         if self.decoder is None:
-            return ()
+            return []
         frame = self.uncut.modality.stem.step / self.uncut.modality.rate
         words = find_words(path, self.decoder.spelling, self.head.blank)
-        return tuple(SpokenWord(word.text, word.first * frame, word.last * frame) for word in words)
+        return [SpokenWord(word.text, word.first * frame, word.last * frame) for word in words]
 
 
 def predict(
@@ -119,7 +119,8 @@ def predict(
     `ValueError` as `Predictor` does, and for a path without samples.
     """
     predictor = Predictor(checkpoint, decode=decode, device=device, max_seconds=max_seconds, max_tokens=max_tokens)
-    yield from predictor.run(predictor.uncut.modality.open_whole(path, option="path"), batch, "path")
+    source = predictor.uncut.modality.open_whole(path, option="path")
+    yield from (found for found, _ in predictor.run(source, batch, "path"))
 
 
 def transcribe(
@@ -144,20 +145,21 @@ def transcribe(
     seconds = sum(int(source.lengths.sum()) for source in sources if source.lengths is not None) / modality.rate
     report = Reporter("transcribing", seconds, "s of speech")
     for source in sources:
-        for found in predictor.run(source, batch, "files", report):
-            print(_write_json(found, words) if as_json else _write_lines(found, words), end="", flush=True)
+        for found, said in predictor.run(source, batch, "files", report):
+            write = _write_json if as_json else _write_lines
+            print(write(found, said if words else None), end="", flush=True)
     report.finish()
 
 
-def _write_json(found: Prediction, words: bool) -> str:
+def _write_json(found: Prediction, words: list[SpokenWord] | None) -> str:
     row: dict[str, Any] = {"file": found.name, "text": found.answer, "confidence": round(found.confidence, 4)}
-    if words:
-        row["words"] = [{"word": w.word, "start": round(w.start, 3), "end": round(w.end, 3)} for w in found.words]
+    if words is not None:
+        row["words"] = [{"word": w.word, "start": round(w.start, 3), "end": round(w.end, 3)} for w in words]
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _write_lines(found: Prediction, words: bool) -> str:
+def _write_lines(found: Prediction, words: list[SpokenWord] | None) -> str:
     name = " ".join(found.name.split("\t"))
-    if not words:
+    if words is None:
         return f"{name}\t{found.answer}\n"
-    return "".join(f"{name}\t{word.start:.3f}\t{word.end:.3f}\t{word.word}\n" for word in found.words)
+    return "".join(f"{name}\t{word.start:.3f}\t{word.end:.3f}\t{word.word}\n" for word in words)
