@@ -73,9 +73,9 @@ def _read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     lines = io.StringIO(read_text_file(file))
     if file.name.endswith(SPOKEN):
         for line in lines:
-            name, _, text = line.strip().partition(" ")
+            name, *text = line.split(None, 1)[:2] or [""]
             if name:
-                yield name + SPOKEN, {TEXTS[0]: text}
+                yield name + SPOKEN, {TEXTS[0]: "".join(text)}
         return
     parse = csv.DictReader(lines) if file.suffix == ".csv" else (parse_json(line) for line in lines if line.strip())
     for number, row in enumerate(parse, 1):
