@@ -47,6 +47,7 @@ EXTRAS = {
     "quickstart": "skimage",
     "interop": "transformers",
     "onnx": "onnx onnxscript",
+    "parquet": "pyarrow",
 }
 """Optional dependencies by the extra of this package that brings them; `d2v --help` and `d2v info` need none."""
 
@@ -350,6 +351,10 @@ COMMANDS = {
     "features": Command(
         "features of images, speech or text to one file, with an index beside it", options.Features,
         "d2v.evaluate.features:extract",
+    ),
+    "transcribe": Command(
+        "text of recordings, with the times of words, by a model fine-tuned on transcripts", options.Transcribe,
+        "d2v.finetune.predict:transcribe", ("checkpoint",),
     ),
     "import": Command(
         "read a published fairseq checkpoint or a Hugging Face folder", options.Import,

@@ -109,7 +109,7 @@ class Signals(Speech):
         self.rate = config.stem.sample_rate
         super().__init__(config)
 
-    def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
+    def open(self, path: str | Sequence[str], *, labelled: bool = False, option: str = "data.path") -> Source:
         """A folder, with class folders where labelled, a `.tsv` list, or .tar shards; all are decoded once for their
         lengths. Those of other channels count as damaged."""
         source = self.open_encoded(path, SIGNALS, labelled, option, measure=measure_signal)

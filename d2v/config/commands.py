@@ -59,9 +59,10 @@ class FineTuning:
     checkpoint: str = ""
     """Pre-trained model: run folder, checkpoint inside it, or exported folder."""
     train: str = ""
-    """Labelled training data. speech-ctc: audio files with a .txt beside each, a .tsv manifest with an .ltr beside it,
-    or .tar shards with .txt members; speech-classify: class folders, a .tsv of path<TAB>label, or shards with .cls
-    members; vision-classify: class folders, or shards with .cls members; text-classify: a .tsv of text<TAB>label or
+    """Labelled training data. speech-ctc: audio files with a .txt beside each or LibriSpeech's .trans.txt, a .tsv
+    manifest with an .ltr beside it, or .tar shards with .txt members; speech-classify: class folders, a .tsv of
+    path<TAB>label, or shards with .cls members; vision-classify: class folders, or shards with .cls members; of all
+    these also Hugging Face's metadata.csv, .jsonl and .parquet; text-classify: a .tsv of text<TAB>label or
     text<TAB>text<TAB>label."""
     valid: str | None = None
     """Held-out data that choose the checkpoint, same formats; unset: task.valid_share of the training data."""
@@ -105,8 +106,10 @@ class _OfWhole(_OfModel):
 class _OfFeatures(_OfModel):
     weights: Literal["student", "teacher"] = "teacher"
     """Network whose features are taken."""
-    layer: int | None = None
-    """Blocks that run before the features are taken; unset: all, and the final norm."""
+    layer: str | None = None
+    """Blocks that run before the features are taken; unset: all, and the final norm. features and evaluate probe: also
+    several, as in 1,5,9, or all: 0 (the input of the first block) to the last. The probe then learns the weights of
+    their sum."""
     image_size: int | None = setting(None, low=1, option="stem.image-size")
     """Images: another size than in training, to which the positions are interpolated; unset: that of the model."""
     frames: int | None = setting(None, low=1, option="stem.frames")
@@ -132,6 +135,8 @@ class Probe(_OfFeatures, _OfWhole):
     pool: Literal["mean", "mean-std", "segments", "class"] = "mean"
     """How a sample's tokens become one vector: their mean; mean and standard deviation; the means of four equal parts
     in order; the class token, of models that have one. Raw features have their own."""
+    multi_label: bool = False
+    """A sample has any number of labels, separated by `;` or `,`: mean average precision in place of accuracy."""
     neighbours: int = 5
     """Neighbours k of the kNN classifier."""
     labels_per_class: int = 10
@@ -168,6 +173,26 @@ class EvaluateModel(_OfWhole):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Transcribe(_OfModel):
+    """Prints the text of recordings with a model of speech-ctc, FILE<TAB>TEXT in each line. Recordings longer than
+    those of the training go through the model in overlapping pieces."""
+
+    files: tuple[str, ...] = setting(option="files", positional=True)
+    """Recordings; or folders, .tsv manifests, .tar shards and .parquet files of them."""
+    words: bool = False
+    """Print each word with its time: FILE<TAB>START<TAB>END<TAB>WORD, in seconds from the beginning."""
+    as_json: bool = setting(False, option="json")
+    """Print a JSON object for each recording: file, text, confidence (mean log-probability of the best labels); with
+    --words, words with start and end."""
+    decode: Decoding = field(default_factory=Decoding)
+    """How transcripts are found."""
+    batch: int = 16
+    """Recordings per forward pass."""
+    max_seconds: float | None = None
+    """Cut longer recordings, and count them; unset: none is."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Maps(_OfFeatures):
     """Pictures of what a model has learned: OUTPUT/maps.png, samples with their masks and the similarity of their
     features, and OUTPUT/embedding.png, a point for every labelled sample in the colour of its class."""
@@ -196,7 +221,10 @@ class Features(_OfFeatures, _OfWhole):
     input: str
     """Images, speech or text, as for pre-training."""
     output: str
-    """File to write: .npy (an array), or .safetensors (a tensor "features"); float32 rows of C numbers."""
+    """File to write: .npy (an array), or .safetensors (a tensor "features"); float32 rows of C numbers, of K layers of
+    (K, C)."""
+    layer_weights: tuple[float, ...] = ()
+    """A number for each of several layers: their weighted sum is written; unset: all of them."""
     pool: Literal["tokens", "mean", "class"] = "tokens"
     """tokens: a row for every valid token; mean: one row a sample; class: its class token, of models that have one."""
     batch: int = 16

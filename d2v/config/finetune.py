@@ -85,6 +85,9 @@ class TaskOptions:
     """Dropout before the last layer."""
     regression: bool = setting(False, only="text")
     """Text: labels are numbers (STS-B)."""
+    multi_label: bool = setting(False, only="classify")
+    """A sample has any number of labels, separated by `;` or `,`: binary cross entropy of each, mean average
+    precision."""
     units: Literal["letters", "bpe"] = setting("letters", only="ctc")
     """CTC: what the model spells with: the characters of the training transcripts, or byte-level byte pairs of
     task.bpe."""

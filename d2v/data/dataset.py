@@ -194,7 +194,9 @@ class Modality:
         kind = Kind(self.noun, frozenset(self.suffixes), places, lists=True)
         return self.open_encoded(path, kind, labelled, option, measure=None)
 
-    def open_encoded(self, path: str, kind: Kind, labelled: bool, option: str, measure: Measure | None) -> Source:
+    def open_encoded(
+        self, path: str | Sequence[str], kind: Kind, labelled: bool, option: str, measure: Measure | None
+    ) -> Source:
         """Files at `path`, with what their index learns kept in data.cache, else in the folder of the run."""
         data, run = self.config.data, self.config.run.dir
         folder = Path(data.cache) if data.cache is not None else Path(run) / CACHE if run else None

@@ -24,6 +24,7 @@ from d2v.data.sources import (
     Kind,
     Measure,
     NoSamples,
+    NoTranscript,
     Rejected,
     Source,
     Wanted,
@@ -41,6 +42,8 @@ from d2v.data.sources import (
     read_transcripts,
     walk_files,
 )
+from d2v.data.tables.metadata import METADATA, SPOKEN, Known, read_known
+from d2v.data.tables.parquet import ParquetSource
 from d2v.files import open_regular
 from d2v.runtime import Reporter
 
@@ -61,18 +64,24 @@ MAX_DIGITS = 19
 """A count with more of them is none."""
 MEASURED = 4
 """Files that are measured at the same time, some of which are decoded."""
-_STORED = re.compile(r"(.+\.(?:zip|tar)):(\d+):(\d+)")
-"""archive:offset:length, an uncompressed member of an archive."""
+_PART = re.compile(r"(.+):(\d+):(\d+)")
+"""archive:offset:length, an uncompressed member of an archive; recording:start:length, frames of it."""
+ARCHIVES = frozenset({".zip", ".tar"})
+PARQUET = ".parquet"
 
 
-def open_source(path: str, kind: Kind = IMAGES, **options: Any) -> Source:
-    """Opens a folder of files of a kind, one .tar shard, a glob or brace pattern of shards, or a list of files.
+def open_source(path: str | Sequence[str], kind: Kind = IMAGES, **options: Any) -> Source:
+    """Opens a folder of files of a kind, one .tar shard, a glob or brace pattern of shards, of .parquet files or of
+    files of the kind, or a list of files.
 
-    `options` are those of `Wanted`. Raises `ValueError` where the path is empty, missing or holds no such file.
+    Several paths are files by name. `options` are those of `Wanted`. Raises `ValueError` where the path is empty,
+    missing or holds no such file.
     """
     wanted = Wanted(kind, **options)
     if not path:
         raise ValueError(f"{wanted.option}: expected {kind.places}, got nothing")
+    if not isinstance(path, str):
+        return open_files([Path(file) for file in path], wanted)
     if path.startswith("pipe:"):
         return open_command(path, wanted)
     if Path(path).is_dir():
@@ -82,9 +91,15 @@ def open_source(path: str, kind: Kind = IMAGES, **options: Any) -> Source:
         if len(files) != 1:
             raise ValueError(f"{wanted.option}: expected one manifest, got {len(files)} at {path!r}")
         return _open_list(files[0], wanted)
+    if all(file.suffix == PARQUET for file in files):
+        return ParquetSource(files, wanted)
+    if not wanted.labelled and all(ending_of(file.name) in kind.suffixes for file in files):
+        return open_files(files, wanted)
     odd = next((f for f in files if f.suffix != ".tar" or not f.is_file()), None)
     if odd is not None:
-        raise ValueError(f"{wanted.option}: expected .tar shards or one folder, got {str(odd)!r}")
+        raise ValueError(
+            f"{wanted.option}: expected .tar shards, .parquet files or one folder, got {str(odd)!r}; {kind.describe()}"
+        )
     return ShardSource(files, wanted)
 
 
@@ -106,9 +121,10 @@ def open_images(opener: Callable[[Kind], Source]) -> Source:
 class FileSource(Source):
     """Files under `root` by name: those of a folder, or those of a list.
 
-    A name in a list may also be `archive.zip:offset:length` of a stored member, or `COMMAND |`, whose output is the
-    file. Transcripts are the `.txt` files beside the samples; those of a list are the lines of the `.ltr` file beside
-    it: letters separated by spaces, `|` between words; or of a `.wrd` file of words.
+    A name in a list may also be `archive.zip:offset:length` of a stored member, `a.wav:start:length` of a recording, in
+    its frames, or `COMMAND |`, whose output is the file. Transcripts are the `.txt` files beside the samples, or what
+    `tables` in the folder say; those of a list are the lines of the `.ltr` file beside it: letters separated by spaces,
+    `|` between words; or of a `.wrd` file of words.
     """
 
     counts: np.ndarray | None = None
@@ -116,11 +132,14 @@ class FileSource(Source):
 
     def __init__(self, root: Path, names: list[str], wanted: Wanted, file: Path | None = None) -> None:
         self.root, self.names, self.cache, self.file = root, NameTable(names), wanted.cache, file
-        self._endings = " ".join(sorted(wanted.kind.suffixes))
+        self._endings, self._cut = " ".join(sorted(wanted.kind.suffixes)), wanted.kind.cut
         self.rejected, self.left_out = [], {}
         self.lines = np.arange(len(names))
         """Line of each sample in the list, without that of the root."""
         self._transcripts: list[str] | None = None
+        self.tables: Sequence[str] = ()
+        """Paths under the root of files that `read_known` reads."""
+        self._known: Known | None = None
         self.stamps = stamps_of([self._file_of(name) for name in names])
 
     def file_path(self, number: int) -> str:
@@ -145,13 +164,14 @@ class FileSource(Source):
             if done.returncode:
                 raise ValueError(f"command ended with exit code {done.returncode}")
             return io.BytesIO(done.stdout)
-        path = self.root / name
-        match = _STORED.fullmatch(name)
-        if match is None or path.exists():
-            return self._check(open_regular(path), index)
+        match = self._part_of(name)
+        if match is None:
+            return self._check(open_regular(self.root / name), index)
         offset, size = int(match[2]), int(match[3])
-        check_size(size, "member")
+        check_size(size, "part")
         with self._check(open_regular(self.root / match[1]), index) as archive:
+            if self._cut is not None and ending_of(match[1]) not in ARCHIVES:
+                return io.BytesIO(self._cut(archive, offset, size))
             archive.seek(offset)
             data = archive.read(size)
         if len(data) != size:
@@ -169,10 +189,23 @@ class FileSource(Source):
 
     def read_transcript(self, index: int) -> str:
         if self.file is None:
-            return read_text_file((self.root / self.names[index]).with_suffix(".txt"))
+            beside = (self.root / self.names[index]).with_suffix(".txt")
+            if not self.tables or beside.exists():
+                return read_text_file(beside)
+            if (text := self.known().texts.get(self.names[index])) is None:
+                told = f"{self.tables[0]}{' or another table' if len(self.tables) > 1 else ''}"
+                raise NoTranscript(f"{self.describe(index)}: expected {beside.name} or a line in {told}, found none")
+            return text
         if self._transcripts is None:
             self._transcripts = read_transcripts(self.file)
         return self._transcripts[int(self.lines[index])]
+
+    def known(self) -> Known:
+        """What the tables say, read once; what of them is not used is then in `left_out`."""
+        if self._known is None:
+            self._known = read_known(self.root, self.tables, self.names)
+            self.left_out |= self._known.left_out
+        return self._known
 
     def read_lengths(self, measure: Measure, rows: Sequence[int] | None = None) -> np.ndarray:
         """(n,) int64: lengths of the samples `rows` (None: all) by their files; -1 where one is damaged, which goes to
@@ -198,9 +231,15 @@ class FileSource(Source):
         """Path of the file that holds a sample; "" for the output of a command."""
         if is_command(name):
             return ""
-        path = os.path.join(self.root, name)  # noqa: PTH118
-        match = _STORED.fullmatch(name)
-        return path if match is None or os.path.exists(path) else str(self.root / match[1])  # noqa: PTH110
+        match = self._part_of(name)
+        return os.path.join(self.root, name if match is None else match[1])  # noqa: PTH118
+
+    def _part_of(self, name: str) -> re.Match[str] | None:
+        """What a name says where it means a part of a file."""
+        match = _PART.fullmatch(name)
+        if match is None or (self._cut is None and ending_of(match[1]) not in ARCHIVES):
+            return None
+        return None if os.path.exists(os.path.join(self.root, name)) else match  # noqa: PTH110, PTH118
 
 
 def is_command(name: str) -> bool:
@@ -219,14 +258,30 @@ def _read_whole(file: BinaryIO) -> bytes:
     return file.read(size + 1)
 
 
-def _open_folder(root: Path, wanted: Wanted) -> FileSource:
-    """Files of a kind at any depth under `root`; with labels, the first folder level names the class."""
+def open_files(files: Sequence[Path], wanted: Wanted) -> FileSource:
+    """Files by name."""
+    folders = {file.parent for file in files}
+    root = folders.pop() if len(folders) == 1 else Path()
+    return FileSource(root, [str(file.relative_to(root)) for file in files], wanted)
+
+
+def _open_folder(root: Path, wanted: Wanted) -> Source:
+    """Files of a kind at any depth under `root`; with labels, what `metadata.csv` or `.jsonl` in it say, else the first
+    folder level names the class. Where there is nothing but .parquet files, these."""
     kind, option, left = wanted.kind, wanted.option, Counter[str]()
     files = sorted(walk_files(root, left))
+    spoken = ".txt" in kind.beside
+    tables = [n for n in files if n.rpartition(os.sep)[2] in METADATA or (spoken and n.endswith(SPOKEN))]
+    files = sorted(set(files).difference(tables))
     endings = [ending_of(name) for name in files]
     found = [name for name, ending in zip(files, endings, strict=True) if ending in kind.suffixes]
     left.update(e for e in endings if e not in kind.suffixes and e not in kind.beside)
     left_out = count_endings(+left, "files", kind.readers)
+    if not found and left[PARQUET]:
+        source = ParquetSource([root / n for n, e in zip(files, endings, strict=True) if e == PARQUET], wanted)
+        del left[PARQUET]
+        source.left_out = count_endings(+left, "files", kind.readers)
+        return source
     if not found:
         shards = left[".tar"]
         hint = f"; for its {shards} .tar shards pass {str(root / '*.tar')!r}" if shards else ""
@@ -235,9 +290,24 @@ def _open_folder(root: Path, wanted: Wanted) -> FileSource:
             f"{option}: expected {kind.noun} {place}, found none in {len(files)} files{list_left_out(left_out)}; "
             f"{kind.describe()}{hint}"
         )
+    return _open_found(root, found, tables, left_out, wanted)
+
+
+def _open_found(root: Path, found: list[str], tables: list[str], left_out: dict[str, int], wanted: Wanted) -> Source:
+    """The files that a folder holds, and their labels."""
+    kind, option = wanted.kind, wanted.option
     source = FileSource(root, found, wanted)
-    source.left_out = left_out
-    if wanted.labelled:
+    source.tables, source.left_out = tables, left_out
+    if wanted.labelled and (labels := source.known().labels):
+        known, kept = source.known(), [name for name in found if name in labels]
+        lost = [
+            Rejected(source.describe(i), "no label in the metadata") for i, n in enumerate(found) if n not in labels
+        ]
+        source = FileSource(root, kept, wanted)
+        source.tables, source.left_out, source._known = tables, left_out, known
+        source.rejected, source.incomplete = lost, list(lost)
+        source.labels, source.classes = number_classes([labels[name] for name in kept])
+    elif wanted.labelled:
         if loose := [name for name in found if os.sep not in name]:
             count = f"{len(loose)} of {len(found)} {kind.noun} outside any"
             raise ValueError(f"{option}: expected class folders under {str(root)!r}, got {loose[0]!r} ({count})")

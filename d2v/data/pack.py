@@ -41,7 +41,11 @@ AHEAD = 8
 HELD_BYTES = 64 << 20
 """Text that is held in memory before it is appended to its files."""
 KINDS = {"images": BANDS, "speech": SPEECH}
-_SIGNATURES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"FORM": ".aiff", b".snd": ".au", b"caff": ".caf"}
+_SIGNATURES = (
+    (b"RIFF", ".wav"), (b"fLaC", ".flac"), (b"OggS", ".ogg"), (b"FORM", ".aiff"), (b".snd", ".au"), (b"caff", ".caf"),
+    (b"ID3", ".mp3"), (b"\x89PNG", ".png"), (b"\xff\xd8\xff", ".jpg"), (b"GIF8", ".gif"), (b"RIFF", ".webp"),
+)  # fmt: skip
+"""How files begin whose names do not say what they are."""
 
 
 @dataclass(frozen=True)
@@ -275,9 +279,10 @@ def read_packed(
         if not settings.unchecked:
             decode_audio(data) if speech else check_image(data)
         suffix, known = Path(source.describe(index)).suffix.lower(), KINDS[settings.kind].suffixes
-        if suffix not in known and data[:4] not in _SIGNATURES:
+        fitting = [suffix, *(s for start, s in _SIGNATURES if data.startswith(start))]
+        if not (fitting := [s for s in fitting if s in known]):
             raise ValueError(f"expected one of {', '.join(sorted(known))}, got a name that ends in {suffix!r}")
-        members = [(suffix if suffix in known else _SIGNATURES[data[:4]], data)]
+        members = [(fitting[0], data)]
     except ShardLost:
         raise
     except Exception as error:  # whatever is wrong with one sample stays with it

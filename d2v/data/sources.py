@@ -83,6 +83,8 @@ class Kind(NamedTuple):
     """Endings of files that belong to the samples."""
     readers: Mapping[str, str] = {}
     """What would read files of other endings, in words, by ending."""
+    cut: Callable[[BinaryIO, int, int], bytes] | None = None
+    """Makes an encoded file of a part of one, from a place on and so long, where lists may name such parts."""
 
     def describe(self) -> str:
         """The endings that count."""
@@ -207,8 +209,8 @@ class Subset(Source):
 
     def __init__(self, base: Source, rows: np.ndarray) -> None:
         self.base, self.rows = base, rows
-        self.rejected, self.left_out, self.classes = base.rejected, base.left_out, base.classes
-        columns = (base.labels, base.lengths, base.shards)
+        self.rejected, self.left_out, self.incomplete = base.rejected, base.left_out, base.incomplete
+        self.classes, columns = base.classes, (base.labels, base.lengths, base.shards)
         self.labels, self.lengths, self.shards = (None if c is None else c[rows] for c in columns)
         if base.measured:
             self.measured = {i: base.measured[r] for i, r in enumerate(rows.tolist()) if r in base.measured}

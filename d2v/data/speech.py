@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,14 @@ from torch import Tensor
 from d2v.config import Config
 from d2v.data.dataset import STREAM_CROP, STREAM_SPEED, Batch, Modality, Sample, random_stream
 from d2v.data.decoding.recording import LONG, Level, Recording, measure_recording
-from d2v.data.decoding.sound import AV_HINT, decode_audio, describe_conversion, normalise_waveform, resample
+from d2v.data.decoding.sound import (
+    AV_HINT,
+    cut_recording,
+    decode_audio,
+    describe_conversion,
+    normalise_waveform,
+    resample,
+)
 from d2v.data.index import FileSource, is_command
 from d2v.data.sources import Kind, Source, Subset, for_example
 from d2v.model.stems import LogMelStem
@@ -46,7 +54,7 @@ _HAS_AV = importlib.util.find_spec("av") is not None
 SPEECH = Kind(
     "audio files", _audio_suffixes() | (AV_ENDINGS if _HAS_AV else frozenset()),
     "a folder of audio files, a .tsv manifest or shards", lists=True,
-    beside=frozenset({".txt", ".tsv", ".ltr", ".wrd"}), readers=dict.fromkeys(AV_ENDINGS, AV_HINT),
+    beside=frozenset({".txt", ".tsv", ".ltr", ".wrd"}), readers=dict.fromkeys(AV_ENDINGS, AV_HINT), cut=cut_recording,
 )  # fmt: skip
 MIN_TOKENS = 4
 """Shortest utterance in tokens of the stem, whatever data.min_seconds says: less cannot be masked."""
@@ -155,8 +163,8 @@ class Speech(Modality):
             low, high = (low, middle) if self.stem.count_tokens(middle) >= tokens else (middle + 1, high)
         return low
 
-    def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
-        """A folder of audio files, of class folders, a `.tsv` manifest, or .tar shards.
+    def open(self, path: str | Sequence[str], *, labelled: bool = False, option: str = "data.path") -> Source:
+        """A folder of audio files, of class folders, a `.tsv` manifest, .tar shards or .parquet files; or such files.
 
         Files are measured for lengths; a manifest gives its own, unless a few files say otherwise, and only long ones
         are measured. What is damaged is rejected, what is too short is left out and counted.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from d2v.data.sources import Rejected, for_example
+from d2v.evaluate.layers import check_weights, parse_layers
 from d2v.evaluate.pieces import Uncut, list_entries, list_missing, passed_over
 from d2v.evaluate.probe import encode_pieces
 from d2v.files import write_atomically
@@ -25,23 +28,24 @@ SUFFIXES = (".npy", ".safetensors")
 
 
 class RowWriter:
-    """Appends float32 rows (n,C) to a file whose header is written last; the file appears whole or not at all.
+    """Appends float32 rows (n,C) or (n,K,C) to a file whose header is written last; the file appears whole or not at
+    all.
 
     Nothing but one batch is held in memory.
     """
 
     def __init__(self, path: Path) -> None:
-        """`path` ends in .npy (an array (rows, C)) or .safetensors (a tensor "features")."""
+        """`path` ends in .npy (an array (rows, ...)) or .safetensors (a tensor "features")."""
         if path.suffix not in SUFFIXES:
             raise ValueError(f"output: expected a name that ends in {' or '.join(SUFFIXES)}, got {str(path)!r}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.rows, self.width = path, 0, 0
+        self.path, self.rows, self.shape = path, 0, tuple[int, ...]()
         self._rows_file = path.with_name(f".partial-{path.name}.rows")
         self._file = self._rows_file.open("wb")
 
     def append(self, rows: np.ndarray) -> None:
-        """Rows (n,C) float32."""
-        self.rows, self.width = self.rows + len(rows), rows.shape[1]
+        """Rows float32; all of one shape."""
+        self.rows, self.shape = self.rows + len(rows), rows.shape[1:]
         self._file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
 
     def finish(self) -> None:
@@ -55,11 +59,11 @@ class RowWriter:
         self._rows_file.unlink()
 
     def _write_header(self, out: Any) -> None:
-        shape = (self.rows, self.width)
+        shape = (self.rows, *self.shape)
         if self.path.suffix == ".npy":
             np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
             return
-        entry = {"dtype": "F32", "shape": list(shape), "data_offsets": [0, 4 * self.rows * self.width]}
+        entry = {"dtype": "F32", "shape": list(shape), "data_offsets": [0, 4 * math.prod(shape)]}
         text = json.dumps({"features": entry}).encode()
         text += b" " * (-len(text) % 8)
         out.write(struct.pack("<Q", len(text)) + text)
@@ -95,7 +99,8 @@ def extract(
     output: str,
     *,
     weights: str = "teacher",
-    layer: int | None = None,
+    layer: int | str | None = None,
+    layer_weights: Sequence[float] = (),
     image_size: int | None = None,
     frames: int | None = None,
     pool: str = "tokens",
@@ -109,11 +114,12 @@ def extract(
     """Writes features of everything at `input`; returns a summary.
 
     The file holds float32 rows (rows, C): of every valid token ("tokens"), or one a sample: their mean ("mean"),
-    or the class token ("class"). Samples that are longer than the model saw go through it in overlapping pieces
-    (`d2v.evaluate.pieces`), cut where `max_seconds` or `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists
-    for each sample its name, its first row and its rows: none for one that cannot be used, with the reason in the last
-    column. Those, and what is cut, are counted and named in the summary. image_size: side of the images in pixels;
-    frames: length of spectrograms; None: that of the model.
+    or the class token ("class"); of several layers (`parse_layers`) (rows, K, C), or their sum with `layer_weights`.
+    Samples that are longer than the model saw go through it in overlapping pieces (`d2v.evaluate.pieces`), cut where
+    `max_seconds` or `max_tokens` is given. Beside the file, OUTPUT.index.tsv lists for each sample its name, its first
+    row and its rows: none for one that cannot be used, with the reason in the last column. Those, and what is cut, are
+    counted and named in the summary. image_size: side of the images in pixels; frames: length of spectrograms; None:
+    that of the model.
     """
     if pool not in POOLS:
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
@@ -122,18 +128,19 @@ def extract(
     uncut = Uncut(config, max_seconds, max_tokens)
     modality = uncut.modality
     source = modality.open_whole(input, option="input")
+    layers = parse_layers(layer, model)
+    mix = torch.from_numpy(check_weights(layer_weights, layers)) if layer_weights else None
     encoder = model.teacher if weights == "teacher" else model
-    target = Path(output)
-    writer = RowWriter(target)
-    index = _Index(writer)
+    index = _Index(writer := RowWriter(Path(output)))
     report = Reporter("features", len(source), modality.noun)
 
     try:
         for part in uncut.batches(source, place, batch):
             with autocast(precision, place):
-                found = encode_pieces(encoder, modality, part, place, layer, pool == "class")
+                found = encode_pieces(encoder, modality, part, place, layers, pool == "class")
             for sample, made in zip(part.samples, found, strict=True):
                 rows = made[None] if pool == "class" else made
+                rows = rows if mix is None else torch.einsum("tkc,k->tc", rows, mix)
                 name, note = source.describe(sample.sample_id), next(iter(sample.notes), None)
                 text = "" if note is None else note.text
                 if note is not None and note.kind == "bad":
@@ -152,10 +159,10 @@ def extract(
         writer.abort()
         raise
     report.finish()
-    index_file = target.with_name(target.name + ".index.tsv")
+    index_file = writer.path.with_name(writer.path.name + ".index.tsv")
     write_atomically(index_file, "\n".join(index.lines) + "\n")
-    used = len(index.lines) - 1 - len(index.lost)
     named = (("left out", index.lost), ("cut", index.cut))
     notes = "".join(f"; {what} {list_entries(found)}" for what, found in named if found)
     notes += "".join(f"; left out {count} {reason}" for reason, count in passed_over(source).items())
-    return f"{target}: {writer.rows} rows of {writer.width} of {used} {modality.noun}; {index_file}{notes}"
+    used, shape = len(index.lines) - 1 - len(index.lost), " x ".join(map(str, writer.shape))
+    return f"{output}: {writer.rows} rows of {shape} of {used} {modality.noun}; {index_file}{notes}"

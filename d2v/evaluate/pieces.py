@@ -46,28 +46,47 @@ class PieceBatch(Batch):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def run(self, forward: Callable[[Tensor, Tensor | None], list[Tensor]]) -> list[Tensor]:
+    def run(
+        self, forward: Callable[[Tensor, Tensor | None], list[Tensor]], seam: Seam | None = None,
+        report: Callable[[float], object] | None = None,
+    ) -> list[Tensor]:  # fmt: skip
         """What `forward` makes of each sample.
 
         Args:
             forward: inputs of some rows and their lengths -> for each row (T,...) of its valid tokens, which are joined
                 at the seams, or (K,) of the whole, of which a sample has the mean over its pieces, weighted by tokens.
+            seam: where two pieces are joined; None: in the middle of what they share.
+            report: called with the share of the rows that was made since it was last called.
         """
         made: list[Tensor] = []
         for start in range(0, len(self.inputs), self.rows):
             part = slice(start, start + self.rows)
             made += forward(self.inputs[part], None if self.lengths is None else self.lengths[part])
+            if report is not None:
+                report(len(self.inputs[part]) / len(self.inputs))
         parts: list[list[tuple[Tensor, Piece]]] = [[] for _ in self.samples]
         for row, piece in zip(made, self.pieces, strict=True):
             parts[piece.sample].append((row, piece))
-        return [_join(part) for part in parts]
+        return [_join(part, seam) for part in parts]
 
 
-def _join(parts: list[tuple[Tensor, Piece]]) -> Tensor:
+Seam = Callable[[Tensor, Tensor], int]
+"""Of two pieces the rows (W,...) of the same W tokens -> the first of these that is the second piece's."""
+
+
+def _join(parts: list[tuple[Tensor, Piece]], seam: Seam | None) -> Tensor:
     if len(parts) == 1:
         return parts[0][0]
     if parts[0][0].dim() > 1:
-        return torch.cat([row[piece.first : piece.last] for row, piece in parts])
+        cuts = [[piece.first, len(row) if piece.last is None else piece.last] for row, piece in parts]
+        for number, ((a, _), (b, _)) in enumerate(pairwise(parts)):
+            if seam is None:
+                break
+            end, start = cuts[number][1], cuts[number + 1][0]
+            before, behind = start // 2, (len(a) - end) // 2  # of what they share no more than the middle
+            shift = seam(a[end - before : end + behind], b[start - before : start + behind]) - before
+            cuts[number][1], cuts[number + 1][0] = end + shift, start + shift
+        return torch.cat([row[first:last] for (row, _), (first, last) in zip(parts, cuts, strict=True)])
     weights = torch.tensor([float((piece.last or 0) - piece.first) for _, piece in parts])
     rows = torch.stack([row for row, _ in parts])
     return (weights.to(rows) @ rows) / weights.sum()

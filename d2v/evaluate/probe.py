@@ -16,11 +16,13 @@ from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.dataset import Batch, Collate, Modality
-from d2v.data.sources import Rejected, Source, check_classes, describe_rare
+from d2v.data.sources import Rejected, Source, check_classes, describe_rare, number_classes
+from d2v.evaluate.layers import mix_layers, parse_layers
+from d2v.evaluate.multilabel import mean_average_precision, split_labels, stack_labels
 from d2v.evaluate.pieces import PieceBatch, Uncut, list_entries, list_missing
 from d2v.files import write_atomically
 from d2v.model.data2vec import build_model
-from d2v.model.teacher import Encoded
+from d2v.model.teacher import Encoded, Layers
 from d2v.saved import load_model
 from d2v.train.objective import autocast
 
@@ -30,19 +32,27 @@ def encode_batch(
     modality: Modality,
     batch: Batch,
     device: torch.device,
-    layer: int | None = None,
+    layer: Layers = None,
     pool: str = "mean",
 ) -> Tensor:
-    """(B,F) float32 on the host: `encoder.encode`, a model's or its teacher's, made one row a sample by a pool."""
+    """(B,F) float32 on the host, of K layers (B,K,F): `encoder.encode`, a model's or its teacher's, made one row a
+    sample by a pool."""
     if isinstance(batch, PieceBatch) and len(batch.inputs) > len(batch):
         samples = encode_pieces(encoder, modality, batch, device, layer, class_token=pool == "class")
         if pool == "class":
             return torch.stack(samples)
-        return torch.cat([POOLS[pool](f[None], torch.ones(1, len(f), dtype=torch.bool)) for f in samples])
+        return torch.cat([_pool(pool, f[None], torch.ones(1, len(f), dtype=torch.bool)) for f in samples])
     encoded = encoder.encode(modality.prepare(batch.inputs.to(device)), lengths=batch.lengths, layer=layer)
     if pool == "class":
         return _class_token(encoded).float().cpu()
-    return POOLS[pool](encoded.features.float(), encoded.valid).cpu()
+    return _pool(pool, encoded.features.float(), encoded.valid).cpu()
+
+
+def _pool(pool: str, features: Tensor, valid: Tensor) -> Tensor:
+    """Features (B,T,C) or (B,T,K,C) -> (B,F) or (B,K,F)."""
+    if features.dim() == 3:
+        return POOLS[pool](features, valid)
+    return torch.stack([POOLS[pool](layer, valid) for layer in features.unbind(2)], dim=1)
 
 
 def encode_pieces(
@@ -50,7 +60,7 @@ def encode_pieces(
     modality: Modality,
     batch: PieceBatch,
     device: torch.device,
-    layer: int | None = None,
+    layer: Layers = None,
     class_token: bool = False,
 ) -> list[Tensor]:
     """Features (T,C) of the tokens of each sample, float32 on the host, or its class token (C,)."""
@@ -71,7 +81,7 @@ def _class_token(encoded: Encoded) -> Tensor:
 
 
 def make_extractor(
-    encoder: Any, modality: Modality, device: torch.device, layer: int | None, pool: str, precision: str
+    encoder: Any, modality: Modality, device: torch.device, layer: Layers, pool: str, precision: str
 ) -> Callable[[PieceBatch], Tensor]:
     """`encode_batch` of an encoder in a precision."""
 
@@ -195,7 +205,8 @@ def collect_features(
         read += [part.samples[i].sample_id for i in kept]
         for name, values in found.items():
             rows[name].append(values[kept])
-            odd = np.flatnonzero(~np.isfinite(rows[name][-1]).all(axis=1))
+            finite = np.isfinite(rows[name][-1])
+            odd = np.flatnonzero(~finite.all(axis=tuple(range(1, finite.ndim))))
             if len(odd):
                 first = source.describe(part.samples[kept[odd[0]]].sample_id)
                 raise ValueError(f"{option}: expected finite features, got {len(odd)} of {name} that are not; {first}")
@@ -226,17 +237,24 @@ def standardise_features(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarra
 
 def _logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, truth: np.ndarray) -> float:
     from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
 
+    model: Any = LogisticRegression(max_iter=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not converged after 1000 iterations is close enough, and the same for all
-        return float(LogisticRegression(max_iter=1000).fit(train, labels).score(test, truth))
+        if labels.ndim == 1:
+            return float(model.fit(train, labels).score(test, truth))
+        return mean_average_precision(truth, OneVsRestClassifier(model).fit(train, labels).predict_proba(test))
 
 
 def _score_all(x: np.ndarray, y: np.ndarray, z: np.ndarray, truth: np.ndarray, neighbours: int) -> dict[str, float]:
     from sklearn.neighbors import KNeighborsClassifier
 
-    classifier = KNeighborsClassifier(n_neighbors=min(neighbours, len(x)))
-    return {"linear_probe": _logistic(x, y, z, truth), "knn": float(classifier.fit(x, y).score(z, truth))}
+    classifier = KNeighborsClassifier(n_neighbors=min(neighbours, len(x))).fit(x, y)
+    if y.ndim == 2:
+        shares = y[classifier.kneighbors(z, return_distance=False)].mean(1)
+        return {"linear_probe": _logistic(x, y, z, truth), "knn": mean_average_precision(truth, shares)}
+    return {"linear_probe": _logistic(x, y, z, truth), "knn": float(classifier.score(z, truth))}
 
 
 def score_all_labels(
@@ -256,9 +274,11 @@ def score_features(
     draws: int,
     seed: int,
 ) -> dict[str, float]:
-    """Accuracies 0 to 1 of the three probes on standardised features.
+    """Accuracies 0 to 1 of the three probes on standardised features; of several labels a sample mean average
+    precisions, of a logistic regression for each label, or of its share among the neighbours.
 
-    train, test: (features (n,C), labels (n,)). Linear: multinomial logistic regression, L2 with C = 1. kNN: Euclidean.
+    train, test: (features (n,C), labels (n,), or bool (n,L)). Linear: multinomial logistic regression, L2 with C = 1.
+    kNN: Euclidean.
     Few-label: the linear probe on `labels_per_class` images a class, mean and standard deviation over `draws` draws,
     the same draws for all features.
     """
@@ -267,14 +287,29 @@ def score_features(
     few = []
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
-        chosen = [rng.permutation(np.flatnonzero(y == c))[:labels_per_class] for c in np.unique(y)]
-        rows = np.concatenate(chosen)
+        members = [y[:, c] for c in range(y.shape[1])] if y.ndim == 2 else [y == c for c in np.unique(y)]
+        chosen = [rng.permutation(np.flatnonzero(own))[:labels_per_class] for own in members]
+        rows = np.concatenate(chosen) if y.ndim == 1 else np.unique(np.concatenate(chosen))
         few.append(_logistic(x[rows], y[rows], z, truth))
     return {
         **_score_all(x, y, z, truth, neighbours),
         "few_label": float(np.mean(few)),
         "few_label_std": float(np.std(few, ddof=1)) if draws > 1 else 0.0,
     }
+
+
+def align_label_sets(train: Source, test: Source) -> tuple[list[str], tuple[np.ndarray, np.ndarray]]:
+    """Names of the labels in texts of several (`split_labels`), and bool (n,L): those of each class of the training and
+    of the test source; `ValueError` as `align_labels`."""
+    texts = [*(train.classes or []), *(test.classes or [])]
+    sets = split_labels(texts)
+    first, second = sets[: len(train.classes or [])], sets[len(train.classes or []) :]
+    names = number_classes([name for one in first for name in one])[1]
+    numbers = {name: i for i, name in enumerate(names)}
+    if unknown := sorted({name for one in second for name in one}.difference(numbers)):
+        raise ValueError(f"test: expected the labels {', '.join(names[:20])}, got {unknown[0]!r}")
+    tables = [stack_labels([[numbers[name] for name in one] for one in part], len(names)) for part in (first, second)]
+    return names, (tables[0], tables[1])
 
 
 def align_labels(train: Source, test: Source) -> np.ndarray:
@@ -292,17 +327,20 @@ def _print_error(text: str) -> None:
 
 
 def open_pair(
-    modality: Modality, train: str, test: str, say: Callable[[str], None] = _print_error
+    modality: Modality, train: str, test: str, say: Callable[[str], None] = _print_error, several: bool = False
 ) -> tuple[Source, Source]:
-    """Labelled training and test samples with the same numbers of classes; `ValueError` for those that no probe can
-    use."""
+    """Labelled training and test samples with the same numbers of classes, unless a sample has several labels;
+    `ValueError` for those that no probe can use."""
     first, second = (modality.open(p, labelled=True, option=o) for p, o in ((train, "train"), (test, "test")))
-    second.labels, second.classes = align_labels(first, second), first.classes
+    if several:
+        align_label_sets(first, second)
+    else:
+        second.labels, second.classes = align_labels(first, second), first.classes
+        check_classes(first, "train")
     if len(first.classes or []) < 2:
         raise ValueError(f"train: expected at least 2 classes, got {first.classes}")
-    check_classes(first, "train")
     assert first.labels is not None
-    for text in describe_rare(first.labels.tolist(), first.classes or [], first.describe):
+    for text in [] if several else describe_rare(first.labels.tolist(), first.classes or [], first.describe):
         say(text)
     for name, source in (("train", first), ("test", second)):
         check_lost(modality.config, source, name)  # what the index has rejected already costs no features
@@ -316,10 +354,11 @@ def probe(
     *,
     weights: str = "teacher",
     baselines: Sequence[str] = (),
-    layer: int | None = None,
+    layer: int | str | None = None,
     image_size: int | None = None,
     frames: int | None = None,
     pool: str = "mean",
+    multi_label: bool = False,
     neighbours: int = 5,
     labels_per_class: int = 10,
     draws: int = 5,
@@ -334,7 +373,8 @@ def probe(
 ) -> dict[str, Any]:
     """Probes a checkpoint and baselines; prints a table and, as the last line, one JSON object, which it returns.
 
-    The result is also written to `output`, or to `probe.json` of the run folder that `checkpoint` names.
+    layer: as of `parse_layers`; several are summed by `mix_layers`. The result is also written to `output`, or to
+    `probe.json` of the run folder that `checkpoint` names.
     """
     for name, value in (("neighbours", neighbours), ("labels-per-class", labels_per_class), ("draws", draws)):
         if value < 1:
@@ -346,37 +386,37 @@ def probe(
     if pool == "class" and not config.encoder.extra_tokens:
         raise ValueError(f"pool: expected one of {', '.join(POOLS)} for a model without a class token, got class")
     uncut = Uncut(config, max_seconds, max_tokens)
-    modality = uncut.modality
+    modality, layers = uncut.modality, parse_layers(layer, model)
     _check_baselines(baselines, modality)
-    train_source, test_source = open_pair(modality, train, test)
+    train_source, test_source = open_pair(modality, train, test, several=multi_label)
 
-    encoders: dict[str, Any] = {"pretrained": model}
-    if "random_init" in baselines:
-        encoders["random_init"] = build_model(config, place)
-    extractors = {
-        name: make_extractor(e.teacher if weights == "teacher" else e, modality, place, layer, pool, precision)
-        for name, e in encoders.items()
-    }
-    extractors |= {name: partial(raw_features, modality, name) for name in baselines if name != "random_init"}
-    extractors = {name: extractors[name] for name in ("pretrained", *baselines)}
+    extractors: dict[str, Callable[[PieceBatch], Tensor]] = {}
+    for name in ("pretrained", *baselines):
+        extractors[name] = partial(raw_features, modality, name)
+        if name in ("pretrained", "random_init"):
+            used = model if name == "pretrained" else build_model(config, place)
+            encoder = used.teacher if weights == "teacher" else used
+            extractors[name] = make_extractor(encoder, modality, place, layers, pool, precision)
     first, y = extract_features(extractors, config, train_source, "train", batch=batch, uncut=uncut)
     second, truth = extract_features(extractors, config, test_source, "test", batch=batch, uncut=uncut)
-    features = {name: (first[name], second[name]) for name in extractors}
+    names = train_source.classes or []
+    if multi_label:
+        names, tables = align_label_sets(train_source, test_source)
+        y, truth = tables[0][y], tables[1][truth]
+    mixes = mix_layers(first, second, y)
     options = {"neighbours": neighbours, "labels_per_class": labels_per_class, "draws": draws, "seed": seed}
-    scores = {
-        name: score_features((a, y), (b, truth), **options) for name, (a, b) in features.items()
-    }  # fmt: skip
+    scores = {name: score_features((first[name], y), (second[name], truth), **options) for name in extractors}
     result: dict[str, Any] = {
         key: {name: round(values[key], 6) for name, values in scores.items()}
         for key in ("linear_probe", "knn", "few_label", "few_label_std")
     }
-    result |= {
-        "weights": weights, "pool": pool, "classes": len(train_source.classes or []), "train_samples": len(y),
-        "test_samples": len(truth), **options,
-    }  # fmt: skip
-    print_table(result, modality.noun)
-    _write_result(result, checkpoint, output)
-    print(json.dumps(result))
+    result |= {"weights": weights, "pool": pool, "classes": len(names)}
+    result |= {"train_samples": len(y), "test_samples": len(truth), **options}
+    if multi_label:
+        result["chance"] = round(float(truth[:, truth.any(0)].mean()), 6)
+    if isinstance(layers, tuple):
+        result |= {"layers": list(layers), "layer_weights": mixes}
+    _write_result(result, checkpoint, output, modality.noun)
     return result
 
 
@@ -386,19 +426,23 @@ def _check_baselines(baselines: Sequence[str], modality: Modality) -> None:
         raise ValueError(f"baselines: expected of {', '.join(known)} for {modality.noun}, got {unknown[0]}")
 
 
-def _write_result(result: dict[str, Any], checkpoint: str, output: str | None) -> None:
+def _write_result(result: dict[str, Any], checkpoint: str, output: str | None, noun: str) -> None:
+    print_table(result, noun)
     folder = Path(checkpoint)
     if output is not None:
         write_atomically(Path(output), json.dumps(result, indent=1))
     elif (folder / "metrics.jsonl").is_file():
         write_atomically(folder / "probe.json", json.dumps(result, indent=1))
+    print(json.dumps(result))
 
 
 def print_table(result: dict[str, Any], noun: str) -> None:
-    """Accuracies in percent, a row per kind of features."""
-    chance = 100 / result["classes"]
+    """Accuracies or mean average precisions in percent, a row per kind of features."""
+    chance, score = 100 / result["classes"], "accuracy"
+    if "chance" in result:
+        chance, score = 100 * result["chance"], "mean average precision"
     print(
-        f"test accuracy in %, {result['classes']} classes (chance {chance:.1f}), "
+        f"test {score} in %, {result['classes']} classes (chance {chance:.1f}), "
         f"{result['train_samples']} training and {result['test_samples']} test {noun}"
     )
     neighbours = f"kNN (k={result['neighbours']})"
@@ -408,3 +452,6 @@ def print_table(result: dict[str, Any], noun: str) -> None:
         spread = f"{100 * result['few_label'][name]:.1f} ± {100 * result['few_label_std'][name]:.1f}"
         row = f"{100 * result['linear_probe'][name]:>8.1f}{100 * result['knn'][name]:>12.1f}{spread:>22}"
         print(f"{name:<16}{row}")
+    for name, weights in result.get("layer_weights", {}).items():
+        shown = ", ".join(f"{layer}: {w:.3f}" for layer, w in zip(result["layers"], weights, strict=True))
+        print(f"weights of the layers of {name}: {shown}")

@@ -18,8 +18,10 @@ _TRIES = 10
 
 
 def smooth_targets(targets: Tensor, classes: int, smoothing: float) -> Tensor:
-    """(B,K) float32 of classes (B,): 1 - s + s / K for the class, s / K for the others (Szegedy et al. 2016)."""
-    return F.one_hot(targets, classes).float() * (1.0 - smoothing) + smoothing / classes
+    """(B,K) float32 of classes (B,), or of 1 for each label (B,K): 1 - s + s / K for these, s / K for the others
+    (Szegedy et al. 2016)."""
+    hot = targets if targets.dim() == 2 else F.one_hot(targets, classes).float()
+    return hot * (1.0 - smoothing) + smoothing / classes
 
 
 def mix_images(images: Tensor, soft: Tensor, options: TaskOptions, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

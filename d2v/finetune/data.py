@@ -18,7 +18,8 @@ from torch import Tensor
 
 from d2v.config.finetune import FineTuneConfig
 from d2v.data.dataset import Batch, Modality, Sample
-from d2v.data.sources import Rejected, Source, Subset, check_classes
+from d2v.data.sources import Rejected, Source, Subset, check_classes, number_classes
+from d2v.evaluate.multilabel import split_labels, stack_labels
 from d2v.finetune.spelling import Spelling, normalise_transcript
 from d2v.model.stems.speech import SAMPLE_RATE
 from d2v_kernels import MaskSampler
@@ -28,7 +29,7 @@ STREAM_SPLIT = 101
 
 
 class LabelledSource(Subset):
-    """Some samples of a modality's source with a target each: a class number, a number, or a transcript."""
+    """Some samples of a modality's source with a target each: a class number or several, a number, or a transcript."""
 
     def __init__(self, base: Source, rows: np.ndarray, targets: Sequence[Any]) -> None:
         super().__init__(base, rows)
@@ -99,7 +100,8 @@ class LabelledBatch(Batch):
     """A micro-batch with targets; all tensors on the host."""
 
     targets: Tensor
-    """(B,) int64 classes, or float32 numbers; CTC: int64 labels of all transcripts, joined."""
+    """(B,) int64 classes, or float32 numbers; (B,K) float32, 1 for a label; CTC: int64 labels of all transcripts,
+    joined."""
     target_lengths: Tensor | None
     """CTC: (B,) int64 labels of each transcript."""
     hidden: Tensor | None
@@ -150,6 +152,9 @@ class LabelledCollate:
             spelled = [[] if v is None else self.spelling.encode(v) for v in values]
             joined = torch.tensor([i for ids in spelled for i in ids], dtype=torch.int64)
             return joined, torch.tensor([len(ids) for ids in spelled])
+        if task == "multi-label":
+            hot = stack_labels([v or () for v in values], len(self.config.finetune.labels))
+            return torch.from_numpy(hot).float(), None
         dtype = torch.float32 if task == "regression" else torch.int64
         return torch.tensor([0 if v is None else v for v in values], dtype=dtype), None
 
@@ -219,9 +224,10 @@ def _open_labelled(modality: Modality, path: str, option: str, skip: bool) -> So
 
 
 def open_classes(
-    modality: Modality, path: str, option: str, known: Sequence[str] | None, skip: bool
+    modality: Modality, path: str, option: str, known: Sequence[str] | None, skip: bool, several: bool = False
 ) -> tuple[LabelledSource, list[str]]:
-    """Samples with class numbers, and the names of the classes: `known` ones, or those that the data has.
+    """Samples with class numbers, and the names of the classes: `known` ones, or those that the data has. several: each
+    has a tuple of them.
 
     Raises:
         ValueError: a class that is not known; fewer than two classes in training data, or labels that are none.
@@ -230,15 +236,22 @@ def open_classes(
     assert source.labels is not None and source.classes is not None
     present = sorted(set(source.labels.tolist()))
     found = [source.classes[i] for i in present]
+    sets: list[tuple[str, ...]] = [(name,) for name in found]
+    if several:
+        sets = split_labels(found, known or ())
+        found = number_classes([name for one in sets for name in one])[1]
     classes = list(known) if known is not None else found
     if known is None and len(classes) < 2:
         raise ValueError(f"{option}: expected at least 2 classes, got {len(source)} samples of {classes} at {path!r}")
-    if known is None:
+    if known is None and not several:
         check_classes(source, option)
     numbers = {name: i for i, name in enumerate(classes)}
-    targets = [numbers.get(source.classes[i]) for i in source.labels.tolist()]
-    strange = [i for i, target in enumerate(targets) if target is None]
-    names = sorted({source.classes[source.labels[i]] for i in strange})
+    named = dict(zip(present, sets, strict=True))
+    own = [named[i] for i in source.labels.tolist()]
+    targets: list[Any] = [tuple(numbers.get(name) for name in names) for names in own]
+    strange = [i for i, target in enumerate(targets) if None in target]
+    names = sorted({name for i in strange for name in own[i]}.difference(numbers))
+    targets = targets if several else [target[0] for target in targets]
     reason = f"of classes that the training data lacks ({', '.join(names[:5])})"
     problem = Problem(strange, reason, "the classes of the training data")
     return _leave_out(source, targets, [problem], option, skip), classes

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from d2v.config.finetune import Decoding
@@ -17,38 +18,85 @@ from d2v.data.sources import read_text_file
 from d2v.finetune.spelling import SPECIALS, Spelling
 
 
-def decode_greedily(log_probabilities: Tensor, blank: int) -> list[int]:
-    """Labels of one utterance: the best of each frame, repetitions joined, blanks left out.
+class Answer(NamedTuple):
+    """Prediction of one sample."""
 
-    log_probabilities: (T,K) of the valid frames.
+    value: Any
+    """Class number, probabilities (K,) of labels, number or transcript."""
+    confidence: float
+    """Probability of the class, or of the most probable label; transcripts: mean log-probability of the best labels;
+    numbers: nan."""
+    path: Sequence[int] = ()
+    """Transcripts: the label of each frame."""
+
+
+class Word(NamedTuple):
+    """A word of a transcript."""
+
+    text: str
+    first: int
+    """Frame of its first letter."""
+    last: int
+    """Frame behind its last letter."""
+
+
+def find_words(path: Sequence[int], spelling: Spelling, blank: int) -> list[Word]:
+    """The words that the labels of frames spell, and where."""
+    groups: list[list[tuple[int, int]]] = [[]]
+    for frame, label in enumerate(path):
+        again = frame > 0 and path[frame - 1] == label
+        if label != blank and not again and spelling.starts_word(label):
+            groups.append([])
+        if label != blank and not (again and not groups[-1]):
+            groups[-1].append((frame, label))
+    words = []
+    for group in groups:
+        labels = [label for i, (frame, label) in enumerate(group) if not i or group[i - 1] != (frame - 1, label)]
+        frames = [frame for frame, label in group if spelling.decode([label])]
+        if frames and (text := spelling.decode(labels)):
+            words.append(Word(text, frames[0], frames[-1] + 1))
+    return words
+
+
+def find_seam(before: Tensor, behind: Tensor, blank: int) -> int:
+    """Where the outputs of two pieces of a recording are joined, such that no label is lost or doubled: a place near
+    the middle at which both have the same best labels to both sides, blanks if possible.
+
+    Args:
+        before, behind: (W,K) of the same frames, of the first and of the second piece.
+
+    Returns:
+        The first of the W frames that is the second piece's.
     """
-    best = log_probabilities.argmax(dim=-1).unique_consecutive().tolist()
-    return [i for i in best if i != blank]
+    if len(before) < 2:
+        return len(before) // 2
+    a, b = before.argmax(-1), behind.argmax(-1)
+    cost = (a != b)[1:].double() + (a != b)[:-1] + 0.5 * ((a[:-1] != blank) | (b[1:] != blank))
+    middle = torch.arange(1, len(a)) - len(a) / 2
+    return 1 + int((cost + 0.1 * middle.abs() / len(a)).argmin())
 
 
-def read_logits(
-    logits: Tensor, frames: int | None, task: str, decoder: Decoder | None
-) -> tuple[int | float | str, float]:
-    """Prediction of one sample - class number, number or transcript - and its confidence.
+def read_logits(logits: Tensor, frames: int | None, task: str, decoder: Decoder | None) -> Answer:
+    """Prediction of one sample.
 
     Args:
         logits: (K,), or (T,K) of CTC, on the host.
         frames: CTC: valid frames.
         task: of the head.
         decoder: of CTC.
-
-    Returns:
-        The answer, and the probability of the class; transcripts: mean log-probability of the best labels; numbers:
-        nan.
     """
     if decoder is not None:
         log_p = logits[:frames].log_softmax(-1)
-        return decoder.decode(log_p), float(log_p.max(-1).values.mean())
+        text, path = decoder.search(log_p)
+        return Answer(text, float(log_p.max(-1).values.mean()), path)
     if task == "regression":
-        return float(logits[0]), math.nan
+        return Answer(float(logits[0]), math.nan)
+    if task == "multi-label":
+        each = logits.float().sigmoid()
+        return Answer(each.numpy(), float(each.max()))
     probabilities = logits.softmax(-1)
     best = int(probabilities.argmax())
-    return best, float(probabilities[best])
+    return Answer(best, float(probabilities[best]))
 
 
 class Decoder:
@@ -67,18 +115,19 @@ class Decoder:
 
     def decode(self, log_probabilities: Tensor) -> str:
         """Transcript of one utterance from (T,K) log-probabilities of its valid frames."""
-        if self._search is None:
-            return self.spelling.decode(decode_greedily(log_probabilities, self.blank))
-        emissions = log_probabilities.float().cpu().contiguous()
-        best = self._search.decoder.decode(emissions.data_ptr(), *emissions.shape)[0]
-        if self.settings.lexicon is not None:
-            return " ".join(self._search.words[i] for i in best.words if i >= 0)
-        labels = [i for i in _join_repeats(best.tokens) if i != self.blank]
-        return self.spelling.decode(labels)
+        return self.search(log_probabilities)[0]
 
-
-def _join_repeats(ids: Sequence[int]) -> list[int]:
-    return [i for n, i in enumerate(ids) if i >= 0 and (n == 0 or i != ids[n - 1])]
+    def search(self, log_probabilities: Tensor) -> tuple[str, list[int]]:
+        """The same, and the label (or blank) of each frame in its best alignment."""
+        path: list[int] = log_probabilities.argmax(dim=-1).tolist()
+        if self._search is not None:
+            emissions = log_probabilities.float().cpu().contiguous()
+            best = self._search.decoder.decode(emissions.data_ptr(), *emissions.shape)[0]
+            path = list(best.tokens[1:-1])  # between the silence that it puts before and behind
+            if self.settings.lexicon is not None:
+                return " ".join(self._search.words[i] for i in best.words if i >= 0), path
+        labels = [i for n, i in enumerate(path) if i not in (self.blank, -1) and (n == 0 or i != path[n - 1])]
+        return self.spelling.decode(labels), path
 
 
 def _import_library() -> tuple[Any, Any, Any]:

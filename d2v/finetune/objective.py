@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from d2v.data.sampler import UpdateSampler
 from d2v.evaluate.pieces import PieceBatch, Uncut
 from d2v.finetune.augment import erase_rectangles, mix_images, smooth_targets
 from d2v.finetune.data import Labelled, LabelledBatch, LabelledCollate, LabelledSource
-from d2v.finetune.decoding import Decoder, read_logits
+from d2v.finetune.decoding import Decoder, find_seam, read_logits
 from d2v.finetune.scores import headline, quick_score
 from d2v.finetune.spelling import Spelling
 from d2v.model.data2vec import Data2Vec
@@ -44,11 +45,13 @@ class Outcome:
     row: int
     """Number of the sample in its source."""
     truth: Any
-    """Class number, number, or transcript."""
+    """Class number, numbers of labels, number, or transcript."""
     predicted: Any
+    """The same; of labels the probability of each (K,)."""
     loss: float
     confidence: float
-    """Probability of the predicted class; CTC: mean log-probability of the best labels; numbers: nan."""
+    """Probability of the predicted class, or of the most probable label; CTC: mean log-probability of the best labels;
+    numbers: nan."""
 
 
 class FineTuning(Objective):
@@ -123,7 +126,7 @@ class FineTuning(Objective):
         assert isinstance(batch, LabelledBatch)
         inputs = self.modality.prepare(batch.inputs.to(ranks.device, non_blocking=True))
         targets = batch.targets.to(ranks.device, non_blocking=True)
-        if self.task == "classification":
+        if self.task in ("classification", "multi-label"):
             targets = smooth_targets(targets, len(self.model.labels), self.options.label_smoothing)
             if self.config.stem.modality == "vision":
                 rng = random_stream(self.config.run.seed, self._update, batch.rows[0], STREAM_MIX)
@@ -144,7 +147,7 @@ class FineTuning(Objective):
     def measure_losses(
         self, logits: Tensor, targets: Tensor, batch: LabelledBatch, zero_infinity: bool = True
     ) -> Tensor:
-        """(B,) float32: cross entropy with (soft) targets, squared error, or CTC.
+        """(B,) float32: cross entropy with (soft) targets, binary ones summed over labels, squared error, or CTC.
 
         zero_infinity: CTC: of a transcript that is longer than its frames the loss is 0, not infinite.
         """
@@ -152,6 +155,8 @@ class FineTuning(Objective):
         if self.task == "classification":
             soft = targets if targets.dim() == 2 else F.one_hot(targets, logits.shape[1]).float()
             return -(soft * logits.log_softmax(-1)).sum(-1)
+        if self.task == "multi-label":
+            return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1)
         if self.task == "regression":
             return (logits[:, 0] - targets).square()
         assert batch.target_lengths is not None
@@ -255,8 +260,9 @@ class FineTuning(Objective):
         for i, row in enumerate(batch.rows):
             if i not in batch.bad:
                 frames = None if lengths is None else int(lengths[i])
-                predicted, confidence = read_logits(logits[i], frames, self.task, decoder)
-                outcomes.append(Outcome(row, source.targets[row], predicted, float(losses[i]), confidence))
+                answer = read_logits(logits[i], frames, self.task, decoder)
+                loss, truth = float(losses[i]), source.targets[row]
+                outcomes.append(Outcome(row, truth, answer.value, loss, answer.confidence))
         return outcomes
 
     def find_failure(self, line: Mapping[str, Any], batch: Batch | None) -> str | None:
@@ -264,8 +270,11 @@ class FineTuning(Objective):
         return find_broken(line)
 
 
-def run_model(model: FineTuned, modality: Modality, batch: PieceBatch, device: torch.device) -> list[Tensor]:
-    """Logits of each sample on the host, float32: (K,), or (T,K) of its frames."""
+def run_model(
+    model: FineTuned, modality: Modality, batch: PieceBatch, device: torch.device,
+    report: Callable[[float], object] | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Logits of each sample on the host, float32: (K,), or (T,K) of its frames. report: as of `PieceBatch.run`."""
 
     def forward(inputs: Tensor, lengths: Tensor | None) -> list[Tensor]:
         logits = model(modality.prepare(inputs.to(device)), lengths).float().cpu()
@@ -273,7 +282,8 @@ def run_model(model: FineTuned, modality: Modality, batch: PieceBatch, device: t
             return list(logits)
         return [row[:n] for row, n in zip(logits, model.count_tokens(inputs, lengths).tolist(), strict=True)]
 
-    return batch.run(forward)
+    head = model.head.settings
+    return batch.run(forward, partial(find_seam, blank=head.blank) if head.task == "ctc" else None, report)
 
 
 def _move(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from d2v.data.sources import Source
+from d2v.evaluate.multilabel import name_labels, stack_labels
 from d2v.files import write_atomically
 from d2v.finetune.objective import Outcome
 from d2v.finetune.scores import (
@@ -19,6 +20,8 @@ from d2v.finetune.scores import (
     count_errors,
     score_classes,
     score_each_class,
+    score_each_label,
+    score_labels,
     score_numbers,
     score_transcripts,
 )
@@ -37,12 +40,19 @@ def score_outcomes(outcomes: Sequence[Outcome], task: str, labels: Sequence[str]
         scores: dict[str, Any] = score_transcripts(truth, predicted)
     elif task == "regression":
         scores = score_numbers(np.array(truth, dtype=np.float64), np.array(predicted, dtype=np.float64))
+    elif task == "multi-label":
+        scores = score_labels(*_stack(outcomes, labels))
+        scores["classes"] = len(labels)
     else:
         scores = score_classes(np.array(truth), np.array(predicted), len(labels))
         scores["classes"] = len(labels)
     finite = [o.loss for o in outcomes if np.isfinite(o.loss)]  # not of transcripts that do not fit
     loss = float(np.mean(finite)) if finite else float("nan")
     return {"task": task, "samples": len(outcomes), **scores, "loss": round(loss, 6)}
+
+
+def _stack(outcomes: Sequence[Outcome], labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    return stack_labels([o.truth for o in outcomes], len(labels)), np.stack([o.predicted for o in outcomes])
 
 
 def describe_scores(result: dict[str, Any]) -> str:
@@ -62,6 +72,10 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     task = result["task"]
     write_atomically(folder / WORST, _list_worst(source, outcomes, task, labels, worst))
+    if task == "multi-label":
+        classes = score_each_label(*_stack(outcomes, labels), labels)
+        result = {**result, "per_class": classes}
+        _write_csv(folder / CLASSES, [list(classes[0]), *(list(row.values()) for row in classes)])
     if task == "classification":
         table = count_confusions(
             np.array([o.truth for o in outcomes]), np.array([o.predicted for o in outcomes]), len(labels)
@@ -104,6 +118,8 @@ def _list_worst(source: Source, outcomes: Sequence[Outcome], task: str, labels: 
 def _show(value: Any, task: str, labels: Sequence[str]) -> str:
     if task == "regression":
         return f"{value:.6g}"
+    if task == "multi-label":
+        return name_labels(value, labels)
     return " ".join(str(value if task == "ctc" else labels[value]).split())
 
 

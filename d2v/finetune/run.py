@@ -33,6 +33,7 @@ from d2v.finetune.data import (
 from d2v.finetune.decoding import Decoder
 from d2v.finetune.defaults import default_sections
 from d2v.finetune.objective import CHOICE, FineTuning
+from d2v.finetune.predict import MEANT
 from d2v.finetune.report import RESULT, describe_scores, score_outcomes, write_report
 from d2v.finetune.scores import headline, require_jiwer
 from d2v.finetune.spelling import Letters, Pieces, Spelling, spelling_of
@@ -178,9 +179,9 @@ def _open(
         return source, spelling.labels, spelling
     if kind == "regression":
         return open_numbers(modality, path, option, skip), None, None
-    if kind == "classification":
-        return *open_classes(modality, path, option, labels, skip), None
-    raise ValueError(f"checkpoint: expected a head for classification, regression or ctc, got {kind}")
+    if kind in ("classification", "multi-label"):
+        return *open_classes(modality, path, option, labels, skip, kind == "multi-label"), None
+    raise ValueError(f"checkpoint: expected a head for {', '.join(MEANT)}, got {kind}")
 
 
 def learn_spelling(transcripts: Sequence[str], options: TaskOptions) -> Spelling:
@@ -237,7 +238,11 @@ def make_config(task: str, config: Config, sets: Sets, options: TaskOptions) -> 
 
 
 def _meaning(task: str, options: TaskOptions) -> Any:
-    return "ctc" if task == "speech-ctc" else "regression" if options.regression else "classification"
+    if options.regression and options.multi_label:
+        raise ValueError("task.multi-label: expected nothing with --task.regression, got both")
+    if task == "speech-ctc":
+        return "ctc"
+    return "regression" if options.regression else "multi-label" if options.multi_label else "classification"
 
 
 def make_head_settings(task: str, config: Config, labels: Sequence[str], options: TaskOptions) -> HeadSettings:

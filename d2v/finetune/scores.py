@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from d2v.evaluate.multilabel import average_precision, mean_average_precision, stack_labels
+
 DRAWS = 1000
 """Bootstrap draws."""
 
@@ -105,6 +107,23 @@ def score_numbers(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     return result | error.entries("rmse")
 
 
+def score_labels(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """map: mean average precision; bool (n,L) and probabilities (n,L)."""
+    draws = max(50, min(DRAWS, 20_000_000 // max(truth.size, 1)))  # of AudioSet a draw takes seconds
+    return bootstrap(lambda rows: mean_average_precision(truth[rows], predicted[rows]), len(truth), draws).entries(
+        "map"
+    )
+
+
+def score_each_label(truth: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """For each label: samples that have it, samples with a probability of 0.5 or more, average precision (None: no
+    sample has it)."""
+    counts = truth.sum(0).tolist(), (predicted >= 0.5).sum(0).tolist()
+    scores = [None if math.isnan(ap) else round(ap, 6) for ap in average_precision(truth, predicted).tolist()]
+    names = ("label", "samples", "predicted", "average_precision")
+    return [dict(zip(names, row, strict=True)) for row in zip(labels, *counts, scores, strict=True)]
+
+
 def measure_pearson(x: np.ndarray, y: np.ndarray) -> float:
     """Pearson's correlation of two rows (n,); nan where one of them is constant."""
     x, y = x - x.mean(), y - y.mean()
@@ -156,15 +175,19 @@ def score_transcripts(truth: Sequence[str], predicted: Sequence[str]) -> dict[st
 
 def headline(task: str) -> tuple[str, str]:
     """(metric that chooses a checkpoint, "lowest" or "highest") of a head's task."""
-    names = {"ctc": ("wer", "lowest"), "regression": ("pearson", "highest")}
+    names = {"ctc": ("wer", "lowest"), "regression": ("pearson", "highest"), "multi-label": ("map", "highest")}
     return names.get(task, ("accuracy", "highest"))
 
 
 def quick_score(name: str, truth: Sequence[Any], predicted: Sequence[Any]) -> float:
-    """A score without its interval: wer, accuracy, f1 (of class 1 of two), or pearson, 0 where that is not defined."""
+    """A score without its interval: wer, accuracy, f1 (of class 1 of two), map, or pearson; 0 where that is not
+    defined."""
     if name == "wer":
         table, _ = count_errors(truth, predicted)
         return float(table[:, 0].sum() / max(table[:, 1].sum(), 1))
+    if name == "map":
+        table = np.stack(predicted)
+        return float(np.nan_to_num(mean_average_precision(stack_labels(truth, table.shape[1]), table)))
     x, y = np.array(truth), np.array(predicted)
     if name == "pearson":
         return float(np.nan_to_num(measure_pearson(x, y)))

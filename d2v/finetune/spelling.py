@@ -51,6 +51,10 @@ class Letters:
         text = "".join(label for label in (self.labels[i] for i in ids) if label not in SPECIALS)
         return " ".join(text.replace(SPACE, " ").split())
 
+    def starts_word(self, label: int) -> bool:
+        """Whether a word begins at a label, or behind it."""
+        return self.labels[label] == SPACE
+
     @property
     def case(self) -> str:
         """Case of the letters, for transcripts to be compared with."""
@@ -98,6 +102,10 @@ class Pieces:
 
         pieces = [label for label in (self.labels[i] for i in ids) if label not in (*SPECIALS, "<mask>")]
         return " ".join(str(ByteLevel().decode(pieces)).split())
+
+    def starts_word(self, label: int) -> bool:
+        """Whether a word begins at a label."""
+        return self.labels[label].startswith("Ġ")
 
     @property
     def space(self) -> int:

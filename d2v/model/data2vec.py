@@ -21,7 +21,16 @@ from d2v.model.masking import MaskedRows, resolve_masks
 from d2v.model.stems import PADDING, InputStem, make_positions, make_stem
 from d2v.model.stems.positions import ConvPositions
 from d2v.model.targets import Output, make_targets
-from d2v.model.teacher import PARTS, Encoded, GraphedTargets, Record, Teacher, encode_parts, evaluating
+from d2v.model.teacher import (
+    PARTS,
+    Encoded,
+    GraphedTargets,
+    Layers,
+    Record,
+    Teacher,
+    encode_parts,
+    evaluating,
+)
 from d2v.model.transformer import InputBlock, TransformerEncoder
 from d2v.runtime import choose_device, span
 from d2v_kernels import Masks, Noise, gather_tokens, restore_tokens
@@ -206,16 +215,16 @@ class Data2Vec(nn.Module):
         """Of `d2v.model.losses.compute_loss`; other losses replace it."""
         return compute_loss(self.config, *made)
 
-    def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
+    def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: Layers = None) -> Encoded:
         """Features of unmasked inputs by the student, in evaluation mode and without gradient.
 
         Args:
             inputs, lengths: as in `forward`. Padding is invisible: a sample has the same features alone and in a batch.
             layer: number of blocks that run, prenet blocks first, 0 to all; their output is returned as it is. None:
-                all blocks and, in pre-norm models, the final norm.
+                all blocks and, in pre-norm models, the final norm. Several numbers: the output of each.
 
         Returns:
-            `Encoded`: features (B,T,C), valid (B,T) bool, class_token (B,C) or None.
+            `Encoded`: features (B,T,C), of K layers (B,T,K,C); valid (B,T) bool; class_token (B,C), (B,K,C) or None.
         """
         return encode_parts({name: self.get_submodule(name) for name in PARTS}, inputs, lengths, layer)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,15 +25,19 @@ SCOPES = {
 }
 
 
+Layers = int | Sequence[int] | None
+"""Blocks that run before features are taken: a number, several, or None: all, and the final norm."""
+
+
 class Encoded(NamedTuple):
     """Features of an unmasked input."""
 
     features: Tensor
-    """(B,T,C)."""
+    """(B,T,C); of K layers (B,T,K,C)."""
     valid: Tensor
     """(B,T) bool; False at padding."""
     class_token: Tensor | None
-    """(B,C): the last extra token, or None."""
+    """(B,C): the last extra token, of K layers (B,K,C); or None."""
 
 
 class Teacher(nn.Module):
@@ -121,7 +125,7 @@ class Teacher(nn.Module):
             tensors = parts["blocks"].collect(x, top_k, source, bias)
             return [t[:, t.shape[1] - features.shape[1] :] for t in tensors]
 
-    def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: int | None = None) -> Encoded:
+    def encode(self, inputs: Tensor, lengths: Tensor | None = None, layer: Layers = None) -> Encoded:
         """`Data2Vec.encode` with the averaged weights."""
         with self._precision(inputs.device):
             return encode_parts(self._parts(), inputs, lengths, layer)
@@ -185,10 +189,10 @@ def _cast_products(module: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 @torch.no_grad()
-def encode_parts(parts: Mapping[str, Any], inputs: Tensor, lengths: Tensor | None, layer: int | None) -> Encoded:
+def encode_parts(parts: Mapping[str, Any], inputs: Tensor, lengths: Tensor | None, layer: Layers) -> Encoded:
     """Features of an unmasked input in evaluation mode; see `Data2Vec.encode`."""
     blocks = len(parts["context"].blocks) + len(parts["blocks"].blocks)
-    if layer is not None and not 0 <= layer <= blocks:
+    if not all(0 <= n <= blocks for n in _list_layers(layer, blocks)):
         raise ValueError(f"layer: expected 0 to {blocks}, got {layer}")
     with evaluating(*parts.values()):
         stem = parts["stem"]
@@ -201,14 +205,26 @@ def encode_parts(parts: Mapping[str, Any], inputs: Tensor, lengths: Tensor | Non
     return Encoded(x[:, extra:], valid, x[:, extra - 1] if extra else None)
 
 
-def encode_measured(parts: Mapping[str, Any], inputs: Tensor, lengths: Tensor | None, layer: int | None) -> Tensor:
-    """(B,E+T,C): what the first `layer` blocks make of inputs that the stem has measured, extra tokens in front."""
+def _list_layers(layer: Layers, blocks: int) -> Sequence[int]:
+    return [blocks if layer is None else layer] if layer is None or isinstance(layer, int) else layer
+
+
+def encode_measured(parts: Mapping[str, Any], inputs: Tensor, lengths: Tensor | None, layer: Layers) -> Tensor:
+    """(B,E+T,C): what the first `layer` blocks make of inputs that the stem has measured, extra tokens in front; of
+    several layers (B,E+T,K,C)."""
     stem, positions, context, main = (parts[name] for name in PARTS)
     x = stem(inputs, lengths)
     bias = positions.attention_bias(x, lengths)
     x = context.embed(positions(x, lengths), bias)
-    for i, block in enumerate([*context.blocks, *main.blocks][:layer]):
+    blocks = [*context.blocks, *main.blocks]
+    wanted = _list_layers(layer, len(blocks))
+    found = {0: x}
+    for i, block in enumerate(blocks[: max(wanted)]):
         x = block(x, bias, i).output
+        if i + 1 in wanted:
+            found[i + 1] = x
+    if not (layer is None or isinstance(layer, int)):
+        return torch.stack([bias.unpack(found[n]) for n in wanted], dim=2)
     if layer is None and main.norm is not None:
         x = main.norm(x)
     return bias.unpack(x)

@@ -21,6 +21,7 @@ from d2v.data.dataset import Batch, Collate, MaskingCollate, Modality, Sample
 from d2v.data.sources import Rejected, Source, describe_error
 from d2v.evaluate.pieces import list_entries
 from d2v.model.stems import LogMelStem
+from d2v.model.teacher import Layers
 
 SHOWN_TOKENS, SHOWN_TEXTS, SHOWN_LETTERS = 32, 4, 10
 """Text: tokens of a sample that are drawn, samples, and letters of a token: the first ones."""
@@ -63,7 +64,7 @@ def take_pictures(
     count: int,
     *,
     masks: bool = False,
-    layer: int | None = None,
+    layer: Layers = None,
 ) -> list[Picture]:
     """Pictures of `count` samples spread over the source; those that cannot be decoded, or masked, are left out. What
     is left out or cut is named on standard error.
@@ -95,7 +96,7 @@ def take_pictures(
 
 
 def _take(
-    config: Config, modality: Modality, name: str, batch: Batch, encoder: Any, device: torch.device, layer: int | None
+    config: Config, modality: Modality, name: str, batch: Batch, encoder: Any, device: torch.device, layer: Layers
 ) -> Picture:
     inputs = modality.prepare(batch.inputs.to(device))
     encoded = encoder.encode(inputs, lengths=batch.lengths, layer=layer)

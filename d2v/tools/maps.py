@@ -20,6 +20,7 @@ from d2v.config import Config
 from d2v.data import make_modality
 from d2v.data.dataset import Collate, EvaluationSamples, Modality
 from d2v.data.sources import Rejected, Source
+from d2v.evaluate.layers import parse_layers
 from d2v.evaluate.pieces import Uncut, list_entries
 from d2v.evaluate.probe import encode_batch, standardise_features
 from d2v.saved import load_model
@@ -55,7 +56,7 @@ def draw_maps(
     input: str | None = None,
     labelled: str | None = None,
     weights: str = "teacher",
-    layer: int | None = None,
+    layer: int | str | None = None,
     image_size: int | None = None,
     frames: int | None = None,
     count: int = 6,
@@ -91,7 +92,7 @@ def draw_maps(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     model, config, place = load_model(checkpoint, device, image_size, frames)
-    modality, uncut = make_modality(config), Uncut(config)
+    modality, uncut, block = make_modality(config), Uncut(config), parse_layers(layer, model, several=False)
     encoder = model.teacher if weights == "teacher" else model
     folder = Path(output)
     # Both are opened before anything is computed or written.
@@ -100,7 +101,7 @@ def draw_maps(
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     if source is not None:
-        pictures = take_pictures(config, modality, source, encoder, place, count, masks=True, layer=layer)
+        pictures = take_pictures(config, modality, source, encoder, place, count, masks=True, layer=block)
         if not pictures:
             raise ValueError(f"input: expected {modality.noun} that can be decoded and masked, got none")
         draw = _draw_images if "patches" in config.traits else _draw_sequences
@@ -110,7 +111,7 @@ def draw_maps(
         assert table.labels is not None
         rows = choose_rows(table.labels, samples, seed)
 
-        encode = partial(encode_batch, encoder, uncut.modality, device=place, layer=layer)
+        encode = partial(encode_batch, encoder, uncut.modality, device=place, layer=block)
         features, labels = collect_features(table, rows, uncut.modality, encode, batch, uncut)
         points, axes = embed(features, method, seed)
         title = f"{checkpoint}, {weights}: {len(labels)} {modality.noun}, mean features"

@@ -140,7 +140,7 @@ def test_paths_that_hold_nothing(tmp_path: Path) -> None:
         "empty": "found none in 0 files",
         "none.tar": "expected images in 1 .tar shards, found none",
         "packed.tar": "expected an uncompressed tar archive",
-        "file.bin": r"expected .tar shards or one folder, got .*file.bin",
+        "file.bin": r"expected .tar shards, .parquet files or one folder, got .*file.bin",
         "pipe:cat x.tar": "got the shell command",
     }
     for path, text in cases.items():

@@ -126,6 +126,19 @@ def read_frames(file: BinaryIO, start: int = 0, stop: int | None = None) -> tupl
         raise ValueError(_explain(error)) from None
 
 
+def cut_recording(file: BinaryIO, start: int, length: int) -> bytes:
+    """`length` frames of an encoded recording from frame `start` on, at its own rate, as a WAV file of the float32
+    values that decoding the whole gives; `ValueError` where it ends before."""
+    import soundfile
+
+    values, rate = read_frames(file, start, start + length)
+    if len(values) != length:
+        raise ValueError(f"expected {length} frames from frame {start} on, got {len(values)}")
+    wav = io.BytesIO()
+    soundfile.write(wav, values, rate, format="WAV", subtype="FLOAT")
+    return wav.getvalue()
+
+
 def _look_at(file: BinaryIO) -> tuple[int, str | None]:
     """Bytes of a file, which is then at its beginning, and what `find_container` says."""
     size = file.seek(0, os.SEEK_END)
