@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2v.data.dataset import Note
 from d2v.data.sources import Rejected, for_example
 from d2v.evaluate.layers import check_weights, parse_layers
 from d2v.evaluate.pieces import Uncut, list_entries, list_missing, passed_over
@@ -82,6 +83,15 @@ class _Index:
         self.lost: list[Rejected] = []
         self.cut: list[Rejected] = []
 
+    def take(self, name: str, rows: Tensor, note: Note | None) -> None:
+        """A sample with the rows that were made of it, and the first note about it."""
+        if note is not None and note.kind == "bad":
+            self.add(name, None, note.text)
+        elif not bool(torch.isfinite(rows).all()):
+            self.add(name, None, "features that are not finite")
+        else:
+            self.add(name, rows, "" if note is None else note.text)
+
     def add(self, name: str, rows: Tensor | None, note: str) -> None:
         """A sample and its rows; None: it has none, for the reason of the note."""
         if note:
@@ -141,14 +151,8 @@ def extract(
             for sample, made in zip(part.samples, found, strict=True):
                 rows = made[None] if pool == "class" else made
                 rows = rows if mix is None else torch.einsum("tkc,k->tc", rows, mix)
-                name, note = source.describe(sample.sample_id), next(iter(sample.notes), None)
-                text = "" if note is None else note.text
-                if note is not None and note.kind == "bad":
-                    index.add(name, None, text)
-                elif not bool(torch.isfinite(rows).all()):
-                    index.add(name, None, "features that are not finite")
-                else:
-                    index.add(name, rows.mean(dim=0, keepdim=True) if pool == "mean" else rows, text)
+                rows = rows.mean(dim=0, keepdim=True) if pool == "mean" else rows
+                index.take(source.describe(sample.sample_id), rows, next(iter(sample.notes), None))
             report.show(part.samples[-1].sample_id + 1)
         for entry in list_missing(source):
             index.add(entry.name, None, entry.reason)

@@ -412,10 +412,8 @@ def probe(
     }
     result |= {"weights": weights, "pool": pool, "classes": len(names)}
     result |= {"train_samples": len(y), "test_samples": len(truth), **options}
-    if multi_label:
-        result["chance"] = round(float(truth[:, truth.any(0)].mean()), 6)
-    if isinstance(layers, tuple):
-        result |= {"layers": list(layers), "layer_weights": mixes}
+    result |= {"chance": round(float(truth[:, truth.any(0)].mean()), 6)} if multi_label else {}
+    result |= {"layers": list(layers), "layer_weights": mixes} if isinstance(layers, tuple) else {}
     _write_result(result, checkpoint, output, modality.noun)
     return result
 
