@@ -93,6 +93,7 @@ def experiments() -> dict[str, tuple[Experiment, bool]]:
     )
     found["kill -9, 20 times, 2 ranks, ddp"] = kill(2, "ddp", seed=3), False
     found["kill -9, 20 times, 2 ranks, fsdp"] = kill(2, "fsdp", seed=4), False
+    found["kill -9 of a rank, 20 times under one torchrun --max-restarts"] = kills.restart_by_launcher, False
     for number, modality in enumerate(("speech", "text")):
         bf16 = ("--run.precision", "bf16")
         name = f"kill -9, 20 times, 2 ranks, ddp, {modality}, bf16"

@@ -189,6 +189,16 @@ class StopFlag:
         return largest
 
 
+def meet(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
+    """The key-value store of a launched job, this process's rank, and the number of ranks.
+
+    A job that torchrun has restarted gets the store of the attempt before it, with the addresses of processes that are
+    gone: each attempt has its own names in it.
+    """
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    return dist.PrefixStore(f"d2v-attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank, size
+
+
 @contextlib.contextmanager
 def open_ranks(run: Run) -> Iterator[Ranks]:
     """Joins the ranks that torchrun started, or is one rank alone; leaves it at the end.
@@ -202,11 +212,10 @@ def open_ranks(run: Run) -> Iterator[Ranks]:
         yield Ranks(device)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     timeout = datetime.timedelta(seconds=run.timeout)
-    dist.init_process_group(backend, timeout=timeout, **alone)
+    place, rank, size = meet(timeout) if launched else (dist.HashStore(), 0, 1)
+    dist.init_process_group(backend, timeout=timeout, store=place, rank=rank, world_size=size)
     try:
-        rank, size = dist.get_rank(), dist.get_world_size()
         control, storage = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
         store: Any = dist.distributed_c10d._get_default_store()
         with Heartbeat(rank, size, store, run) if size > 1 else contextlib.nullcontext():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -111,4 +113,39 @@ def kill_first_starts(folder: Path, *, kills: int = 10, seed: int = 0, modality:
         counts["end" if ended else left] += 1
         finish_here(command(run))
         assert_same_weights(run, reference)
+    return counts
+
+
+def restart_by_launcher(
+    folder: Path, *, kills: int = 20, steps: int = 400, every: int = 5, seed: int = 0, modality: str = "vision",
+) -> dict[str, int]:  # fmt: skip
+    """kill -9 of one rank of two, `kills` times under one `torchrun --max-restarts`: nobody gives a command again, and
+    the job ends by itself with the bits of one that was left alone. Returns how often each rank was killed, and the
+    tensors compared."""
+    data, rng = make_data(modality, folder / "data"), random.Random(seed)
+
+    def command(run: Path) -> list[str]:
+        return options(modality, data, run, steps, *RANDOM, every=every, small=True)
+
+    reference, run = folder / "uninterrupted", folder / "restarted"
+    finish(command(reference), folder / "logs" / "uninterrupted.log", ranks=2)
+    counts = {"rank 0": 0, "rank 1": 0, "tensors": 0}
+    launch = ("--standalone", f"--max-restarts={kills}")
+    with running(command(run), folder / "logs" / "restarted.log", ranks=2, launch=launch) as job:
+        for _ in range(kills):
+            before = last_step(run)
+
+            def has_moved(before: int = before) -> bool:
+                return last_step(run) > before and len(job.trainers()) == 2
+
+            wait_until(has_moved, job, "a checkpoint of the restarted job", 120)
+            time.sleep(rng.uniform(0.0, 0.3))
+            rank = rng.randrange(2)
+            pid = job.trainers()[rank]
+            os.kill(pid, signal.SIGKILL)
+            counts[f"rank {rank}"] += 1
+            wait_until(lambda pid=pid: pid not in job.trainers().values(), job, "the end of a killed rank", 60)
+        codes = job.codes(300)
+        assert not any(codes), f"expected exit code 0, got {codes}:\n{job.tail()}"
+    counts["tensors"] = assert_same_weights(run, reference)
     return counts

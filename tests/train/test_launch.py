@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import signal
@@ -10,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from soak.jobs import ROOT, Job
+from soak.jobs import ROOT, Job, find_port, rank_environment
 from soak.slurm import SCRIPT, FakeSlurm
 
 from d2v.recipes import RECIPES
+from d2v.train.distributed import meet
 
 # Stands for Python with torchrun: a launcher with one rank. The rank saves on SIGUSR1, which takes longer than it takes
 # the launcher to leave on a SIGTERM; the launcher hides the rank's exit code, as torchrun does.
@@ -123,3 +125,16 @@ def test_the_worked_table_follows_the_rules() -> None:
         ]
         numbers = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?", rows[name].split("`")[2])
         assert [float(n.replace(",", "")) for n in numbers] == pytest.approx(expected, rel=1e-3), name
+
+
+def test_a_restarted_job_does_not_meet_the_keys_of_the_attempt_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in rank_environment(0, 1, find_port()).items():
+        monkeypatch.setenv(name, value)
+    second = datetime.timedelta(seconds=1)
+    first, rank, size = meet(second)
+    assert (rank, size) == (0, 1)
+    first.set("address", "of a process that is gone")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert meet(second)[0].check(["address"])  # the same server
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not meet(second)[0].check(["address"])
