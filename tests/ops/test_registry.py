@@ -46,8 +46,8 @@ def test_forcing_a_backend_leaves_operators_that_it_has_no_version_of() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match=r"use_backend: expected one of auto.*got 'cuda'"), use_backend("cuda"):
-        pass
+    with pytest.raises(ValueError, match=r"use_backend: expected one of auto.*got 'cuda'"):
+        use_backend("cuda")  # at the call, before it is entered
 
 
 def test_use_backend_nests_and_restores() -> None:
