@@ -208,7 +208,9 @@ class EmaPlan:
             self._pairing.copy_buffers()
         if self._is_narrow and not isinstance(decay, Tensor) and 1.0 - 2.0**-8 < decay < 1.0:
             self._is_narrow = False
-            text = f"EmaPlan: bfloat16 averages hardly move at decay {decay}, as a step adds less than half a last digit"
+            text = (
+                f"EmaPlan: bfloat16 averages hardly move at decay {decay}, as a step adds less than half a last digit"
+            )
             warnings.warn(f"{text}; split=True keeps what it adds", RuntimeWarning, stacklevel=2)
 
     def state_dict(self) -> dict[str, Tensor]:

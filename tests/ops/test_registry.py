@@ -97,6 +97,18 @@ def test_info_runs_every_usable_operator() -> None:
         assert not any("failed" in s for s in states), row
 
 
+def test_info_begins_with_what_runs(capsys, monkeypatch) -> None:
+    info.main([])
+    every = len(registry.OPERATORS)
+    native = "0" if _native.load_errors().get("libd2v_cpu") else every
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"summary: native on cpu for {native} of {every} operators")
+    with use_backend("reference"):
+        assert f"native on cpu for 0 of {every} operators; reference on cpu for {every} of" in info.collect()["summary"]
+    monkeypatch.setitem(_native._errors, "libd2v_cpu", "not built: no compiler")
+    assert info.collect()["summary"].endswith("; missing: libd2v_cpu: not built: no compiler")
+
+
 def test_info_command_prints_json() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "d2v_kernels.info", "--json"], capture_output=True, text=True, check=True
