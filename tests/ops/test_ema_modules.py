@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -432,6 +433,22 @@ def step_sharded(mesh: DeviceMesh, **options: Any) -> None:
         ValueError, match=r"scale: expected all or none sharded .*, got the teacher not, the student sha"
     ):
         EmaPlan.from_modules(plain[0], sharded[1])
+
+
+def test_the_example_of_the_guide(one_rank) -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "ema.md").read_text()
+    example = re.findall(r"```python\n(.*?)\n```", guide, re.DOTALL)[-1]
+    student = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    names: dict[str, Any] = {"copy": copy, "fully_shard": fully_shard, "EmaPlan": EmaPlan, "student": student,
+                             "mesh": DeviceMesh("cpu", [0])}  # fmt: skip
+    exec(compile(example, "ema.md", "exec"), names)
+    teacher = names["teacher"]
+    with pytest.raises(AssertionError, match="deepcopy"):
+        copy.deepcopy(student)
+    teacher(torch.ones(1, 2))
+    assert not any(hasattr(p, "full_tensor") for p in teacher.parameters())
+    teacher.reshard()
+    assert_equal({n: p.full_tensor() for n, p in teacher.named_parameters()}, names["whole"])
 
 
 @torch.no_grad()
