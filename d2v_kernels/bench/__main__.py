@@ -31,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 TORCH_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 OF_FAMILIES = {name: value for family in FAMILIES.values() for name, value in family.options.items()}
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "shape": ("one or several shapes, as in 8,4,500,768 or 8x4x500x768 (default: the operator's of the list)", {"nargs": "+"}),
+    "shape": ("one or several, as in 8,4,500,768 or 8x4x500x768 (default: the operator's of the list)", {"nargs": "+"}),
     "dtype": (f"of {', '.join(DTYPES)}, or by PyTorch's names; several with commas between (default: fp32)",
               {"default": "fp32"}),
     "from": ("instead of operators and shapes: those that a training step of this recipe calls", {}),
