@@ -152,7 +152,7 @@ def measured_on(row: Row) -> tuple[Any, ...]:
 
 def newest(rows: list[Row]) -> list[Row]:
     """What is shown where several machines or backends measured the same, or points of one curve: the last one's."""
-    keys = [(row["curve"], row.get("threads"), row.get("device")) if "curve" in row else identity(row) for row in rows]
+    keys = [(row["curve"], row["threads"], row["device"]) if "curve" in row else identity(row) for row in rows]
     pairs = sorted(zip(keys, rows, strict=True), key=lambda pair: (pair[1].get("machine") or {}).get("date", ""))
     last = {key: measured_on(row) for key, row in pairs}
     return [row for key, row in zip(keys, rows, strict=True) if measured_on(row) == last[key]]

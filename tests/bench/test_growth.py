@@ -28,7 +28,7 @@ def test_a_curve_is_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     """Rows of other sources and a line that was cut off go; what was measured, and another machine's, stays."""
     output = tmp_path / "growth.jsonl"
     old = {"key": "of other sources", "kind": "point", "curve": "operator", "machine": machine_record()}
-    other = {**old, "machine": {"cpu": "another"}}
+    other = {**old, "threads": 1, "device": "cpu", "machine": {"cpu": "another"}}
     output.write_text(f'{json.dumps(old)}\n{json.dumps(other)}\n{{"key": "cut')
     arguments = ["--dry", "--only", "operator", "--output", str(output)]
     growth.main(arguments)
