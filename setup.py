@@ -18,6 +18,7 @@ A wheel without the pybind11 module serves every Python: `pip wheel . -C--build-
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,11 +64,22 @@ def find_torch() -> Path:
             folders.append(Path(spec.origin).parent)
         # pip's build isolation changes sys.path only: the environment to install into is still this interpreter's.
         folders += [Path(sysconfig.get_path(key)) / "torch" for key in ("purelib", "platlib")]
-    for folder in folders:
-        if (folder / "include/torch/csrc/stable/library.h").is_file():
+    found = []
+    for folder in dict.fromkeys(folders):
+        version = torch_version(folder)
+        is_new = [int(n) for n in re.findall(r"\d+", version)[:2]] >= [2, 10] or not version
+        if is_new and (folder / "include/torch/csrc/stable/library.h").is_file():
             return folder
-    where = ", ".join(str(f) for f in dict.fromkeys(folders))
-    raise MissingTool(f"torch 2.10 or newer: no headers under {where}; install torch first, or set D2V_TORCH")
+        what = f"torch {version}{' without headers' * is_new}" if version else "none"
+        found.append(f"{what} under {folder}")
+    raise MissingTool(f"expected torch 2.10 or newer, found {', '.join(found)}; install torch first, or set D2V_TORCH")
+
+
+def torch_version(folder: Path) -> str:
+    """The version of the torch in a folder; empty where there is none."""
+    file = folder / "version.py"
+    found = re.search(r"__version__ = ['\"]([^'\"]+)", file.read_text()) if file.is_file() else None
+    return found[1] if found else ""
 
 
 class CMakeBuild(build_ext):
@@ -134,6 +146,9 @@ def check_environment() -> None:
         value = os.environ.get(name)
         if value and value not in values:
             raise SystemExit(f"d2v: {name}: expected one of {', '.join(values)}, got {value!r}")
+    for arch in filter(None, os.environ.get("D2V_CUDA_ARCHS", "").split(";")):
+        if not re.fullmatch(r"(\d+[af]?(-real|-virtual)?)|all|all-major|native", arch):
+            raise SystemExit(f"d2v: D2V_CUDA_ARCHS: expected numbers, as in 80-real;90-real, got {arch!r}")
 
 
 def needs_native() -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import operators, step
-from .harness.record import RESULTS, parse, read_rows
+from .harness.record import RESULTS, newest, parse, read_rows
 from .harness.report import figures
 from .training.cases import CPU
 
@@ -57,7 +57,7 @@ def attempt(title: str, measure: Callable[[], Ratios], old: Ratios, names: Itera
 
 def check_kernels(path: Path, only: str, allow: float) -> list[str]:
     """Problems of the kernels whose operator or name contains `only`."""
-    stored = {(r["op"], r["case"], r["dtype"]): r for r in read_rows(path) if r["threads"] == 1}
+    stored = {(r["op"], r["case"], r["dtype"]): r for r in newest(read_rows(path)) if r["threads"] == 1}
     failed = []
     for number, case in enumerate(operators.cpu_cases()):
         before, title = stored.get(case.key), f"{case.op} {case.name} {case.dtype}"
@@ -81,7 +81,7 @@ def check_steps(path: Path, only: str, allow: float, measure: Callable[[str], Ra
         return []
     known = {c.name for c in CPU}
     failed, found = [], 0
-    for row in read_rows(path):
+    for row in newest(read_rows(path)):
         name, old = row["case"], step_ratios(row)
         if row["threads"] != 1 or not row["recipe"].endswith("-tiny") or only not in f"step {name}":
             continue

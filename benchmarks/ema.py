@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from d2v_kernels import EmaPlan
 from d2v_kernels.bench.timer import take_turns
 
+from .harness.record import require_native
+
 DECAY = 0.999
 SIZES = {14: (768, 2), 300: (1024, 24)}  # millions of parameters: width and depth of a transformer's blocks
 Contenders = dict[str, tuple[int, Callable[[], Any]]]  # name: bytes moved for each parameter, and one step
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="turns of all contenders, for at most a minute")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: of all threads together")
     options = parser.parse_args()
+    require_native("ema")
     for name in ("timm", "diffusers"):
         print("" if find_file(name) else f"{name} is not installed: left out\n", end="")
     print("| parameters | copy | threads | step | bytes a parameter | ms | time / d2v |\n|---|---|---|---|---|---|---|")

@@ -46,6 +46,8 @@ from .harness.record import (
     ask_child,
     limit_memory,
     machine_record,
+    measured_on,
+    newest,
     parse,
     read_rows,
     run_key,
@@ -336,7 +338,7 @@ class Runner:
 
         def replaces(old: Row) -> bool:
             same = all(old.get(name, row[name]) == row[name] for name in ("curve", "device", "threads"))
-            if not same or old.get("key") == self.key:
+            if not same or measured_on(old) != measured_on(row) or old.get("key") == self.key:
                 return False
             reached = row["kind"] == "point" and old.get("x_given", old.get("x", -1.0)) <= row["x_given"]
             return reached or (row["kind"] == old["kind"] == "stop")
@@ -383,7 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
     for curve in curves:
         if options.only == [""] or curve.name in options.only:
             runner.run(curve)
-    rows = read_rows(options.output)
+    rows = newest(read_rows(options.output))
     print(report.growth_table(rows))
     plots.growth(rows, options.output.with_suffix(".png"))
 

@@ -79,7 +79,7 @@ def count(binary: str, name: str, repeats: int) -> int:
 
 def main() -> None:
     """Exit code 1 when a path needs more than 5 % more instructions than stored."""
-    options = parse("host", __doc__, None, update=(False, "store the counts of this build"))
+    options = parse("host", __doc__, None, native=False, update=(False, "store the counts of this build"))
     if shutil.which("valgrind") is None or shutil.which("g++") is None:
         print("instruction counts: skipped, valgrind or g++ is not installed")
         return

@@ -36,7 +36,7 @@ from d2v_kernels.bench.timer import Captured, seconds_of, summarise
 
 from .harness import plots, report
 from .harness.floor import FloorPlace
-from .harness.record import RESULTS, answer, ask_child, gpu_machine, machine_record, parse, store
+from .harness.record import RESULTS, answer, ask_child, gpu_machine, machine_record, newest, parse, store
 
 Row = dict[str, Any]
 COPY_SIZES = (1 << 22, 1 << 24, 1 << 26, 1 << 28, 1 << 30)  # bytes read plus written
@@ -228,7 +228,7 @@ def run_on_cpu(options: argparse.Namespace) -> None:
             store(options.output, rows[-1])
             print(report.text_row(rows[-1]), flush=True)
     print(report.summary(rows))
-    plots.roofline(read_rows(options.output), options.output.with_suffix(".png"))
+    plots.roofline(newest(read_rows(options.output)), options.output.with_suffix(".png"))
 
 
 # ---- on a GPU

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .harness import plots, report
-from .harness.record import RESULTS, parse, read_rows
+from .harness.record import RESULTS, newest, parse, read_rows
 
 Row = dict[str, Any]
 SECTIONS: dict[str, tuple[str, str, Callable[[list[Row]], str], Callable[[list[Row], Path], None]]] = {
@@ -33,7 +33,7 @@ def section(folder: Path, name: str) -> str:
     title, module, show, draw = SECTIONS[name]
     path, plot = folder / f"{name}.jsonl", folder / f"{name}.png"
     title += " on a GPU" if name.endswith("cuda") else " on the CPU"
-    rows = [r for r in read_rows(path) if not r.get("emulated") and not r.get("dry")]
+    rows = [r for r in newest(read_rows(path)) if not r.get("emulated") and not r.get("dry")]
     if not rows:
         return "" if name.endswith("cuda") else f"{title}: no {path}; `python -m benchmarks.{module}` makes it"
     draw(rows, plot)
@@ -57,7 +57,7 @@ def show_rows(rows: list[Row], as_markdown: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Prints the sections that there are, and names the others; or the rows of the files that are named."""
     options = parse(
-        "summary", __doc__, arguments,
+        "summary", __doc__, arguments, native=False,
         results=(RESULTS, "folder of the JSON lines; plots go there, too"),
         files=([""], "JSON lines of benchmark runs, instead of the sections"),
         markdown=(False, "with --files: Markdown tables"),

@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
         turns=(3, "processes of each checkout"),
         threads=(1, "CPU threads"),
     )  # fmt: skip
+    if not (options.other / "d2v_kernels" / "lib" / "libd2v_cpu.so").is_file():
+        raise SystemExit(f"--other: expected a checkout with its native library built in place, got {options.other}")
     with TemporaryDirectory(prefix="d2v-versus-") as folder:
         data = WRITERS[recipes.get(options.recipe).stem.modality](Path(folder) / "data")
         seconds: dict[Path, list[float]] = {ROOT: [], options.other.resolve(): []}

@@ -234,6 +234,13 @@ def resolved(op: str, written: Iterable[Tensor]) -> None:
         require(not t.is_neg(), op, "a tensor that is written", "one that holds its numbers", "a lazily negated view")
 
 
+def writable(op: str, tensors: Mapping[str, Tensor]) -> None:
+    """No tensor, by its name, that PyTorch refuses to change: one made in inference mode, outside of it."""
+    for name, t in tensors.items():
+        good = not t.is_inference() or torch.is_inference_mode_enabled()
+        require(good, op, name, "a tensor made outside of torch.inference_mode, or its clone", "one made inside")
+
+
 def apart(op: str, written: Mapping[str, Sequence[Tensor]], read: Sequence[Tensor]) -> None:
     """No number that is written lies where another one of these tensors does; read[i] may be an entry i itself."""
     outputs = [t for group in written.values() for t in group]

@@ -108,6 +108,19 @@ def _race(names: list[str], call: Callable[[str], Any]) -> dict[str, float]:
     return best
 
 
+def summarise(operators: list[dict[str, Any]]) -> str:
+    """How many operators each backend runs on each device, of float32, and what of the backends is missing."""
+    parts = []
+    for device in _devices():
+        rows = [row for row in operators if (row["device"], row["dtype"]) == (device, "float32")]
+        for backend in registry.backends():
+            count = sum(row[backend.name].startswith("chosen") for row in rows)
+            if count or backend.name == "native":
+                parts.append(f"{backend.name} on {device} for {count} of {len(rows)} operators")
+        parts += [f"missing: {text}" for backend in registry.backends() for text in backend.missing(device)]
+    return "; ".join(parts)
+
+
 def collect(probe: bool = False) -> dict[str, Any]:
     """Versions, build record, and for every operator, device, dtype and backend "chosen", "usable" or the reasons."""
     operators: list[dict[str, Any]] = []
@@ -125,6 +138,7 @@ def collect(probe: bool = False) -> dict[str, Any]:
                     row[backend.name] = state
                 operators.append(row)
     return {
+        "summary": summarise(operators),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
@@ -206,4 +220,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # what read the output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)

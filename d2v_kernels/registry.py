@@ -81,8 +81,7 @@ def forced_backend() -> str:
     return _forced if _forced != "auto" else _env.default_backend()
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Forces the backend of every operator called inside, in all threads (a backward pass may run in another one).
 
     Args:
@@ -101,6 +100,11 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in _env.BACKEND_NAMES:
         raise ValueError(f"use_backend: expected one of {', '.join(_env.BACKEND_NAMES)}, got {name!r}")
+    return _forcing(name)
+
+
+@contextlib.contextmanager
+def _forcing(name: str) -> Iterator[None]:
     global _forced
     before, _forced = _forced, name
     try:

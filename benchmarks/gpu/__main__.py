@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     from .stages import KEPT, Run
 
     options = parse(
-        "gpu", __doc__, arguments,
+        "gpu", __doc__, arguments, native=False,
         output=(RESULTS, "folder that the result files are copied to after each stage"),
         records=(KEPT, "folder in which they are made and kept from one command to the next"),
         dry=(False, "without a GPU: emulated, tiny shapes, no measurement"),

@@ -51,7 +51,7 @@ def why_not(op: str, backend: str, device: str) -> list[str]:
 def main() -> None:
     """Runs every operator on every backend that can, at sizes with and without remainders; prints a line for each."""
     options = parse(
-        "gpu.small", __doc__, None,
+        "gpu.small", __doc__, None, native=False,
         emulated=(None, "on the CPU; LIBRARY: the CUDA sources built for it, or -"),
         backends=(["native", "triton"], "backends to run"),
     )  # fmt: skip

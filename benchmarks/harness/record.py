@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from d2v_kernels import info
+from d2v_kernels import _native, info, registry
 from d2v_kernels.bench.measure import describe_machine, read_rows
 
 Row = dict[str, Any]
@@ -145,11 +145,24 @@ def identity(row: Row) -> str:
     return repr((kind, *(row.get(name) or None for name in _IDENTITY), *end))
 
 
+def measured_on(row: Row) -> tuple[Any, ...]:
+    """The machine and the backend of a row."""
+    return (row.get("backend"), *((row.get("machine") or {}).get(name) for name in ("cpu", "cores", "isa", "gpu")))
+
+
+def newest(rows: list[Row]) -> list[Row]:
+    """What is shown where several machines or backends measured the same, or points of one curve: the last one's."""
+    keys = [(row["curve"], row["threads"], row["device"]) if "curve" in row else identity(row) for row in rows]
+    pairs = sorted(zip(keys, rows, strict=True), key=lambda pair: (pair[1].get("machine") or {}).get("date", ""))
+    last = {key: measured_on(row) for key, row in pairs}
+    return [row for key, row in zip(keys, rows, strict=True) if measured_on(row) == last[key]]
+
+
 def store(path: Path, *rows: Row, replaces: Callable[[Row], bool] = lambda row: False) -> None:
-    """Adds rows to a file. Each takes the place of the stored row that measured the same; other rows stay, whatever
-    part of the benchmark is run, but for those that `replaces` names."""
+    """Adds rows to a file. Each takes the place of the stored row that measured the same on the same machine and
+    backend; other rows stay, whatever part of the benchmark is run, but for those that `replaces` names."""
     stored = [row for row in read_rows(path) if not replaces(row)]
-    write_rows(path, {identity(row): row for row in (*stored, *rows)}.values())
+    write_rows(path, {(identity(row), measured_on(row)): row for row in (*stored, *rows)}.values())
 
 
 def keep_rows(path: Path, key: str) -> list[Row]:
@@ -218,9 +231,22 @@ def answer(result: Any) -> None:
     print(MARK + json.dumps(result), flush=True)
 
 
-def parse(module: str, text: str | None, arguments: list[str] | None, **options: tuple[Any, str]) -> argparse.Namespace:
+def require_native(module: str) -> None:
+    """Ends with status 2 where ours would be the reference, which nobody has asked for."""
+    reason = _native.load_errors().get(_native.CPU_LIBRARY)
+    if reason and registry.forced_backend() == "auto":
+        how = "`make setup`, or `pip install --no-build-isolation -e` of this clone, builds it"
+        text = f"{how}; D2V_KERNELS_BACKEND=reference measures the reference"
+        print(f"benchmarks.{module}: expected the native library, got {reason}; {text}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse(
+    module: str, text: str | None, arguments: list[str] | None, *, native: bool = True, **options: tuple[Any, str]
+) -> argparse.Namespace:
     """Options of `python -m benchmarks.MODULE`: name -> default and help. The type is that of the default. A list takes
-    several values, a tuple of choices one (the first by default), None a text; an option without help is not shown."""
+    several values, a tuple of choices one (the first by default), None a text; an option without help is not shown.
+    native: what runs on the CPU needs the native library."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{module}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -235,4 +261,9 @@ def parse(module: str, text: str | None, arguments: list[str] | None, **options:
         elif default is not None:
             values["type"] = Path if isinstance(default, Path) else type(default)
         parser.add_argument(f"--{name}", **values)
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    asked = vars(given).get
+    elsewhere = asked("device") == "cuda" or asked("emulated") or asked("estimate")
+    if native and not elsewhere and asked("backend", "native") == "native":
+        require_native(module)
+    return given

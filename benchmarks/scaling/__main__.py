@@ -19,7 +19,7 @@ GPUS = (8, 16, 32, 64, 128, 256, 512)
 def main(arguments: list[str] | None = None) -> None:
     """Prints the table, and what breaks first."""
     options = parse(
-        "scaling", __doc__, arguments,
+        "scaling", __doc__, arguments, native=False,
         gpus=(list(GPUS), "numbers of GPUs"),
         recipe=(list(RECIPES), "recipes"),
         parallel=(["ddp"], "some of ddp, fsdp, hybrid"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import difflib
 import json
 import subprocess
 import sys
@@ -23,14 +24,16 @@ from typing import Any, NoReturn
 import torch
 
 from .case import FAMILIES, Case, Place
-from .measure import BACKENDS, Row, describe_machine, measure, read_rows, settle
+from .measure import BACKENDS, Row, describe_machine, measure, settle
 from .recipe import recipe_calls
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+TORCH_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 OF_FAMILIES = {name: value for family in FAMILIES.values() for name, value in family.options.items()}
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "shape": ("one or several shapes, as in 8,4,500,768 (default: the operator's of the list)", {"nargs": "+"}),
-    "dtype": (f"of {', '.join(DTYPES)}; several with commas between (default: fp32)", {"default": "fp32"}),
+    "shape": ("one or several, as in 8,4,500,768 or 8x4x500x768 (default: the operator's of the list)", {"nargs": "+"}),
+    "dtype": (f"of {', '.join(DTYPES)}, or by PyTorch's names; several with commas between (default: fp32)",
+              {"default": "fp32"}),
     "from": ("instead of operators and shapes: those that a training step of this recipe calls", {}),
     "samples": ("with --from: samples of its batch (default: 4)", {"type": int}),
     "length": ("with --from: seconds of audio (default: 5) or tokens of text (default: 512)", {"type": float}),
@@ -46,10 +49,14 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "compare": ("a file of an earlier --json: says what got slower since", {"type": Path}),
 }  # fmt: skip
 """Name -> help, and the rest of what `add_argument` takes."""
+ALIASES = {"EmaPlan": "update_ema_", "attend": "attention"}
+"""Public name -> the operator behind it."""
 WRONG, REFUSED, SLOWER = 1, 2, 3
 CODES = f"""exit status: 0 all is well; {WRONG} an output differs from float64 beyond its tolerance;
 {REFUSED} input that does not fit; {SLOWER} something got slower than in the file of --compare"""
 HOST = Place(torch.device("cpu"))
+NEEDED = {"op", "case", "dtype", "device", "threads", "seconds", "machine", "copy_bytes_per_second"}
+"""Keys without which a row is not one of --json."""
 SLACK = 0.05
 """Of a time: slower by less than this share is never reported."""
 
@@ -58,6 +65,13 @@ def refuse(text: object) -> NoReturn:
     """Ends with one sentence."""
     print(text, file=sys.stderr)
     raise SystemExit(REFUSED)
+
+
+class Parser(argparse.ArgumentParser):
+    """What does not fit is one sentence, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(message.removeprefix("argument "))
 
 
 # ---- what is asked for
@@ -69,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     for op, family in FAMILIES.items():
         more = f"; takes {', '.join(map(flag, family.options))}" if family.options else ""
         lines.append(f"  {op}\n      {explain(family.sizes)}: {','.join(map(str, family.usual))}{more}")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m d2v_kernels.bench", description=__doc__, epilog="\n".join([*lines, "", CODES]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -99,9 +113,9 @@ def flag(name: str) -> str:
 
 
 def parse_shape(op: str, text: str) -> tuple[int, ...]:
-    """The numbers of `--shape`."""
+    """The numbers of `--shape`, between commas, spaces or x."""
     sizes = FAMILIES[op].sizes
-    numbers = text.split(",")
+    numbers = text.replace(",", " ").replace("x", " ").split()
     if len(numbers) != len(sizes) or not all(n.isdecimal() and int(n) > 0 for n in numbers):
         refuse(f"--shape: {op}: expected {len(sizes)} positive numbers ({explain(sizes)}), got {text!r}")
     return tuple(map(int, numbers))
@@ -134,10 +148,12 @@ def list_cases(given: argparse.Namespace) -> Iterator[Case]:
         return
     if given.samples or given.length:
         refuse("--samples and --length: expected --from beside them, got none")
-    names = list(FAMILIES) if given.operators == ["all"] else given.operators
+    names = list(FAMILIES) if given.operators == ["all"] else [ALIASES.get(op, op) for op in given.operators]
     for op in names or [""]:
         if op not in FAMILIES:
-            refuse(f"operator: expected all or some of {', '.join(FAMILIES)}, got {repr(op) if op else 'none'}")
+            near = difflib.get_close_matches(op.lower(), FAMILIES, n=1)
+            got = (repr(op) if op else "none") + (f"; did you mean {near[0]}?" if near else "")
+            refuse(f"operator: expected all or some of {', '.join(FAMILIES)}, got {got}")
     for name in chosen:
         if not any(name in FAMILIES[op].options for op in names):
             takers = [op for op, family in FAMILIES.items() if name in family.options]
@@ -160,6 +176,25 @@ def check_opponents(ops: Iterable[str], against: list[str], place: Place) -> Non
     for name in against:
         if name not in found:
             refuse(f"--against: expected some of {', '.join(found)}, got {name!r}")
+
+
+def read_compared(path: Path | None) -> list[Row]:
+    """Rows of a file of --compare: all its lines have to be such rows."""
+    if path is None:
+        return []
+    wanted, rows = f"--compare: expected rows of an earlier --json, got {path}", []
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        refuse(f"{wanted}, which cannot be read: {error}")
+    for number, line in enumerate(lines, 1):
+        row: Any = None
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+        if not isinstance(row, dict) or not row.keys() >= NEEDED or not isinstance(row["seconds"], dict):
+            refuse(f"{wanted}, line {number} of which is not one")
+        rows.append(row)
+    return rows or refuse(f"{wanted}, which is empty")
 
 
 def check_file(path: Path | None) -> None:
@@ -216,7 +251,7 @@ def describe_times(row: Row) -> str:
 def find_slower(new: list[Row], old: list[Row]) -> list[str]:
     """Lines on rows whose contender of ours takes longer than both runs' spreads (quartile distances) and `SLACK`
     explain. Every new row has a line on standard output."""
-    before, slower = {identity(row): row for row in old if "copy_bytes_per_second" in row}, []
+    before, slower = {identity(row): row for row in old}, []
     for name in ("cpu", "gpu", "torch"):
         here, there = ({str(row["machine"].get(name)) for row in rows} for rows in (new, before.values()))
         if there - here:
@@ -268,7 +303,7 @@ def run_case(case: Case, place: Place, given: argparse.Namespace, against: list[
 def main(arguments: list[str] | None = None) -> None:
     """See the module's text; ends with `SystemExit` where the status is not 0."""
     given = make_parser().parse_args(arguments)
-    given.dtype = given.dtype.split(",")
+    given.dtype = [TORCH_NAMES.get(name.strip(), name.strip()) for name in given.dtype.split(",")]
     for name in given.dtype:
         if name not in DTYPES:
             refuse(f"--dtype: expected some of {', '.join(DTYPES)}, got {name!r}")
@@ -277,20 +312,23 @@ def main(arguments: list[str] | None = None) -> None:
     if given.device == "cuda" and not torch.cuda.is_available():
         refuse(f"--device: expected one that PyTorch sees, got cuda, which torch {torch.__version__} does not see")
     check_file(given.json)
-    if given.compare is not None and not given.compare.is_file():
-        refuse(f"--compare: expected a file of an earlier --json, got {given.compare}")
+    stored = read_compared(given.compare)
     on_gpu = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
     place = Place(torch.device("cuda"), BACKENDS) if on_gpu else HOST
     wanted, against = list(list_cases(given)), [] if given.against == "none" else given.against.split(",")
     check_opponents((case.op.split()[0] for case in wanted), against, place)
+    runs = [(case, HOST if case.op == "MaskSampler" else place) for case in wanted]  # masks are drawn on the host
+    asked = {(*case.key, here.device.type, threads) for case, here in runs for threads in given.threads}
+    if stored and not asked.intersection(has := [identity(row) for row in stored]):
+        few = "; ".join(" ".join(map(str, found)) for found in has[:3]) + "; and others" * (len(has) > 3)
+        refuse(f"--compare: expected a row of what is asked for, got {given.compare} with {few}")
     before, rows, wrong = torch.get_num_threads(), [], 0
     try:
         for threads in given.threads:
             torch.set_num_threads(threads)
-            for number, case in enumerate(wanted, 1):
-                if len(wanted) > 1:
-                    print(f"{number} of {len(wanted)}: ", end="")
-                here = HOST if case.op == "MaskSampler" else place  # masks are drawn on the host
+            for number, (case, here) in enumerate(runs, 1):
+                if len(runs) > 1:
+                    print(f"{number} of {len(runs)}: ", end="")
                 row = run_case(case, here, given, against)
                 wrong += row is None
                 if row is not None:
@@ -302,11 +340,10 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(before)
     if wrong:
         print(
-            f"{wrong} of {len(wanted) * len(given.threads)} cases differ from float64 and were not timed",
-            file=sys.stderr,
+            f"{wrong} of {len(runs) * len(given.threads)} cases differ from float64 and were not timed", file=sys.stderr
         )
         raise SystemExit(WRONG)
-    if given.compare is not None and find_slower(rows, read_rows(given.compare)):
+    if stored and find_slower(rows, stored):
         raise SystemExit(SLOWER)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -157,6 +158,9 @@ class EmaPlan:
         pairing, plan = Pairing(teacher, student, buffers, copies, split), cls.__new__(cls)
         plan._pairing = pairing
         plan._take(pairing)
+        if any(t.requires_grad for t in plan._averages) and not any(t.requires_grad for t in plan._sources):
+            text = "EmaPlan.from_modules(teacher, student): the teacher requires gradients, the student does not"
+            warnings.warn(f"{text}; were they swapped?", RuntimeWarning, stacklevel=2)
         if plan.copies:
             plan._run(1.0)
         return plan
@@ -172,11 +176,13 @@ class EmaPlan:
         self, averages: Iterable[Tensor], sources: Iterable[Tensor], copies: Iterable[Tensor],
         low: Iterable[Tensor] | None, names: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self._averages, self._sources, self._copies = list(averages), list(sources), list(copies)
-        self._low = None if low is None else list(low)
+        self._averages, self._sources, self._copies = _entries(averages), _entries(sources), _entries(copies)
+        self._low = None if low is None else _entries(low)
         check.require(bool(self._averages), "update_ema_", "number of averages of a plan", "at least 1", 0)
         self._names = names or [str(i) for i in range(len(self._averages))]
         self._build()
+        alone = self._low is None and not self._copies
+        self._is_narrow = alone and any(t.dtype == torch.bfloat16 for t in self._averages)
         self.copies = dict(zip(self._names, self._copies, strict=False))
 
     def __repr__(self) -> str:
@@ -195,12 +201,17 @@ class EmaPlan:
 
     def step(self, decay: float | Tensor) -> None:
         """One update with this decay; see `update_ema_`. A plan from modules copies buffers, too."""
-        if self._pairing is None:
-            return self._run(decay)
-        if self._pairing.replaced():
+        if self._pairing is not None and self._pairing.replaced():
             self._take(self._pairing)
         self._run(decay)
-        return self._pairing.copy_buffers()
+        if self._pairing is not None:
+            self._pairing.copy_buffers()
+        if self._is_narrow and not isinstance(decay, Tensor) and 1.0 - 2.0**-8 < decay < 1.0:
+            self._is_narrow = False
+            text = (
+                f"EmaPlan: bfloat16 averages hardly move at decay {decay}, as a step adds less than half a last digit"
+            )
+            warnings.warn(f"{text}; split=True keeps what it adds", RuntimeWarning, stacklevel=2)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Name -> average, float32 where it is in halves, and the buffers that are copied: what a run needs to go on.
@@ -231,6 +242,7 @@ class EmaPlan:
         for name, t in targets.items():
             check.shape(op, name, state[name], t.shape)
         values = [distributed_like(state[name], t) for name, t in targets.items()]
+        check.writable(op, targets)
         written, values = _local(targets.values(), values)
         check.storage(op, [written, values])
         low = [] if self._low is None else _local(self._averages, self._low)[1]
@@ -269,6 +281,8 @@ class EmaPlan:
         check.resolved(op, written)
         _check_memory(op, *lists)
         backend = registry.choose(registry.Case(op, averages[0].device.type, call.dtypes))
+        if backend.name == "reference":  # the others write to memory, past what PyTorch allows
+            check.writable(op, dict(zip(self._names, averages, strict=False)))
         # A lazily negated source has other numbers in its memory.
         make = None if any(t.is_neg() for t in sources) else backend.make_ema_plan
         plan: Any = make(averages, sources, copies, low) if make else None
@@ -302,18 +316,26 @@ def _operator(
 def _weight(decay: float | Tensor) -> tuple[float, Tensor | None]:
     if isinstance(decay, Tensor):
         return 0.0, decay
-    if not 0.0 <= decay <= 1.0:
-        raise ValueError(f"update_ema_: decay: expected 0 to 1, got {decay}")
+    try:
+        check.require(0.0 <= decay <= 1.0, "update_ema_", "decay", "0 to 1", decay)
+    except TypeError:
+        raise TypeError(f"update_ema_: decay: expected a number, got {type(decay).__name__}") from None
     return 1.0 - decay, None
+
+
+def _entries(tensors: Any) -> list[Tensor]:
+    """The list; of what is none, an entry that is refused like others that are no tensors."""
+    return list(tensors) if isinstance(tensors, Iterable) else [tensors]
 
 
 def _local(*iterables: Iterable[Tensor]) -> list[list[Tensor]]:
     """Local shards of DTensors, after checking that mesh and placements agree entry by entry."""
-    lists = [list(tensors) for tensors in iterables]
+    lists = [_entries(tensors) for tensors in iterables]
     kinds = {type(t) for tensors in lists for t in tensors}
     for kind in kinds:
         if not issubclass(kind, Tensor):
-            raise TypeError(f"update_ema_: entries: expected tensors, got {kind.__name__}")
+            words = f"tensors, got {kind.__name__}; EmaPlan.from_modules takes modules"
+            raise TypeError(f"update_ema_: entries: expected {words}")
     if not any(hasattr(kind, "placements") for kind in kinds):
         return lists
     averages = lists[0]

@@ -74,6 +74,11 @@ class Pairing:
         for name, (average, source, *_) in averaged.items():
             check.dtype(OP, f"{name} of the teacher", average, torch.bfloat16 if self._split else check.FLOATS)
             check.dtype(OP, f"{name} of the student", source, check.FLOATS)
+        for name, group in averaged.items() if not self.averages else ():
+            sharded = ["sharded" if hasattr(t, "placements") else "not" for t in group]
+            got = ", ".join(f"the {who} {how}" for who, how in zip(self._modules, sharded, strict=True))
+            check.require(len(set(sharded)) == 1, OP, name, "all or none sharded (`fully_shard` them alike)", got)
+        check.writable(OP, {name: group[0] for name, group in copied.items()})
         for name, before in self.averages.items():
             now = averaged.get(name, [before])[0]
             good = hasattr(now, "placements") or not hasattr(before, "placements")

@@ -31,6 +31,7 @@ int main() {
   d2v::draw_masks(rule, &sample, 1, 0, 1, nullptr, mask.data(), &masked);
   std::printf("%s: %lld of %lld masked\n", d2v::cpu_isa(), static_cast<long long>(masked),
               static_cast<long long>(time));
+  std::printf("time masked target\n");
   for (int64_t t = 0; t < time; ++t) {
     std::printf("%lld %d %.4f\n", static_cast<long long>(t), mask[t], target[t * channels]);
   }

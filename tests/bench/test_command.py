@@ -101,6 +101,9 @@ def test_bytes_are_the_formula() -> None:
     ("arguments", "words"),
     [
         (["average"], "operator: expected all or some of .*average_layers.*, got 'average'"),
+        (["avg_layers"], "got 'avg_layers'; did you mean average_layers[?]$"),
+        (["layer_norm"], "got 'layer_norm'; did you mean layer_norm_gelu[?]$"),
+        (["average_layers", "--norm", "bogus"], "^--norm: invalid choice: 'bogus' .choose from .*instance"),
         ([], "operator: expected all or some of .*, got none"),
         (["average_layers", "--shape", "8,4,500"], r"expected 4 positive numbers \(K layers, B .*\), got '8,4,500'"),
         (["gelu", "--shape", "8,x"], r"expected 2 positive numbers \(R rows, C channels\), got '8,x'"),
@@ -111,7 +114,7 @@ def test_bytes_are_the_formula() -> None:
         (["gelu", "attention", "--shape", "8,8"], "--shape: expected one operator beside it, got 2"),
         (["dropout_add_layer_norm_mixed", "--shape", "2,6,32"], "expected bfloat16 or float16, got .*float32"),
         (["gelu", "--threads", "0"], "--threads: expected 1 or more, got 0"),
-        (["gelu", "--compare", "nowhere.jsonl"], "--compare: expected a file of an earlier --json, got nowhere"),
+        (["gelu", "--compare", "nowhere"], "--compare: expected rows of an earlier --json, got nowhere, which cannot"),
         (["--from", "vision-huge"], "recipe: expected one of .*, got 'vision-huge'"),
         (["gelu", "--length", "3"], "--samples and --length: expected --from beside them"),
         (["gelu", "--from", "vision-tiny"], "--from: expected no operators.* beside it, got gelu$"),
@@ -119,6 +122,25 @@ def test_bytes_are_the_formula() -> None:
 )  # fmt: skip
 def test_bad_input_is_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(words, refused(capsys, *arguments))
+
+
+@pytest.mark.parametrize("text", ["", "op,seconds\n", '{"op": "gelu"}\n', "[1]", "\udcff"])
+def test_what_is_compared_with_is_read_before_anything_is_timed(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    words = refused(capsys, "gelu", "--compare", file)
+    assert words.startswith(f"--compare: expected rows of an earlier --json, got {file}, ")
+    assert words.endswith(("line 1 of which is not one", "which is empty")) or "cannot be read" in words
+
+
+def test_names_and_shapes_as_people_write_them(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    run("EmaPlan", "--shape", "8x32", "8, 32", "--dtype", "bfloat16", "--json", file)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["op"], row["dtype"]) for row in rows] == [("update_ema_", "bfloat16")] * 2
+    assert rows[0]["case"] == rows[1]["case"]
 
 
 def test_files_that_are_there_or_tracked_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,10 +219,16 @@ def test_the_slower_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert end.value.code == bench.SLOWER
     assert re.search(r"slower  gelu forward \+ backward 9 x 33 float32 cpu 1: \d+\.\d+ of", capsys.readouterr().out)
     rows[1]["machine"]["torch"] = "1.0"
-    other.write_text(json.dumps(rows[1]) + "\n" + json.dumps({"op": "gelu", "case": "of an older format"}) + "\n")
-    run("gelu", "--shape", "4,33", "--compare", other)
+    for key in ("minimum", "median"):
+        rows[1]["seconds"]["d2v"][key] *= 2500.0
+    other.write_text(json.dumps(rows[1]) + "\n")
+    run("gelu", "--shape", "4,33", "9,33", "--compare", other)
     out = capsys.readouterr().out
     assert "new     gelu forward + backward 4 x 33" in out and "another torch: stored 1.0, now " in out
+    found = refused(capsys, "gelu", "--shape", "4,33", "--compare", other)
+    assert found == (
+        f"--compare: expected a row of what is asked for, got {other} with gelu forward + backward 9 x 33 float32 cpu 1"
+    )
 
 
 # ---- recipes

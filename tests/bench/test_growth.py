@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import growth
 from benchmarks.growth import Curve, Runner
-from benchmarks.harness.record import ChildError
+from benchmarks.harness.record import ChildError, machine_record
 from benchmarks.harness.report import fit_exponent
 from benchmarks.training.cases import StepCase, make_config
 
@@ -25,12 +25,15 @@ def rows_of(path: Path) -> list[Row]:
 
 
 def test_a_curve_is_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows of other sources and a line that was cut off go; what was measured stays."""
+    """Rows of other sources and a line that was cut off go; what was measured, and another machine's, stays."""
     output = tmp_path / "growth.jsonl"
-    output.write_text(json.dumps({"key": "of other sources", "kind": "point", "curve": "operator"}) + '\n{"key": "cut')
+    old = {"key": "of other sources", "kind": "point", "curve": "operator", "machine": machine_record()}
+    other = {**old, "threads": 1, "device": "cpu", "machine": {"cpu": "another"}}
+    output.write_text(f'{json.dumps(old)}\n{json.dumps(other)}\n{{"key": "cut')
     arguments = ["--dry", "--only", "operator", "--output", str(output)]
     growth.main(arguments)
-    rows = rows_of(output)
+    kept, *rows = rows_of(output)
+    assert kept == other
     assert [(r["kind"], r["curve"], r["x"], r["dry"]) for r in rows] == [("point", "operator", x, True) for x in (1, 2)]
     for row in rows:
         assert all(0.0 < row["forms"][form]["minimum"] <= row["forms"][form]["median"] for form in ("plain", "d2v"))
@@ -39,7 +42,7 @@ def test_a_curve_is_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "averaged layers K 1 to 2" in text and "time ~ x^" in text
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     growth.main(arguments)
-    assert rows_of(output) == rows, "measured again"
+    assert rows_of(output) == [other, *rows], "measured again"
 
 
 def test_a_step_is_timed_and_its_memory_measured(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,22 @@ import pytest
 
 from benchmarks import growth, memory, operators, step
 from benchmarks.growth import Curve, Runner
-from benchmarks.harness.record import RESULTS, ChildError, identity, keep_rows, read_rows, run_child, store, write_rows
+from benchmarks.harness.record import (
+    RESULTS,
+    ChildError,
+    identity,
+    keep_rows,
+    measured_on,
+    newest,
+    read_rows,
+    require_native,
+    run_child,
+    store,
+    write_rows,
+)
 from benchmarks.learning.__main__ import store_table
 from benchmarks.training.cases import StepCase
+from d2v_kernels import _native, use_backend
 
 Row = dict[str, Any]
 STORED = sorted(RESULTS.glob("*.jsonl"))
@@ -22,7 +37,7 @@ STORED = sorted(RESULTS.glob("*.jsonl"))
 @pytest.mark.parametrize("file", STORED, ids=lambda path: path.stem)
 def test_stored_rows_measure_different_things_and_are_written_as_they_were(file: Path, tmp_path: Path) -> None:
     rows = read_rows(file)
-    assert len({identity(row) for row in rows}) == len(rows)
+    assert len({(identity(row), measured_on(row)) for row in rows}) == len(rows) == len(newest(rows))
     copy = tmp_path / file.name
     copy.write_text(file.read_text())
     store(copy, rows[0])
@@ -40,6 +55,41 @@ def test_a_new_row_takes_the_place_of_the_one_that_measured_the_same(tmp_path: P
     assert keep_rows(file, "other") == [] == read_rows(file)
 
 
+def test_a_row_of_another_machine_or_backend_stays_and_the_last_one_is_shown(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    row = {"op": "a", "case": "x", "backend": "native", "machine": {"cpu": "A", "isa": "avx2", "date": "2026-11-01"}}
+    other = {**row, "machine": {"cpu": "B", "isa": "avx2", "date": "2026-11-03"}}
+    plain = {**row, "backend": "reference", "machine": {**row["machine"], "date": "2026-11-02"}}
+    store(file, row, {"op": "b"}, other)
+    store(file, plain)
+    assert read_rows(file) == [row, {"op": "b"}, other, plain]
+    assert newest(read_rows(file)) == [{"op": "b"}, other]
+    store(file, again := {**row, "machine": {**row["machine"], "date": "2026-11-04"}})
+    assert read_rows(file) == [again, {"op": "b"}, other, plain] and newest(read_rows(file))[0] == again
+    points = [
+        {**r, "curve": "c", "threads": 1, "device": "cpu", "x_given": x} for r, x in ((row, 1), (row, 2), (other, 1))
+    ]
+    assert newest(points) == points[2:]
+
+
+MEASURE = ("check", "ema", "errors", "growth", "learning", "loader", "memory", "operators", "published", "step",
+           "training.packed", "versus")  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MEASURE)
+def test_without_the_native_library_nothing_is_measured(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(_native._errors, _native.CPU_LIBRARY, "not built: no compiler")
+    monkeypatch.setattr(sys, "argv", [module])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"benchmarks.{module}" + ".__main__" * (module == "learning")).main()
+    assert end.value.code == 2
+    assert f"benchmarks.{module}: expected the native library, got not built: no compiler" in capsys.readouterr().err
+    with use_backend("reference"):
+        require_native(module)
+
+
 def test_part_of_the_operators_leaves_the_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "cpu.jsonl"
     output.write_text((RESULTS / "cpu.jsonl").read_text())
@@ -51,6 +101,7 @@ def test_part_of_the_operators_leaves_the_other_rows(tmp_path: Path, monkeypatch
         return {**old, "bytes": 1}
 
     monkeypatch.setattr(operators, "ask_for_row", ask)
+    monkeypatch.setattr(operators, "machine_record", lambda: before[-1]["machine"])
     operators.main(["--only", "block images", "--threads", "1", "--output", str(output)])
     after = read_rows(output)
     changed = [a for a, b in zip(after, before, strict=True) if a != b]
@@ -62,6 +113,7 @@ def test_part_of_the_steps_leaves_the_other_rows(tmp_path: Path, monkeypatch: py
     output.write_text((RESULTS / "step-cpu.jsonl").read_text())
     before = read_rows(output)
     monkeypatch.setattr(step, "ask_for_memory", lambda case, order, **_: {})
+    monkeypatch.setattr(step, "machine_record", lambda: before[0]["machine"])
     monkeypatch.setattr(step, "ask_for_row", lambda case, order: {
         **next(r for r in before if (r["case"], r["threads"]) == (case.name, order["threads"])), "flops": 0.0,
     })  # fmt: skip
@@ -77,6 +129,7 @@ def test_part_of_the_memory_leaves_the_other_rows(tmp_path: Path, monkeypatch: p
     output = tmp_path / "memory-cpu.jsonl"
     output.write_text((RESULTS / "memory-cpu.jsonl").read_text())
     monkeypatch.setattr(memory, "ask_for_memory", lambda *_, **__: {"plain": 4, "d2v": 2})
+    monkeypatch.setattr(memory, "machine_record", lambda: read_rows(output)[0]["machine"])
     memory.main(["--only", "speech", "--output", str(output)])
     found = [(r["recipe"], r["ratio"] == 0.5) for r in read_rows(output)]
     assert found == [("vision-base", False), ("speech-base", True)]
@@ -101,7 +154,9 @@ def test_part_of_the_growth_leaves_the_other_curves(tmp_path: Path) -> None:
     output.write_text((RESULTS / "growth-cpu.jsonl").read_text())
     before = read_rows(output)
     options: argparse.Namespace = growth.parse_options([])
-    Fake(options, output).run(Curve("length", "seconds", (5, 7.5, 10), case=lambda x: StepCase("speech-small", 1, x)))
+    runner = Fake(options, output)
+    runner.machine = before[0]["machine"]
+    runner.run(Curve("length", "seconds", (5, 7.5, 10), case=lambda x: StepCase("speech-small", 1, x)))
     after = read_rows(output)
     assert [r for r in after if r["curve"] != "length"] == [r for r in before if r["curve"] != "length"]
     own = [(r["kind"], r["x"], r.get("case") == "fake") for r in after if r["curve"] == "length"]

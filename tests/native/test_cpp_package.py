@@ -37,8 +37,8 @@ def test_the_example_builds_and_runs(tmp_path: Path) -> None:
     _run("cmake", "-S", example, "-B", tmp_path / "build", "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
     _run("cmake", "--build", tmp_path / "build")
 
-    head, *rows = _run(tmp_path / "build" / "targets").splitlines()
-    assert head == "base: 4 of 8 masked"
+    head, names, *rows = _run(tmp_path / "build" / "targets").splitlines()
+    assert (head, names) == ("base: 4 of 8 masked", "time masked target")
     ramp = np.arange(0.0, 16.0, 2.0)  # channel 0 of the first layer; the second is a multiple of it
     expected = np.mean([(x - x.mean()) / np.sqrt(x.var() + 1e-5) for x in (ramp, 10 * ramp)], axis=0)
     assert [int(row.split()[1]) for row in rows].count(1) == 4

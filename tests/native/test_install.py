@@ -58,7 +58,7 @@ def test_required_native_code_fails(tmp_path: Path, variable: str) -> None:
         env={**os.environ, "D2V_TORCH": "/nonexistent", variable: "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "native code is required, but: torch 2.10 or newer" in done.stderr
+    assert "native code is required, but: expected torch 2.10 or newer, found none under /nonexistent" in done.stderr
 
 
 def _build(source: Path, **environment: str) -> str:
@@ -82,6 +82,21 @@ def _programs_without(folder: Path, *names: str) -> str:
                 link.unlink(missing_ok=True)
                 link.symlink_to(program)
     return str(folder)
+
+
+def test_a_torch_that_is_too_old_is_named(tmp_path: Path) -> None:
+    header = tmp_path / "torch/include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    (tmp_path / "torch/version.py").write_text("__version__ = '2.9.1+cpu'\n")
+    old = str(tmp_path / "torch")
+    said = _build(_copy_sources(tmp_path / "source"), D2V_TORCH=old, D2V_REQUIRE_NATIVE="1")
+    assert f"expected torch 2.10 or newer, found torch 2.9.1+cpu under {old}; install torch first" in said
+
+
+def test_an_architecture_in_the_words_of_nvcc_is_refused(tmp_path: Path) -> None:
+    said = _build(_copy_sources(tmp_path / "source"), D2V_CUDA_ARCHS="80-real;sm_90")
+    assert said == "d2v: D2V_CUDA_ARCHS: expected numbers, as in 80-real;90-real, got 'sm_90'\n"
 
 
 def test_required_cuda_without_nvcc_fails(tmp_path: Path) -> None:
@@ -159,7 +174,7 @@ def test_the_first_use_without_native_code_warns(tmp_path: Path) -> None:
         return done.stdout
 
     said = use()
-    assert said.startswith("1 d2v_kernels runs slower on cpu than it could: libd2v_cpu: not built: torch 2.10 or newer")
+    assert said.startswith("1 d2v_kernels runs slower on cpu than it could: libd2v_cpu: not built: expected torch 2.10")
     assert "_native: not built" in said and "pip install cmake ninja pybind11" in said
     assert use(D2V_KERNELS_BACKEND="reference").split() == ["0"]
 
@@ -168,7 +183,7 @@ def test_the_first_use_without_native_code_warns(tmp_path: Path) -> None:
     ("environment", "missing"),
     [
         ({"PATH": "/nonexistent", "CXX": ""}, "C++ compiler"),
-        ({"D2V_TORCH": "/nonexistent"}, "torch 2.10 or newer"),
+        ({"D2V_TORCH": "/nonexistent"}, "expected torch 2.10 or newer"),
     ],
     ids=["no compiler", "no torch"],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from d2v_kernels import EmaPlan, merge_ema_state, split_ema_state, update_ema_
+from d2v_kernels import EmaPlan, merge_ema_state, split_ema_state, update_ema_, use_backend
 
 
 class Net(nn.Module):
@@ -348,6 +350,43 @@ def test_what_is_printed_and_what_is_not_copied() -> None:
         EmaPlan.from_modules(student, student)
 
 
+def test_a_teacher_that_learns_and_a_student_that_does_not_are_probably_swapped() -> None:
+    teacher, student = pair()
+    with pytest.warns(RuntimeWarning, match="the teacher requires gradients, the student does not; were they swapped"):
+        EmaPlan.from_modules(student, teacher)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EmaPlan.from_modules(teacher, student)
+        EmaPlan.from_modules(*(net.requires_grad_() for net in pair()))
+
+
+def test_a_bfloat16_average_that_hardly_moves_is_told_once() -> None:
+    teacher, student = (net.bfloat16() for net in pair())
+    plan = EmaPlan.from_modules(teacher, student)
+    split = EmaPlan.from_modules(*(net.bfloat16() for net in pair()), split=True)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for decay in (0.99, 1.0, 0.999, 0.999):
+            plan.step(decay)
+            split.step(decay)
+    (warning,) = found
+    assert "hardly move at decay 0.999" in str(warning.message) and "split=True" in str(warning.message)
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize(("backend", "name"), [("auto", "table"), ("reference", r"body\.0\.weight")])
+def test_what_inference_mode_keeps_from_being_written_is_named(backend, name) -> None:
+    with torch.inference_mode():
+        teacher, student = pair()
+    buffers = "ignore" if backend == "reference" else "copy"
+    words = f"{name}: expected a tensor made outside of torch.inference_mode, or its clone, got one made inside"
+    with use_backend(backend):
+        with pytest.raises(ValueError, match=words):
+            EmaPlan.from_modules(teacher, student, buffers=buffers)
+        with torch.inference_mode():
+            EmaPlan.from_modules(teacher, student).step(0.5)
+
+
 # ---- shards
 
 
@@ -390,8 +429,26 @@ def step_sharded(mesh: DeviceMesh, **options: Any) -> None:
     for p in (reference, plan):
         p.load_state_dict(other)
     assert_equal(whole(plan.state_dict()), reference.state_dict())
-    with pytest.raises(ValueError, match=r"placement of entry 0: expected \(None, None\), got \(DeviceMesh"):
+    with pytest.raises(
+        ValueError, match=r"scale: expected all or none sharded .*, got the teacher not, the student sha"
+    ):
         EmaPlan.from_modules(plain[0], sharded[1])
+
+
+def test_the_example_of_the_guide(one_rank) -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "ema.md").read_text()
+    example = re.findall(r"```python\n(.*?)\n```", guide, re.DOTALL)[-1]
+    student = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    names: dict[str, Any] = {"copy": copy, "fully_shard": fully_shard, "EmaPlan": EmaPlan, "student": student,
+                             "mesh": DeviceMesh("cpu", [0])}  # fmt: skip
+    exec(compile(example, "ema.md", "exec"), names)
+    teacher = names["teacher"]
+    with pytest.raises(AssertionError, match="deepcopy"):
+        copy.deepcopy(student)
+    teacher(torch.ones(1, 2))
+    assert not any(hasattr(p, "full_tensor") for p in teacher.parameters())
+    teacher.reshard()
+    assert_equal({n: p.full_tensor() for n, p in teacher.named_parameters()}, names["whole"])
 
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ def test_forcing_a_backend_leaves_operators_that_it_has_no_version_of() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match=r"use_backend: expected one of auto.*got 'cuda'"), use_backend("cuda"):
-        pass
+    with pytest.raises(ValueError, match=r"use_backend: expected one of auto.*got 'cuda'"):
+        use_backend("cuda")  # at the call, before it is entered
 
 
 def test_use_backend_nests_and_restores() -> None:
@@ -95,6 +95,18 @@ def test_info_runs_every_usable_operator() -> None:
         states = [row[b.name] for b in registry.backends()]
         assert sum(s.startswith("chosen") for s in states) == 1, row
         assert not any("failed" in s for s in states), row
+
+
+def test_info_begins_with_what_runs(capsys, monkeypatch) -> None:
+    info.main([])
+    every = len(registry.OPERATORS)
+    native = "0" if _native.load_errors().get("libd2v_cpu") else every
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"summary: native on cpu for {native} of {every} operators")
+    with use_backend("reference"):
+        assert f"native on cpu for 0 of {every} operators; reference on cpu for {every} of" in info.collect()["summary"]
+    monkeypatch.setitem(_native._errors, "libd2v_cpu", "not built: no compiler")
+    assert info.collect()["summary"].endswith("; missing: libd2v_cpu: not built: no compiler")
 
 
 def test_info_command_prints_json() -> None:
