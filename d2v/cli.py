@@ -226,6 +226,16 @@ def _pretrain(
     return None
 
 
+def _plan(config: Config, base: Config, origin: str, machine: str, **given: Any) -> str:
+    from d2v.tools.plan import plan
+
+    if given["dry_run"] or given["profile"]:
+        raise UsageError("plan: expected neither --dry-run nor --profile, as nothing is run; got one of them")
+    names = ("gpus", "hours", "mfu", "network", "failures", "measured", "measured_gpus", "run_folder", "output")
+    own: Any = read_file(machine) if machine.endswith((".toml", ".json")) else machine
+    return plan(config, base if origin == "recipe" else config, own, **{name: given[name] for name in names})
+
+
 def _finetune(
     checkpoint: str, train: str, valid: str | None, test: str | None, data: Data, file: str | None,
     track: Sequence[str], **others: Any,
@@ -329,6 +339,12 @@ COMMANDS = {
     "sweep": Command(
         "pre-train with all combinations of several values", options.Sweep, sweep,
         ("data.path", "run.dir", "slurm", "run.seed", "run.steps", "optim.learning-rate", "data.valid", "model.init"),
+        "RECIPE", recipes.RECIPES, pretrain_defaults,
+    ),
+    "plan": Command(
+        "whether a run fits on N GPUs, how long it takes, what it moves: estimates", options.Plan, _plan,
+        ("gpus", "machine", "hours", "data.global-batch", "data.micro-batch", "run.parallel", "measured", "run",
+         "failures", "network", "mfu", "output", "model.init"),
         "RECIPE", recipes.RECIPES, pretrain_defaults,
     ),
     "finetune": Command(

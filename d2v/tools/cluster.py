@@ -72,7 +72,7 @@ MACHINES = {  # From data sheets as commonly quoted: FLOP/s, bytes, bytes a seco
     "b200": Cluster(peak=find_peak("B200") or 0.0, memory=180e9, memory_rate=0.8 * 8e12, issue=148 * 4 * 1.85e9,
                     nvlink=900e9),
     # A compute unit issues two times 32 lanes a cycle; seven links of 64 GB/s.
-    "mi300x": Cluster(peak=find_peak("MI300X") or 0.0, memory=192e9, memory_rate=0.8 * 5.3e12, issue=304 * 2 * 2.1e9,
+    "mi300x": Cluster(peak=1307.4e12, memory=192e9, memory_rate=0.8 * 5.3e12, issue=304 * 2 * 2.1e9,
                       nvlink=448e9),
 }  # fmt: skip
 

@@ -43,10 +43,9 @@ PEAKS = {
     "H200 NVL": 835e12,
     "GH200": 989e12,
     "B200": 2250e12,
-    "MI300X": 1307.4e12,
 }
 """Dense bfloat16 products with float32 sums, FLOP/s, by the words that a GPU's name must contain. As commonly quoted
-from the makers' specifications (half of a figure that is given with sparsity only), not measured and not checked against
+from NVIDIA's specifications (half of a figure that is given with sparsity only), not measured and not checked against
 the sheets here."""
 
 

@@ -146,8 +146,8 @@ def test_work_of_a_batch() -> None:
     config = small("text-tiny", {})
     batch = make_batch(config, Data2Vec(config))
     work = count_work(config, batch)
-    rows, masked = batch.masks.mask.shape[0], len(batch.masks.rows)  # type: ignore[union-attr]
-    shape = Shape(2, rows // 2, 40, 16, masked, 40)
+    assert batch.masks is not None and batch.masks.keep is not None
+    shape = Shape(2, config.mask.copies, 40, batch.masks.keep.shape[1], len(batch.masks.rows), 40)
     assert work == {"tokens": 80.0, "flops": count_flops(config, shape)}
     padded = dataclasses.replace(batch, token_lengths=torch.tensor([40, 7]))
     assert count_work(config, padded) == {"tokens": 47.0, "flops": work["flops"]}

@@ -18,8 +18,8 @@ from d2v.model.saving import write_folder
 from d2v.train import run_dir
 
 PLACES = {
-    "data.path", "data.valid", "data.tokenizer", "data.cache", "data.allow_commands", "run.dir", "finetune.options.bpe",
-    "probe.train", "probe.test",
+    "data.path", "data.valid", "data.tokenizer", "data.cache", "data.allow_commands", "run.dir", "run.plan",
+    "finetune.options.bpe", "probe.train", "probe.test",
 }  # fmt: skip
 NO_PLACES = {"stem.modality", "recipe", "target.norm", "target.out_norm", "run.keep_best", "finetune.task"}
 """Texts that name no file."""
