@@ -222,15 +222,16 @@ def _pretrain(
     from d2v.evaluate.watch import RunProbe
     from d2v.train.pretraining import pretrain
 
-    pretrain(config, init=init, profile=profile, probe=RunProbe, track=[load_code(name, "run.track") for name in track])
+    code = [load_code(name, "run.track") for name in track]
+    pretrain(config, init=init, profile=profile, probe=RunProbe, track=code, plan=given["plan"])
     return None
 
 
 def _plan(config: Config, base: Config, origin: str, machine: str, **given: Any) -> str:
     from d2v.tools.plan import plan
 
-    if given["dry_run"] or given["profile"]:
-        raise UsageError("plan: expected neither --dry-run nor --profile, as nothing is run; got one of them")
+    if given["dry_run"] or given["profile"] or given["plan"]:
+        raise UsageError("plan: expected no --dry-run, --profile or --run.plan, as nothing is run; got one of them")
     names = ("gpus", "hours", "mfu", "network", "failures", "measured", "measured_gpus", "run_folder", "output")
     own: Any = read_file(machine) if machine.endswith((".toml", ".json")) else machine
     return plan(config, base if origin == "recipe" else config, own, **{name: given[name] for name in names})

@@ -31,6 +31,8 @@ class Pretrain:
     from the recipe's came from."""
     profile: int = setting(0, low=0, rare=True)
     """Updates to record, after two others: a trace with named ranges and a table in RUN/profile; 0: none."""
+    plan: str | None = setting(None, option="run.plan", rare=True)
+    """File of `d2v plan --output`; it is copied into the run folder and compared with the run at its end."""
     track: tuple[str, ...] = setting((), option=None)
     base: Config = field(default_factory=Config, metadata={"option": None})
     origin: str = setting("recipe", option=None)
@@ -59,7 +61,8 @@ class Plan(Pretrain):
     hours: float | None = setting(None, above=0)
     """Hours that there are: prints how many updates fit, and how many GPUs all of them need."""
     mfu: float | None = setting(None, above=0, high=1)
-    """Share of the GPUs' peak that is reached; unset: 0.4, an assumption."""
+    """Share of the GPUs' peak that is reached; unset: 0.4, an assumption. Counted kernel by kernel it is 0.2 for the
+    base recipes on an H200 (docs/gpu-first-run.md)."""
     measured: float | None = setting(None, above=0)
     """In place of that share: seconds that an update of this run took on --measured-gpus of these GPUs."""
     measured_gpus: int | None = setting(None, low=1)

@@ -159,8 +159,6 @@ class Run:
 
     dir: str = setting("", free=True, outside=True)
     """Run folder; resumes if it holds a checkpoint."""
-    plan: str | None = setting(None, only="pretrain", free=True, rare=True, outside=True)
-    """File of `d2v plan --output`; it is copied into the run folder and compared with the run at its end."""
     steps: int = setting(400_000, low=0)
     """Optimiser updates."""
     extend: int = setting(0, low=0, rare=True)

@@ -105,22 +105,32 @@ def kept_bytes(config: Config, inputs: Tensor) -> tuple[int, Masks]:
     # layers drop out cannot be drawn without memory.
     config = config.change(encoder={"layer_drop": 0.0}, run={"precision": "fp32"})
     masks, measured = draw_masks(config, inputs)
+    with on_paper():
+        model = Data2Vec(config).train()
+        object.__setattr__(model.stem, "measure", lambda *_: measured)
+        with torch.autocast("cpu", torch.bfloat16), keeping() as kept, forms_of_gpus():
+            model(inputs, masks=masks)
+        return count_bytes(kept, without=(*model.parameters(), *model.buffers())), masks
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[list[Tensor]]:
+    """The tensors that a forward keeps for its backward pass."""
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)
         return tensor
 
-    with on_paper():
-        model = Data2Vec(config).train()
-        object.__setattr__(model.stem, "measure", lambda *_: measured)
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with torch.autocast("cpu", torch.bfloat16), hooks, forms_of_gpus():
-            out = model(inputs, masks=masks)
-        own = pieces([*model.parameters(), *model.buffers()])
-        found = pieces(kept)
-    del out
-    return sum(size for piece, size in found.items() if piece not in own), masks
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def count_bytes(tensors: Iterable[Tensor], without: Iterable[Tensor] = ()) -> int:
+    """Bytes of memory behind tensors, each piece of memory once; not those that `without` share."""
+    own = {t.untyped_storage()._cdata for t in without}
+    pieces = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for piece, size in pieces.items() if piece not in own)
 
 
 class _Paper(FakeTensorMode):
@@ -160,8 +170,3 @@ def forms_of_gpus() -> Iterator[None]:
         mock.patch.object(layers.LayerNorm, "forward", torch.nn.LayerNorm.forward),
     ):
         yield
-
-
-def pieces(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of every piece of memory, once."""
-    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}

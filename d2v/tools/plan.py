@@ -62,7 +62,7 @@ def plan(
         failures: of a GPU in an hour.
         measured: seconds that an update of `config` took on measured_gpus (None: the first of `gpus`).
         run_folder: of a run on such a machine, whose seconds count.
-        output: file for the figures as JSON, for `run.plan`.
+        output: file for the figures as JSON, for --run.plan.
 
     Raises:
         ValueError: values that do not go together, or a run without metrics.
@@ -123,7 +123,7 @@ def _calibrate_by_run(folder: Path, cluster: Cluster) -> tuple[Cluster, str]:
 def _describe_measured(seconds: float, gpus: int, cluster: Cluster) -> str:
     """The share also tells of a time that was measured on another machine."""
     share = f"{cluster.mfu:.3g} of the peak, in place of the share above and of the host's time"
-    return f"an update took {seconds:.3g} s on {gpus} GPUs, as measured: {share}"
+    return f"an update took {seconds:.3g} s on {gpus} GPU{'s' * (gpus > 1)}, as measured: {share}"
 
 
 def _uncounted(config: Config) -> Iterator[str]:
@@ -187,7 +187,7 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def measure(found: Estimate, cluster: Cluster, failures: float | None = None) -> dict[str, Any]:
-    """The figures of a plan, in seconds, hours and bytes; they are what `run.plan` takes."""
+    """The figures of a plan, in seconds, hours and bytes; they are what --run.plan takes."""
     config, sizes, run = found.config, count_sizes(found.config), found.config.run
     sent = volumes(sizes, found.parallel, found.gpus, found.forwards, cluster)
     updates = round(found.updates)

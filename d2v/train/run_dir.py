@@ -54,8 +54,8 @@ LOCK = ".lock"
 class RunFolder:
     """The folder of a run that begins or goes on; nothing is written before `begin`."""
 
-    def __init__(self, config: Any, ranks: Ranks) -> None:
-        """Raises `ValueError` where `run.dir` is no place for this run."""
+    def __init__(self, config: Any, ranks: Ranks, plan: str | None = None) -> None:
+        """plan: file of `d2v plan` for the folder. `ValueError` where `run.dir` is no place for this run."""
         self.path = Path(config.run.dir)
         self.changed: list[str] = []
         self.plan: dict[str, Any] | None = None
@@ -63,7 +63,7 @@ class RunFolder:
         with ranks.first_before_others():
             if ranks.is_first:
                 check_run_folder(config.run.dir)
-                self.plan = load_plan(Path(config.run.plan)) if config.run.plan else None
+                self.plan = load_plan(Path(plan)) if plan is not None else None
                 found = latest_checkpoint(self.path)
             if found is not None:
                 read_index(found)  # compares checksums
@@ -181,7 +181,7 @@ def read_run(folder: str) -> Config:
         if value is not None:
             print(f"note: {name} counts on the command line only; it was {value!r}", file=sys.stderr)
     unset = {"data": {"allow_commands": False, "cache": None}, "target": {"cache": None}}
-    return config.change(**unset, run={"dir": folder, "plan": None})
+    return config.change(**unset, run={"dir": folder})
 
 
 def check_run_folder(folder: str) -> None:

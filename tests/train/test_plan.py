@@ -40,13 +40,11 @@ from d2v.tools.cluster import (
     largest_micro,
     volumes,
 )
-from d2v.tools.dry_run import count_bytes
-from d2v.tools.paper import count_sizes, draw_masks, kept_bytes, make_longest, pieces
+from d2v.tools.paper import count_bytes, count_sizes, draw_masks, keeping, kept_bytes, make_longest
 from d2v.tools.plan import limits, scale
 from d2v.train.distributed import Ranks, accumulating, parallelise
 from d2v.train.logging import compare_plan, read_metrics
 from d2v.train.pretraining import pretrain
-from d2v.train.run_dir import read_run
 from d2v_kernels import Masks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,9 +85,7 @@ def test_activations_are_those_of_a_real_forward(recipe: str) -> None:
     """The forward without memory keeps as many bytes as one that computes."""
     config, inputs, masks = draw(recipe)
     model = Data2Vec(config).train()
-    kept: list[Tensor] = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with torch.autocast("cpu", torch.bfloat16), hooks:
+    with torch.autocast("cpu", torch.bfloat16), keeping() as kept:
         out = model(inputs, masks=masks)
     real = count_bytes(kept, without=(*model.parameters(), *model.buffers()))
     del out
@@ -187,12 +183,10 @@ def test_casts_of_weights_stay_whole_with_sharding(ranks: Ranks) -> None:
     config, inputs, masks = draw("vision-tiny", "fsdp")
     model = Data2Vec(config)
     network = parallelise(model, blocks_of(model), config.run, ranks)
-    kept: list[Tensor] = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with torch.autocast("cpu", torch.bfloat16), hooks:
+    with torch.autocast("cpu", torch.bfloat16), keeping() as kept:
         out = network(inputs, masks=masks)
     # Gathered weights are freed after the forward: their pieces of memory have no bytes here.
-    assert sum(pieces(kept).values()) == pytest.approx(kept_bytes(config, inputs)[0], rel=0.01)
+    assert count_bytes(kept) == pytest.approx(kept_bytes(config, inputs)[0], rel=0.01)
     del out
 
 
@@ -280,7 +274,7 @@ def test_a_plan_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert f"budget     2 hours: {int(7200 / found.seconds):,} updates, 100% of them; all of them need 1 GPU" in (
         line_of(lines, "budget")
     )
-    assert [line.split()[0] for line in lines[2:4]] == ["ddp", "fsdp"], "a node has no copies of a shard"
+    assert [line.split()[0] for line in lines[2:5]] == ["ddp", "fsdp", "memory"], "a node has no copies of a shard"
     assert not [line for line in lines if line.startswith(("batch", "options"))]
 
 
@@ -360,7 +354,7 @@ def test_options_of_a_larger_batch(capsys: pytest.CaptureFixture[str]) -> None:
      (["--gpus", "1", "2", "--machine", "h100", "--hours", "1"], "gpus: expected one number with --output, --hours"),
      (["--gpus", "1", "--machine", "h100", "--mfu", "0.3", "--measured", "1"], "measured: expected one of --mfu"),
      (["--gpus", "1", "--machine", "h100", "--measured-gpus", "2"], "measured_gpus: expected --measured with it"),
-     (["--gpus", "1", "--machine", "h100", "--dry-run"], "plan: expected neither --dry-run nor --profile"),
+     (["--gpus", "1", "--machine", "h100", "--dry-run"], "plan: expected no --dry-run, --profile or --run.plan"),
      (["--gpus", "8", "--machine", "h100", "--run.parallel", "fsdp", "--run.shard-ranks", "4"],
       "run.shard_ranks: expected the 8 GPUs of a node, got 4"),
      (["--gpus", "1", "--machine", "h100", "--run", "nowhere"], "run: expected a run with metrics and a checkpoint")],
@@ -386,7 +380,7 @@ def test_a_run_says_what_became_of_its_plan(
     planned = ["--config", str(tmp_path / "settings.json"), "--gpus", "1", "--machine", "h100"]
     lines = run_plan(capsys, *planned, "--output", str(file))
     assert "fp32" in lines[1]
-    folder = pretrain(config.replace("run.plan", str(file)))
+    folder = pretrain(config, plan=str(file))
     plan, metrics = json.loads((folder / PLAN).read_text()), read_metrics(folder / "metrics.jsonl")
     assert plan == json.loads(file.read_text())
     seconds = statistics.median(line["step_seconds"] for line in metrics)
@@ -395,8 +389,6 @@ def test_a_run_says_what_became_of_its_plan(
     assert f"{expected}1 x h100); measured {seconds:.3g} s, " in text
     checkpoint = sum(f.stat().st_size for f in (folder / "checkpoints" / "step-00000006").iterdir())
     assert 0.0 < checkpoint - plan["checkpoint_bytes"] < 100_000, "besides: generators, texts, headers"
-    # A resumed run needs no plan to be given, and takes no path from its folder.
-    assert read_run(str(folder)).run.plan is None
     lines = run_plan(capsys, *planned, "--run", str(folder))
     assert f"time       {seconds:.3g} s an update, 6 updates" in line_of(lines, "time")
     (folder / PLAN).write_text("{}")
@@ -406,5 +398,5 @@ def test_a_run_says_what_became_of_its_plan(
     for wrong in ("{}", "no JSON"):
         file.write_text(wrong)
         with pytest.raises(ValueError, match=r"run\.plan: expected a file of d2v plan --output"):
-            pretrain(make_config(run={"dir": str(tmp_path / "other"), "plan": str(file)}))
+            pretrain(make_config(run={"dir": str(tmp_path / "other")}), plan=str(file))
         assert not (tmp_path / "other").exists()
