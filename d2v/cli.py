@@ -234,7 +234,8 @@ def _plan(config: Config, base: Config, origin: str, machine: str, **given: Any)
         raise UsageError("plan: expected no --dry-run, --profile or --run.plan, as nothing is run; got one of them")
     names = ("gpus", "hours", "mfu", "network", "failures", "measured", "measured_gpus", "run_folder", "output")
     own: Any = read_file(machine) if machine.endswith((".toml", ".json")) else machine
-    return plan(config, base if origin == "recipe" else config, own, **{name: given[name] for name in names})
+    base = base if origin == "recipe" else config
+    return plan(config, base, own, given=dict(given["sources"]), **{name: given[name] for name in names})
 
 
 def _finetune(
@@ -344,8 +345,8 @@ COMMANDS = {
     ),
     "plan": Command(
         "whether a run fits on N GPUs, how long it takes, what it moves: estimates", options.Plan, _plan,
-        ("gpus", "machine", "hours", "data.global-batch", "data.micro-batch", "run.parallel", "measured", "run",
-         "failures", "network", "mfu", "output", "model.init"),
+        ("gpus", "machine", "hours", "data.global-batch", "data.micro-batch", "run.parallel", "mfu", "measured",
+         "measured-gpus", "run", "network", "failures", "output", "model.init"),
         "RECIPE", recipes.RECIPES, pretrain_defaults,
     ),
     "finetune": Command(

@@ -122,10 +122,11 @@ def load_json(path: Path) -> dict[str, Any]:
 def load_plan(path: Path) -> dict[str, Any]:
     """A file of `d2v plan --output`; `ValueError` for another one."""
     try:
-        plan = parse_json(open_regular(path).read().decode("utf-8"))
+        with open_regular(path) as file:
+            plan = parse_json(file.read().decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"run.plan: expected a file of d2v plan --output, got {str(path)!r}: {error}") from None
-    kinds: dict[str, Any] = {"step_seconds": (int, float), "memory_bytes": (int, float), "gpus": int, "machine": str}
+    kinds = {"step_seconds": float, "memory_bytes": float, "gpus": int, "machine": str}
     if wrong := [name for name, kind in kinds.items() if not isinstance(plan.get(name), kind)]:
         raise ValueError(f"run.plan: expected a file of d2v plan --output, got {str(path)!r} without {wrong[0]}")
     return plan

@@ -66,7 +66,7 @@ class Plan(Pretrain):
     measured: float | None = setting(None, above=0)
     """In place of that share: seconds that an update of this run took on --measured-gpus of these GPUs."""
     measured_gpus: int | None = setting(None, low=1)
-    """Unset: --gpus."""
+    """GPUs of that update; unset: the first of --gpus."""
     run_folder: Path | None = setting(None, option="run")  # noqa: RUF009
     """In place of that share: folder of a pre-training run on such GPUs, whose step_seconds count."""
     network: float | None = setting(None, above=0)

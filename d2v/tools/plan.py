@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ SHORT_OF = 0.8
 LARGEST_KAPPA = 4
 """Above it the rules for a larger batch leave nothing of Adam's first moment."""
 LINE = 2_000
-"""Bytes of a line of metrics, with what TensorBoard takes for it."""
+"""Bytes of a line of metrics, with what TensorBoard takes for it; 1,300 without held-out data and probes."""
 UNCOUNTED = ("run.activation_checkpointing", "run.compile", "run.teacher_graph", "ema.freeze_after", "target.cache",
              "data.batch_seconds", "data.valid", "probe.train")  # fmt: skip
 """Settings that change time or memory, but not the estimate."""
@@ -48,7 +48,7 @@ def plan(
     config: Config, base: Config, machine: str | Mapping[str, Any], *, gpus: Sequence[int], hours: float | None = None,
     mfu: float | None = None, network: float | None = None, failures: float | None = None,
     measured: float | None = None, measured_gpus: int | None = None, run_folder: Path | None = None,
-    output: Path | None = None,
+    output: Path | None = None, given: Collection[str] = (),
 ) -> str:  # fmt: skip
     """A text, every line of which begins with ESTIMATE: a row for each number of GPUs and each way to use them and, of
     one number, all the rest.
@@ -63,6 +63,7 @@ def plan(
         measured: seconds that an update of `config` took on measured_gpus (None: the first of `gpus`).
         run_folder: of a run on such a machine, whose seconds count.
         output: file for the figures as JSON, for --run.plan.
+        given: options that keep their values where the batch changes.
 
     Raises:
         ValueError: values that do not go together, or a run without metrics.
@@ -85,9 +86,9 @@ def plan(
         count = measured_gpus or gpus[0]
         cluster = calibrate(config, count, parallel, measured, cluster)
         notes.append(_describe_measured(measured, count, cluster))
-    kappa = config.data.global_batch / base.data.global_batch
-    if config.run.steps == base.run.steps:  # the same number of samples
-        config = config.change(run={"steps": round(base.run.steps / kappa)})
+    if "run.steps" not in given:  # the same number of samples
+        steps = base.run.steps * base.data.global_batch / config.data.global_batch
+        config = config.change(run={"steps": round(steps)})
     lines = [f"assumed    {note}" for note in [*notes, *_uncounted(config)]]
     ways: dict[Parallel, int] = {"ddp": 1, "fsdp": 2, "hybrid": cluster.node + 1}
     rows = [estimate(config, n, way, cluster) for n in gpus for way, least in ways.items() if n >= least]
@@ -95,7 +96,7 @@ def plan(
     if len(gpus) == 1:
         found = estimate(config, gpus[0], parallel, cluster)
         figures = measure(found, cluster, failures) | {"machine": machine if isinstance(machine, str) else "own"}
-        lines += [*describe(found, cluster, figures, hours), *_describe_batch(found, base)]
+        lines += [*describe(found, cluster, figures, hours), *_describe_batch(found, base, given)]
         if output is not None:
             write_atomically(output, json.dumps({"estimate": True, **figures}, indent=1))
     return "\n".join(f"ESTIMATE  {line}" for line in lines)
@@ -283,9 +284,9 @@ def scale(config: Config, kappa: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _describe_batch(found: Estimate, base: Config) -> Iterator[str]:
+def _describe_batch(found: Estimate, base: Config, given: Collection[str]) -> Iterator[str]:
     """The settings that go with another batch, as options, but for those that were given."""
-    config, kappa = found.config, found.batch / base.data.global_batch
+    kappa = found.batch / base.data.global_batch
     if kappa == 1.0:
         return
     yield f"batch      × {kappa:.3g}{': beyond the rules' if kappa > LARGEST_KAPPA else ''}; settings that go with it:"
@@ -294,10 +295,9 @@ def _describe_batch(found: Estimate, base: Config) -> Iterator[str]:
     except ValueError as error:
         yield f"options    none: {error}"
         return
-    given = [n for n in values if n not in ("data.global_batch", "run.steps")]
-    given = [n for n in given if operator.attrgetter(n)(config) != operator.attrgetter(n)(base)]
-    options = (f"--{n.replace('_', '-')} {_show(value)}" for n, value in values.items() if n not in given)
-    yield f"options    {' '.join(options)}"
+    options = {name.replace("_", "-"): value for name, value in values.items()}
+    kept = set(given) - {"data.global-batch", "run.steps"}
+    yield f"options    {' '.join(f'--{name} {_show(value)}' for name, value in options.items() if name not in kept)}"
 
 
 def _show(value: Any) -> str:

@@ -365,7 +365,7 @@ def compare_plan(folder: Path) -> str:
     except ValueError as error:  # the run has reached its end all the same
         return f"note: {error}"
     lines = read_metrics(folder / "metrics.jsonl")
-    memory = max((line.get("memory_bytes") or 0 for line in lines), default=0)
+    memory = max((size for line in lines if isinstance(size := line.get("memory_bytes"), int)), default=0)
     return (
         f"planned {plan['step_seconds']:.3g} s a step, {plan['memory_bytes'] / 1e9:.1f} GB a GPU (ESTIMATE for "
         f"{plan['gpus']} x {shorten(plan['machine'])}); measured {median_seconds(lines):.3g} s, "

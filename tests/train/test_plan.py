@@ -297,6 +297,10 @@ def test_what_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert line_of(lines, "memory").endswith(f"largest micro-batch that fits: {most}")
     fewer = run_plan(capsys, "vision-base", "--gpus", "8", "--machine", str(machine), "--data.micro-batch", str(most))
     assert ": fits, ddp" in line_of(fewer, "memory")
+    several = ["--gpus", "1", "16", "--run.activation-checkpointing", "--data.valid", "here"]
+    lines = run_plan(capsys, "vision-base", "--machine", "h100", *several)
+    assert lines[1] == "assumed    without what these change: run.activation-checkpointing, data.valid"
+    assert [line.split()[:2] for line in lines[3:]] == [["ddp", "1"], ["ddp", "16"], ["fsdp", "16"], ["hybrid", "16"]]
 
 
 def test_measured_seconds_replace_the_assumed_share(capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,9 +343,10 @@ def test_options_of_a_larger_batch(capsys: pytest.CaptureFixture[str]) -> None:
         "--optim.eps 5e-09 --optim.weight-decay 0.1 --optim.warmup-steps 12510 --ema.start 0.99920024 "
         "--ema.end 0.99996 --ema.anneal-steps 25000"
     )
-    lines = run_plan(capsys, *larger, "--optim.learning-rate", "3e-3", "--run.steps", "1000")
-    assert "1,000 updates of 1024" in line_of(lines, "time")
-    assert "--run.steps 1000 --optim.betas" in line_of(lines, "options"), "what was given stays"
+    for steps in (1_000, 375_300):  # the recipe's, too
+        lines = run_plan(capsys, *larger, "--optim.learning-rate", "3e-3", "--run.steps", str(steps))
+        assert f"{steps:,} updates of 1024" in line_of(lines, "time")
+        assert f"--run.steps {steps} --optim.betas" in line_of(lines, "options"), "what was given stays"
     lines = run_plan(capsys, "speech-base", "--gpus", "512", "--machine", "h200")
     assert "beyond the rules" in line_of(lines, "batch")
     assert line_of(lines, "options") == "options    none: expected a batch of less than × 10, got × 21.3"
