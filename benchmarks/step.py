@@ -24,12 +24,12 @@ import torch
 
 from d2v import Data2Vec
 from d2v.runtime import resident_bytes
-from d2v.train.flops import count_flops, find_peak
+from d2v.train.flops import count_flops, find_peak, shape_of
 from d2v_kernels.bench.timer import seconds_of, summarise, take_turns
 
 from .harness import report
 from .harness.record import RESULTS, answer, ask_child, limit_memory, machine_record, parse, store
-from .training.cases import CPU, DRY, GPU, Precision, StepCase, make_batch, make_config, shape_of, without_dropout
+from .training.cases import CPU, DRY, GPU, Precision, StepCase, make_batch, make_config, without_dropout
 from .training.estimate import estimate
 from .training.forms import (
     FORMS,
@@ -118,7 +118,7 @@ def run_case(order: Row) -> Row:
         "kind": "step", "case": case.name, "recipe": case.recipe, "device": device.type, "threads": order["threads"],
         "precision": precision, "samples": case.samples, "modality": modality,
         "audio_seconds": case.samples * case.length if modality == "speech" else None, "tuned_for": case.tuned_for,
-        "errors": errors, "flops": count_flops(config, shape_of(config, masks, case.samples, inputs.shape[1])),
+        "errors": errors, "flops": count_flops(config, shape_of(masks, case.samples, inputs.shape[1])),
         "peak": find_peak(torch.cuda.get_device_name()) if device.type == "cuda" else rate, "forms": timings,
         "rows": len(masks.mask), "parameters": sum(p.numel() for p in forms[0].parameters),
     }  # fmt: skip

@@ -223,8 +223,20 @@ def _pretrain(
     from d2v.evaluate.watch import RunProbe
     from d2v.train.pretraining import pretrain
 
-    pretrain(config, init=init, profile=profile, probe=RunProbe, track=[load_code(name, "run.track") for name in track])
+    code = [load_code(name, "run.track") for name in track]
+    pretrain(config, init=init, profile=profile, probe=RunProbe, track=code, plan=given["plan"])
     return None
+
+
+def _plan(config: Config, base: Config, origin: str, machine: str, **given: Any) -> str:
+    from d2v.tools.plan import plan
+
+    if given["dry_run"] or given["profile"] or given["plan"]:
+        raise UsageError("plan: expected no --dry-run, --profile or --run.plan, as nothing is run; got one of them")
+    names = ("gpus", "hours", "mfu", "network", "failures", "measured", "measured_gpus", "run_folder", "output")
+    own: Any = read_file(machine) if machine.endswith((".toml", ".json")) else machine
+    base = base if origin == "recipe" else config
+    return plan(config, base, own, given=dict(given["sources"]), **{name: given[name] for name in names})
 
 
 def _finetune(
@@ -330,6 +342,12 @@ COMMANDS = {
     "sweep": Command(
         "pre-train with all combinations of several values", options.Sweep, sweep,
         ("data.path", "run.dir", "slurm", "run.seed", "run.steps", "optim.learning-rate", "data.valid", "model.init"),
+        "RECIPE", recipes.RECIPES, pretrain_defaults,
+    ),
+    "plan": Command(
+        "whether a run fits on N GPUs, how long it takes, what it moves: estimates", options.Plan, _plan,
+        ("gpus", "machine", "hours", "data.global-batch", "data.micro-batch", "run.parallel", "mfu", "measured",
+         "measured-gpus", "run", "network", "failures", "output", "model.init"),
         "RECIPE", recipes.RECIPES, pretrain_defaults,
     ),
     "finetune": Command(

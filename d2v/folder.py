@@ -38,6 +38,8 @@ _NAME = re.compile(r"step-(\d{8,})")
 REMOVED = ".removed-"
 STATUS = "status.json"
 """In a run folder: how the run goes, for `d2v watch` and other programs."""
+PLAN = "plan.json"
+"""In a run folder: what `d2v plan --output` wrote for it."""
 LOST = "lost.txt"
 """In a run folder: which rank the others have lost."""
 
@@ -115,6 +117,19 @@ def load_json(path: Path) -> dict[str, Any]:
             return parse_json(file.read().decode("utf-8"))
     except (OSError, ValueError) as error:
         raise damaged(path, error) from None
+
+
+def load_plan(path: Path) -> dict[str, Any]:
+    """A file of `d2v plan --output`; `ValueError` for another one."""
+    try:
+        with open_regular(path) as file:
+            plan = parse_json(file.read().decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"run.plan: expected a file of d2v plan --output, got {str(path)!r}: {error}") from None
+    kinds = {"step_seconds": float, "memory_bytes": float, "gpus": int, "machine": str}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(plan.get(name), kind)]:
+        raise ValueError(f"run.plan: expected a file of d2v plan --output, got {str(path)!r} without {wrong[0]}")
+    return plan
 
 
 def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], what: str) -> None:

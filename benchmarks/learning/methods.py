@@ -19,12 +19,12 @@ from d2v.model.data2vec import Data2Vec, build_model
 from d2v.model.masking import make_mask_sampler
 from d2v.model.saving import write_folder
 from d2v.train.distributed import Ranks
-from d2v.train.flops import count_flops
+from d2v.train.flops import count_flops, shape_of
 from d2v.train.pretraining import Pretraining, open_data
 from d2v.train.run_dir import RunFolder
 from d2v.train.trainer import train
 
-from ..training.cases import change, shape_of
+from ..training.cases import change
 from .autoencoder import Autoencoding, MaskedAutoencoder, to_data2vec
 from .tasks import Splits, Task
 
@@ -56,7 +56,7 @@ def flops_of_update(config: Config, version: int, teacher: bool = True) -> float
         tokens = length if stem.modality == "text" else model.stem.count_tokens(length)  # type: ignore[operator]
     sampler = make_mask_sampler(config, tokens=None if stem.modality == "vision" else tokens)
     masks = sampler.draw([0], 0, copies=config.mask.copies)
-    shape = shape_of(config, masks, 1, length)._replace(samples=batch, masked=len(masks.rows) * batch)
+    shape = shape_of(masks, 1, length)._replace(samples=batch, masked=len(masks.rows) * batch)
     whole = count_flops(config, shape)
     if teacher:
         return whole

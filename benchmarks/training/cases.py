@@ -13,7 +13,6 @@ from d2v import recipes
 from d2v.config import Config
 from d2v.model.data2vec import Data2Vec
 from d2v.model.masking import make_mask_sampler
-from d2v.train.flops import Shape
 from d2v_kernels import Masks
 from d2v_kernels.bench import recipe
 
@@ -115,11 +114,3 @@ def make_batch(case: StepCase, config: Config, model: Data2Vec, seed: int) -> tu
     sampler = make_mask_sampler(config, tokens=None if config.stem.modality == "vision" else tokens)
     ids = list(range(seed * case.samples, (seed + 1) * case.samples))
     return inputs, sampler.draw(ids, 0, copies=config.mask.copies)
-
-
-def shape_of(config: Config, masks: Masks, samples: int, length: int) -> Shape:
-    """Sizes of a batch that its work depends on; length: samples of a waveform."""
-    rows, tokens = masks.mask.shape
-    visible = tokens if masks.keep is None else masks.keep.shape[1]
-    length = length if config.stem.modality == "speech" else tokens
-    return Shape(samples, rows // samples, tokens, visible, len(masks.rows), length)

@@ -28,12 +28,13 @@ from torch.utils.flop_counter import flop_registry
 from d2v import recipes
 from d2v.model import layers, teacher
 from d2v.model.data2vec import Data2Vec
-from d2v.train.flops import count_flops, find_peak
+from d2v.tools.cluster import Cluster, find_machine
+from d2v.tools.paper import draw_masks, forms_of_gpus, length_of, on_paper
+from d2v.train.flops import count_flops, shape_of
 
 from ..harness.record import RESULTS, read_rows
 from ..harness.report import markdown
-from ..scaling.estimate import LENGTHS, Cluster, draw_batch, forms_of_gpus, on_paper
-from .cases import CPU, GPU, StepCase, make_config, shape_of
+from .cases import CPU, GPU, StepCase, make_config, make_inputs
 from .forms import Form, group_of
 
 START, LIST = 2e-6, 32
@@ -66,24 +67,6 @@ LONGEST = 12
 """Kernels that are shown one by one."""
 
 
-@dataclass(frozen=True)
-class Machine(Cluster):
-    """A GPU; its `memory_rate` is 80 % of the quoted one, as in `Cluster`."""
-
-    issue: float = 132 * 4 * 1.98e9
-    """Warp instructions a second: multiprocessors, four schedulers each, the highest clock."""
-
-
-MACHINES = {  # From data sheets as commonly quoted: dense bfloat16 FLOP/s, bytes, bytes a second.
-    "h200": Machine(peak=find_peak("H200") or 0.0, memory=141e9, memory_rate=0.8 * 4.8e12),
-    "h100": Machine(),
-    "a100": Machine(peak=find_peak("A100") or 0.0, memory_rate=0.8 * 2.039e12, issue=108 * 4 * 1.41e9),
-    "b200": Machine(peak=find_peak("B200") or 0.0, memory=180e9, memory_rate=0.8 * 8e12, issue=148 * 4 * 1.85e9),
-    # A compute unit issues two times 32 lanes a cycle.
-    "mi300x": Machine(peak=1307.4e12, memory=192e9, memory_rate=0.8 * 5.3e12, issue=304 * 2 * 2.1e9),
-}
-
-
 @dataclass
 class Kernel:
     """An operator with the shapes of its first tensors, and its counts in all calls of a step."""
@@ -97,13 +80,13 @@ class Kernel:
     instructions: float = 0.0
     launches: float = 1.0
 
-    def parts(self, machine: Machine) -> dict[str, float]:
+    def parts(self, machine: Cluster) -> dict[str, float]:
         """Seconds by what they are spent on."""
         products = self.flops / (machine.peak * SHARES.get(self.group, 1.0))
         return {"FLOPs": products, "instructions": self.instructions / machine.issue,
                 "bytes": self.bytes / machine.memory_rate, "launches": self.launches * START}  # fmt: skip
 
-    def seconds(self, machine: Machine) -> float:
+    def seconds(self, machine: Cluster) -> float:
         """Of all calls; products and other instructions add up, because they share the schedulers."""
         part = self.parts(machine)
         return max(part["bytes"], part["FLOPs"] + part["instructions"]) + part["launches"]
@@ -198,7 +181,7 @@ def _work(func: Any, name: str, args: Any, outputs: list[Tensor]) -> tuple[float
 def find_case(recipe: str) -> StepCase:
     """The batch that `benchmarks.step` measures a recipe with, else its own micro-batch."""
     config = recipes.get(recipe)
-    own = StepCase(recipe, config.data.micro_batch or config.data.global_batch, LENGTHS[config.stem.modality])
+    own = StepCase(recipe, config.data.micro_batch or config.data.global_batch, length_of(config))
     return next((case for case in GPU + CPU if case.recipe == recipe), own)
 
 
@@ -244,7 +227,8 @@ def count_step(case: StepCase, convolution: str = "library") -> tuple[list[Kerne
     `convolution`: run.convolution, whose `auto` would ask for this CPU and not for the GPU, where it is `library`.
     """
     config = make_config(case, "bf16").replace("run.convolution", convolution)
-    inputs, masks, measured = draw_batch(case, config)
+    inputs = make_inputs(case, config, 0)
+    masks, measured = draw_masks(config, inputs)
     with _step_on_paper():
         form = Form("d2v", config, Data2Vec(config).state_dict(), torch.device("cpu"))
         object.__setattr__(form.model.stem, "measure", lambda *_: measured)
@@ -255,7 +239,7 @@ def count_step(case: StepCase, convolution: str = "library") -> tuple[list[Kerne
         copies = _bytes(p for part in form.model.teacher.working_parts().values() for p in part.parameters())
         # In its own pass: reads average and student, writes the average and the working copy.
         recorder.count(Kernel("update_ema", "update_ema_", ((averaged,),), bytes=12.0 * averaged + copies))
-    return list(recorder.kernels.values()), count_flops(config, shape_of(config, masks, case.samples, inputs.shape[-1]))
+    return list(recorder.kernels.values()), count_flops(config, shape_of(masks, case.samples, inputs.shape[1]))
 
 
 # ---- the table
@@ -269,7 +253,7 @@ def measured_groups(case: StepCase, machine: str) -> dict[str, float]:
     return found[-1] if found else {}
 
 
-def summarise(kernels: list[Kernel], machine: Machine) -> list[dict[str, Any]]:
+def summarise(kernels: list[Kernel], machine: Cluster) -> list[dict[str, Any]]:
     """Counts and seconds of every group, the longest first; "bound": what most of it is spent on."""
     lines = []
     for group in dict.fromkeys(k.group for k in kernels):
@@ -283,9 +267,7 @@ def summarise(kernels: list[Kernel], machine: Machine) -> list[dict[str, Any]]:
 
 def estimate(name: str, recipe: str, as_json: bool = False) -> str:
     """Tables of a recipe on a machine, or the same with every kernel as JSON. `ValueError`: unknown names."""
-    if name not in MACHINES:
-        raise ValueError(f"machine: expected one of {', '.join(MACHINES)}, got {name!r}")
-    machine, case = MACHINES[name], find_case(recipe)
+    machine, case = find_machine(name), find_case(recipe)
     (kernels, needed), measured = count_step(case), measured_groups(case, name)
     lines = summarise(kernels, machine)
     gpu, host = (sum(line[part] for line in lines) for part in ("seconds", "launches"))
@@ -317,7 +299,7 @@ def estimate(name: str, recipe: str, as_json: bool = False) -> str:
 
 
 def _tables(
-    lines: list[dict[str, Any]], measured: dict[str, float], kernels: list[Kernel], machine: Machine
+    lines: list[dict[str, Any]], measured: dict[str, float], kernels: list[Kernel], machine: Cluster
 ) -> list[str]:
     """Groups, and the longest kernels."""
     counts = {"GFLOP": ("flops", 1e9), "MB": ("bytes", 1e6), "M instructions": ("instructions", 1e6),

@@ -31,6 +31,8 @@ class Pretrain:
     from the recipe's came from."""
     profile: int = setting(0, low=0, rare=True)
     """Updates to record, after two others: a trace with named ranges and a table in RUN/profile; 0: none."""
+    plan: str | None = setting(None, option="run.plan", rare=True)
+    """File of `d2v plan --output`; it is copied into the run folder and compared with the run at its end."""
     track: tuple[str, ...] = setting((), option=None)
     base: Config = field(default_factory=Config, metadata={"option": None})
     origin: str = setting("recipe", option=None)
@@ -44,6 +46,36 @@ class Sweep(Pretrain):
 
     slurm: bool = False
     """Write DIR/sweep.sbatch, a Slurm array with a task a run, in place of running."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Pretrain):
+    """Says whether a run fits on so many GPUs, what it takes in time, on disk and on the network, and which settings go
+    with another batch. Takes the options of d2v pretrain and runs nothing: every figure is an estimate
+    (docs/scaling.md)."""
+
+    gpus: tuple[int, ...]
+    """Numbers of GPUs; with several only the table."""
+    machine: str
+    """h200, h100, a100, b200 or mi300x; or a .toml file with the figures of your own (docs/scaling.md)."""
+    hours: float | None = setting(None, above=0)
+    """Hours that there are: prints how many updates fit, and how many GPUs all of them need."""
+    mfu: float | None = setting(None, above=0, high=1)
+    """Share of the GPUs' peak that is reached; unset: 0.4, an assumption. Counted kernel by kernel it is 0.2 for the
+    base recipes on an H200 (docs/gpu-first-run.md)."""
+    measured: float | None = setting(None, above=0)
+    """In place of that share: seconds that an update of this run took on --measured-gpus of these GPUs."""
+    measured_gpus: int | None = setting(None, low=1)
+    """GPUs of that update; unset: the first of --gpus."""
+    run_folder: Path | None = setting(None, option="run")  # noqa: RUF009
+    """In place of that share: folder of a pre-training run on such GPUs, whose step_seconds count."""
+    network: float | None = setting(None, above=0)
+    """Gbit/s between nodes, of a node and direction; unset: the machine's."""
+    failures: float | None = setting(None, low=0)
+    """Failures of a GPU in an hour, for example 2e-5: 419 in 54 days of 16,384 H100s (Llama Team 2024, The Llama 3 Herd
+    of Models, arXiv:2407.21783); unset: no estimate of restarts."""
+    output: Path | None = None
+    """File for the figures as JSON, which --run.plan takes; unset: none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.dataset import Batch
@@ -17,6 +13,7 @@ from d2v.data.loader import BadSamples, train_updates
 from d2v.data.sampler import UpdateSampler
 from d2v.data.sources import Source
 from d2v.runtime import choose_device, memory_bytes, prepare_process
+from d2v.tools.paper import count_bytes, keeping
 from d2v.train.distributed import Ranks
 from d2v.train.flops import count_work
 from d2v.train.pretraining import Pretraining, load_weights, open_data
@@ -68,13 +65,7 @@ def _try_forward(trainer: Trainer, objective: Pretraining, batch: Batch) -> tupl
     assert batch.masks is not None
     device, masks = trainer.ranks.device, batch.masks
     trainer.model.train()
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with keeping() as kept:
         out = objective.run_model(trainer.network, batch, device)
     own = itertools.chain(trainer.model.parameters(), trainer.model.buffers())
     activations = count_bytes(kept, without=own)
@@ -87,13 +78,6 @@ def _try_forward(trainer: Trainer, objective: Pretraining, batch: Batch) -> tupl
         f"student      {rows} rows of {tokens} tokens, {visible}, {len(masks.rows)} masked positions",
         f"prediction   {tuple(out.prediction.shape)}, targets {tuple(out.targets.shape)}, loss {loss:.4f}",
     ], activations
-
-
-def count_bytes(tensors: Iterable[Tensor], without: Iterable[Tensor] = ()) -> int:
-    """Bytes of memory behind tensors, each piece of memory once; not those that `without` share."""
-    own = {t.untyped_storage().data_ptr() for t in without}
-    pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(size for place, size in pieces.items() if place not in own)
 
 
 def count_static(trainer: Trainer, objective: Pretraining) -> dict[str, int]:

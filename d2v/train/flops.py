@@ -29,6 +29,7 @@ from d2v.model.stems import InputStem, make_stem
 if TYPE_CHECKING:
     from d2v.config import Config, Encoder, SharedDecoder
     from d2v.data.dataset import Batch
+    from d2v_kernels import Masks
 
 PEAKS = {
     "A100": 312e12,
@@ -66,18 +67,17 @@ class Shape(NamedTuple):
     """Waveform samples of a row; other inputs: not used."""
 
 
-def shape_of(batch: Batch) -> Shape:
-    """Sizes of a training batch, known on the host."""
-    assert batch.masks is not None
-    rows, tokens = batch.masks.mask.shape
-    keep = batch.masks.keep
-    visible = tokens if keep is None else keep.shape[1]
-    return Shape(len(batch), rows // len(batch), tokens, visible, len(batch.masks.rows), batch.inputs.shape[1])
+def shape_of(masks: Masks, samples: int, length: int) -> Shape:
+    """Sizes of a training batch, known on the host. length: values of a row, see `Shape`."""
+    rows, tokens = masks.mask.shape
+    visible = tokens if masks.keep is None else masks.keep.shape[1]
+    return Shape(samples, rows // samples, tokens, visible, len(masks.rows), length)
 
 
 def count_work(config: Config, batch: Batch) -> dict[str, float]:
     """`tokens` that the teacher reads (padding and copies do not count) and `flops` of one micro-batch, for `rates`."""
-    shape = shape_of(batch)
+    assert batch.masks is not None
+    shape = shape_of(batch.masks, len(batch), batch.inputs.shape[1])
     lengths = batch.token_lengths
     tokens = shape.samples * shape.tokens if lengths is None else int(lengths.sum())
     return {"tokens": float(tokens), "flops": count_flops(config, shape)}

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import socket
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,9 +20,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from d2v.config.fields import shorten
 from d2v.data.loader import BadSamples
 from d2v.files import parse_json, write_atomically
-from d2v.folder import STATUS
+from d2v.folder import PLAN, STATUS, load_plan
 from d2v.runtime import format_seconds, span
 from d2v.train.monitors import find_low_ranks
 from d2v.train.trackers import Tracker, Trackers
@@ -198,6 +200,12 @@ def in_notebook() -> bool:
     return shell is not None and "IPKernelApp" in shell.config
 
 
+def median_seconds(lines: Iterable[Mapping[str, Any]]) -> float:
+    """Of an update, over lines of metrics; 0: none has it."""
+    found = [seconds for line in lines if isinstance(seconds := line.get("step_seconds"), float)]
+    return statistics.median(found) if found else 0.0
+
+
 class Progress:
     """Rate, time left, loss, content spread and share of time spent waiting for data, on standard error: a bar on a
     terminal and in a notebook, a line per log interval elsewhere."""
@@ -356,3 +364,20 @@ class Report:
         if bad.entries:
             text += f"; {len(bad.entries)} samples could not be decoded, {bad.examples()}"
         print(text, file=sys.stderr)
+        if (self.folder / PLAN).is_file():
+            print(compare_plan(self.folder), file=sys.stderr)
+
+
+def compare_plan(folder: Path) -> str:
+    """What the `PLAN` of a run says beside what its metrics say."""
+    try:
+        plan = load_plan(folder / PLAN)
+    except ValueError as error:  # the run has reached its end all the same
+        return f"note: {error}"
+    lines = read_metrics(folder / "metrics.jsonl")
+    memory = max((size for line in lines if isinstance(size := line.get("memory_bytes"), int)), default=0)
+    return (
+        f"planned {plan['step_seconds']:.3g} s a step, {plan['memory_bytes'] / 1e9:.1f} GB a GPU (ESTIMATE for "
+        f"{plan['gpus']} x {shorten(plan['machine'])}); measured {median_seconds(lines):.3g} s, "
+        f"{memory / 1e9:.1f} GB on the first rank"
+    )

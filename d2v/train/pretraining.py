@@ -41,7 +41,7 @@ SKIPPING = frozenset({"no-head-1.0-vision"})
 
 def pretrain(
     config: Config, *, init: str | None = None, profile: int = 0,
-    probe: Callable[[Objective, Ranks, bool], Probe] | None = None, track: Iterable[Any] = (),
+    probe: Callable[[Objective, Ranks, bool], Probe] | None = None, track: Iterable[Any] = (), plan: str | None = None,
 ) -> Path:  # fmt: skip
     """Runs or resumes a pre-training run; returns the run folder. Under torchrun every rank calls it.
 
@@ -52,6 +52,7 @@ def pretrain(
         probe: `d2v.evaluate.watch.RunProbe`, where config.probe.train is set.
         track: trackers besides those of run.track: objects with the methods of `d2v.train.trackers.Tracker`, or
             functions of (step, values) that get every line of metrics. On rank 0 alone.
+        plan: file of `d2v plan --output`, with which the run is compared at its end.
 
     Raises:
         ValueError (also OSError of the file system): input that cannot be used, before anything is written.
@@ -62,7 +63,7 @@ def pretrain(
         raise ValueError("probe.train: expected pretrain(config, probe=d2v.evaluate.watch.RunProbe), got no probe")
     prepare_process(config.run.threads, config.run.keep_pages, config.run.products)
     with open_ranks(config.run) as ranks:
-        folder = RunFolder(config, ranks)
+        folder = RunFolder(config, ranks, plan)
         # With a cache of the index, one rank fills it and the others read it.
         with ranks.first_before_others() if config.data.cache else contextlib.nullcontext():
             source, valid = open_data(config)

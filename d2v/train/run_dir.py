@@ -25,11 +25,13 @@ from d2v.files import PARTIAL, write_atomically
 from d2v.folder import (
     CONFIG,
     LOST,
+    PLAN,
     check_layers,
     clean_folder,
     damaged,
     latest_checkpoint,
     load_json,
+    load_plan,
     read_index,
     step_of,
 )
@@ -52,14 +54,16 @@ LOCK = ".lock"
 class RunFolder:
     """The folder of a run that begins or goes on; nothing is written before `begin`."""
 
-    def __init__(self, config: Any, ranks: Ranks) -> None:
-        """Raises `ValueError` where `run.dir` is no place for this run."""
+    def __init__(self, config: Any, ranks: Ranks, plan: str | None = None) -> None:
+        """plan: file of `d2v plan` for the folder. `ValueError` where `run.dir` is no place for this run."""
         self.path = Path(config.run.dir)
         self.changed: list[str] = []
+        self.plan: dict[str, Any] | None = None
         found = None
         with ranks.first_before_others():
             if ranks.is_first:
                 check_run_folder(config.run.dir)
+                self.plan = load_plan(Path(plan)) if plan is not None else None
                 found = latest_checkpoint(self.path)
             if found is not None:
                 read_index(found)  # compares checksums
@@ -80,6 +84,8 @@ class RunFolder:
         for name in (REQUEUE, LOST):
             (self.path / name).unlink(missing_ok=True)
         write_atomically(self.path / CONFIG, config.to_json())
+        if self.plan is not None:
+            write_atomically(self.path / PLAN, json.dumps(self.plan, indent=1))
 
     def compare_files(self, source: Source, option: str, allowed: float) -> None:
         """Rank 0: keeps sizes and times of the files that a run begins with; of one that goes on, says which changed.

@@ -19,9 +19,10 @@ from benchmarks import step
 from benchmarks.harness.record import write_rows
 from benchmarks.training import estimate as paper
 from benchmarks.training.cases import StepCase, make_config
-from benchmarks.training.estimate import MACHINES, Kernel, Machine, Recorder
+from benchmarks.training.estimate import Kernel, Recorder
 from benchmarks.training.forms import group_of, measure_operators
 from d2v.model.data2vec import Data2Vec
+from d2v.tools.cluster import MACHINES, Cluster
 from d2v_kernels.bench import cases as _cases  # noqa: F401  fills FAMILIES
 from d2v_kernels.bench.case import BF16, FAMILIES
 
@@ -174,7 +175,7 @@ def test_bytes_are_those_of_the_benches(counted: Counted) -> None:
 
 
 def test_time_by_hand() -> None:
-    machine = Machine(peak=100.0, memory_rate=10.0, issue=1.0)
+    machine = Cluster(peak=100.0, memory_rate=10.0, issue=1.0)
     start = paper.START
     assert Kernel("matrix products", "mm", (), flops=120.0, bytes=1.0).seconds(machine) == pytest.approx(2.0 + start)
     assert Kernel("gelu", "gelu", (), bytes=30.0, instructions=2.0, launches=2).seconds(machine) == 3.0 + 2 * start
@@ -220,7 +221,7 @@ def test_table_with_and_without_measurement(monkeypatch: pytest.MonkeyPatch, tmp
     assert found["estimate"] and found["measured"] == row["forms"]["d2v"]["groups"]  # type: ignore[index]
     assert sum(k["seconds"] for k in found["kernels"]) == pytest.approx(sum(g["seconds"] for g in found["groups"]))
     quick = dataclasses.replace(MACHINES["h200"], peak=1e21, memory_rate=1e18, issue=1e21, launch=0.0)
-    monkeypatch.setitem(paper.MACHINES, "h200", quick)
+    monkeypatch.setitem(MACHINES, "h200", quick)
     monkeypatch.setattr(paper, "START", 0.0)
     assert "images a second" in paper.estimate("h200", "vision-base") and "900 reached" in paper.estimate(
         "h200", "vision-base"

@@ -11,7 +11,8 @@ import torch
 
 from d2v.config import Config
 from d2v.data.loader import train_updates
-from d2v.tools.dry_run import MIB, count_bytes, count_static, dry_run
+from d2v.tools.dry_run import MIB, count_static, dry_run
+from d2v.tools.paper import count_bytes
 from d2v.train.distributed import Ranks
 from d2v.train.pretraining import Pretraining, open_data
 from d2v.train.trainer import Trainer

@@ -17,7 +17,7 @@ from d2v.config import Config
 from d2v.data.dataset import Batch
 from d2v.model.data2vec import Data2Vec
 from d2v.model.masking import make_mask_sampler
-from d2v.train.flops import PEAKS, Shape, count_flops, count_work, describe_rates, find_peak, shape_of
+from d2v.train.flops import PEAKS, Shape, count_flops, count_work, describe_rates, find_peak
 from d2v_kernels import choose_products
 
 SAMPLES = 2
@@ -130,7 +130,7 @@ def test_count_against_pytorch(case: str) -> None:
     batch = make_batch(config, model)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=OPERATORS) as counter:
         model(batch.inputs, masks=batch.masks).loss.backward()
-    assert count_flops(config, shape_of(batch)) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert count_work(config, batch)["flops"] == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 def test_a_block_of_known_size() -> None:
@@ -158,7 +158,9 @@ def test_work_of_a_batch() -> None:
     config = small("text-tiny", {})
     batch = make_batch(config, Data2Vec(config))
     work = count_work(config, batch)
-    assert work == {"tokens": 80.0, "flops": count_flops(config, shape_of(batch))}
+    assert batch.masks is not None and batch.masks.keep is not None
+    shape = Shape(2, config.mask.copies, 40, batch.masks.keep.shape[1], len(batch.masks.rows), 40)
+    assert work == {"tokens": 80.0, "flops": count_flops(config, shape)}
     padded = dataclasses.replace(batch, token_lengths=torch.tensor([40, 7]))
     assert count_work(config, padded) == {"tokens": 47.0, "flops": work["flops"]}
 

@@ -1,75 +1,61 @@
-"""What 8 to 512 GPUs should give, by arithmetic.
+"""What an update takes on 1 to thousands of GPUs, by arithmetic.
 
 Every figure is an estimate from the assumptions of `Cluster`; nothing here was measured on a GPU. Work comes from
-`d2v.train.flops`, parameters and kept activations from the recipe's own model, whose forward runs on tensors without
-memory. docs/scaling.md explains the formulas and says what breaks first.
+`d2v.train.flops`, parameters and kept activations from `d2v.tools.paper`. docs/scaling.md explains the formulas and
+says what breaks first.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import math
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-from unittest import mock
 
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from d2v import recipes
 from d2v.config import Config
-from d2v.model import layers
-from d2v.model.data2vec import Data2Vec
-from d2v.model.masking import make_mask_sampler
-from d2v.model.transformer import Block
-from d2v.train.flops import count_flops, find_peak
-from d2v_kernels import Masks
-
-from ..training.cases import StepCase, make_config, make_inputs, shape_of
+from d2v.config.fields import build_section, check_ranges, setting
+from d2v.tools.paper import Sizes, count_sizes
+from d2v.train.flops import find_peak
 
 Parallel = Literal["ddp", "fsdp", "hybrid"]
-LENGTHS = {"vision": 0.0, "speech": 20.0, "text": 512.0}
-"""Of a sample: seconds of audio (the published longest crop), tokens."""
 BUCKET = 25 << 20
 """Bytes of gradients that DistributedDataParallel exchanges at a time."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Assumptions; none of them was measured here."""
+    """GPUs, nodes and assumptions, of an H100 where nothing else is given; none of them was measured here."""
 
-    peak: float = find_peak("H100") or 0.0
+    peak: float = setting(find_peak("H100"), above=0)
     """FLOP/s of a GPU, dense bfloat16, as quoted in d2v.train.flops."""
-    mfu: float = 0.4
+    mfu: float = setting(0.4, above=0, high=1)
     """Share of the peak that a large enough micro-batch reaches."""
-    memory: float = 80e9
+    memory: float = setting(80e9, above=0)
     """Bytes of a GPU."""
-    memory_rate: float = 0.8 * 3.35e12
+    memory_rate: float = setting(0.8 * 3.35e12, above=0)
     """Bytes a second that optimiser and average move: 80 % of the quoted 3.35 TB/s."""
-    node: int = 8
+    issue: float = setting(132 * 4 * 1.98e9, above=0)
+    """Warp instructions a second: multiprocessors, four schedulers each, the highest clock. For `benchmarks.step`."""
+    node: int = setting(8, low=1)
     """GPUs of a node."""
-    nvlink: float = 450e9
+    nvlink: float = setting(450e9, above=0)
     """Bytes a second and direction of a GPU inside a node."""
-    network: float = 3200.0
+    network: float = setting(3200.0, above=0)
     """Gbit/s and direction of a node: eight adapters of 400."""
-    bandwidth: float = 0.7
+    bandwidth: float = setting(0.7, above=0, high=1)
     """Share of either rate that a collective reaches."""
-    overlap: float = 0.9
+    overlap: float = setting(0.9, low=0, high=1)
     """Share of the computing time under which communication can hide."""
-    near: float = 1e-6
+    near: float = setting(1e-6, low=0)
     """Seconds of a hop inside a node."""
-    far: float = 5e-6
+    far: float = setting(5e-6, low=0)
     """Seconds of a hop between nodes."""
-    launch: float = 5e-6
+    launch: float = setting(5e-6, low=0)
     """Seconds of the host for a kernel, without CUDA graphs."""
-    reserve: float = 2e9
+    reserve: float = setting(2e9, low=0)
     """Bytes of a GPU for CUDA, NCCL and the allocator."""
-    transient: float = 0.15
+    transient: float = setting(0.15, low=0)
     """Short-lived tensors, as a share of the kept activations."""
 
     @property
@@ -78,129 +64,34 @@ class Cluster:
         return self.network / 8.0 * 1e9
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What a recipe's model counts."""
-
-    config: Config
-    trained: int
-    """Parameters with a gradient."""
-    averaged: int
-    """Parameters of the teacher."""
-    trained_blocks: int
-    """Of the trained ones, those in transformer blocks, the units of sharding."""
-    averaged_blocks: int
-    blocks: int
-    """Transformer blocks of the student; the teacher has as many."""
-    activations: float
-    """Bytes of a sample that a forward keeps, bfloat16 autocast."""
-    casts: float
-    """Bytes of the lower-precision copies of weights that a forward keeps, whatever the samples."""
-    forward: float
-    """FLOPs of a sample: student and teacher forward."""
-    backward: float
-    """FLOPs of a sample: backward of student and decoder."""
+MACHINES = {  # From data sheets as commonly quoted: FLOP/s, bytes, bytes a second (80 % of it reached), links of a GPU.
+    "h200": Cluster(peak=find_peak("H200") or 0.0, memory=141e9, memory_rate=0.8 * 4.8e12),
+    "h100": Cluster(),
+    "a100": Cluster(peak=find_peak("A100") or 0.0, memory_rate=0.8 * 2.039e12, issue=108 * 4 * 1.41e9, nvlink=300e9,
+                    network=1600.0),
+    "b200": Cluster(peak=find_peak("B200") or 0.0, memory=180e9, memory_rate=0.8 * 8e12, issue=148 * 4 * 1.85e9,
+                    nvlink=900e9),
+    # A compute unit issues two times 32 lanes a cycle; seven links of 64 GB/s.
+    "mi300x": Cluster(peak=1307.4e12, memory=192e9, memory_rate=0.8 * 5.3e12, issue=304 * 2 * 2.1e9,
+                      nvlink=448e9),
+}  # fmt: skip
 
 
-@functools.cache
-def count_sizes(recipe: str) -> Sizes:
-    """Counts a recipe's parameters, activations and work; no weight is allocated."""
-    config = recipes.get(recipe)
-    case = StepCase(recipe, 2, LENGTHS[config.stem.modality])
-    (one, masks), (two, _), model = (*(_kept_bytes(case, samples) for samples in (1, 2)), _meta_model(config))
-    shape = shape_of(config, masks, 1, make_inputs(dataclasses.replace(case, samples=1), config, 0).shape[-1])
-    total = count_flops(config, shape)
-    # Student, positions and decoder are what grows with the copies; the stem's backward is counted with the forward.
-    student = total - count_flops(config, shape._replace(copies=0, masked=0))
-    blocks = [m for m in model.modules() if isinstance(m, Block)]
-    inside = [p for b in blocks for p in b.parameters()]
-    return Sizes(
-        config=config,
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        averaged=sum(p.numel() for p in model.teacher.parameters()),
-        trained_blocks=sum(p.numel() for p in inside if p.requires_grad),
-        averaged_blocks=sum(p.numel() for p in inside if not p.requires_grad),
-        blocks=config.encoder.prenet_depth + config.encoder.depth,
-        activations=float(two - one),
-        casts=float(2 * one - two),
-        forward=total - student * 2.0 / 3.0,
-        backward=student * 2.0 / 3.0,
-    )
+def find_machine(machine: str | Mapping[str, Any]) -> Cluster:
+    """A machine by its name in `MACHINES`, or of fields of `Cluster`; those that are not given are an H100's.
 
-
-def _meta_model(config: Config) -> Data2Vec:
-    with torch.device("meta"):
-        return Data2Vec(config)
-
-
-def _kept_bytes(case: StepCase, samples: int) -> tuple[int, Masks]:
-    """Bytes that a forward under bfloat16 autocast keeps for its backward pass, weights not counted; and its masks."""
-    case = dataclasses.replace(case, samples=samples)
-    # Float32 as the run's precision: the teacher's working copies, which keep no activation, are not made.
-    config = make_config(case, "fp32")
-    inputs, masks, measured = draw_batch(case, config)
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with on_paper():
-        model = Data2Vec(config).train()
-        object.__setattr__(model.stem, "measure", lambda *_: measured)
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with torch.autocast("cpu", torch.bfloat16), hooks, forms_of_gpus():
-            out = model(inputs, masks=masks)
-        own = _pieces([*model.parameters(), *model.buffers()])
-        found = _pieces(kept)
-    del out
-    return sum(size for piece, size in found.items() if piece not in own), masks
-
-
-class _Paper(FakeTensorMode):
-    """A deep copy of a module copies the mode of its tensors, and with it weak references to memory: numbers that
-    PyTorch takes along as they are and then frees once for every copy."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Paper:
-        return self
-
-
-@contextlib.contextmanager
-def on_paper() -> Iterator[None]:
-    """Tensors without memory."""
-    with (
-        mock.patch("torch.nn.init.trunc_normal_", lambda weight, **_: weight),  # it reads what it has drawn
-        _Paper(allow_non_fake_inputs=True),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # copying parameters asks for their addresses
-        yield
-
-
-def draw_batch(case: StepCase, config: Config) -> tuple[Tensor, Masks, Any]:
-    """Inputs, masks, and what the stem measures of the inputs: its checks read them, so they run before there are
-    tensors without memory."""
-    inputs = make_inputs(case, config, 0)
-    measured = _meta_model(config).stem.measure(inputs, None)
-    tokens = None if config.stem.modality == "vision" else measured[0]
-    masks = make_mask_sampler(config, tokens=tokens).draw(list(range(case.samples)), 0, copies=config.mask.copies)
-    return inputs, masks, measured
-
-
-@contextlib.contextmanager
-def forms_of_gpus() -> Iterator[None]:
-    """Meanwhile convolutions and norms take the forms that they have on GPUs, which keep more than those of CPUs."""
-    with (
-        mock.patch.object(layers, "_suits_products", return_value=False),
-        mock.patch.object(layers, "_keeps_layout", return_value=True),
-        mock.patch.object(layers.LayerNorm, "forward", torch.nn.LayerNorm.forward),
-    ):
-        yield
-
-
-def _pieces(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of every piece of memory, once."""
-    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    `ValueError`: no such machine or field, or a value that it cannot have.
+    """
+    if isinstance(machine, str):
+        if machine not in MACHINES:
+            raise ValueError(
+                f"machine: expected one of {', '.join(MACHINES)} (plans are for GPUs), or a .toml file with the "
+                f"figures of your own, got {machine!r}"
+            )
+        return MACHINES[machine]
+    cluster: Cluster = build_section(Cluster, dict(machine), "machine")
+    check_ranges(cluster, "machine")
+    return cluster
 
 
 # ---- communication
@@ -276,12 +167,12 @@ def shard_ranks(parallel: Parallel, ranks: int, cluster: Cluster) -> int:
 class Estimate:
     """An update on `gpus` GPUs; every figure is an estimate."""
 
-    recipe: str
+    config: Config
     parallel: Parallel
     gpus: int
     batch: int
     kappa: float
-    """Batch over the recipe's: above 1 only where there are more GPUs than samples, a sample each."""
+    """Batch over the configuration's: above 1 only where there are more GPUs than samples, a sample each."""
     micro: int
     forwards: int
     memory: float
@@ -305,15 +196,19 @@ class Estimate:
         return self.batch / self.seconds
 
     @property
+    def updates(self) -> float:
+        """For the samples of the configuration's updates."""
+        return self.config.run.steps / self.kappa
+
+    @property
     def hours(self) -> float:
-        """For the samples of the published number of updates."""
-        return recipes.get(self.recipe).run.steps / self.kappa * self.seconds / 3600.0
+        """Of these updates."""
+        return self.updates * self.seconds / 3600.0
 
 
-def estimate(recipe: str, gpus: int, parallel: Parallel, cluster: Cluster) -> Estimate:
+def estimate(config: Config, gpus: int, parallel: Parallel, cluster: Cluster) -> Estimate:
     """Time and memory of an update; the rank with most samples decides."""
-    sizes = count_sizes(recipe)
-    data = sizes.config.data
+    sizes, data = count_sizes(config), config.data
     batch = max(data.global_batch, gpus)
     share = math.ceil(batch / gpus)
     micro = min(data.micro_batch or share, share)
@@ -324,7 +219,7 @@ def estimate(recipe: str, gpus: int, parallel: Parallel, cluster: Cluster) -> Es
     part = sizes.backward / (sizes.forward + sizes.backward)
     shards = shard_ranks(parallel, gpus, cluster)
     return Estimate(
-        recipe=recipe, parallel=parallel, gpus=gpus, batch=batch, kappa=batch / data.global_batch,
+        config=config, parallel=parallel, gpus=gpus, batch=batch, kappa=batch / data.global_batch,
         micro=micro, forwards=len(pieces),
         memory=memory_bytes(sizes, parallel, gpus, micro, len(pieces), cluster),
         compute=sum(compute),
@@ -384,22 +279,28 @@ def memory_bytes(sizes: Sizes, parallel: Parallel, gpus: int, micro: int, forwar
     return static / shards + gathered + whole + activations
 
 
-def largest_micro(recipe: str, parallel: Parallel, gpus: int, cluster: Cluster) -> int:
+def largest_micro(config: Config, parallel: Parallel, gpus: int, cluster: Cluster) -> int:
     """Most samples of a micro-batch that fit; 0: none."""
-    sizes = count_sizes(recipe)
+    sizes = count_sizes(config)
     rest = memory_bytes(sizes, parallel, gpus, 0, 2, cluster)
     return max(0, int((cluster.memory - rest) / (sizes.activations * (1.0 + cluster.transient))))
 
 
 def efficiency(found: Estimate, cluster: Cluster) -> float:
-    """Samples a second and GPU, over those of one GPU with the recipe's batch and micro-batch."""
-    alone = estimate(found.recipe, 1, "ddp", cluster)
+    """Samples a second and GPU, over those of one GPU with the same batch and micro-batch."""
+    alone = estimate(found.config, 1, "ddp", cluster)
     return found.samples_per_second / found.gpus / alone.samples_per_second
 
 
-def sample_of(config: Config) -> tuple[str, float]:
-    """What is counted a second, and how many of it a sample has."""
-    kinds: dict[str, tuple[str, float]] = {
-        "vision": ("images", 1.0), "speech": ("s of audio", LENGTHS["speech"]), "text": ("tokens", LENGTHS["text"]),
-    }  # fmt: skip
-    return kinds[config.stem.modality]
+def calibrate(config: Config, gpus: int, parallel: Parallel, seconds: float, cluster: Cluster) -> Cluster:
+    """The cluster with the share of the peak at which an update takes the `seconds` that were measured, the host's
+    launches included. `ValueError` where it cannot take so few."""
+    cluster = dataclasses.replace(cluster, launch=0.0)
+    low, high = 1e-9, 1.0
+    if seconds < (least := estimate(config, gpus, parallel, dataclasses.replace(cluster, mfu=high)).seconds):
+        raise ValueError(f"measured: expected at least {least:.3g} s, an update at the GPU's peak, got {seconds:.3g}")
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        found = estimate(config, gpus, parallel, dataclasses.replace(cluster, mfu=middle))
+        low, high = (middle, high) if found.seconds > seconds else (low, middle)
+    return dataclasses.replace(cluster, mfu=high)
