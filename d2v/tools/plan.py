@@ -301,4 +301,6 @@ def _describe_batch(found: Estimate, base: Config, given: Collection[str]) -> It
 
 
 def _show(value: Any) -> str:
-    return " ".join(map(_show, value)) if isinstance(value, tuple) else f"{value:.8g}"
+    if isinstance(value, tuple):
+        return " ".join(map(_show, value))
+    return f"{value:.8g}" if isinstance(value, float) else str(value)

@@ -320,7 +320,7 @@ def test_the_guide_has_the_scaled_recipes() -> None:
     """The table of docs/distributed.md is what `scale` gives for four times the batch."""
     text = (ROOT / "docs" / "distributed.md").read_text()
     names = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `") and "→" in line]
-    assert len(names) == 11
+    assert len(names) == 13
     for name in names:
         config = recipes.get(name)
         new, optim, batch, steps = scale(config, 4.0), config.optim, config.data.global_batch, config.run.steps
