@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from d2v.files import write_atomically
+from d2v.runtime import Reporter
 
 CACHE = "cache"
 """Folder inside a run folder."""
@@ -202,3 +203,22 @@ def scan_files(
     if cache is not None and missing:
         cache.keep(name, {file: [stamp, *f] for file, stamp, f in zip(names, stamps, found, strict=True)})
     return found
+
+
+def index_files(
+    files: Sequence[Path], what: str, scan: Callable[[Path], Found], cache: IndexCache | None,
+    scope: tuple[object, ...], threads: int = 1,
+) -> tuple[np.ndarray, list[Found]]:  # fmt: skip
+    """`stamps_of` container files and `scan_files` of them, which says how far it is; `what` they are is for that."""
+    report = Reporter("indexing", len(files), what)
+
+    def counted(number: int) -> Found:
+        result = scan(files[number])
+        report.add()
+        return result
+
+    paths = [str(file.absolute()) for file in files]
+    stamps = stamps_of(paths)
+    found = scan_files(paths, [(size, at) for size, at in stamps.tolist()], counted, cache, (*scope, *paths), threads)
+    report.finish()
+    return stamps, found

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from d2v.data.cache import Found, NameTable, scan_files, stamps_of
+from d2v.data.cache import Found, NameTable, index_files
 from d2v.data.sources import (
     NoSamples,
     NoTranscript,
@@ -35,7 +35,6 @@ from d2v.data.sources import (
     number_classes,
     printable,
 )
-from d2v.runtime import Reporter
 
 RECORD = "pack.json"
 """What `d2v data pack` writes beside its shards."""
@@ -59,20 +58,10 @@ class ShardSource(Source):
         self.files, self.cache = list(files), wanted.cache
         self._open, self._fetched = OrderedDict[int, int](), OrderedDict[tuple[int, int], None]()
         self._ahead = False
-        report = Reporter("indexing", len(files), "shards")
-
-        def scan(number: int) -> Found:
-            result = scan_shard(files[number], wanted)
-            report.add()
-            return result
-
-        paths = [str(file.absolute()) for file in files]
-        self.stamps = stamps_of(paths)
-        stamps = [(size, time) for size, time in self.stamps.tolist()]
         endings = " ".join(sorted(wanted.kind.suffixes))
-        scope = ("shards", wanted.kind.noun, endings, wanted.labelled, wanted.measure is not None, *paths)
-        found = scan_files(paths, stamps, scan, wanted.cache, scope, SCANS)
-        report.finish()
+        scope = ("shards", wanted.kind.noun, endings, wanted.labelled, wanted.measure is not None)
+        scan = functools.partial(scan_shard, wanted=wanted)
+        self.stamps, found = index_files(files, "shards", scan, wanted.cache, scope, SCANS)
         self.rejected = [Rejected(*entry) for one in found for entry in one.rejected]
         self.rejected += _find_short(files, found)
         left = sum((Counter(one.left_out) for one in found), Counter())

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from d2v.data.cache import Found, NameTable, scan_files, stamps_of
+from d2v.data.cache import Found, NameTable, index_files
 from d2v.data.sources import (
     NoTranscript,
     Rejected,
@@ -30,7 +30,6 @@ from d2v.data.sources import (
     printable,
 )
 from d2v.data.tables.metadata import LABELS, TEXTS, find_value
-from d2v.runtime import Reporter
 
 KEPT_BYTES = 1 << 28
 """Row groups that a process keeps, decoded; at least one."""
@@ -49,24 +48,15 @@ class ParquetSource(Source):
         self.files, self.cache, self.left_out = list(files), wanted.cache, {}
         self._groups = OrderedDict[int, Any]()
         self._texts: list[str | None] | None = None
-        report = Reporter("indexing", len(files), "parquet files")
-
-        def scan(number: int) -> Found:
-            result = scan_table(files[number], wanted)
-            report.add()
-            return result
-
-        paths = [str(file.absolute()) for file in files]
-        self.stamps = stamps_of(paths)
-        stamps = [(size, time) for size, time in self.stamps.tolist()]
-        scope = ("parquet", wanted.kind.noun, wanted.labelled, wanted.measure is not None, *paths)
-        found = scan_files(paths, stamps, scan, wanted.cache, scope)
-        report.finish()
+        scope = ("parquet", wanted.kind.noun, wanted.labelled, wanted.measure is not None)
+        scan = functools.partial(scan_table, wanted=wanted)
+        self.stamps, found = index_files(files, "parquet files", scan, wanted.cache, scope)
         self.rejected = [Rejected(*entry) for one in found for entry in one.rejected]
         self.incomplete = [entry for entry in self.rejected if entry.reason == NO_LABEL]
         rows = [(number, *sample) for number, one in enumerate(found) for sample in one.samples]
         if not rows:
-            raise ValueError(f"{wanted.option}: expected rows of {wanted.kind.noun}, found none in {paths}")
+            where = f"{len(files)} parquet files, the first {printable(str(files[0]))!r}"
+            raise ValueError(f"{wanted.option}: expected rows of {wanted.kind.noun}, found none in {where}")
         numbers, names, labels, groups, places, lines, _, lengths = zip(*rows, strict=True)
         self.names = NameTable(f"{files[number].name}:{name}" for number, name in zip(numbers, names, strict=True))
         self._places = np.array([numbers, groups, places, lines], dtype=np.int64).T
