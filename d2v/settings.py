@@ -20,7 +20,7 @@ from d2v.config.model import take_architecture
 from d2v.files import open_regular, parse_json
 from d2v.options import UsageError, advise, list_options
 
-ONLY_OPTIONS = frozenset({"run.dir", "data.cache", "data.allow-commands"})
+ONLY_OPTIONS = frozenset({"run.dir", "data.cache", "target.cache", "data.allow-commands"})
 """What chooses where to write, or runs something: counts on the command line only."""
 COMMAND_LINE = "command line"
 TRACK = "--run.track"

@@ -195,9 +195,11 @@ def test_no_file_chooses_where_to_write_or_runs_something(
     places = f'path = "pipe:touch {tmp_path}/x"\nallow-commands = true\ncache = "{tmp_path}/cache"\n'
     changed(toml, "[data]\n", f"[data]\n{places}")
     changed(toml, "[run]\n", f'[run]\ndir = "{tmp_path}/run"\n')
+    toml.write_text(f'{toml.read_text()}\n[target]\ncache = "{tmp_path}/targets"\n')
     config = read("--config", str(toml))
     assert (config.run.dir, config.data.cache, config.data.allow_commands) == ("", None, False)
-    note = f"note: {toml}: these count on the command line only: data.allow-commands, data.cache, run.dir\n"
+    assert config.target.cache is None
+    note = f"note: {toml}: these count on the command line only: data.allow-commands, data.cache, run.dir, target.cache\n"
     assert capsys.readouterr().err == note
     assert main(["pretrain", "--config", str(toml), "--dry-run"]) == 2
     assert "allow" in capsys.readouterr().err.splitlines()[-1]
