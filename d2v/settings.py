@@ -202,8 +202,9 @@ def describe_sources(config: Config, base: Config, origin: str, sources: Mapping
     """A line for every setting that differs from its `origin`, the recipe mostly: value, where it came from, value
     there."""
     before = {o.name: o.default for o in list_options(Config, base)}
+    shown = {name: "nothing" if value == "" else value for name, value in before.items()}
     lines = [
-        f"{o.name} {o.default}: {sources.get(o.name, '--model.init')} ({origin}: {before[o.name]})"
+        f"{o.name} {o.default}: {sources.get(o.name, '--model.init')} ({origin}: {shown[o.name]})"
         for o in list_options(Config, config)
         if o.default != before[o.name]
     ]
