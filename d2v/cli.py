@@ -98,7 +98,7 @@ def _requeue_on_signals() -> Iterator[None]:
         return
 
     def leave(number: int, _frame: Any) -> None:
-        print(f"{signal.Signals(number).name}: outside of the training; the same command goes on", file=sys.stderr)
+        print(f"{signal.Signals(number).name}: stopping; the same command goes on", file=sys.stderr)
         raise SystemExit(os.EX_TEMPFAIL)
 
     previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+SWEEP = "sweep.json"
+"""In the folder of a sweep: its runs, how each was begun and how it ended."""
 PARTIAL = ".partial-"
 """Begins the names of what is not whole yet."""
 _ROW = 8192

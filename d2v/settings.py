@@ -20,7 +20,7 @@ from d2v.config.model import take_architecture
 from d2v.files import open_regular, parse_json
 from d2v.options import UsageError, advise, list_options
 
-ONLY_OPTIONS = frozenset({"run.dir", "data.cache", "data.allow-commands"})
+ONLY_OPTIONS = frozenset({"run.dir", "data.cache", "target.cache", "data.allow-commands"})
 """What chooses where to write, or runs something: counts on the command line only."""
 COMMAND_LINE = "command line"
 TRACK = "--run.track"
@@ -202,8 +202,9 @@ def describe_sources(config: Config, base: Config, origin: str, sources: Mapping
     """A line for every setting that differs from its `origin`, the recipe mostly: value, where it came from, value
     there."""
     before = {o.name: o.default for o in list_options(Config, base)}
+    shown = {name: "nothing" if value == "" else value for name, value in before.items()}
     lines = [
-        f"{o.name} {o.default}: {sources.get(o.name, '--model.init')} ({origin}: {before[o.name]})"
+        f"{o.name} {o.default}: {sources.get(o.name, '--model.init')} ({origin}: {shown[o.name]})"
         for o in list_options(Config, config)
         if o.default != before[o.name]
     ]

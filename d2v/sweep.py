@@ -21,11 +21,11 @@ from typing import Any
 from d2v.config import Config
 from d2v.config.commands import Pretrain, Sweep
 from d2v.config.fields import build_section, check_ranges, shorten
-from d2v.files import write_atomically
+from d2v.files import SWEEP, write_atomically
 from d2v.options import UsageError, check_names, list_options, option_names, parse_options
 from d2v.settings import pretrain_defaults, take_code, value_of
 
-RECORD, SCRIPT = "sweep.json", "sweep.sbatch"
+SCRIPT = "sweep.sbatch"
 _OWN = ("run.dir", "slurm", "dry-run")
 _STOPPED = (os.EX_TEMPFAIL, 128 + signal.SIGINT)
 """Exit codes of a run that was stopped from outside: the sweep stops, too."""
@@ -159,7 +159,7 @@ def sweep(recipe: str, arguments: Sequence[str]) -> int:
     folder, flags = Path(value_of("--run.dir", arguments) or ""), set(arguments)
     if not folder.name:
         raise UsageError("run.dir: expected a folder for the runs, got nothing")
-    if folder.exists() and not (folder / RECORD).is_file() and any(folder.iterdir()):
+    if folder.exists() and not (folder / SWEEP).is_file() and any(folder.iterdir()):
         raise ValueError(f"run.dir: expected an empty folder or an earlier sweep, got {str(folder)!r} with other files")
     members = plan("" if value_of("--recipe", arguments) else recipe, arguments, str(folder))
     for member in members:
@@ -184,7 +184,7 @@ def sweep(recipe: str, arguments: Sequence[str]) -> int:
 
 def _record(folder: Path, members: Sequence[Member]) -> None:
     runs = [{"name": m.name, "options": m.values, "command": m.command, "state": m.state} for m in members]
-    write_atomically(folder / RECORD, json.dumps({"runs": runs}, indent=1))
+    write_atomically(folder / SWEEP, json.dumps({"runs": runs}, indent=1))
 
 
 def _run_all(folder: Path, members: Sequence[Member]) -> int:

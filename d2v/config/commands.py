@@ -353,7 +353,7 @@ class Watch:
     dead (its process is gone), stalled, lost (a rank). Ends with 1 where something is."""
 
     runs: tuple[Path, ...] = setting(option="runs", positional=True)
-    """Run folders."""
+    """Folders of runs, or of sweeps."""
     every: float = setting(10.0, low=0.1)
     """Seconds between looks."""
     once: bool = False

@@ -145,6 +145,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (tuple, frozenset) and isinstance(value, (list, tuple, set, frozenset)):
         variadic = origin is frozenset or inner[1:] == (...,)
+        if inner == (str, ...):  # words, of which some may be numbers: data.image_range
+            value = [str(item) if type(item) in (int, float) else item for item in value]
         if variadic or len(inner) == len(value):
             kinds = [inner[0]] * len(value) if variadic else inner
             return origin(_convert(kind, item, where) for kind, item in zip(kinds, value, strict=True))

@@ -24,7 +24,8 @@ class Ema:
     blocks: only the main blocks (text). The teacher uses the student's own parts for the rest."""
     freeze_after: int | None = setting(None, low=0, rare=True)
     """Updates after which the averages stay as they are; 0 with --model.init: those of the checkpoint from the
-    beginning. The whole teacher stands still with ema.scope all only. Unset: never."""
+    beginning. The whole teacher stands still with ema.scope all only; then targets are rounded to bfloat16, as
+    target.cache keeps them. Unset: never."""
 
     def is_frozen(self, update: int) -> bool:
         """Whether the averages no longer move at update number `update` (1-based)."""

@@ -57,7 +57,10 @@ def _image_suffixes() -> frozenset[str]:
     return frozenset(" ".join([plain, jxl, *(names for name, names in more.items() if features.check(name))]).split())
 
 
-IMAGES = Kind("images", _image_suffixes(), "a folder of images or .tar shards")
+IMAGES = Kind(
+    "images", _image_suffixes(), "a folder of images or .tar shards",
+    readers={".npy": "read where no other images are, or by models of other than 1 or 3 channels"},
+)  # fmt: skip
 ARRAYS = IMAGES._replace(suffixes=frozenset({".npy"}))
 BANDS = IMAGES._replace(suffixes=IMAGES.suffixes | ARRAYS.suffixes)
 MAX_DIGITS = 19

@@ -19,7 +19,7 @@ from d2v.data.dataset import Batch, Collate, Modality
 from d2v.data.sources import Rejected, Source, check_classes, describe_rare, number_classes
 from d2v.evaluate.layers import mix_layers, parse_layers
 from d2v.evaluate.multilabel import mean_average_precision, split_labels, stack_labels
-from d2v.evaluate.pieces import PieceBatch, Uncut, list_entries, list_missing
+from d2v.evaluate.pieces import PieceBatch, Uncut, list_entries, list_missing, passed_over
 from d2v.files import write_atomically
 from d2v.model.data2vec import build_model
 from d2v.model.teacher import Encoded, Layers
@@ -157,11 +157,9 @@ def extract_features(
     """
     batches = (uncut or Uncut(config)).batches(source, torch.device("cpu"), batch)
     rows, labels, bad, cut = collect_features(extractors, source, option, ((part, True) for part in batches))
-    lost = check_lost(config, source, option, len(bad))
+    check_lost(config, source, option, len(bad))
     entries = [*list_missing(source), *bad]
-    if lost:
-        print(f"{option}: left out {lost} of {source.indexed} samples that cannot be decoded")
-    for reason, count in source.left_out.items():
+    for reason, count in passed_over(source).items():
         print(f"{option}: left out {count} {reason}")
     for what, found in (("left out", entries), ("cut", cut)):
         if found:
@@ -215,17 +213,13 @@ def collect_features(
     return Collected(joined, source.labels[np.array(read, dtype=np.int64)], lost, cut)
 
 
-def check_lost(config: Config, source: Source, option: str, bad: int = 0) -> int:
-    """Number of samples of a source that cannot be used: `bad` ones and those that its index rejected.
-
-    Raises:
-        ValueError: more than the share data.bad_fraction.
-    """
+def check_lost(config: Config, source: Source, option: str, bad: int = 0) -> None:
+    """`ValueError` where more than the share data.bad_fraction of a source cannot be used: `bad` samples and those that
+    its index rejected."""
     lost = bad + len(source.rejected)
     if lost > config.data.bad_fraction * source.indexed:
         first = f"; for example {source.rejected[0].name}: {source.rejected[0].reason}" if source.rejected else ""
         raise ValueError(f"{option}: expected decodable samples, got {lost} of {source.indexed} that are not{first}")
-    return lost
 
 
 def standardise_features(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from d2v.files import SWEEP
 from d2v.folder import LOST, STATUS, load_json
 from d2v.runtime import format_seconds
 from d2v.train.logging import describe_line, read_metrics
@@ -38,7 +39,7 @@ def watch(runs: Sequence[Path], every: float, once: bool, stall: float | None, o
     """Shows a line for each run until all have ended; on a terminal in place, elsewhere when something changes.
 
     Args:
-        runs: run folders.
+        runs: folders of runs, or of sweeps.
         every: seconds between looks.
         once: look once.
         stall: seconds without a line of metrics after which a run counts as stalled; None: five times what the last
@@ -57,7 +58,7 @@ def watch(runs: Sequence[Path], every: float, once: bool, stall: float | None, o
     told: set[tuple[str, str]] = set()
     before: list[Sight] = []
     while True:
-        sights = [look(run, stall) for run in runs]
+        sights = [sight for run in runs for sight in look_inside(run, stall)]
         _show(sights, before)
         before = sights
         for sight in sights:
@@ -93,6 +94,23 @@ def look(run: Path, stall: float | None = None, now: float | None = None) -> Sig
         alerts |= find_low_ranks(line)
     notes = [reason] if reason else [f"note: {text.split(':')[0]}" for text in alerts.values()]
     return Sight(str(run), state, ", ".join(filter(None, [*words, *notes])), alerts)
+
+
+def look_inside(folder: Path, stall: float | None = None) -> list[Sight]:
+    """What a run's folder says, or those of the runs of a sweep, which knows of runs that failed before they wrote."""
+    if not (folder / SWEEP).is_file():
+        return [look(folder, stall)]
+    try:
+        members = [(Path(m["name"]).name, str(m["state"])) for m in load_json(folder / SWEEP)["runs"]]
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder / SWEEP}: expected runs, each with name and state, got others") from None
+    sights = []
+    for name, state in members:
+        sight = look(folder / name, stall)
+        if sight.state == "new" and state.startswith("failed"):
+            sight = Sight(sight.name, "failed", state, {"failed": state})
+        sights.append(sight)
+    return sights
 
 
 def _find_silence(run: Path, status: dict[str, Any], now: float, stall: float | None) -> tuple[str, str]:

@@ -285,7 +285,8 @@ class Report:
             self._write_status("running")
             self._trackers.start(config, self.folder, self.update)
         if self.update < self.steps and config.optim.warmup_steps >= self.steps:
-            self.say([f"optim.warmup_steps ({config.optim.warmup_steps}) covers all of run.steps"])
+            warmup = f"--optim.warmup-steps {config.optim.warmup_steps} covers all {self.steps} updates"
+            self.say([f"{warmup}: the learning rate rises to the end"])
         source = bad.source
         self.say(f"left out {count} {reason}" for reason, count in source.left_out.items())
         if source.rejected:

@@ -190,13 +190,13 @@ class Pretraining(Objective):
             return out
 
     def begin_update(self, update: int) -> None:
-        """Besides: whether targets may be kept from now on."""
+        """Besides: whether targets may be kept from now on; then they have the same bits with a cache and without."""
         super().begin_update(update)
-        self.model.rounds_targets = self.config.target.cache is not None and self.config.ema.is_frozen(update)
+        self.model.rounds_targets = self.config.ema.scope == "all" and self.config.ema.is_frozen(update)
 
     def forward(self, network: nn.Module, batch: Batch, ranks: Ranks) -> Step:
         """Regression and class loss; spreads as this micro-batch's share of their mean over the update."""
-        if not self.model.rounds_targets:
+        if not self.model.rounds_targets or self.config.target.cache is None:
             out = self.run_model(network, batch, ranks.device)
         else:
             self.cache = self.cache or self._open_cache(ranks)

@@ -15,6 +15,7 @@ import pytest
 
 from d2v.cli import main
 from d2v.config import Config
+from d2v.files import SWEEP
 from d2v.folder import LOST, STATUS
 from d2v.tools.watch import look
 from d2v.train.pretraining import pretrain
@@ -55,6 +56,19 @@ def test_a_run_writes_how_it_goes_and_how_it_ended(make_config: Make, monkeypatc
     assert seen == ["running"] * 3
     sight = look(folder)
     assert sight.state == "failed" and "update 8/12" in sight.text and "loss nan" in sight.alerts["failed"]
+
+
+def test_the_folder_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "one", state="finished")
+    states = {"one": "finished", "two": "failed with exit code 2", "three": "not begun"}
+    (tmp_path / SWEEP).write_text(json.dumps({"runs": [{"name": n, "state": s} for n, s in states.items()]}))
+    assert main(["watch", str(tmp_path), "--once"]) == 1
+    said = capsys.readouterr()
+    assert [line.split()[1] for line in said.out.splitlines()] == ["finished", "failed", "new"]
+    assert "alert: " in said.err and "two: failed with exit code 2" in said.err
+    (tmp_path / SWEEP).write_text('{"runs": [{"name": 3}]}')
+    assert main(["watch", str(tmp_path), "--once"]) == 2
+    assert f"{SWEEP}: expected runs, each with name and state" in capsys.readouterr().err
 
 
 def test_what_a_folder_cannot_say_itself(tmp_path: Path) -> None:

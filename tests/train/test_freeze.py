@@ -125,9 +125,7 @@ def test_cached_targets_save_the_teacher_and_leave_the_losses(
     assert "note: target.cache: up to" in capsys.readouterr().err
     # The same teacher again: everything is there, and the losses are those of a run that computed every target.
     assert calls.of(config("second", "kept")) == 2
-    assert losses(tmp_path / "second") == losses(tmp_path / "first")
-    assert losses(tmp_path / "first") == pytest.approx(losses(tmp_path / "plain"), rel=2e-3)
-    assert losses(tmp_path / "first")[:2] == losses(tmp_path / "plain")[:2]
+    assert losses(tmp_path / "second") == losses(tmp_path / "first") == losses(tmp_path / "plain")
     # Crops that are others each time are never found.
     assert calls.of(config("crops", "kept", crop_scale=(0.3, 1.0))) == 12
     assert "target.cache: full, 0 of " in capsys.readouterr().err

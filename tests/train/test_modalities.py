@@ -100,11 +100,18 @@ def test_stopping_anywhere_and_resuming_is_exact(recipe: str, packed: str, make:
 
 def test_probe_of_speech(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, sounds = str(pretrain(make("speech-tiny"))), str(tmp_path / "sounds")
+    first = next((tmp_path / "sounds").rglob("*.*"))
+    (short := first.with_name("short.wav")).write_bytes(encode_sound(np.zeros(160, np.float32), 16_000))
+    (first.parent / "notes.pdf").touch()
     names = ["random_init", "log_mel"]
     result = probe(run, sounds, sounds, baselines=names, labels_per_class=2, draws=2, device="cpu", batch=5)
     assert set(result["knn"]) == {"pretrained", *names}
     assert (result["classes"], result["train_samples"]) == (3, 12)
-    assert "12 training and 12 test utterances" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "12 training and 12 test utterances" in said
+    assert [line for line in said.splitlines() if line.startswith("train: left out ")] == [
+        "train: left out 1 files that end in .pdf", f"train: left out 1: {short}: shorter than 0.135 s",
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="baselines: expected of random_init, log_mel for utterances, got pixels"):
         probe(run, sounds, sounds, baselines=["pixels"])
 

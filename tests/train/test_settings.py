@@ -74,22 +74,23 @@ def test_a_file_replaces_settings_of_its_recipe(toml: Path) -> None:
 
 
 def test_the_command_line_replaces_the_file(capsys: pytest.CaptureFixture[str], toml: Path, images: Path) -> None:
-    changed(toml, "global-batch", f'path = "{images}"\nglobal-batch')
+    changed(toml, "global-batch", f'path = "{images}"\nimage-range = [0, 4000.5]\nglobal-batch')
     options = ["--optim.learning-rate", "3e-3", "--data.no-flip", "--data.rotate", "--run.threads=1"]
     assert main(["pretrain", "--config", str(toml), *options, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.strip().removeprefix("settings     ") for line in lines[1:10]] == [
+    assert [line.strip().removeprefix("settings     ") for line in lines[1:11]] == [
         "optim.learning-rate 0.003: command line (recipe: 0.004)",
         f"optim.betas (0.8, 0.9): {toml} (recipe: (0.9, 0.98))",
         f"optim.clip None: {toml} (recipe: 3.0)",
-        f"data.path {images}: {toml} (recipe: )",
+        f"data.path {images}: {toml} (recipe: nothing)",
         f"data.global-batch 8: {toml} (recipe: 16)",
         "data.flip False: command line (recipe: True)",
+        f"data.image-range ('0', '4000.5'): {toml} (recipe: ('auto',))",
         f"run.seed 3: {toml} (recipe: 0)",
         "run.threads 1: command line (recipe: None)",
         "all others: recipe",
     ]
-    assert "(8, 3, 32, 32) per micro-batch" in lines[11]
+    assert "(8, 3, 32, 32) per micro-batch" in lines[12]
 
 
 def test_a_whole_run_from_a_file_and_its_config_again(
@@ -195,9 +196,13 @@ def test_no_file_chooses_where_to_write_or_runs_something(
     places = f'path = "pipe:touch {tmp_path}/x"\nallow-commands = true\ncache = "{tmp_path}/cache"\n'
     changed(toml, "[data]\n", f"[data]\n{places}")
     changed(toml, "[run]\n", f'[run]\ndir = "{tmp_path}/run"\n')
+    toml.write_text(f'{toml.read_text()}\n[target]\ncache = "{tmp_path}/targets"\n')
     config = read("--config", str(toml))
     assert (config.run.dir, config.data.cache, config.data.allow_commands) == ("", None, False)
-    note = f"note: {toml}: these count on the command line only: data.allow-commands, data.cache, run.dir\n"
+    assert config.target.cache is None
+    note = (
+        f"note: {toml}: these count on the command line only: data.allow-commands, data.cache, run.dir, target.cache\n"
+    )
     assert capsys.readouterr().err == note
     assert main(["pretrain", "--config", str(toml), "--dry-run"]) == 2
     assert "allow" in capsys.readouterr().err.splitlines()[-1]

@@ -118,6 +118,7 @@ def test_a_signal_stops_the_run_and_the_sweep(command: list[str], tmp_path: Path
     finally:
         process.kill()
     assert process.returncode == 75, text
+    assert "SIGTERM: stopping; the same command goes on\n" in text
     assert states(tmp_path / "sweep") == {"seed=0": "stopped", "seed=1": "not begun"}
     assert (tmp_path / "sweep" / "seed=0" / "requeue").is_file()  # the run saved
     assert main([*command, "--run.seed", "0", "1", "--run.steps", "100000", "--dry-run"]) == 0
