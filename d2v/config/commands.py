@@ -154,8 +154,9 @@ class Probe(_OfFeatures, _OfWhole):
     frozen features, one vector a sample."""
 
     train: str
-    """Labelled training data. Images: a folder of class folders, or .tar shards with .cls members; speech: the same, or
-    a .tsv of path<TAB>label; text: a .tsv of text<TAB>label or text<TAB>text<TAB>label."""
+    """Labelled training data. Images: a folder of class folders or with metadata.csv, .tar shards with .cls members, or
+    parquet files; speech: the same, or a .tsv of path<TAB>label; text: a .tsv of text<TAB>label or
+    text<TAB>text<TAB>label."""
     test: str
     """Labelled test data, same formats."""
     baselines: tuple[

@@ -293,12 +293,11 @@ def score_features(
 
 
 def align_label_sets(train: Source, test: Source) -> tuple[list[str], tuple[np.ndarray, np.ndarray]]:
-    """Names of the labels in texts of several (`split_labels`), and bool (n,L): those of each class of the training and
-    of the test source; `ValueError` as `align_labels`."""
-    texts = [*(train.classes or []), *(test.classes or [])]
-    sets = split_labels(texts)
-    first, second = sets[: len(train.classes or [])], sets[len(train.classes or []) :]
+    """Names of the labels in texts of several (`split_labels`, of each source by itself), and bool (n,L): those of each
+    class of the training and of the test source; `ValueError` as `align_labels`."""
+    first = split_labels(train.classes or [])
     names = number_classes([name for one in first for name in one])[1]
+    second = split_labels(test.classes or [], names)
     numbers = {name: i for i, name in enumerate(names)}
     if unknown := sorted({name for one in second for name in one}.difference(numbers)):
         raise ValueError(f"test: expected the labels {', '.join(names[:20])}, got {unknown[0]!r}")

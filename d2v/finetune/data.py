@@ -302,7 +302,7 @@ def open_transcripts(
             source.left_out[f"utterances of {longest / 16_000:g} s or more (--data.max-seconds)"] = len(long)
     absent, empty = ([i for i, text in enumerate(texts) if text == value] for value in (None, ""))
     problems = [
-        Problem(absent, f"without one ({reasons})", "a transcript for each"),
+        Problem(absent, f"without a transcript ({reasons})", "a transcript for each"),
         Problem(empty, "that are empty", "transcripts"),
     ]
     if check is not None:

@@ -98,7 +98,7 @@ class Predictor:
                 yield Prediction(name, named, confidence), self._place_words(path)
         for what, entries in (("left out", lost), ("cut", cut)):
             if entries:
-                print(f"{option}: {what} {list_entries(entries)}", file=sys.stderr)
+                print(f"{option}: {what} {list_entries(entries, len(entries))}", file=sys.stderr)
 
     def _place_words(self, path: Sequence[int]) -> list[SpokenWord]:
         if self.decoder is None:
@@ -131,8 +131,10 @@ def transcribe(
     word, in seconds; as_json: an object for each recording.
 
     files: recordings, or what holds such: folders, manifests, shards, parquet files. Raises `ValueError` for a model
-    that writes no text, and for what is no recording, before anything is printed.
+    that writes no text, without files, and for what is no recording, before anything is printed.
     """
+    if not files:
+        raise ValueError("files: expected recordings, or folders, manifests, shards or parquet files of them, got none")
     predictor = Predictor(checkpoint, decode=decode, device=device, max_seconds=max_seconds)
     modality = predictor.uncut.modality
     if predictor.decoder is None or not isinstance(modality, Speech):

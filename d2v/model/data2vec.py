@@ -130,7 +130,8 @@ class Data2Vec(nn.Module):
         """One training forward; with `Masks` given, nothing is read from a device (text: with lengths too).
 
         Args:
-            inputs: images (B, channels, H, W) or waveforms (B,S), floating; or token ids (B,T) int64, not yet masked.
+            inputs: images (B, channels, H, W), spectrograms (B, 1, frames, 128) or waveforms (B,S), floating, as the
+                modality of `d2v.data` makes them; or token ids (B,T) int64, not yet masked.
             lengths: (B,) int64 on the host, samples or tokens before the padding; None: no padding (text: counted from
                 the padding id); images: None.
             masks: bool (N,T), True = masked, copies of a sample adjacent; or `Masks`; None: drawn by config.mask,
@@ -229,7 +230,7 @@ class Data2Vec(nn.Module):
         return encode_parts({name: self.get_submodule(name) for name in PARTS}, inputs, lengths, layer)
 
     def features(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(B,T,C): the features of `encode`, all blocks; the training flag stays as it was."""
+        """(B,T,C): features of `encode`, inputs as in `forward`, all blocks; the training flag stays as it was."""
         return self.encode(inputs, lengths).features
 
     @staticmethod

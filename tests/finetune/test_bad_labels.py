@@ -78,7 +78,7 @@ def test_missing_and_empty_transcripts(tmp_path: Path, speech_model: Path, capsy
     (train / "4.txt").unlink()
     command = ["speech-ctc", "--checkpoint", str(speech_model), "--train", str(train)]
     said = refuse(capsys, tmp_path / "run", *command)
-    assert "train: expected a transcript for each, got 2 of 6 without one" in said and "3.wav" in said
+    assert "train: expected a transcript for each, got 2 of 6 without a transcript" in said and "3.wav" in said
     (train / "3.txt").write_text("ae")
     (train / "4.txt").write_text(" \n")
     said = refuse(capsys, tmp_path / "run", *command)
@@ -103,7 +103,7 @@ def test_left_out_where_asked_for(tmp_path: Path, speech_model: Path, capsys: py
     command += ["--run.dir", str(tmp_path / "run"), "--run.steps", "2", "--data.workers", "0"]
     assert main([*command, "--task.bad-labels", "skip", "--data.global-batch", "4"]) == 0
     said = capsys.readouterr()
-    assert "left out 1 without one" in said.err and '"samples": 3' in said.out
+    assert "left out 1 without a transcript" in said.err and '"samples": 3' in said.out
 
 
 def test_labels_that_are_no_numbers(tmp_path: Path, text_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

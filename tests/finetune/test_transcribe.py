@@ -136,10 +136,15 @@ def test_what_cannot_be_transcribed(
         assert main(["transcribe", "--checkpoint", model, str(tmp_path / file)]) == 2
         said = capsys.readouterr()
         assert text in said.err and len(said.err.strip().splitlines()) == 1 and said.out == ""
-    both = [str(tmp_path / "a.wav"), str(tmp_path / "b.wav")]
+    assert main(["transcribe", "--checkpoint", str(spoken_model)]) == 2
+    assert "files: expected recordings, or folders" in capsys.readouterr().err
+    both = [str(tmp_path / name) for name in ("a.wav", "b.wav", "e.wav", "f.wav", "g.wav")]
+    for name in both[2:]:
+        Path(name).write_bytes(b"broken")
     assert main(["transcribe", "--checkpoint", str(spoken_model), *both]) == 0
     said = capsys.readouterr()
-    assert "files: left out 1: " in said.err and said.out.startswith(f"{both[0]}\t") and said.out.count("\n") == 1
+    assert "files: left out 4: " in said.err and all(name in said.err for name in both[1:])
+    assert said.out.startswith(f"{both[0]}\t") and said.out.count("\n") == 1
 
 
 def test_classifiers_write_no_text(tmp_path: Path, image_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
