@@ -139,9 +139,9 @@ class _OfFeatures(_OfModel):
     weights: Literal["student", "teacher"] = "teacher"
     """Network whose features are taken."""
     layer: str | None = None
-    """Blocks that run before the features are taken; unset: all, and the final norm. features and evaluate probe: also
-    several, as in 1,5,9, or all: 0 (the input of the first block) to the last. The probe then learns the weights of
-    their sum."""
+    """Number of blocks that run before the features are taken; unset: every block, then the final norm. features and
+    evaluate probe: also several, as in 1,5,9, or the word all: from 0 (the input of the first block) to the last. The
+    probe then learns the weights of their sum."""
     image_size: int | None = setting(None, low=1, option="stem.image-size")
     """Images: another size than in training, to which the positions are interpolated; unset: that of the model."""
     frames: int | None = setting(None, low=1, option="stem.frames")
