@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import sys
 import time
@@ -95,7 +96,7 @@ def test_the_command_shows_alerts_once_and_ends_with_one(tmp_path: Path, capfd: 
     assert capfd.readouterr().out.split()[1] == "finished"
     bad = write(tmp_path / "bad", state="failed", reason="loss nan at update 50")
     low = write(tmp_path / "low", metrics={"step": 50, "loss": 1.0, "stem_rank": 1.0, "step_seconds": 9.0})
-    command = f"{sys.executable} -c 'import sys; print(\"ALERT\", sys.argv[1:])'"
+    command = f"{shlex.quote(sys.executable)} -c 'import sys; print(\"ALERT\", sys.argv[1:])'"
     runs = [str(good), str(bad), str(low)]
     assert main(["watch", *runs, "--once", "--on-alert", command]) == 1
     out, err = capfd.readouterr()
