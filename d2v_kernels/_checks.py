@@ -251,6 +251,7 @@ def apart(op: str, written: Mapping[str, Sequence[Tensor]], read: Sequence[Tenso
     order = np.argsort(starts, kind="stable")
     if (ends[order][:-1] <= starts[order][1:]).all() and (flat or all(map(lies_flat, outputs))):
         return
+    storage(op, tensors)  # where one was freed, another may lie now
     named = {f"{name}[{i}]": t for name, group in written.items() for i, t in enumerate(group)}
     own = {(i, *_place(t)) for group in written.values() for i, t in enumerate(group)}
     others = {f"sources[{i}]": t for i, t in enumerate(read) if (i, *_place(t)) not in own}
