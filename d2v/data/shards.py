@@ -49,7 +49,31 @@ SCANS = 8
 """Shards that are scanned at the same time: scanning waits for the storage most of the time."""
 
 
-class ShardSource(Source):
+class ContainerSource(Source):
+    """Samples inside of other files."""
+
+    files: list[Path]
+
+    def _take_samples(self, found: Sequence[Found], wanted: Wanted) -> None:
+        """Names, places, labels and lengths of what was found: at least one sample."""
+        rows = [(number, *sample) for number, one in enumerate(found) for sample in one.samples]
+        numbers, names, labels, *places, lengths = zip(*rows, strict=True)
+        self._numbers, self._places = np.array(numbers), np.array(places, dtype=np.int64).T
+        files = (self.files[number].name for number in numbers)
+        self.names = NameTable(f"{file}:{name}" for file, name in zip(files, names, strict=True))
+        if wanted.labelled:
+            self.labels, self.classes = number_classes(labels)
+        if wanted.measure is not None:
+            self.lengths = self._note_measured(lengths, range(len(lengths)))
+
+    def file_path(self, number: int) -> str:
+        return printable(str(self.files[number]))
+
+    def describe(self, index: int) -> str:
+        return printable(str(self.files[int(self._numbers[index])].parent / self.names[index]))
+
+
+class ShardSource(ContainerSource):
     """Members of a kind of uncompressed .tar shards in webdataset naming: `key.jpg` and, with labels, `key.cls`;
     transcripts are members `key.txt`. A key may have dots (`scene.3.jpg`) unless they tell the parts of a sample apart
     (`scene.jpg` and `scene.mask.jpg`, of which the first is read). With `measure` the index has their lengths."""
@@ -66,27 +90,13 @@ class ShardSource(Source):
         self.rejected += _find_short(files, found)
         left = sum((Counter(one.left_out) for one in found), Counter())
         self.left_out = count_endings(left, "members", wanted.kind.readers)
-        rows = [(number, *sample) for number, one in enumerate(found) for sample in one.samples]
-        if not rows:
+        if not any(one.samples for one in found):
             raise NoSamples(
                 f"{wanted.option}: expected {wanted.kind.noun} in {len(files)} .tar shards, found none"
                 f"{list_left_out(self.left_out)}; {wanted.kind.describe()}"
             )
-        numbers, names, labels, *places, lengths = zip(*rows, strict=True)
-        self.shards = np.array(numbers)
-        self.names = NameTable(f"{files[number].name}:{name}" for number, name in zip(numbers, names, strict=True))
-        self._places = np.array(places, dtype=np.int64).T
-        if wanted.labelled:
-            self.labels, self.classes = number_classes(labels)
-        if wanted.measure is not None:
-            self.lengths = self._note_measured(lengths, range(len(lengths)))
-
-    def file_path(self, number: int) -> str:
-        return printable(str(self.files[number]))
-
-    def describe(self, index: int) -> str:
-        assert self.shards is not None
-        return printable(str(self.files[int(self.shards[index])].parent / self.names[index]))
+        self._take_samples(found, wanted)
+        self.shards = self._numbers
 
     def read(self, index: int) -> bytes:
         offset, size = self._places[index, :2].tolist()
@@ -107,8 +117,7 @@ class ShardSource(Source):
             raise ValueError(f"the .txt member beside {self.describe(index)}: {error}") from None
 
     def _read_at(self, index: int, offset: int, size: int) -> bytes:
-        assert self.shards is not None
-        number = int(self.shards[index])
+        number = int(self._numbers[index])
         descriptor = self._descriptor(number)
         self._check(number, descriptor)
         if self._ahead:  # asks the system for whole blocks: the sample's neighbours are wanted next

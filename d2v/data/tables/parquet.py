@@ -17,16 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from d2v.data.cache import Found, NameTable, index_files
+from d2v.data.cache import Found, index_files
+from d2v.data.shards import ContainerSource
 from d2v.data.sources import (
     NoTranscript,
     Rejected,
-    Source,
     Wanted,
     check_size,
     describe_error,
     measure_length,
-    number_classes,
     printable,
 )
 from d2v.data.tables.metadata import LABELS, TEXTS, find_value
@@ -40,7 +39,7 @@ ROWS = 64
 """Rows that are measured at a time."""
 
 
-class ParquetSource(Source):
+class ParquetSource(ContainerSource):
     """Rows of parquet files. Labels are the column `label` or `labels`, with the names that `datasets` gives numbers;
     transcripts `transcription`, `text` or `sentence`."""
 
@@ -53,27 +52,15 @@ class ParquetSource(Source):
         self.stamps, found = index_files(files, "parquet files", scan, wanted.cache, scope)
         self.rejected = [Rejected(*entry) for one in found for entry in one.rejected]
         self.incomplete = [entry for entry in self.rejected if entry.reason == NO_LABEL]
-        rows = [(number, *sample) for number, one in enumerate(found) for sample in one.samples]
-        if not rows:
+        if not any(one.samples for one in found):
             where = f"{len(files)} parquet files, the first {printable(str(files[0]))!r}"
             raise ValueError(f"{wanted.option}: expected rows of {wanted.kind.noun}, found none in {where}")
-        numbers, names, labels, groups, places, lines, _, lengths = zip(*rows, strict=True)
-        self.names = NameTable(f"{files[number].name}:{name}" for number, name in zip(numbers, names, strict=True))
-        self._places = np.array([numbers, groups, places, lines], dtype=np.int64).T
-        self.shards = np.unique(self._places[:, :2], axis=0, return_inverse=True)[1].reshape(-1)
-        if wanted.labelled:
-            self.labels, self.classes = number_classes(labels)
-        if wanted.measure is not None:
-            self.lengths = self._note_measured(lengths, range(len(lengths)))
-
-    def file_path(self, number: int) -> str:
-        return printable(str(self.files[number]))
-
-    def describe(self, index: int) -> str:
-        return printable(str(self.files[self._places[index, 0]].parent / self.names[index]))
+        self._take_samples(found, wanted)
+        groups = np.stack([self._numbers, self._places[:, 0]], axis=1)
+        self.shards = np.unique(groups, axis=0, return_inverse=True)[1].reshape(-1)
 
     def read(self, index: int) -> bytes:
-        number, group, row, _ = self._places[index].tolist()
+        number, (group, row) = int(self._numbers[index]), self._places[index, :2].tolist()
         assert self.shards is not None
         key = int(self.shards[index])
         if key not in self._groups:
@@ -92,7 +79,8 @@ class ParquetSource(Source):
     def read_transcript(self, index: int) -> str:
         if self._texts is None:
             every = [_read_texts(_open_table(file)) for file in self.files]
-            self._texts = [every[number][line] for number, _, _, line in self._places.tolist()]
+            lines = self._places[:, 2].tolist()
+            self._texts = [every[number][line] for number, line in zip(self._numbers.tolist(), lines, strict=True)]
         if (text := self._texts[index]) is None:
             raise NoTranscript(f"{self.describe(index)}: expected a column {', '.join(TEXTS)}, found none")
         return text
