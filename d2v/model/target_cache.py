@@ -57,22 +57,18 @@ class TargetCache:
         return [hashlib.blake2b(data, digest_size=16, person=str(tuple(row.shape)).encode()[:16]).digest()
                 for data, row in zip(raw, rows, strict=True)]  # fmt: skip
 
-    def read(self, keys: list[bytes], tokens: int | None) -> Tensor | None:
-        """(B,T,C) bfloat16 targets of all rows, 0 at padding; None where one is not there.
-
-        tokens: T; None: that of the first row, and of all.
-        """
-        if any(key not in self._known for key in keys):
+    def read(self, keys: list[bytes], tokens: int) -> Tensor | None:
+        """(B,T,C) bfloat16 targets of all rows, 0 at padding; None where one is not there. tokens: T."""
+        if not self._known.keys() >= set(keys):
             self._refresh()
-        found = [self._load(key) for key in keys if key in self._known]
-        parts = [part for part in found if part is not None]
-        if len(parts) < len(keys):
-            self.misses += 1
-            return None
-        self.hits += 1
-        out = torch.zeros(len(parts), tokens or len(parts[0]), self.width, dtype=torch.bfloat16)
-        for row, part in zip(out, parts, strict=True):
+        out = torch.zeros(len(keys), tokens, self.width, dtype=torch.bfloat16)
+        for row, key in zip(out, keys, strict=True):
+            part = self._load(key)
+            if part is None:
+                self.misses += 1
+                return None
             row[: len(part)] = torch.from_numpy(part.view(np.int16)).view(torch.bfloat16)
+        self.hits += 1
         return out
 
     def write(self, keys: list[bytes], targets: Tensor, lengths: Tensor | None) -> None:
@@ -120,7 +116,9 @@ class TargetCache:
                 self._known.setdefault(row["key"].tobytes(), place)
 
     def _load(self, key: bytes) -> np.ndarray | None:
-        """(T,C) 16-bit patterns, or None where they are not what was written."""
+        """(T,C) 16-bit patterns; None where there are none, or not what was written."""
+        if key not in self._known:
+            return None
         path, start, tokens, checksum = self._known[key]
         stop = start + tokens * self.width
         if stop > len(self._maps.get(path, ())):

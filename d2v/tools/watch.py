@@ -62,9 +62,10 @@ def watch(runs: Sequence[Path], every: float, once: bool, stall: float | None, o
         _show(sights, before)
         before = sights
         for sight in sights:
-            for kind in sight.alerts.keys() - {kind for name, kind in told if name == sight.name}:
-                told.add((sight.name, kind))
-                _alert(sight.name, sight.alerts[kind], on_alert)
+            for kind, text in sight.alerts.items():
+                if (sight.name, kind) not in told:
+                    told.add((sight.name, kind))
+                    _alert(sight.name, text, on_alert)
         if once or not {"running", "stalled", "new"} & {s.state for s in sights}:
             break
         time.sleep(every)

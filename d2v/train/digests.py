@@ -73,7 +73,8 @@ class Digests:
 
     def __init__(self, network: nn.Module, ranks: Ranks, run: Run) -> None:
         """network: what `parallelise` returned."""
-        self.ranks = ranks
+        assert run.digest_every is not None
+        self.ranks, self.every = ranks, run.digest_every
         self.shards = (run.shard_ranks or ranks.size) if run.parallel == "fsdp" else 1
         """Neighbouring ranks that hold one copy of the model."""
         self._gradients: _Sums | None = None
@@ -125,11 +126,11 @@ class Digests:
             return None
         odd = [n for n, kind in enumerate(kinds) if kind != common]
         name = next(name for n, name in enumerate(copies[0]) if kinds[odd[0]][n] != common[n])
-        if 2 * count == len(kinds):  # no majority
+        if tied := 2 * count == len(kinds):  # no majority
             odd = list(range(len(kinds)))
         ranks = [r for n in odd for r in range(n * self.shards, (n + 1) * self.shards)]
         who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-        whose = "each other" if 2 * count == len(kinds) else "the other ranks"
+        whose = "each other" if tied else "the other ranks"
         return f"{who}: weights that differ from those of {whose}, first {name}; a processor or memory may be faulty"
 
 

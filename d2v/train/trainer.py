@@ -66,7 +66,7 @@ class Trainer(RunState):
         objective, ranks, optim = self.objective, self.ranks, self.config.optim
         objective.begin_update(self.update + 1)
         if self.digests is not None:
-            self.digests.before_update(self.is_due(self.config.run.digest_every, self.update + 1))
+            self.digests.before_update(self.is_due(self.digests.every, self.update + 1))
         # What the losses are divided by: known on the host for one rank, on the device for several.
         weight: float | Tensor = max(own := sum(objective.weigh(batch) for batch in batches), 1.0)
         if ranks.size > 1:
@@ -132,7 +132,7 @@ class Trainer(RunState):
                 self.report.advance()
                 profiler.step()
                 due = self.is_due(run.checkpoint_every, self.update)
-                if self.digests is not None and self.is_due(run.digest_every, self.update):
+                if self.digests is not None and self.is_due(self.digests.every, self.update):
                     self._digest(self.digests)
                 if due and self.objective.valid is not None:
                     self._validate()
@@ -152,9 +152,9 @@ class Trainer(RunState):
         self.report.summarise(self.update, self.bad)
         self.ranks.wait()
 
-    def is_due(self, every: int | None, update: int) -> bool:
+    def is_due(self, every: int, update: int) -> bool:
         """Whether what happens `every` so many updates, and after the last one, does after this one."""
-        return not every or update % every == 0 or update == self.config.run.last
+        return update % every == 0 or update == self.config.run.last
 
     def _prepare(self, folder: RunFolder, trackers: Mapping[str, Tracker] | None) -> None:
         run, first = self.config.run, self.ranks.is_first

@@ -80,7 +80,7 @@ def test_the_odd_rank_is_named() -> None:
             return [value, ({**own, "w": own["w"] + 1}, none), value][: self.size]
 
     model = torch.nn.ParameterDict({"v": torch.ones(2), "w": torch.ones(3)})
-    run = Config().run
+    run = Config().change(run={"digest_every": 1}).run
     ranks = Three(torch.device("cpu"), 0, 3)
     assert "rank 1: weights that differ from those of the other ranks, first w;" in str(
         Digests(model, ranks, run).collect(1, model)[1]
