@@ -14,13 +14,13 @@ from typing import Any, get_args
 from d2v import recipes
 from d2v.config import Config
 from d2v.config.commands import Pretrain
-from d2v.config.fields import check_ranges, find_nearest, flat_fields, replace_fields
+from d2v.config.fields import OF_CALLS, check_ranges, find_nearest, flat_fields, replace_fields
 from d2v.config.finetune import SECTION, read_config
 from d2v.config.model import take_architecture
 from d2v.files import open_regular, parse_json
 from d2v.options import UsageError, advise, list_options
 
-ONLY_OPTIONS = frozenset({"run.dir", "data.cache", "target.cache", "data.allow-commands"})
+ONLY_OPTIONS = frozenset({"run.dir", *(name.replace("_", "-") for name in OF_CALLS)})
 """What chooses where to write, or runs something: counts on the command line only."""
 COMMAND_LINE = "command line"
 TRACK = "--run.track"

@@ -112,6 +112,10 @@ def forget_places(config: Any) -> Any:
     return replace_fields(config, found)
 
 
+OF_CALLS = ("data.allow_commands", "data.cache", "target.cache")
+"""Settings that choose where to write or run something: with run.dir never taken from a file."""
+
+
 def find_nearest(name: str, valid: Collection[str]) -> str:
     """The valid name that is most like another."""
     return difflib.get_close_matches(name, valid, n=1, cutoff=0.0)[0]

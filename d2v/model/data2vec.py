@@ -206,10 +206,8 @@ class Data2Vec(nn.Module):
                 return out
             pixels = raw = None
             if self.reconstruction is not None:
-                pixels, raw = (
-                    self.reconstruction(prediction if shared is None else shared),
-                    self.stem.raw_tokens(inputs),
-                )
+                made = prediction if shared is None else shared
+                pixels, raw = self.reconstruction(made), self.stem.raw_tokens(inputs)
             return add_losses(self.config, out, shared, pixels, raw)
 
     def compute_loss(self, *made: Any) -> Output:

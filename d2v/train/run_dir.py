@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from d2v.config import Config
-from d2v.config.fields import flat_fields, flatten_config, shorten
+from d2v.config.fields import OF_CALLS, flat_fields, flatten_config, replace_fields, shorten
 from d2v.config.finetune import SECTION
 from d2v.data.sources import Source
 from d2v.files import PARTIAL, write_atomically
@@ -164,8 +165,8 @@ def _equal_so_far(one: Config, other: Config, update: int) -> bool:
 
 
 def read_run(folder: str) -> Config:
-    """The settings of the run in a folder, but for `data.allow_commands`, `data.cache` and `target.cache`, which each
-    call has to give: a folder made by somebody else neither runs anything nor chooses where to write."""
+    """The settings of the run in a folder, but for `OF_CALLS`, which each call has to give: a folder made by somebody
+    else neither runs anything nor chooses where to write."""
     path = Path(folder)
     checkpoint = latest_checkpoint(path)
     stored = load_json(file := (checkpoint or path) / CONFIG)
@@ -177,11 +178,10 @@ def read_run(folder: str) -> Config:
         raise damaged(file, error) from None
     if checkpoint is not None:
         check_layers(config, len(read_index(checkpoint)), f"checkpoint {str(checkpoint)!r}")
-    for name, value in (("data.cache", config.data.cache), ("target.cache", config.target.cache)):
-        if value is not None:
+    for name in OF_CALLS:
+        if isinstance(value := attrgetter(name)(config), str):
             print(f"note: {name} counts on the command line only; it was {value!r}", file=sys.stderr)
-    unset = {"data": {"allow_commands": False, "cache": None}, "target": {"cache": None}}
-    return config.change(**unset, run={"dir": folder})
+    return replace_fields(config, {n: flat_fields(Config)[n].default for n in OF_CALLS} | {"run.dir": folder})
 
 
 def check_run_folder(folder: str) -> None:

@@ -202,10 +202,6 @@ _SILENT = {"WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 """What keeps packages from reporting to their makers; counts where it is set before their import."""
 
 
-def _package(name: str) -> str:
-    return "prometheus-client" if name == "prometheus" else name
-
-
 def make_trackers(names: Sequence[str], more: Iterable[Any] = ()) -> dict[str, Tracker]:
     """The trackers of `run.track`, and a user's: objects with the methods of `Tracker`, classes of such, or functions
     of (step, values); by what they are called in messages.
@@ -222,7 +218,8 @@ def make_trackers(names: Sequence[str], more: Iterable[Any] = ()) -> dict[str, T
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(f"run.track: {name} cannot be imported ({error}): pip install {_package(name)}") from None
+            package = {"prometheus": "prometheus-client"}.get(name, name)
+            raise ValueError(f"run.track: {name} cannot be imported ({error}): pip install {package}") from None
         found[name] = kind()
     for number, given in enumerate(more, start=1):
         one: Any = given() if isinstance(given, type) else given
