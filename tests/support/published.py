@@ -91,73 +91,91 @@ def make_config(local_dim: int | None = None, **options: Any) -> dict[str, Any]:
     return config
 
 
+class Shapes(dict[str, tuple[int, ...]]):
+    """Shapes of tensors by their published names, in the order in which they are drawn."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config, self.image, self.width = config, config["modalities"]["image"], config["embed_dim"]
+
+    def norm(self, name: str, size: int) -> None:
+        if self.config["norm_affine"]:
+            self.update({f"{name}.weight": (size,), f"{name}.bias": (size,)})
+
+    def layer(self, name: str, *shape: int) -> None:
+        self.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
+
+    def block(self, block: str, size: int) -> None:
+        hidden = int(size * self.config["mlp_ratio"])
+        self.norm(block + "norm1", size)
+        self.norm(block + "norm2", size)
+        self.layer(block + "attn.qkv", 3 * size, size)
+        self.layer(block + "attn.proj", size, size)
+        self.layer(block + "mlp.fc1", hidden, size)
+        self.layer(block + "mlp.fc2", size, hidden)
+
+    def cross_block(self, block: str, size: int) -> None:
+        for name, shape in {
+            "norm1": (size,), "norm2": (size,), "attn.q_proj": (size, size), "attn.kv_proj": (2 * size, self.width),
+            "attn.proj": (size, size), "mlp.fc1": (4 * size, size), "mlp.fc2": (size, 4 * size),
+        }.items():  # fmt: skip
+            self.layer(block + name, *shape)
+
+    def local_encoder(self) -> None:
+        local, patch = self.image["embed_dim"], self.image["patch_size"]
+        at = IMAGE + ("local_encoder.proj" if local == self.width else "local_encoder.0.proj")
+        self.layer(at, local, self.image["in_chans"], patch, patch)
+        if local != self.width:
+            self.layer(IMAGE + "local_encoder.1", self.width, local)
+
+    def decoders(self) -> None:
+        """That of the images, and the shared one."""
+        decoder = self.image["decoder"]
+        inputs, inner, kernel = self.width, decoder["decoder_dim"], decoder["decoder_kernel"]
+        for i in range(decoder["decoder_layers"]):
+            if not self.image["transformer_decoder"]:
+                groups = decoder["decoder_groups"]
+                self.layer(f"{IMAGE}decoder.blocks.{i}.0", inner, inputs // groups, kernel, kernel)
+            elif self.image["enc_dec_transformer"]:
+                self.cross_block(f"{IMAGE}decoder.blocks.{i}.", inner)
+            else:
+                self.block(f"{IMAGE}decoder.encoder.blocks.{i}.", inner)
+            inputs = inner
+        if self.image["transformer_decoder"]:
+            self.layer(IMAGE + "decoder.input_proj", inner, self.width)
+        self.layer(IMAGE + "decoder.proj", self.width, inputs)
+        if shared := self.config["shared_decoder"]:
+            inner, kernel = shared["decoder_dim"], shared["decoder_kernel"]
+            for i in range(shared["decoder_layers"]):
+                inputs = inner if i else self.width
+                self.layer(f"shared_decoder.blocks.{i}.0", inner, inputs // shared["decoder_groups"], kernel)
+            self.layer("shared_decoder.proj", self.width, inner)
+
+    def positions(self) -> None:
+        """Biases, extra tokens, positions."""
+        image = self.image
+        if image["use_alibi_encoder"]:
+            rows = image["prenet_depth"] + self.config["depth"] if image["learned_alibi_scale_per_layer"] else 1
+            self[IMAGE + "alibi_scale"] = (rows, 1, image["num_alibi_heads"], 1, 1)
+            if image["learned_alibi"]:
+                self[IMAGE + "alibi_bias"] = (1, image["num_alibi_heads"], *[image["alibi_max_pos"]] * 2)
+        if image["num_extra_tokens"]:
+            self[IMAGE + "extra_tokens"] = (1, image["num_extra_tokens"], self.width)
+        if image["fixed_positions"]:
+            self[IMAGE + "fixed_positional_encoder.positions"] = (1, math.prod(grid_of(image)), self.width)
+
+
 def make_tensors(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
     """Random student tensors (float64) under their published names."""
-    image = config["modalities"]["image"]
-    decoder = image["decoder"]
-    width, kernel = config["embed_dim"], decoder["decoder_kernel"]
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def norm(name: str, size: int = width) -> None:
-        if config["norm_affine"]:
-            shapes.update({f"{name}.weight": (size,), f"{name}.bias": (size,)})
-
-    def layer(name: str, *shape: int) -> None:
-        shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
-
-    blocks = [f"{IMAGE}context_encoder.blocks.{i}." for i in range(image["prenet_depth"])]
-    blocks += [f"blocks.{i}." for i in range(config["depth"])]
-
-    def add_block(block: str, size: int) -> None:
-        norm(block + "norm1", size)
-        norm(block + "norm2", size)
-        layer(block + "attn.qkv", 3 * size, size)
-        layer(block + "attn.proj", size, size)
-        layer(block + "mlp.fc1", int(size * config["mlp_ratio"]), size)
-        layer(block + "mlp.fc2", size, int(size * config["mlp_ratio"]))
-
-    for block in blocks:
-        add_block(block, width)
-    norm("norm" if config["layer_norm_first"] else IMAGE + "context_encoder.norm")
-    local = image["embed_dim"]
-    at = IMAGE + ("local_encoder.proj" if local == width else "local_encoder.0.proj")
-    layer(at, local, image["in_chans"], image["patch_size"], image["patch_size"])
-    if local != width:
-        layer(IMAGE + "local_encoder.1", width, local)
+    shapes = Shapes(config)
+    blocks = [f"{IMAGE}context_encoder.blocks.{i}." for i in range(shapes.image["prenet_depth"])]
+    for block in [*blocks, *(f"blocks.{i}." for i in range(config["depth"]))]:
+        shapes.block(block, shapes.width)
+    shapes.norm("norm" if config["layer_norm_first"] else IMAGE + "context_encoder.norm", shapes.width)
+    shapes.local_encoder()
     if config["recon_loss"]:
-        layer("recon_proj", width, width)
-    inputs, inner = width, decoder["decoder_dim"]
-    for i in range(decoder["decoder_layers"]):
-        if not image["transformer_decoder"]:
-            layer(f"{IMAGE}decoder.blocks.{i}.0", inner, inputs // decoder["decoder_groups"], kernel, kernel)
-        elif image["enc_dec_transformer"]:
-            block = f"{IMAGE}decoder.blocks.{i}."
-            for name, shape in {
-                "norm1": (inner,), "norm2": (inner,), "attn.q_proj": (inner, inner), "attn.kv_proj": (2 * inner, width),
-                "attn.proj": (inner, inner), "mlp.fc1": (4 * inner, inner), "mlp.fc2": (inner, 4 * inner),
-            }.items():  # fmt: skip
-                layer(block + name, *shape)
-        else:
-            add_block(f"{IMAGE}decoder.encoder.blocks.{i}.", inner)
-        inputs = inner
-    if image["transformer_decoder"]:
-        layer(IMAGE + "decoder.input_proj", inner, width)
-    layer(IMAGE + "decoder.proj", width, inputs)
-    if shared := config["shared_decoder"]:
-        for i in range(shared["decoder_layers"]):
-            inputs = shared["decoder_dim"] if i else width
-            kernels = inputs // shared["decoder_groups"], shared["decoder_kernel"]
-            layer(f"shared_decoder.blocks.{i}.0", shared["decoder_dim"], *kernels)
-        layer("shared_decoder.proj", width, shared["decoder_dim"])
-    if image["use_alibi_encoder"]:
-        rows = image["prenet_depth"] + config["depth"] if image["learned_alibi_scale_per_layer"] else 1
-        shapes[IMAGE + "alibi_scale"] = (rows, 1, image["num_alibi_heads"], 1, 1)
-        if image["learned_alibi"]:
-            shapes[IMAGE + "alibi_bias"] = (1, image["num_alibi_heads"], *[image["alibi_max_pos"]] * 2)
-    if image["num_extra_tokens"]:
-        shapes[IMAGE + "extra_tokens"] = (1, image["num_extra_tokens"], width)
-    if image["fixed_positions"]:
-        shapes[IMAGE + "fixed_positional_encoder.positions"] = (1, math.prod(grid_of(image)), width)
+        shapes.layer("recon_proj", shapes.width, shapes.width)
+    shapes.decoders()
+    shapes.positions()
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
