@@ -242,14 +242,17 @@ def require_native(module: str) -> None:
 
 
 def parse(
-    module: str, text: str | None, arguments: list[str] | None, *, native: bool = True, **options: tuple[Any, str]
-) -> argparse.Namespace:
+    module: str, text: str | None, arguments: list[str] | None, *, native: bool = True,
+    first: tuple[str, Iterable[str]] | None = None, **options: tuple[Any, str],
+) -> argparse.Namespace:  # fmt: skip
     """Options of `python -m benchmarks.MODULE`: name -> default and help. The type is that of the default. A list takes
     several values, a tuple of choices one (the first by default), None a text; an option without help is not shown.
-    native: what runs on the CPU needs the native library."""
+    native: what runs on the CPU needs the native library. first: name and choices of an argument without dashes."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{module}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    if first is not None:
+        parser.add_argument(first[0], choices=first[1])
     for name, (default, words) in options.items():
         values: Row = {"default": default, "help": words or argparse.SUPPRESS}
         if isinstance(default, bool):

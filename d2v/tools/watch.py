@@ -121,8 +121,8 @@ def _find_silence(run: Path, status: dict[str, Any], now: float, stall: float | 
     since = now - float(status.get("time", now))
     if status.get("host") == socket.gethostname() and not _is_alive(status.get("pid")):
         return "dead", "its process is gone"
-    limit = stall
-    if limit is None:
+    limit = SHORTEST_STALL if stall is None else stall
+    if stall is None and since > limit:  # only then is all of a long run's file worth reading
         steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")[-2:]]
         seconds = status.get("metrics", {}).get("step_seconds", 0.0)
         limit = max(SHORTEST_STALL, 5 * (steps[-1] - steps[0]) * seconds if steps else SHORTEST_STALL * 5)

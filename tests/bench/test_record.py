@@ -26,7 +26,7 @@ from benchmarks.harness.record import (
     store,
     write_rows,
 )
-from benchmarks.learning.__main__ import store_table
+from benchmarks.speedrun.__main__ import store_table
 from benchmarks.training.cases import StepCase
 from d2v_kernels import _native, use_backend
 
@@ -72,7 +72,7 @@ def test_a_row_of_another_machine_or_backend_stays_and_the_last_one_is_shown(tmp
     assert newest(points) == points[2:]
 
 
-MEASURE = ("check", "ema", "errors", "growth", "learning", "loader", "memory", "operators", "published", "step",
+MEASURE = ("check", "ema", "errors", "growth", "speedrun", "loader", "memory", "operators", "published", "step",
            "training.packed", "versus")  # fmt: skip
 
 
@@ -81,9 +81,9 @@ def test_without_the_native_library_nothing_is_measured(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(_native._errors, _native.CPU_LIBRARY, "not built: no compiler")
-    monkeypatch.setattr(sys, "argv", [module])
+    monkeypatch.setattr(sys, "argv", [module, *(["digits"] if module == "speedrun" else [])])
     with pytest.raises(SystemExit) as end:
-        importlib.import_module(f"benchmarks.{module}" + ".__main__" * (module == "learning")).main()
+        importlib.import_module(f"benchmarks.{module}" + ".__main__" * (module == "speedrun")).main()
     assert end.value.code == 2
     assert f"benchmarks.{module}: expected the native library, got not built: no compiler" in capsys.readouterr().err
     with use_backend("reference"):
@@ -170,11 +170,11 @@ def test_part_of_the_growth_leaves_the_other_curves(tmp_path: Path) -> None:
 
 
 def test_some_methods_leave_the_other_rows_of_a_table(tmp_path: Path) -> None:
-    file = tmp_path / "learning-digits.json"
-    file.write_text((RESULTS / "learning-digits.json").read_text())
+    file = tmp_path / "speedrun-digits.json"
+    file.write_text((RESULTS / "speedrun-digits.json").read_text())
     before = json.loads(file.read_text())["rows"]
     scores = {"scratch": {"linear_probe": 0.5, "knn": 0.5, "few_label": 0.5}}
-    result = {"task": "digits", "method": "scratch", "seed": 0, "rate": 1.0, "scores": scores, "cpu_seconds": 1.0}
+    result = {"method": "scratch", "rate": 1.0, "scores": scores, "cpu_seconds": 1.0}
     store_table("digits", [result], tmp_path)
     after = json.loads(file.read_text())["rows"]
     assert [a["name"] for a, b in zip(after, before, strict=True) if a != b] == ["scratch"]

@@ -25,10 +25,14 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row = rows.setdefault(name, {"name": name, "title": title, "scores": {k: [] for k in PROBES}})
         for key in PROBES:
             row["scores"][key].append(scores[key])
-        if result is not None:
-            row["rate"] = result["rate"]
-            row["flops"] = result.get("flops")
-            row.setdefault("cpu_seconds", []).append(result["cpu_seconds"])
+        if result is None:
+            return
+        row |= {key: result.get(key) for key in ("rate", "flops", "steps")}
+        row.setdefault("cpu_seconds", []).append(result["cpu_seconds"])
+        if "during" in result:
+            row.setdefault("during", []).append(
+                [{"cpu_seconds": s, **p} for s, p in zip(result["quarters"], result["during"], strict=True)]
+            )
 
     for result in results:
         method = result["method"]
@@ -50,16 +54,17 @@ def show(values: list[float]) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The table of one data set."""
+    """The table of one task."""
     lines = []
     for row in record["rows"]:
         cost = f"{statistics.mean(row['cpu_seconds']):.0f}" if "cpu_seconds" in row else ""
-        lines.append((row["title"], *(show(row["scores"][key]) for key in PROBES), cost, row.get("rate", "")))
-    return markdown(("test accuracy, %", *PROBES.values(), "CPU seconds", "learning rate ×"), lines)
+        flops = f"{row['flops'] / 1e12:.1f}" if row.get("flops") else ""
+        lines.append((row["title"], *(show(row["scores"][key]) for key in PROBES), cost, flops))
+    return markdown(("test accuracy, %", *PROBES.values(), "CPU seconds", "TFLOP"), lines)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Accuracy against compute, a panel for each probe; raw features as lines."""
+    """Accuracy against compute, a panel for each probe: after each quarter of a pre-training; raw features as lines."""
     machine = record["machine"]
     title = f"{record['title']}; {machine['cpu']}, torch {machine['torch']}, {machine['date'][:10]}"
     with figure(path, title, (14, 4.2), 1, len(PROBES), sharey=True) as (axes,):
@@ -72,8 +77,13 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 if "cpu_seconds" not in row:
                     axis.axhline(mean, color=f"C{i}", linestyle=":", label=row["title"])
                     continue
-                seconds, spread = statistics.mean(row["cpu_seconds"]), [[mean - min(values)], [max(values) - mean]]
-                axis.errorbar(seconds, mean, spread, fmt="o", color=f"C{i}", capsize=4, label=row["title"])
+                quarters = list(zip(*row.get("during", []), strict=True))  # one of all seeds each
+                x = [statistics.mean(p["cpu_seconds"] for p in q) for q in quarters]
+                x.append(statistics.mean(row["cpu_seconds"]))
+                all_seeds = [*([100 * p[key] for p in q] for q in quarters), values]
+                means = [statistics.mean(v) for v in all_seeds]
+                low, high = ([abs(m - f(v)) for m, v in zip(means, all_seeds, strict=True)] for f in (min, max))
+                axis.errorbar(x, means, (low, high), fmt="o-", color=f"C{i}", capsize=4, label=row["title"])
             axis.set(title=words, xlabel="CPU seconds of training")
             axis.grid(alpha=0.25)
         axes[0].set_ylabel("test accuracy, %")

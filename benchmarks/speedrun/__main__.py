@@ -1,0 +1,124 @@
+"""What small real data teach, against an honest clock: `python -m benchmarks.speedrun TASK [--data DIR]`.
+
+Tasks: cifar (8,000 images of CIFAR-10), digits (spoken digits of a speaker never heard), waveforms (the same without a
+filter bank), textures (crops of photographs; no data needed), sentences (SST-2).
+
+For each: raw features, the untrained network, the same network supervised from scratch, a masked autoencoder,
+data2vec 1.0 and 2.0, and 2.0 fine-tuned like the one from scratch. Every pre-training has the FLOPs of data2vec 2.0's
+and the learning rate that was best for it on held-out data; its model is measured on test data after each quarter, too.
+Jobs are processes of one thread; each leaves its result in OUTPUT, and a repeated command does only what is missing.
+The table and the picture go to RESULTS.
+
+`--choose` tries other settings, `--set mask.copies=4` for all methods or `--rates 0.5 1 2`, on the held-out part of the
+training data with seed 0: it prints accuracies and stores nothing in RESULTS. Test data play no part in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..harness.record import RESULTS, ROOT, machine_basics, parse
+from .methods import METHODS, Job, result_file, run_job
+from .table import draw, summarise, table
+from .tasks import TASKS
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options of the command line."""
+    options = parse(
+        "speedrun", __doc__, arguments, first=("task", TASKS),
+        data=(Path(), "folder with spoken-digits, cifar10-train, sst2, ..."),
+        methods=(list(METHODS), "what to train"),
+        seeds=([0, 1, 2], "seeds of the final measurements"),
+        jobs=(1, "processes at a time"),
+        share=(1.0, "share of the task's updates"),
+        choose=(False, "compare settings on held-out data"),
+        rates=([0.0], "with --choose: factors over the recipe's learning rate (default: the task's)"),
+        set=([""], "with --choose: settings SECTION.FIELD=VALUE (JSON) of all methods"),
+        output=(Path("runs/speedrun"), "folder for runs and results"),
+        results=(RESULTS, "folder for the table and the picture"),
+        job=("", ""),
+    )  # fmt: skip
+    if unknown := [m for m in options.methods if m not in METHODS]:
+        raise SystemExit(f"--methods: expected some of {', '.join(METHODS)}; got {unknown[0]!r}")
+    if not options.choose and (options.set != [""] or options.rates != [0.0] or options.share != 1.0):
+        raise SystemExit("--set, --rates, --share: expected --choose with them: records have the task's own settings")
+    return options
+
+
+def run_child(job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """The result of a job, stored or from a process of its own, whose output goes to a log."""
+    file = result_file(job, options.choose, options.output)
+    if file.is_file():
+        stored: dict[str, Any] = json.loads(file.read_text())
+        return stored
+    log = file.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "benchmarks.speedrun", job.task, "--data", str(options.data), "--output",
+               str(options.output), "--job", json.dumps(job), *(["--choose"] if options.choose else [])]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    begin = time.monotonic()
+    with log.open("w") as output:
+        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    print(f"{file.parent.name:<60} {time.monotonic() - begin:6.0f} s", flush=True)
+    if done.returncode:
+        raise SystemExit(f"{file.parent.name}: exit code {done.returncode}, see {log}")
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
+
+
+def plan_jobs(options: argparse.Namespace) -> list[Job]:
+    """What is to be measured, in an order in which fine-tuning comes after its pre-training."""
+    task = TASKS[options.task]
+    methods = [m for m in task.methods if m in options.methods]
+    if not options.choose:
+        return [Job(task.name, m, seed, task.rates.get(m, 1.0)) for m in methods for seed in options.seeds]
+    changes = tuple(filter(None, options.set))
+    rates = {m: options.rates if options.rates != [0.0] else [task.rates.get(m, 1.0)] for m in methods}
+    return [Job(task.name, m, 0, rate, options.share, changes) for m in methods for rate in rates[m]]
+
+
+def store_table(task: str, results: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """The table of a task in its file, with a plot. Rows take the places of those of the same name, others stay."""
+    file = folder / f"speedrun-{task}.json"
+    before = json.loads(file.read_text())["rows"] if file.is_file() else []
+    rows = {row["name"]: row for row in (*before, *summarise(results))}
+    record = {"task": task, "title": TASKS[task].title, "machine": machine_basics(), "rows": list(rows.values())}
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, file.with_suffix(".png"))
+    return record
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures on test data and writes table and plot; or compares settings on held-out data."""
+    options = parse_options(arguments)
+    if options.job:
+        task, method, seed, rate, share, changes = json.loads(options.job)
+        job = Job(task, method, seed, rate, share, tuple(changes))
+        run_job(job, options.choose, options.output, options.data)
+        return
+    jobs = plan_jobs(options)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        # Fine-tuning begins with what data2vec 2.0 has learned.
+        groups = [[j for j in jobs if (j.method == "finetuned") == late] for late in (False, True)]
+        results = [result for group in groups for result in pool.map(lambda job: run_child(job, options), group)]
+    if options.choose:
+        for result in results:
+            name = "pretrained" if "pretrained" in result["scores"] else result["method"]
+            words = " ".join(f"{probe} {100 * score:.1f}" for probe, score in result["scores"][name].items())
+            print(f"{Path(result['folder']).name:<60} {words}, {result['cpu_seconds']:.0f} CPU seconds")
+        return
+    record = store_table(options.task, results, options.results)
+    print(f"\n{record['title']}\n{table(record)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""How a network is trained before it is measured; each job is one process that leaves a result.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from d2v.cli import main as d2v
+from d2v.config import Config
+from d2v.files import write_atomically
+from d2v.finetune.run import finetune, read_defaults
+from d2v.model.data2vec import Data2Vec, build_model
+from d2v.model.masking import make_mask_sampler
+from d2v.model.saving import write_folder
+from d2v.train.distributed import Ranks
+from d2v.train.flops import count_flops, shape_of
+from d2v.train.pretraining import Pretraining, open_data
+from d2v.train.run_dir import RunFolder
+from d2v.train.trainer import train
+
+from ..training.cases import change
+from .autoencoder import Autoencoding, MaskedAutoencoder, to_data2vec
+from .tasks import TASKS, Splits, Task
+
+METHODS = {
+    "data2vec2": "data2vec 2.0",
+    "data2vec1": "data2vec 1.0",
+    "autoencoder": "masked autoencoder",
+    "scratch": "supervised from scratch",
+    "finetuned": "data2vec 2.0, all weights fine-tuned",
+}
+SUPERVISED = ("scratch", "finetuned")
+"""Methods that train all weights on labels, alike but for the weights they begin with."""
+SCRATCH_RATE = 1e-3
+TYPICAL = {"speech": 6400, "text": 32}
+"""Samples or tokens of a sample for which FLOPs are compared."""
+
+
+class Job(NamedTuple):
+    """One process."""
+
+    task: str
+    method: str
+    seed: int
+    rate: float
+    """Learning rate over the recipe's; from scratch and fine-tuned: over `SCRATCH_RATE`."""
+    share: float = 1.0
+    """Of the task's updates."""
+    changes: tuple[str, ...] = ()
+    """SECTION.FIELD=VALUE: settings that are tried on held-out data. Empty, with the whole budget: test data."""
+
+    def folder(self, root: Path) -> Path:
+        """Where a job leaves its model and its results."""
+        words = (self.method, f"x{self.rate:g}", f"seed{self.seed}", *([f"share{self.share:g}"] * (self.share != 1.0)))
+        return root / self.task / ",".join((*words, *self.changes)).replace("/", "")
+
+
+def flops_of_update(config: Config, teacher: bool = True) -> float:
+    """FLOPs of one update, with the teacher's forward or without."""
+    torch.manual_seed(0)
+    model = Data2Vec(config)
+    stem, batch = config.stem, config.data.global_batch
+    length = TYPICAL.get(stem.modality, 0)
+    if stem.modality == "vision":
+        tokens = stem.grid[0] * stem.grid[1]
+    else:
+        tokens = length if stem.modality == "text" else model.stem.count_tokens(length)  # type: ignore[operator]
+    sampler = make_mask_sampler(config, tokens=None if stem.modality == "vision" else tokens)
+    masks = sampler.draw([0], 0, copies=config.mask.copies)
+    shape = shape_of(masks, 1, length)._replace(samples=batch, masked=len(masks.rows) * batch)
+    whole = count_flops(config, shape)
+    if teacher:
+        return whole
+    encoder = config.encoder
+    width, hidden = encoder.width, int(encoder.width * encoder.mlp_ratio)
+    block = tokens * (8 * width**2 + 4 * width * hidden) + 4 * tokens**2 * width
+    return whole - batch * block * (encoder.prenet_depth + encoder.depth)
+
+
+def updates_for(task: Task, method: str, share: float = 1.0) -> int:
+    """Updates that cost what data2vec 2.0's cost."""
+    budget = share * task.steps * flops_of_update(TASKS[task.name].config())
+    return round(budget / flops_of_update(task.config(method), teacher=method != "autoencoder"))
+
+
+def scaled(config: Config, steps: int, seed: int, rate: float, splits: Splits, folder: Path) -> Config:
+    """The recipe for a number of updates; warm-up keeps its share."""
+    warmup = max(1, round(config.optim.warmup_steps * steps / max(config.run.steps, 1)))
+    optim = {"learning_rate": config.optim.learning_rate * rate, "warmup_steps": min(warmup, steps // 4)}
+    run = {
+        "dir": str(folder / "run"), "steps": steps, "seed": seed, "threads": 1, "device": "auto", "log_every": 100,
+        "checkpoint_every": steps, "collapse_content_spread": 0.0,
+    }  # fmt: skip
+    return change(config, optim=optim, data={"path": splits.pretrain, "workers": 0}, run=run)
+
+
+def after_quarters(objective: Pretraining, steps: int, save: Callable[[int], None]) -> None:
+    """Lets training call `save(n)` after the n-th quarter of its updates, for n of 1, 2, 3."""
+    wanted = {round(steps * n / 4): n for n in (1, 2, 3)}
+    end = objective.end_update
+
+    def end_update(update: int, applied: Any) -> None:
+        end(update, applied)
+        if update in wanted:
+            save(wanted[update])
+
+    objective.end_update = end_update  # type: ignore[method-assign]
+
+
+def pretrain_job(task: Task, job: Job, splits: Splits, folder: Path) -> dict[str, Any]:
+    """Pre-trains; returns what it cost. The models are then in `folder`: "model-1" to "model-3" after a quarter, a half
+    and three quarters of the updates, and "model"."""
+    steps, autoencoder = updates_for(task, job.method, job.share), job.method == "autoencoder"
+    config = scaled(task.config(job.method), steps, job.seed, job.rate, splits, folder)
+    ranks = Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.set_num_threads(1)
+    source, _ = open_data(config)
+    objective = (Autoencoding if autoencoder else Pretraining)(config, source, None, ranks.device)
+    spent, saving = [], 0.0
+
+    def save(name: str) -> None:
+        nonlocal saving
+        spent.append(time.process_time() - begin - saving)
+        model: Data2Vec = objective.model
+        model = to_data2vec(model, config) if isinstance(model, MaskedAutoencoder) else model
+        shutil.rmtree(folder / name, ignore_errors=True)
+        write_folder(model, folder / name, config)
+        if (folder / "run" / "tokenizer").is_dir():
+            shutil.copytree(folder / "run" / "tokenizer", folder / name / "tokenizer")
+        saving = time.process_time() - begin - spent[-1]
+
+    if not job.changes and job.share == 1.0:
+        after_quarters(objective, steps, lambda n: save(f"model-{n}"))
+    begin = time.process_time()
+    train(objective, ranks, RunFolder(config, ranks))
+    objective.model.cpu()
+    save("model")
+    return {"steps": steps, "cpu_seconds": spent[-1], "quarters": spent[:-1],
+            "flops": steps * flops_of_update(task.config(job.method), not autoencoder)}  # fmt: skip
+
+
+def probe(task: Task, job: Job, splits: Splits, model: Path, baselines: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Accuracies of the three probes of a model and of raw features, by their names."""
+    output = model.with_name(f"probe-{model.name}.json")
+    weights = "student" if job.method == "autoencoder" else "teacher"
+    data = ["--checkpoint", str(model), "--train", splits.train, "--test", splits.test]
+    arguments = ["evaluate", "probe", *data, "--weights", weights, "--pool", task.pool, "--seed", str(job.seed),
+                 "--output", str(output)]  # fmt: skip
+    if code := d2v([*arguments, *(["--baselines", *baselines] if baselines else [])]):
+        raise SystemExit(code)
+    result = json.loads(output.read_text())
+    keys = ("linear_probe", "knn", "few_label")
+    return {name: {k: result[k][name] for k in keys} for name in result["knn"]}
+
+
+def write_untrained(task: Task, seed: int, splits: Splits, folder: Path) -> Path:
+    """The network of data2vec 2.0 with its initial weights, as a model folder."""
+    # The tokenizer of text is that of the pre-training.
+    data = {"path": splits.pretrain} if task.finetune == "text-classify" else {}
+    config = change(task.config(), data=data, run={"seed": seed})
+    untrained = folder / "untrained"
+    if not untrained.is_dir():
+        write_folder(build_model(config), untrained, config)
+        if config.stem.modality == "text":
+            source, _ = open_data(config)
+            source.prepare(untrained, fresh=True)
+    return untrained
+
+
+def find_pretrained(task: Task, seed: int, root: Path) -> Path:
+    """The model folder of data2vec 2.0, which is fine-tuned.
+
+    Raises:
+        ValueError: there is none.
+    """
+    model = Job(task.name, "data2vec2", seed, task.rates.get("data2vec2", 1.0)).folder(root) / "model"
+    if not model.is_dir():
+        raise ValueError(f"finetuned: expected a model of data2vec2 in {str(model)!r}, found none")
+    return model
+
+
+def supervised_job(task: Task, job: Job, splits: Splits, folder: Path, start: Path) -> dict[str, Any]:
+    """Accuracy of the network trained from the weights at `start` on all labels, which is the cost, and on a few."""
+    config = task.config()
+    result, spent = {}, []
+    for name, path in (("all", splits.train), ("few", splits.few)):
+        _, (optim, data, run, options) = read_defaults(task.finetune, str(start))
+        optim = dataclasses.replace(optim, learning_rate=SCRATCH_RATE * job.rate, weight_decay=0.05, clip=3.0)
+        epochs = job.share * (task.epochs if name == "all" else 100.0)
+        options = dataclasses.replace(
+            options, epochs=epochs, layer_decay=1.0, mixup=0.0, cutmix=0.0, erasing=0.0, label_smoothing=0.0,
+            drop_path=0.0, time_mask=0.0, valid_share=0.1,
+        )  # fmt: skip
+        run = dataclasses.replace(run, dir=str(folder / name), seed=job.seed, threads=1, precision="fp32")
+        given = config.data
+        data = dataclasses.replace(data, workers=0, global_batch=16, crop_scale=given.crop_scale, speed=given.speed)
+        begin = time.process_time()
+        found = finetune(task.finetune, str(start), path, splits.test, run=run, optim=optim, data=data, options=options)
+        spent.append(time.process_time() - begin)
+        result[name] = found["accuracy"]["value"] if isinstance(found["accuracy"], dict) else found["accuracy"]
+    scores = {"linear_probe": result["all"], "knn": result["all"], "few_label": result["few"]}
+    return {"scores": {job.method: scores}, "cpu_seconds": spent[0]}
+
+
+def run_job(job: Job, choose: bool, root: Path, data: Path) -> dict[str, Any]:
+    """One job: trains, measures on held-out data (choose) or on test data; returns and stores its result.
+
+    Raises:
+        SystemExit: a probe failed.
+        ValueError: a setting that there is not; no data; nothing to fine-tune.
+    """
+    task, folder = TASKS[job.task].with_changes(job.changes), job.folder(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = task.prepare(data, folder / "data", job.seed)
+    if choose:
+        train, few = splits.choose_train or splits.train, splits.choose_few or splits.few
+        splits = dataclasses.replace(splits, train=train, few=few, test=splits.valid)
+    result: dict[str, Any] = {**job._asdict(), "folder": str(folder)}
+    if job.method in SUPERVISED:
+        untrained = job.method == "scratch"
+        start = write_untrained(task, job.seed, splits, folder) if untrained else find_pretrained(task, job.seed, root)
+        result |= supervised_job(task, job, splits, folder / ("choose" if choose else "test"), start)
+    else:
+        cost = folder / "cost.json"
+        if not cost.is_file():
+            write_atomically(cost, json.dumps(pretrain_job(task, job, splits, folder)))
+        names: tuple[str, ...] = ()
+        if job.method == "data2vec2" and not choose:
+            names = ("random_init", *(task.baselines if job.seed == 0 or task.redrawn else ()))
+        result |= json.loads(cost.read_text()) | {"scores": probe(task, job, splits, folder / "model", names)}
+        if not choose:
+            models = [folder / f"model-{n}" for n in (1, 2, 3)]
+            result["during"] = [probe(task, job, splits, model)["pretrained"] for model in models]
+    write_atomically(result_file(job, choose, root), json.dumps(result, indent=1))
+    return result
+
+
+def result_file(job: Job, choose: bool, root: Path) -> Path:
+    """Where a job leaves its result."""
+    return job.folder(root) / f"result-{'choose' if choose else 'test'}.json"

@@ -1,0 +1,132 @@
+"""The tables of what was learned, and which model fine-tuning begins with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks.speedrun import methods
+from benchmarks.speedrun.__main__ import parse_options, plan_jobs
+from benchmarks.speedrun.methods import (
+    Job,
+    after_quarters,
+    find_pretrained,
+    scaled,
+    supervised_job,
+    updates_for,
+    write_untrained,
+)
+from benchmarks.speedrun.table import draw, summarise, table
+from benchmarks.speedrun.tasks import TASKS, Splits, choose_few
+
+
+def result(method: str, seed: int, value: float, rate: float = 1.0) -> dict[str, Any]:
+    scores = {"linear_probe": value, "knn": value - 0.1, "few_label": float("nan")}
+    name = "pretrained" if method.startswith("data2vec") else method
+    rows = {name: scores}
+    if method == "data2vec2":
+        rows["random_init"] = {"linear_probe": 0.2, "knn": 0.3, "few_label": 0.1}
+    return {"task": "digits", "method": method, "seed": seed, "rate": rate, "scores": rows, "cpu_seconds": 60.0}
+
+
+MACHINE = {"cpu": "none", "torch": "0", "date": "2000-01-01"}
+RESULTS = [result("data2vec2", 0, 0.7), result("data2vec2", 1, 0.8), result("scratch", 0, 0.5)]
+
+
+def test_table() -> None:
+    rows = summarise(RESULTS)
+    assert [row["name"] for row in rows] == ["data2vec2", "random_init", "scratch"]
+    lines = table({"rows": rows, "title": "digits", "machine": MACHINE}).splitlines()
+    assert lines[2].startswith("| data2vec 2.0 | 75.0 (70.0–80.0) | 65.0 (60.0–70.0) |  | 60 |")
+    assert lines[4].startswith("| supervised from scratch | 50.0 |")
+
+
+def test_plot(tmp_path: Path) -> None:
+    draw({"rows": summarise(RESULTS), "title": "digits", "machine": MACHINE}, tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 1000
+
+
+def test_plot_after_each_quarter(tmp_path: Path) -> None:
+    points = [{"linear_probe": 0.1 * n, "knn": 0.1 * n, "few_label": float("nan")} for n in (1, 2, 3)]
+    results = [{**result("data2vec2", seed, 0.7), "quarters": [9.0, 18.0, 27.0], "during": points} for seed in (0, 1)]
+    rows = summarise(results)
+    assert [p["cpu_seconds"] for p in rows[0]["during"][1]] == [9.0, 18.0, 27.0]
+    draw({"rows": rows, "title": "digits", "machine": MACHINE}, tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 1000
+
+
+def test_models_are_kept_after_each_quarter() -> None:
+    updates: list[int] = []
+    kept: list[int] = []
+    objective = SimpleNamespace(end_update=lambda update, applied: updates.append(update))
+    after_quarters(objective, 10, kept.append)  # type: ignore[arg-type]
+    for update in range(1, 11):
+        objective.end_update(update, None)
+        assert len(kept) == (update >= 2) + (update >= 5) + (update >= 8)
+    assert kept == [1, 2, 3] and updates == list(range(1, 11))
+
+
+def test_fine_tuning_begins_with_the_rate_that_was_chosen(tmp_path: Path) -> None:
+    task = replace(TASKS["digits"], rates={"data2vec2": 2.0})
+    with pytest.raises(ValueError, match="finetuned: expected a model of data2vec2"):
+        find_pretrained(task, 1, tmp_path)
+    model = tmp_path / "digits" / "data2vec2,x2,seed1" / "model"
+    model.mkdir(parents=True)
+    assert find_pretrained(task, 1, tmp_path) == model
+
+
+def test_settings_that_are_tried() -> None:
+    task = TASKS["cifar"].with_changes(["mask.copies=4", "data.crop_scale=[0.2, 1.0]"])
+    for method in ("data2vec2", "data2vec1", "autoencoder"):
+        config = task.config(method)
+        assert (config.mask.copies, config.data.crop_scale, config.data.grey) == (4, (0.2, 1.0), False)
+    assert updates_for(task, "data2vec2") < TASKS["cifar"].steps, "equal FLOPs, not equal updates"
+    with pytest.raises(ValueError, match=r"set: expected SECTION.FIELD=VALUE in JSON, got 'mask.copies'"):
+        task.with_changes(["mask.copies"])
+    with pytest.raises(SystemExit, match="expected --choose with them"):
+        parse_options(["cifar", "--set", "mask.copies=4"])
+    jobs = plan_jobs(
+        parse_options(["cifar", "--choose", "--rates", "1", "2", "--methods", "data2vec2", "--share", "0.5"])
+    )
+    assert jobs == [Job("cifar", "data2vec2", 0, rate, 0.5) for rate in (1.0, 2.0)]
+    assert jobs[0].folder(Path()) == Path("cifar/data2vec2,x1,seed0,share0.5")
+
+
+@pytest.mark.parametrize("name", ["digits", "waveforms"])
+def test_every_method_has_the_same_samples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random speed given to a task's pre-trainings is given to its training from labels, too."""
+    changes = {**TASKS[name].changes, "data": {"speed": 0.3}}
+    task, splits = replace(TASKS[name], changes=changes), Splits("pretrain", "train", "valid", "test", "few")
+    for method in ("data2vec2", "data2vec1"):
+        assert scaled(task.config(method), 10, 0, 1.0, splits, tmp_path).data.speed == 0.3
+    given: list[float] = []
+
+    def catch(*_: Any, data: Any, **__: Any) -> dict[str, Any]:
+        given.append(data.speed)
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(methods, "finetune", catch)
+    start = write_untrained(task, 0, splits, tmp_path)
+    job = Job(name, "scratch", 0, 1.0)
+    assert supervised_job(task, job, splits, tmp_path, start)["scores"]["scratch"]["knn"] == 0.5
+    assert given == [0.3, 0.3], "with all labels and with few"
+
+
+def test_equal_work() -> None:
+    """A method without a teacher gets more updates, in the ratio of the FLOPs."""
+    task = TASKS["textures"]
+    assert updates_for(task, "data2vec2") == task.steps
+    assert updates_for(task, "autoencoder") > task.steps > updates_for(task, "data2vec1") > 0
+
+
+def test_few_labels_are_as_many_of_every_class(tmp_path: Path) -> None:
+    for name, count in (("a", 30), ("b", 12)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / "train" / name / f"{i}.png").write_bytes(b"")
+    choose_few(tmp_path / "train", tmp_path / "few", seed=0)
+    assert [len(list((tmp_path / "few" / name).iterdir())) for name in "ab"] == [10, 10]
