@@ -1,6 +1,6 @@
 """What small real data teach, against an honest clock: `python -m benchmarks.speedrun TASK [--data DIR]`.
 
-Tasks: cifar (8,000 images of CIFAR-10), digits (spoken digits of a speaker never heard), waveforms (the same without a
+Tasks: cifar (40,000 images of CIFAR-10), digits (spoken digits of a speaker never heard), waveforms (the same without a
 filter bank), textures (crops of photographs; no data needed), sentences (SST-2).
 
 For each: raw features, the untrained network, the same network supervised from scratch, a masked autoencoder,
@@ -17,16 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..harness.record import RESULTS, ROOT, machine_basics, parse
-from .methods import METHODS, Job, result_file, run_job
+from ..harness.record import RESULTS, machine_basics, parse
+from .methods import METHODS, Job, result_file, run_apart, run_job
 from .table import draw, summarise, table
 from .tasks import TASKS
 
@@ -45,7 +40,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         set=([""], "with --choose: settings SECTION.FIELD=VALUE (JSON) of all methods"),
         output=(Path("runs/speedrun"), "folder for runs and results"),
         results=(RESULTS, "folder for the table and the picture"),
-        job=("", ""),
     )  # fmt: skip
     if unknown := [m for m in options.methods if m not in METHODS]:
         raise SystemExit(f"--methods: expected some of {', '.join(METHODS)}; got {unknown[0]!r}")
@@ -54,35 +48,14 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def run_child(job: Job, options: argparse.Namespace) -> dict[str, Any]:
-    """The result of a job, stored or from a process of its own, whose output goes to a log."""
-    file = result_file(job, options.choose, options.output)
-    if file.is_file():
-        stored: dict[str, Any] = json.loads(file.read_text())
-        return stored
-    log = file.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "benchmarks.speedrun", job.task, "--data", str(options.data), "--output",
-               str(options.output), "--job", json.dumps(job), *(["--choose"] if options.choose else [])]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    begin = time.monotonic()
-    with log.open("w") as output:
-        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    print(f"{file.parent.name:<60} {time.monotonic() - begin:6.0f} s", flush=True)
-    if done.returncode:
-        raise SystemExit(f"{file.parent.name}: exit code {done.returncode}, see {log}")
-    result: dict[str, Any] = json.loads(file.read_text())
-    return result
-
-
 def plan_jobs(options: argparse.Namespace) -> list[Job]:
     """What is to be measured, in an order in which fine-tuning comes after its pre-training."""
     task = TASKS[options.task]
     methods = [m for m in task.methods if m in options.methods]
     if not options.choose:
-        return [Job(task.name, m, seed, task.rates.get(m, 1.0)) for m in methods for seed in options.seeds]
+        return [Job(task.name, m, seed, task.rate(m)) for m in methods for seed in options.seeds]
     changes = tuple(filter(None, options.set))
-    rates = {m: options.rates if options.rates != [0.0] else [task.rates.get(m, 1.0)] for m in methods}
+    rates = {m: options.rates if options.rates != [0.0] else [task.rate(m)] for m in methods}
     return [Job(task.name, m, 0, rate, options.share, changes) for m in methods for rate in rates[m]]
 
 
@@ -100,16 +73,13 @@ def store_table(task: str, results: list[dict[str, Any]], folder: Path) -> dict[
 def main(arguments: list[str] | None = None) -> None:
     """Measures on test data and writes table and plot; or compares settings on held-out data."""
     options = parse_options(arguments)
-    if options.job:
-        task, method, seed, rate, share, changes = json.loads(options.job)
-        job = Job(task, method, seed, rate, share, tuple(changes))
-        run_job(job, options.choose, options.output, options.data)
-        return
-    jobs = plan_jobs(options)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        # Fine-tuning begins with what data2vec 2.0 has learned.
-        groups = [[j for j in jobs if (j.method == "finetuned") == late] for late in (False, True)]
-        results = [result for group in groups for result in pool.map(lambda job: run_child(job, options), group)]
+    jobs, results = plan_jobs(options), []
+    for late in (False, True):  # fine-tuning begins with what data2vec 2.0 has learned
+        calls = [
+            (job, options.choose, options.output, options.data, result_file(job, options.choose, options.output))
+            for job in jobs if (job.method == "finetuned") == late
+        ]  # fmt: skip
+        results += run_apart(run_job, calls, options.jobs)
     if options.choose:
         for result in results:
             name = "pretrained" if "pretrained" in result["scores"] else result["method"]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,37 +183,67 @@ def find_pretrained(task: Task, seed: int, root: Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    model = Job(task.name, "data2vec2", seed, task.rates.get("data2vec2", 1.0)).folder(root) / "model"
+    model = Job(task.name, "data2vec2", seed, task.rate("data2vec2")).folder(root) / "model"
     if not model.is_dir():
         raise ValueError(f"finetuned: expected a model of data2vec2 in {str(model)!r}, found none")
     return model
 
 
+def fine_tune(
+    task: Task, rate: float, seed: int, start: Path, train: str, test: str, folder: Path, **length: float
+) -> tuple[float, float]:  # fmt: skip
+    """Accuracy on test data of a network trained from the weights at `start`, and its CPU seconds. length: `epochs` or
+    `steps`."""
+    given = task.config().data
+    _, (optim, data, run, options) = read_defaults(task.finetune, str(start))
+    optim = dataclasses.replace(optim, learning_rate=SCRATCH_RATE * rate, weight_decay=0.05, clip=3.0)
+    options = dataclasses.replace(
+        options, epochs=length.get("epochs", options.epochs), layer_decay=1.0, mixup=0.0, cutmix=0.0, erasing=0.0,
+        label_smoothing=0.0, drop_path=0.0, time_mask=0.0, valid_share=0.1,
+    )  # fmt: skip
+    steps = int(length.get("steps", run.steps))
+    run = dataclasses.replace(run, dir=str(folder), seed=seed, threads=1, precision="fp32", steps=steps)
+    data = dataclasses.replace(data, workers=0, global_batch=16, crop_scale=given.crop_scale, speed=given.speed)
+    begin = time.process_time()
+    found = finetune(task.finetune, str(start), train, test, run=run, optim=optim, data=data, options=options)
+    score = found["accuracy"]
+    return score["value"] if isinstance(score, dict) else score, time.process_time() - begin
+
+
 def supervised_job(task: Task, job: Job, splits: Splits, folder: Path, start: Path) -> dict[str, Any]:
     """Accuracy of the network trained from the weights at `start` on all labels, which is the cost, and on a few."""
-    config = task.config()
-    result, spent = {}, []
-    for name, path in (("all", splits.train), ("few", splits.few)):
-        _, (optim, data, run, options) = read_defaults(task.finetune, str(start))
-        optim = dataclasses.replace(optim, learning_rate=SCRATCH_RATE * job.rate, weight_decay=0.05, clip=3.0)
-        epochs = job.share * (task.epochs if name == "all" else 100.0)
-        options = dataclasses.replace(
-            options, epochs=epochs, layer_decay=1.0, mixup=0.0, cutmix=0.0, erasing=0.0, label_smoothing=0.0,
-            drop_path=0.0, time_mask=0.0, valid_share=0.1,
-        )  # fmt: skip
-        run = dataclasses.replace(run, dir=str(folder / name), seed=job.seed, threads=1, precision="fp32")
-        given = config.data
-        data = dataclasses.replace(data, workers=0, global_batch=16, crop_scale=given.crop_scale, speed=given.speed)
-        begin = time.process_time()
-        found = finetune(task.finetune, str(start), path, splits.test, run=run, optim=optim, data=data, options=options)
-        spent.append(time.process_time() - begin)
-        result[name] = found["accuracy"]["value"] if isinstance(found["accuracy"], dict) else found["accuracy"]
-    scores = {"linear_probe": result["all"], "knn": result["all"], "few_label": result["few"]}
-    return {"scores": {job.method: scores}, "cpu_seconds": spent[0]}
+    common = (task, job.rate, job.seed, start)
+    all_labels, seconds = fine_tune(*common, splits.train, splits.test, folder / "all", epochs=job.share * task.epochs)
+    few, _ = fine_tune(*common, splits.few, splits.test, folder / "few", epochs=job.share * 100.0)
+    scores = {"linear_probe": all_labels, "knn": all_labels, "few_label": few}
+    return {"scores": {job.method: scores}, "cpu_seconds": seconds}
+
+
+def run_apart(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], jobs: int) -> list[Any]:
+    """Results of a function for each tuple of arguments, the last of which is the file that keeps the result; in
+    `jobs` processes, whose output goes to a `.log` beside it. What is there already is not done again."""
+    todo = [call for call in calls if not call[-1].is_file()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        futures = {pool.submit(_run_and_store, function, call): call[-1] for call in todo}
+        for done in as_completed(futures):
+            file = futures[done]
+            print(f"{file.parent.name:<60} {done.result():6.0f} s", flush=True)
+    return [json.loads(call[-1].read_text()) for call in calls]
+
+
+def _run_and_store(function: Callable[..., Any], call: tuple[Any, ...]) -> float:
+    """Seconds that it took."""
+    file, begin = call[-1], time.monotonic()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        result = function(*call[:-1])
+    write_atomically(file, json.dumps(result, indent=1))
+    return time.monotonic() - begin
 
 
 def run_job(job: Job, choose: bool, root: Path, data: Path) -> dict[str, Any]:
-    """One job: trains, measures on held-out data (choose) or on test data; returns and stores its result.
+    """One job: trains, measures on held-out data (choose) or on test data.
 
     Raises:
         SystemExit: a probe failed.
@@ -238,7 +271,6 @@ def run_job(job: Job, choose: bool, root: Path, data: Path) -> dict[str, Any]:
         if not choose:
             models = [folder / f"model-{n}" for n in (1, 2, 3)]
             result["during"] = [probe(task, job, splits, model)["pretrained"] for model in models]
-    write_atomically(result_file(job, choose, root), json.dumps(result, indent=1))
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speedrun import methods
+from benchmarks.speedrun import curve, methods
 from benchmarks.speedrun.__main__ import parse_options, plan_jobs
 from benchmarks.speedrun.methods import (
     Job,
@@ -130,3 +131,39 @@ def test_few_labels_are_as_many_of_every_class(tmp_path: Path) -> None:
             (tmp_path / "train" / name / f"{i}.png").write_bytes(b"")
     choose_few(tmp_path / "train", tmp_path / "few", seed=0)
     assert [len(list((tmp_path / "few" / name).iterdir())) for name in "ab"] == [10, 10]
+
+
+def test_a_share_of_the_unlabelled_samples(tmp_path: Path) -> None:
+    source = tmp_path / "all"
+    for i in range(200):
+        (source / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        (source / str(i % 2) / f"{i}.wav").write_bytes(b"")
+    splits = Splits(str(source), "train", "valid", "test", "few")
+    for share, count in ((0.5, 100), (0.03, TASKS["digits"].config().data.global_batch)):
+        found = curve.choose_share(TASKS["digits"], splits, share, tmp_path / f"{share}", seed=0)
+        assert len(list(Path(found.pretrain).iterdir())) == count
+        assert found.train == "train"
+
+
+def test_curves(tmp_path: Path) -> None:
+    rows = [
+        {"kind": kind, "share": share, "seed": seed, "labels": n, "accuracy": 0.1 + 0.1 * seed + share / 2}
+        for kind, share in (("scratch", 0.0), ("finetuned", 1.0), ("probe", 1.0), ("finetuned", 0.1), ("probe", 0.1))
+        for seed in (0, 1) for n in ((10, 30) if share in (0.0, 1.0) else (10,))
+    ]  # fmt: skip
+    lines = curve.tables(rows).splitlines()
+    assert lines[2] == "| 10 | 15.0 (10.0–20.0) | 65.0 (60.0–70.0) | 65.0 (60.0–70.0) |"
+    whole = "65.0 (60.0–70.0)"
+    assert lines[-2:] == ["| 0.1 |  | 20.0 (15.0–25.0) | 20.0 (15.0–25.0) |", f"| 1 |  | {whole} | {whole} |"]
+    curve.draw({"title": "digits", "machine": MACHINE, "rows": rows}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_processes_leave_results_and_are_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = [(value, tmp_path / str(value) / "result.json") for value in (2, 3)]
+    assert methods.run_apart(math.factorial, calls, 2) == [2, 6]
+    assert "3 " in capsys.readouterr().out
+    calls[0][-1].write_text("7")
+    assert methods.run_apart(math.factorial, calls, 1) == [7, 6]
+    with pytest.raises(ValueError, match="factorial"):
+        methods.run_apart(math.factorial, [(-1, tmp_path / "bad" / "result.json")], 1)
