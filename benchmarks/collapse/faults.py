@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ Job = tuple[str, str, int, int, Path]
 SAMPLES = 8
 """Of an update: fewer than the recipes have, so that a run takes seconds."""
 EVERY = 10
-"""Updates between the lines that are noted."""
+"""Updates between lines, `--run.log-every`; the recipes have 50."""
 MONITORS = ("loss", "target_std", "prediction_std", "explained_variance", "content_spread", "target_rank", "stem_rank",
             "grad_norm")  # fmt: skip
 
@@ -94,12 +95,12 @@ FAULTS = (*PLANTED, *SETTINGS)
 
 
 class Watched(Pretraining):
-    """Notes lines oftener than the recipe writes them; the rule sees those that the recipe would write."""
+    """Notes the lines, and ends after as many updates as are wanted, whatever the run's length."""
 
-    def __init__(self, *given: Any, fault: str, every: int, enough: int) -> None:
-        """fault: of `FAULTS`, or "" for none. every: updates between the recipe's lines. enough: updates to see."""
+    def __init__(self, *given: Any, fault: str, updates: int) -> None:
+        """fault: of `FAULTS`, or "" for none."""
         super().__init__(*given)
-        self.every, self.enough = every, enough
+        self.updates_wanted = updates
         self.lines: list[Row] = []
         self.verdict: str | None = None
         with torch.no_grad():
@@ -108,9 +109,8 @@ class Watched(Pretraining):
     def find_failure(self, line: Mapping[str, Any], batch: Batch | None) -> str | None:
         """The rule's verdict; or what ends a run that has been seen for long enough."""
         self.lines.append({name: float(f"{line[name]:.4g}") for name in ("step", *MONITORS)})
-        if line["step"] % self.every == 0:
-            self.verdict = super().find_failure(line, batch)
-        return self.verdict or ("seen" if line["step"] >= self.enough else None)
+        self.verdict = super().find_failure(line, batch)
+        return self.verdict or ("seen" if line["step"] >= self.updates_wanted else None)
 
 
 def run(recipe: str, fault: str, seed: int, updates: int, data: Path, folder: Path) -> Row:
@@ -120,7 +120,6 @@ def run(recipe: str, fault: str, seed: int, updates: int, data: Path, folder: Pa
     `EVERY`-th update; cpu_seconds: of the training.
     """
     config = recipes.get(recipe)
-    every = config.run.log_every
     settings = {"dir": str(folder), "seed": seed, "log_every": EVERY, "device": "cpu", "threads": 1,
                 "checkpoint_every": 10**6, "track": ("none",)}  # fmt: skip
     config = change(config, run=settings, data={"path": str(data), "workers": 0, "global_batch": SAMPLES})
@@ -132,8 +131,7 @@ def run(recipe: str, fault: str, seed: int, updates: int, data: Path, folder: Pa
     except ValueError as error:
         return {**row, "stop": 0, "text": str(error), "cpu_seconds": 0.0}
     with open_ranks(config.run) as ranks:
-        source = open_data(config)
-        objective = Watched(config, *source, ranks.device, fault=fault, every=every, enough=updates)
+        objective = Watched(config, *open_data(config), ranks.device, fault=fault, updates=updates)
         with contextlib.suppress(RunStopped):
             train(objective, ranks, RunFolder(config, ranks))
     row |= {"lines": objective.lines, "cpu_seconds": round(time.process_time() - begin, 1)}
@@ -150,6 +148,7 @@ def run_job(job: Job) -> Row:
     folder = output / f"{recipe}-{fault.replace(' ', '-') or 'healthy'}-{seed}"
     result = folder.with_suffix(".json")
     if not result.is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # of a command that was cut off: it would go on there
         with folder.with_suffix(".log").open("w") as log, contextlib.redirect_stderr(log):
             row = run(recipe, fault, seed, updates, data, folder)
         result.write_text(json.dumps(row))
