@@ -18,9 +18,11 @@ LASTING = 3
 
 
 def band(healthy: Sequence[Row], monitor: str, step: int) -> tuple[float, float]:
-    """Lowest and highest value of the healthy runs around an update, widened by their distance on either side, and by
-    at least a twentieth of the value: few runs do not show the whole spread."""
-    near = [line[monitor] for row in healthy for line in row["lines"] if abs(line["step"] - step) <= WINDOW * EVERY]
+    """Lowest and highest value of the healthy runs around an update, or at their end, widened by their distance on
+    either side, and by at least a twentieth of the value: few runs do not show the whole spread."""
+    lines = [line for row in healthy for line in row["lines"]]
+    step = min(step, max(line["step"] for line in lines))
+    near = [line[monitor] for line in lines if abs(line["step"] - step) <= WINDOW * EVERY]
     low, high = min(near), max(near)
     margin = max(high - low, 0.05 * abs(low), 0.05 * abs(high))
     return low - margin, high + margin
@@ -85,7 +87,7 @@ def draw(rows: Sequence[Row], recipe: str, path: Path, title: str) -> None:
             for number, fault in enumerate(FAULTS):
                 for row in [r for r in own if r["fault"] == fault][:1]:
                     points = [(line["step"], line[monitor]) for line in row["lines"]]
-                    axis.plot(*zip(*points, strict=True), color=f"C{number}", label=fault)
+                    axis.plot(*zip(*points, strict=True), ".-", color=f"C{number}", label=fault)
             axis.set(title=monitor, xlabel="update")
             axis.set_yscale("symlog" if monitor == "explained_variance" else "log")
             axis.grid(alpha=0.25)
