@@ -27,7 +27,8 @@ def write_sounds(folder: Path, rng: np.random.Generator) -> Path:
     for number in range(COUNT):
         time = np.arange(round(rng.uniform(0.4, 0.8) * rate)) / rate
         knots = np.linspace(0.0, time[-1], 5)
-        moving = [np.interp(time, knots, rng.uniform(*band, 5)) for band in ((300, 900), (1000, 2600), (-0.5, 1.0))]
+        bands = ((300.0, 900.0), (1000.0, 2600.0), (-0.5, 1.0))
+        moving = [np.interp(time, knots, rng.uniform(low, high, 5)) for low, high in bands]
         harmonics = np.arange(1, 16)[:, None] * rng.uniform(90, 220)
         weights = sum(np.exp(-(((harmonics - formant) / 150) ** 2)) for formant in moving[:2])
         values = (weights * np.sin(2 * np.pi * harmonics * time)).sum(axis=0) * moving[2].clip(0.0)
