@@ -228,13 +228,19 @@ class Run:
     auto: oneDNN on AMD's processors from Zen 5 on, where it is twice as quick."""
     device: Literal["auto", "cpu", "cuda"] = setting("auto", free=True)
     """auto: a GPU when there is one."""
-    collapse_after: int = setting(5_000, free=True, rare=True)
-    """Updates after which the collapse rule applies: the run stops when both monitors below are under their limit, or
-    NaN. A loss that is not finite stops the run at any time."""
+    collapse_after: int | None = setting(None, low=0, free=True, rare=True)
+    """Updates after which the collapse rule applies: the run stops when two monitors are under their limit, or one of
+    the targets and the local encoder in three lines running; NaN counts. Unset: a fortieth of run.steps, at most 5000.
+    A loss that is not finite stops the run at any time."""
     collapse_prediction_std: float = setting(0.01, free=True, rare=True)
     """Limit on prediction_std; 0 turns the collapse rule off."""
-    collapse_content_spread: float = setting(0.01, free=True, rare=True)
-    """Limit on content_spread; 0 turns the collapse rule off."""
+    collapse_content_spread: float = setting(0.1, free=True, rare=True)
+    """Limit on content_spread, for targets whose norms give them a mean square of 1; 0 turns the collapse rule off."""
+
+    @property
+    def collapse_begin(self) -> int:
+        """`collapse_after`, also where it is unset: a warm-up of 5000 updates would outlast a short run."""
+        return min(5_000, self.steps // 40) if self.collapse_after is None else self.collapse_after
 
     @property
     def last(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from d2v.config import Run
+    from d2v.config import Config, Run
     from d2v.model.targets import Output
 
 _EPS = 1e-6
@@ -23,6 +23,8 @@ RANK_ROWS = 2048
 """Most rows that an effective rank is taken over: bounds its cost."""
 RANK_LIMIT = 1.05
 """Effective rank that counts as collapsed: one direction holds all but 1 % of the variance."""
+RUNNING = 3
+"""Lines running in which one monitor under its limit counts as collapse by itself."""
 _CONSTANT = 1e-10
 """Variance over mean square below which rows differ by no more than rounding in float32."""
 
@@ -134,25 +136,36 @@ _ADVICE = {
 }
 
 
-def find_failure(line: Mapping[str, Any], run: Run, samples: int) -> str | None:
+def find_failure(line: Mapping[str, Any], run: Run, samples: int, lines: dict[str, int] | None = None) -> str | None:
     """Why a run must stop after this line of metrics, and what to try; None while it may go on.
 
-    Two rules. A loss or gradient norm that is not finite stops at any time. After `run.collapse_after` updates, two of
-    the monitors prediction_std, content_spread, stem_rank and target_rank that are under their limits stop the run: one
-    alone may have a harmless reason. A monitor that is NaN is under its limit.
+    Two rules. A loss or gradient norm that is not finite stops at any time. After `run.collapse_begin` updates, two of
+    the monitors prediction_std, content_spread, stem_rank and target_rank under their limits in one line stop the run,
+    or one of the last three in `RUNNING` lines running: a line of one alone may have a harmless reason, say a
+    micro-batch of equal samples. prediction_std alone never stops: a student that gives the mean may have begun just
+    now. A monitor that is NaN is under its limit.
 
     Args:
         line: metrics, with `step`; monitors that it lacks do not count.
         run: the limits.
         samples: rows that content_spread was taken over; below 2 the second rule does not apply.
+        lines: for how many lines each monitor has been under its limit, this one included; updated. None: unknown.
     """
     if broken := find_broken(line):
         return broken
-    limits = {"prediction_std": run.collapse_prediction_std, "content_spread": run.collapse_content_spread}
-    if line["step"] <= run.collapse_after or min(limits.values()) <= 0.0 or samples < 2:
+    if samples < 2:
         return None
+    lines = {} if lines is None else lines
     alarms = find_alarms(line, run)
-    return f"collapse: {explain_alarms(alarms)}" if len(alarms) >= 2 else None
+    counts = {name: lines.get(name, 0) + 1 for name in alarms}
+    lines.clear()
+    lines.update(counts)
+    if line["step"] <= run.collapse_begin or min(run.collapse_prediction_std, run.collapse_content_spread) <= 0.0:
+        return None
+    lasting = any(counts[name] >= RUNNING for name in alarms if name != "prediction_std")
+    if len(alarms) < 2 and not lasting:
+        return None
+    return f"collapse: {explain_alarms(alarms, counts if len(alarms) == 1 else {})}"
 
 
 def find_broken(line: Mapping[str, Any]) -> str | None:
@@ -181,10 +194,23 @@ def find_low_ranks(line: Mapping[str, Any]) -> dict[str, str]:
     return {k: f"{k} {line[k]:.2g} (limit {RANK_LIMIT:g}): {_MEANINGS[k]}; try {_ADVICE[k]}" for k in low}
 
 
-def explain_alarms(alarms: Mapping[str, tuple[float, float]]) -> str:
-    """Values, limits, what they mean, and what to try."""
-    found = ", ".join(f"{name} {value:.2g} (limit {limit:g})" for name, (value, limit) in alarms.items())
+def explain_alarms(alarms: Mapping[str, tuple[float, float]], lines: Mapping[str, int]) -> str:
+    """Values, limits, what they mean, and what to try; lines: those that a monitor is known to have lasted for."""
+    lasted = {name: f" in {count} lines running" for name, count in lines.items()}
+    found = ", ".join(f"{n} {value:.2g} (limit {limit:g}){lasted.get(n, '')}" for n, (value, limit) in alarms.items())
     meanings = " and ".join(_MEANINGS[name] for name in alarms)
     advice = dict.fromkeys(["a lower --optim.learning-rate", "more --optim.warmup-steps"])
     advice |= dict.fromkeys(_ADVICE[name] for name in alarms if name in _ADVICE)
     return f"{found}: {meanings}; try {', '.join(advice)}; docs/monitoring.md says more"
+
+
+def check_teacher(config: Config) -> None:
+    """`ValueError` for a moving average that never moves, of a run that begins at random: its targets would stay those
+    of random weights. No monitor sees that, as such targets vary like others; the settings say it before the run. A
+    teacher that stands still on purpose has `ema.freeze_after`."""
+    ema = config.ema
+    if ema.freeze_after is None and min(ema.start, ema.end) == 1.0:
+        raise ValueError(
+            f"ema.start, ema.end: expected a decay below 1, got {ema.start:g} and {ema.end:g}: the teacher would keep "
+            "its random weights; --ema.freeze-after 0 says that this is meant, --model.init begins with trained ones"
+        )

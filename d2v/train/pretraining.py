@@ -31,7 +31,7 @@ from d2v.runtime import prepare_process, span
 from d2v.train.digests import digest
 from d2v.train.distributed import Ranks, open_ranks
 from d2v.train.flops import count_work, describe_rates
-from d2v.train.monitors import find_failure, measure
+from d2v.train.monitors import check_teacher, find_failure, measure
 from d2v.train.objective import Objective, Probe, Step, autocast
 from d2v.train.run_dir import RunFolder
 from d2v.train.trainer import train
@@ -64,6 +64,9 @@ def pretrain(
     prepare_process(config.run.threads, config.run.keep_pages, config.run.products)
     with open_ranks(config.run) as ranks:
         folder = RunFolder(config, ranks, plan)
+        if init is None and folder.resumed is None:
+            with ranks.saying_once():
+                check_teacher(config)
         # With a cache of the index, one rank fills it and the others read it.
         with ranks.first_before_others() if config.data.cache else contextlib.nullcontext():
             source, valid = open_data(config)
@@ -115,6 +118,8 @@ class Pretraining(Objective):
         self.modality = make_modality(config)
         self.noun = self.modality.noun
         self.cache: TargetCache | None = None
+        self._low: dict[str, int] = {}
+        """Monitors under their limits, and for how many lines."""
         self._said: set[int] | None = None
         """Held-out samples that `_say_unread` has spoken about; None: it was not called yet."""
         self.model = build_model(config, device)
@@ -265,4 +270,4 @@ class Pretraining(Objective):
 
     def find_failure(self, line: Mapping[str, Any], batch: Batch | None) -> str | None:
         """A value that is not finite, or collapse."""
-        return find_failure(line, self.config.run, 0 if batch is None else len(batch))
+        return find_failure(line, self.config.run, 0 if batch is None else len(batch), self._low)

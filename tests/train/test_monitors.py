@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.collapse.faults import PLANTED, SETTINGS
 from d2v import recipes
 from d2v.config import Config, Run
-from d2v.model.data2vec import Data2Vec, Output
+from d2v.model.data2vec import Data2Vec, Output, build_model
+from d2v.train import pretraining
 from d2v.train.logging import read_metrics
 from d2v.train.monitors import (
     RANK_LIMIT,
@@ -211,6 +215,86 @@ def test_failures() -> None:
     assert find_failure(line(**low), Run(collapse_content_spread=0.0), 8) is None
     # A line of other training has none of these.
     assert find_failure({"step": 10_000, "loss": 1.0}, run, 8) is None
+
+
+def test_the_rule_begins_after_a_fortieth_of_the_run_and_at_most_5000_updates() -> None:
+    low = {"prediction_std": 0.001, "content_spread": 0.001}
+    for steps, first in ((1_000, 26), (400_000, 5_001)):
+        assert find_failure(line(**low, step=first - 1), Run(steps=steps), 8) is None
+        assert find_failure(line(**low, step=first), Run(steps=steps), 8) is not None
+
+
+def test_one_monitor_stops_a_run_in_three_lines_running() -> None:
+    run = Run(collapse_after=100)
+    for name in ("content_spread", "stem_rank", "target_rank"):
+        lines: dict[str, int] = {}
+        values = [0.001, math.nan, 0.5 if name == "content_spread" else 9.0, 0.001, 0.001, 0.001]
+        found = [find_failure(line(**{name: value}), run, 8, lines) for value in values]
+        assert found[:5] == [None] * 5  # a healthy line in between begins anew
+        assert f"collapse: {name} 0.001" in str(found[5]) and "in 3 lines running" in str(found[5])
+        # Lines that have no monitors do not count: those of checkpoints.
+        find_failure({"step": 0, "loss": 1.0}, run, 0, lines)
+        assert find_failure(line(**{name: 0.001}), run, 8, lines) is not None
+    lines = {}
+    for _ in range(9):  # a student that gives the mean only may have begun just now
+        assert find_failure(line(prediction_std=0.001), run, 8, lines) is None
+    # Lines before the rule begins count, too.
+    lines = {}
+    assert [find_failure(line(target_rank=1.0, step=s), run, 8, lines) for s in (50, 100)] == [None, None]
+    assert find_failure(line(target_rank=1.0, step=150), run, 8, lines) is not None
+
+
+SAME = "the targets are the same for every sample"
+SEEN = {
+    "constant stem": rf"2: collapse: content_spread 0\.001 .*stem_rank 1 .*: {SAME} and the local encoder gives nearly",
+    "positions only": rf"6: collapse: content_spread 0\.001 \(limit 0\.1\) in 3 lines running: {SAME}",
+    "one direction": r"6: collapse: stem_rank 1 \(limit 1\.05\) in 3 lines running: the local encoder gives nearly",
+    "one target": r"6: collapse: target_rank 1 \(limit 1\.05\) in 3 lines running: the targets lie along one direction",
+    "dead teacher": rf"6: collapse: content_spread 0\.001 \(limit 0\.1\) in 3 lines running: {SAME}",
+    "rate x 300": rf"\d+: collapse: .*{SAME}",
+}
+"""At which update a run is stopped, and with which sentence."""
+
+
+def short(make_config: Callable[..., Config], **sections: dict[str, Any]) -> Config:
+    """A run of the usual form whose lines come every second update."""
+    run = {"steps": 60, "log_every": 2, "checkpoint_every": 60, **sections.pop("run", {})}
+    return make_config(run=run, data={"global_batch": 8}, **sections)
+
+
+@pytest.mark.parametrize("fault", SEEN)
+def test_a_planted_collapse_stops_the_run(
+    fault: str, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*given: Any) -> Data2Vec:
+        model = build_model(*given)
+        with torch.no_grad():
+            PLANTED.get(fault, lambda model: None)(model)
+        return model
+
+    monkeypatch.setattr(pretraining, "build_model", build)
+    with pytest.raises(RunStopped, match=f"stopped at update {SEEN[fault]}"):
+        pretrain(SETTINGS.get(fault, lambda config: config)(short(make_config)))
+
+
+def test_a_healthy_run_goes_on(make_config: Callable[..., Config]) -> None:
+    folder = pretrain(short(make_config))
+    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 60
+
+
+def test_a_teacher_that_never_moves_is_refused_where_nobody_asked_for_it(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    still = {"start": 1.0, "end": 1.0}
+    with pytest.raises(ValueError, match=r"expected a decay below 1, got 1 and 1.*--ema\.freeze-after 0"):
+        pretrain(short(make_config, ema=still))
+    assert not (tmp_path / "run").exists()
+    # Asked for; and with the teacher of a checkpoint, both at once and when the run is taken up again.
+    first = pretrain(short(make_config, ema={**still, "freeze_after": 0}))
+    second = str(tmp_path / "second")
+    pretrain(short(make_config, ema=still, run={"dir": second, "steps": 40, "checkpoint_every": 20}), init=str(first))
+    shutil.rmtree(tmp_path / "second" / "checkpoints" / "step-00000040")
+    pretrain(short(make_config, ema=still, run={"dir": second, "steps": 40, "checkpoint_every": 20}))
 
 
 @pytest.mark.parametrize("pair", [("prediction_std", "target_rank"), ("stem_rank", "target_rank")])

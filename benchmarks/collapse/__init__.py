@@ -1,0 +1,1 @@
+"""Planted collapses of tiny recipes on a CPU, and what each monitor says of them."""
