@@ -231,11 +231,11 @@ class Run:
     collapse_after: int | None = setting(None, low=0, free=True, rare=True)
     """Updates after which the collapse rule applies: the run stops when two monitors are under their limit, or one of
     the targets and the local encoder in three lines running; NaN counts. Unset: a fortieth of run.steps, at most 5000.
-    A loss that is not finite stops the run at any time."""
+    A loss that is not finite, or five times that of predicting 0, stops the run at any time."""
     collapse_prediction_std: float = setting(0.01, free=True, rare=True)
-    """Limit on prediction_std; 0 turns the collapse rule off."""
+    """Limit on prediction_std; 0 turns the rules of collapse and of a diverging loss off."""
     collapse_content_spread: float = setting(0.1, free=True, rare=True)
-    """Limit on content_spread, for targets whose norms give them a mean square of 1; 0 turns the collapse rule off."""
+    """Limit on content_spread, for targets whose norms give them a mean square of 1; 0 turns both rules off."""
 
     @property
     def collapse_begin(self) -> int:

@@ -23,6 +23,8 @@ RANK_ROWS = 2048
 """Most rows that an effective rank is taken over: bounds its cost."""
 RANK_LIMIT = 1.05
 """Effective rank that counts as collapsed: one direction holds all but 1 % of the variance."""
+DIVERGED = 5.0
+"""Loss over that of predictions that are all 0. A new model is below 2: it has to unlearn its first predictions only."""
 RUNNING = 3
 """Lines running in which one monitor under its limit counts as collapse by itself."""
 _CONSTANT = 1e-10
@@ -175,6 +177,17 @@ def find_broken(line: Mapping[str, Any]) -> str | None:
         return None
     found = ", ".join(f"{k} {v}" for k, v in broken.items())
     return f"not finite: {found}; try a lower --optim.learning-rate, a longer warm-up or a smaller --optim.clip"
+
+
+def find_divergence(line: Mapping[str, Any], config: Config) -> str | None:
+    """Why a run whose loss, a mean over the updates of a line, is far above that of predicting 0 must stop."""
+    # Norms give targets a deviation of 1; a smaller one means collapse, not divergence.
+    zero = config.encoder.width * config.loss_scale * max(1.0, line["target_std"]) ** 2
+    times = line["loss"] / zero
+    if times <= DIVERGED or min(config.run.collapse_prediction_std, config.run.collapse_content_spread) <= 0.0:
+        return None
+    advice = "try a lower --optim.learning-rate, more --optim.warmup-steps or a smaller --optim.clip"
+    return f"diverged: loss {line['loss']:.3g}, {times:.2g} times that of predicting 0 (limit {DIVERGED:g}); {advice}"
 
 
 def find_alarms(line: Mapping[str, Any], run: Run) -> dict[str, tuple[float, float]]:

@@ -31,7 +31,7 @@ from d2v.runtime import prepare_process, span
 from d2v.train.digests import digest
 from d2v.train.distributed import Ranks, open_ranks
 from d2v.train.flops import count_work, describe_rates
-from d2v.train.monitors import check_teacher, find_failure, measure
+from d2v.train.monitors import check_teacher, find_divergence, find_failure, measure
 from d2v.train.objective import Objective, Probe, Step, autocast
 from d2v.train.run_dir import RunFolder
 from d2v.train.trainer import train
@@ -269,5 +269,6 @@ class Pretraining(Objective):
             print(f"note: data.valid: {text}", file=sys.stderr)
 
     def find_failure(self, line: Mapping[str, Any], batch: Batch | None) -> str | None:
-        """A value that is not finite, or collapse."""
-        return find_failure(line, self.config.run, 0 if batch is None else len(batch), self._low)
+        """A value that is not finite, divergence or collapse."""
+        diverged = None if batch is None else find_divergence(line, self.config)
+        return diverged or find_failure(line, self.config.run, 0 if batch is None else len(batch), self._low)

@@ -251,7 +251,7 @@ SEEN = {
     "one direction": r"6: collapse: stem_rank 1 \(limit 1\.05\) in 3 lines running: the local encoder gives nearly",
     "one target": r"6: collapse: target_rank 1 \(limit 1\.05\) in 3 lines running: the targets lie along one direction",
     "dead teacher": rf"6: collapse: content_spread 0\.001 \(limit 0\.1\) in 3 lines running: {SAME}",
-    "rate x 300": rf"\d+: collapse: .*{SAME}",
+    "rate x 300": r"4: diverged: loss .* times that of predicting 0 \(limit 5\)",
 }
 """At which update a run is stopped, and with which sentence."""
 
