@@ -24,7 +24,7 @@ RANK_ROWS = 2048
 RANK_LIMIT = 1.05
 """Effective rank that counts as collapsed: one direction holds all but 1 % of the variance."""
 DIVERGED = 5.0
-"""Loss over that of predictions that are all 0. A new model is below 2: it has to unlearn its first predictions only."""
+"""Loss over that of predictions that are all 0. A new model is below 2: it has its first predictions to unlearn."""
 RUNNING = 3
 """Lines running in which one monitor under its limit counts as collapse by itself."""
 _CONSTANT = 1e-10
