@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from d2v.data.cache import Found, NameTable, index_files
+from d2v.data.cache import Found, NameTable, Scanned, index_files
 from d2v.data.sources import (
     NoSamples,
     NoTranscript,
@@ -48,23 +49,27 @@ MAX_FETCHED = 4096
 SCANS = 8
 """Shards that are scanned at the same time: scanning waits for the storage most of the time."""
 
+_HEADER = re.compile(
+    rb"(?s)([^\0]{1,99}\0+)(?<=^.{100})(?:[0-7]{7}[ \0]){3}([0-7]{11})[ \0][0-7]{11}[ \0]"
+    rb"([0-7]{6}\0 )0\0{100}(?:ustar\x0000|ustar  \0).{80}\0{155}.{12}"
+)
+"""A regular member whose name fits its place: name, size, checksum."""
+
 
 class ContainerSource(Source):
     """Samples inside of other files."""
 
     files: list[Path]
 
-    def _take_samples(self, found: Sequence[Found], wanted: Wanted) -> None:
+    def _take_samples(self, found: Scanned, wanted: Wanted) -> None:
         """Names, places, labels and lengths of what was found: at least one sample."""
-        rows = [(number, *sample) for number, one in enumerate(found) for sample in one.samples]
-        numbers, names, labels, *places, lengths = zip(*rows, strict=True)
-        self._numbers, self._places = np.array(numbers), np.array(places, dtype=np.int64).T
-        files = (self.files[number].name for number in numbers)
-        self.names = NameTable(f"{file}:{name}" for file, name in zip(files, names, strict=True))
+        self._numbers, self._places = np.repeat(np.arange(len(self.files)), found.counts), found.places
+        files = (file.name for file, count in zip(self.files, found.counts.tolist(), strict=True) for _ in range(count))
+        self.names = NameTable(f"{file}:{name}" for file, name in zip(files, found.names, strict=True))
         if wanted.labelled:
-            self.labels, self.classes = number_classes(labels)
+            self.labels, self.classes = number_classes(list(found.labels))
         if wanted.measure is not None:
-            self.lengths = self._note_measured(lengths, range(len(lengths)))
+            self.lengths = self._note_measured(found.lengths, range(len(found.lengths)), found.others)
 
     def file_path(self, number: int) -> str:
         return printable(str(self.files[number]))
@@ -86,11 +91,11 @@ class ShardSource(ContainerSource):
         scope = ("shards", wanted.kind.noun, endings, wanted.labelled, wanted.measure is not None)
         scan = functools.partial(scan_shard, wanted=wanted)
         self.stamps, found = index_files(files, "shards", scan, wanted.cache, scope, SCANS)
-        self.rejected = [Rejected(*entry) for one in found for entry in one.rejected]
-        self.rejected += _find_short(files, found)
-        left = sum((Counter(one.left_out) for one in found), Counter())
+        self.rejected = [Rejected(*entry) for rejected, _ in found.rest.values() for entry in rejected]
+        self.rejected += _find_short(files, found.counts.tolist())
+        left = sum((Counter(left_out) for _, left_out in found.rest.values()), Counter[str]())
         self.left_out = count_endings(left, "members", wanted.kind.readers)
-        if not any(one.samples for one in found):
+        if not len(found.names):
             raise NoSamples(
                 f"{wanted.option}: expected {wanted.kind.noun} in {len(files)} .tar shards, found none"
                 f"{list_left_out(self.left_out)}; {wanted.kind.describe()}"
@@ -164,18 +169,18 @@ class ShardSource(ContainerSource):
             os.close(descriptor)
 
 
-def _find_short(files: Sequence[Path], found: Sequence[Found]) -> Iterator[Rejected]:
+def _find_short(files: Sequence[Path], counts: Sequence[int]) -> Iterator[Rejected]:
     """Shards with fewer samples than the record of their pack lists."""
     known: dict[Path, dict[str, int]] = {}
-    for file, one in zip(files, found, strict=True):
+    for file, samples in zip(files, counts, strict=True):
         if file.parent not in known:
             try:
                 listed = json.loads((file.parent / RECORD).read_text(encoding="utf-8"))["shards"]
                 known[file.parent] = {shard["name"]: int(shard["samples"]) for shard in listed}
             except (OSError, ValueError, KeyError, TypeError):  # none, or a file of something else
                 known[file.parent] = {}
-        if len(one.samples) < (count := known[file.parent].get(file.name, 0)):
-            yield Rejected(str(file), f"holds {len(one.samples)} of the {count} samples that {RECORD} lists")
+        if samples < (count := known[file.parent].get(file.name, 0)):
+            yield Rejected(str(file), f"holds {samples} of the {count} samples that {RECORD} lists")
 
 
 def scan_shard(shard: Path, wanted: Wanted) -> Found:
@@ -269,7 +274,7 @@ def _members(
     reason, cut = None, False
     while True:
         try:
-            member = archive.next()
+            member = _next_plain(descriptor, archive) or archive.next()
         except tarfile.TarError:
             break  # cut off inside the last member, which is rejected below by its size
         except Exception as error:  # numbers and names in headers may be anything
@@ -295,6 +300,19 @@ def _members(
         rejected.append([str(shard), f"cut off: the shard ends at byte {total} without the zeros that end an archive"])
     elif reason or end.strip(b"\0"):
         rejected.append([str(shard), f"damaged from byte {archive.offset}: {reason or 'what follows is not read'}"])
+
+
+def _next_plain(descriptor: int, archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """What `archive.next()` would return, in a fifth of the time; None: the header is not as most are."""
+    place = archive.offset
+    header = os.pread(descriptor, tarfile.BLOCKSIZE, place)
+    match = None if archive.firstmember is not None or archive.pax_headers else _HEADER.fullmatch(header)
+    if match is None or sum(header) - sum(match[3]) + 256 != int(match[3][:6], 8):
+        return None
+    member = tarfile.TarInfo(match[1].rstrip(b"\0").decode("utf-8", "surrogateescape"))
+    member.size, member.offset_data = int(match[2], 8), place + tarfile.BLOCKSIZE
+    archive.offset = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return member
 
 
 class _Member(tarfile.TarInfo):

@@ -182,6 +182,8 @@ class Source:
 
     def check_unchanged(self, number: int, status: os.stat_result) -> None:
         """`ValueError` where the file of a number is not the one that was indexed."""
+        if not len(self.stamps):  # of a long list
+            return
         found = status.st_size, status.st_mtime_ns
         if (text := describe_change(self.stamps[number].tolist(), found)) is not None:
             raise ValueError(text)
@@ -190,18 +192,20 @@ class Source:
         """Identity of the index: a resumed run must see the same samples in the same order."""
         return self.names.digest()
 
-    def _note_measured(self, found: Iterable[int | str | Sequence[Any]], rows: Iterable[int]) -> np.ndarray:
-        """Lengths (n,) int64 of the samples `rows`, of what `measure_length` found. Reasons go to `rejected`, and -1
-        stands for them; what else is known goes to `measured`."""
-        lengths, known = [], dict(self.measured)
-        for row, one in zip(rows, found, strict=True):
+    def _note_measured(
+        self, lengths: np.ndarray, rows: Iterable[int], others: Mapping[int, str | Sequence[Any]]
+    ) -> np.ndarray:
+        """Lengths (n,) int64 of the samples `rows`, of what `measure_length` found: numbers, or `others` by place.
+
+        Reasons go to `rejected`, and -1 stands for them; what else is known goes to `measured`."""
+        lengths, places, known = lengths.copy(), list(rows) if others else [], dict(self.measured)
+        for place, one in others.items():
             if isinstance(one, str):
-                self.rejected.append(Rejected(self.describe(row), one))
-            elif not isinstance(one, int):
-                known[row] = one
-            lengths.append(-1 if isinstance(one, str) else one if isinstance(one, int) else one[0])
+                self.rejected.append(Rejected(self.describe(places[place]), one))
+            else:
+                known[places[place]], lengths[place] = one, one[0]
         self.measured = known
-        return np.array(lengths, dtype=np.int64)
+        return lengths
 
 
 class Subset(Source):
@@ -364,10 +368,13 @@ def expand_braces(pattern: str, option: str = "data.path", limit: int = 1_000_00
     return [f"{head}{choice}{rest}" for choice in choices for rest in tail]
 
 
-def walk_files(root: Path, left: Counter[str] | None = None) -> Iterator[str]:
+def walk_files(
+    root: Path, left: Counter[str] | None = None, folders: dict[str, tuple[int, int]] | None = None
+) -> Iterator[str]:
     """Paths of the files under `root`, relative to it; links are followed, each folder once.
 
-    Hidden names, pipes, sockets and devices are passed over, and counted in `left`.
+    Hidden names, pipes, sockets and devices are passed over, and counted in `left`. `folders` gets the number and time
+    of change of each folder by its path, before it was read.
     """
     seen: set[tuple[int, int]] = set()
     left = Counter() if left is None else left
@@ -378,6 +385,8 @@ def walk_files(root: Path, left: Counter[str] | None = None) -> Iterator[str]:
         if (status.st_dev, status.st_ino) in seen:
             continue  # a link back to a folder above
         seen.add((status.st_dev, status.st_ino))
+        if folders is not None:
+            folders[folder[start:]] = status.st_ino, status.st_mtime_ns
         with os.scandir(folder) as scan:
             found = sorted(scan, key=lambda e: e.name)
         entries = [e for e in found if not e.name.startswith(".")]

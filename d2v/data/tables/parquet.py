@@ -50,9 +50,9 @@ class ParquetSource(ContainerSource):
         scope = ("parquet", wanted.kind.noun, wanted.labelled, wanted.measure is not None)
         scan = functools.partial(scan_table, wanted=wanted)
         self.stamps, found = index_files(files, "parquet files", scan, wanted.cache, scope)
-        self.rejected = [Rejected(*entry) for one in found for entry in one.rejected]
+        self.rejected = [Rejected(*entry) for rejected, _ in found.rest.values() for entry in rejected]
         self.incomplete = [entry for entry in self.rejected if entry.reason == NO_LABEL]
-        if not any(one.samples for one in found):
+        if not len(found.names):
             where = f"{len(files)} parquet files, the first {printable(str(files[0]))!r}"
             raise ValueError(f"{wanted.option}: expected rows of {wanted.kind.noun}, found none in {where}")
         self._take_samples(found, wanted)
