@@ -186,6 +186,13 @@ class Modality:
         with torch.device("meta"):
             return make_stem(self.config)
 
+    @cached_property
+    def index_cache(self) -> IndexCache:
+        """In data.cache, else in the folder of the run."""
+        data, run = self.config.data, self.config.run.dir
+        folder = Path(data.cache) if data.cache is not None else Path(run) / CACHE if run else None
+        return IndexCache(folder, shared=data.cache is not None)
+
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
         """The samples at `path`; reads only. `ValueError`, beginning with `option`, where there are none.
 
@@ -197,12 +204,10 @@ class Modality:
     def open_encoded(
         self, path: str | Sequence[str], kind: Kind, labelled: bool, option: str, measure: Measure | None
     ) -> Source:
-        """Files at `path`, with what their index learns kept in data.cache, else in the folder of the run."""
-        data, run = self.config.data, self.config.run.dir
-        folder = Path(data.cache) if data.cache is not None else Path(run) / CACHE if run else None
-        cache = IndexCache(folder, shared=data.cache is not None)
+        """Files at `path`, with what their index learns kept in `index_cache`."""
+        commands, cache = self.config.data.allow_commands, self.index_cache
         return open_source(
-            path, kind, labelled=labelled, option=option, commands=data.allow_commands, cache=cache, measure=measure
+            path, kind, labelled=labelled, option=option, commands=commands, cache=cache, measure=measure
         )
 
     def open_whole(self, path: str, *, option: str) -> Source:
