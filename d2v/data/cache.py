@@ -315,10 +315,11 @@ def scan_files(
 
 
 def index_files(
-    files: Sequence[Path], what: str, scan: Callable[[Path], Found], cache: IndexCache | None,
-    scope: tuple[object, ...], threads: int = 1,
+    files: Sequence[Any], what: str, scan: Callable[[Any], Found], cache: IndexCache | None,
+    scope: tuple[object, ...], threads: int = 1, stamps: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Scanned]:  # fmt: skip
-    """`stamps_of` container files and `scan_files` of them, which says how far it is; `what` they are is for that."""
+    """`stamps_of` container files (or those given) and `scan_files` of them, which says how far it is; `what` they are
+    is for that."""
     report = Reporter("indexing", len(files), what)
 
     def counted(number: int) -> Found:
@@ -327,7 +328,7 @@ def index_files(
         return result
 
     paths = [str(file.absolute()) for file in files]
-    stamps = stamps_of(paths)
+    stamps = stamps_of(paths) if stamps is None else stamps
     found = scan_files(paths, stamps, counted, cache, (*scope, *paths), threads)
     report.finish()
     return stamps, found

@@ -28,6 +28,7 @@ from d2v.config.inputs import Grid
 from d2v.data.cache import CACHE, IndexCache
 from d2v.data.index import open_source
 from d2v.data.sources import Kind, Measure, ShardLost, Source, describe_error
+from d2v.data.storage.ahead import ReadAhead
 from d2v.model.masking import make_mask_sampler
 from d2v.model.stems import InputStem, make_stem
 from d2v_kernels import Masks, MaskSampler, masks_from_bool
@@ -300,9 +301,21 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
 
     def __init__(self, source: Source, modality: Modality, seed: int) -> None:
         self.source, self.modality, self.seed = source, modality, seed
+        self.ahead: ReadAhead | None = None
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def read_ahead(self, threads: int) -> None:
+        """From now on so many threads of a process read what it will be asked for."""
+        self.ahead = ReadAhead(self.source, threads)
+        self.source.read = self.ahead.read  # type: ignore[method-assign]
+
+    def __getitems__(self, batch: list[Any]) -> list[Sample]:
+        """Those of a batch; samples of `Following.following` are read meanwhile."""
+        if self.ahead is not None:
+            self.ahead.ask([*(index[0] for index in batch), *getattr(batch, "following", ())])
+        return [self[index] for index in batch]
 
     def __getitem__(self, index: Any) -> Sample:
         sample_id, epoch, group, place = SampleRef(*index)

@@ -43,9 +43,10 @@ from d2v.data.sources import (
 )
 from d2v.data.storage.folders import KEPT_FROM, Tree, walk_tree
 from d2v.data.storage.lists import read_plain
+from d2v.data.storage.remote import find_remote
 from d2v.data.tables.metadata import METADATA, SPOKEN, Known, read_known
 from d2v.data.tables.parquet import ParquetSource
-from d2v.files import open_regular
+from d2v.files import is_url, open_regular
 from d2v.runtime import Reporter
 
 
@@ -76,7 +77,7 @@ PARQUET = ".parquet"
 
 def open_source(path: str | Sequence[str], kind: Kind = IMAGES, **options: Any) -> Source:
     """Opens a folder of files of a kind, one .tar shard, a glob or brace pattern of shards, of .parquet files or of
-    files of the kind, or a list of files.
+    files of the kind, a list of files, or shards or .parquet files at URLs.
 
     Several paths are files by name. `options` are those of `Wanted`. Raises `ValueError` where the path is empty,
     missing or holds no such file.
@@ -88,6 +89,9 @@ def open_source(path: str | Sequence[str], kind: Kind = IMAGES, **options: Any) 
         return open_files([Path(file) for file in path], wanted)
     if path.startswith("pipe:"):
         return open_command(path, wanted)
+    if is_url(path):
+        remote = find_remote(path, wanted.option)
+        return (ParquetSource if remote[0].suffix == PARQUET else ShardSource)(remote, wanted)
     if Path(path).is_dir():
         return _open_folder(Path(path), wanted)
     files = find_files(path, kind.places, wanted.option)
@@ -133,6 +137,7 @@ class FileSource(Source):
 
     counts: np.ndarray | None = None
     """Lengths (n,) as a list gives them."""
+    threads_may_read = True
 
     def __init__(
         self, root: Path, names: NameTable | list[str], wanted: Wanted, file: Path | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -13,9 +14,9 @@ import tarfile
 import tempfile
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from d2v.data.sources import (
     number_classes,
     printable,
 )
+from d2v.data.storage.remote import RemoteFile, stamps_of_remote
 
 RECORD = "pack.json"
 """What `d2v data pack` writes beside its shards."""
@@ -59,7 +61,7 @@ _HEADER = re.compile(
 class ContainerSource(Source):
     """Samples inside of other files."""
 
-    files: list[Path]
+    files: Sequence[Path | RemoteFile]
 
     def _take_samples(self, found: Scanned, wanted: Wanted) -> None:
         """Names, places, labels and lengths of what was found: at least one sample."""
@@ -75,7 +77,7 @@ class ContainerSource(Source):
         return printable(str(self.files[number]))
 
     def describe(self, index: int) -> str:
-        return printable(str(self.files[int(self._numbers[index])].parent / self.names[index]))
+        return printable(f"{self.files[int(self._numbers[index])].parent}/{self.names[index]}")
 
 
 class ShardSource(ContainerSource):
@@ -83,14 +85,17 @@ class ShardSource(ContainerSource):
     transcripts are members `key.txt`. A key may have dots (`scene.3.jpg`) unless they tell the parts of a sample apart
     (`scene.jpg` and `scene.mask.jpg`, of which the first is read). With `measure` the index has their lengths."""
 
-    def __init__(self, files: Sequence[Path], wanted: Wanted) -> None:
+    def __init__(self, files: Sequence[Path] | Sequence[RemoteFile], wanted: Wanted) -> None:
         self.files, self.cache = list(files), wanted.cache
         self._open, self._fetched = OrderedDict[int, int](), OrderedDict[tuple[int, int], None]()
         self._ahead = False
         endings = " ".join(sorted(wanted.kind.suffixes))
         scope = ("shards", wanted.kind.noun, endings, wanted.labelled, wanted.measure is not None)
         scan = functools.partial(scan_shard, wanted=wanted)
-        self.stamps, found = index_files(files, "shards", scan, wanted.cache, scope, SCANS)
+        remote = [file for file in self.files if isinstance(file, RemoteFile)]
+        stamps = stamps_of_remote(remote, SCANS, wanted.option) if remote else None
+        self.stamps, found = index_files(files, "shards", scan, wanted.cache, scope, SCANS, stamps)
+        self.threads_may_read = bool(remote)
         self.rejected = [Rejected(*entry) for rejected, _ in found.rest.values() for entry in rejected]
         self.rejected += _find_short(files, found.counts.tolist())
         left = sum((Counter(left_out) for _, left_out in found.rest.values()), Counter[str]())
@@ -123,6 +128,8 @@ class ShardSource(ContainerSource):
 
     def _read_at(self, index: int, offset: int, size: int) -> bytes:
         number = int(self._numbers[index])
+        if isinstance(file := self.files[number], RemoteFile):
+            return self._read_remote(file, offset, size)
         descriptor = self._descriptor(number)
         self._check(number, descriptor)
         if self._ahead:  # asks the system for whole blocks: the sample's neighbours are wanted next
@@ -135,6 +142,12 @@ class ShardSource(ContainerSource):
         data = os.pread(descriptor, size, offset)
         if len(data) != size:
             raise ShardLost(f"the shard {self.files[number]} is cut off: {size} bytes at {offset}, got {len(data)}")
+        return data
+
+    def _read_remote(self, file: RemoteFile, offset: int, size: int) -> bytes:
+        data = file.read_at(offset, size)
+        if len(data) != size:
+            raise ShardLost(f"the shard {file} is cut off: {size} bytes at {offset}, got {len(data)}")
         return data
 
     def _descriptor(self, number: int) -> int:
@@ -169,10 +182,12 @@ class ShardSource(ContainerSource):
             os.close(descriptor)
 
 
-def _find_short(files: Sequence[Path], counts: Sequence[int]) -> Iterator[Rejected]:
+def _find_short(files: Sequence[Path | RemoteFile], counts: Sequence[int]) -> Iterator[Rejected]:
     """Shards with fewer samples than the record of their pack lists."""
     known: dict[Path, dict[str, int]] = {}
     for file, samples in zip(files, counts, strict=True):
+        if isinstance(file, RemoteFile):
+            continue
         if file.parent not in known:
             try:
                 listed = json.loads((file.parent / RECORD).read_text(encoding="utf-8"))["shards"]
@@ -183,7 +198,23 @@ def _find_short(files: Sequence[Path], counts: Sequence[int]) -> Iterator[Reject
             yield Rejected(str(file), f"holds {samples} of the {count} samples that {RECORD} lists")
 
 
-def scan_shard(shard: Path, wanted: Wanted) -> Found:
+_Read = Callable[[int, int], bytes]
+"""(size, offset) -> bytes of a file, as many as there are."""
+
+
+def _reader(file: BinaryIO) -> _Read:
+    """Reads a file at any place; of a file of this machine, tarfile's place in it stays as it is."""
+    with contextlib.suppress(OSError, AttributeError):
+        return functools.partial(os.pread, file.fileno())
+
+    def read(size: int, offset: int) -> bytes:
+        file.seek(offset)
+        return file.read(size)
+
+    return read
+
+
+def scan_shard(shard: Path | RemoteFile, wanted: Wanted) -> Found:
     """The samples of a shard by key, with their class (`key.cls`), text (`key.txt`) and length.
 
     Raises `ValueError` where the file is not an uncompressed archive, or a sample has no class.
@@ -193,11 +224,14 @@ def scan_shard(shard: Path, wanted: Wanted) -> Found:
     members: list[tuple[str, tarfile.TarInfo]] = []
     option, rejected, left_out = wanted.option, list[list[str]](), Counter[str]()
     with shard.open("rb") as file:
+        read = _reader(file)
         try:
             archive = tarfile.open(fileobj=file, mode="r:", tarinfo=_Member)  # noqa: SIM115
+        except ShardLost:
+            raise
         except Exception as error:  # damaged headers raise many kinds
             raise ValueError(f"{option}: expected an uncompressed tar archive, got {str(shard)!r} ({error})") from None
-        for member in _members(shard, file.fileno(), archive, rejected):
+        for member in _members(shard, read, archive, rejected):
             folder, slash, base = member.name.rpartition("/")
             stem, _, extension = base.rpartition(".")
             key, extension = f"{folder}{slash}{stem}", f".{extension.lower()}" if stem else ""
@@ -206,7 +240,7 @@ def scan_shard(shard: Path, wanted: Wanted) -> Found:
             elif extension in wanted.kind.suffixes:
                 members.append((key, member))
             elif extension == ".cls" and wanted.labelled:
-                data = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset_data)
+                data = read(min(member.size, MAX_LABEL_BYTES), member.offset_data)
                 labels[key] = data.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff").strip()
             elif extension == ".txt":
                 texts[key] = member.offset_data, member.size
@@ -233,7 +267,7 @@ def _plain_key(key: str) -> str:
 
 
 def _choose_members(
-    shard: Path, members: list[tuple[str, tarfile.TarInfo]], wanted: Wanted, rejected: list[list[str]],
+    shard: Path | RemoteFile, members: list[tuple[str, tarfile.TarInfo]], wanted: Wanted, rejected: list[list[str]],
     left_out: Counter[str],
 ) -> dict[str, tarfile.TarInfo]:  # fmt: skip
     """The samples by key.
@@ -263,20 +297,25 @@ def _field(key: str, member: tarfile.TarInfo) -> str:
 
 
 def _members(
-    shard: Path, descriptor: int, archive: tarfile.TarFile, rejected: list[list[str]]
+    shard: Path | RemoteFile, read: _Read, archive: tarfile.TarFile, rejected: list[list[str]]
 ) -> Iterator[tarfile.TarInfo]:
     """Regular, whole, unpacked members; what is cut off or damaged goes to `rejected`.
 
     An archive ends with blocks of zeros. tarfile, like webdataset, takes the end of the file, and a part of a header,
     for as good an end: without these blocks nobody knows what is missing.
     """
-    total, before = os.fstat(descriptor).st_size, -1
+    assert archive.fileobj is not None
+    here = archive.fileobj.tell()
+    total, before = archive.fileobj.seek(0, os.SEEK_END), -1
+    archive.fileobj.seek(here)
     reason, cut = None, False
     while True:
         try:
-            member = _next_plain(descriptor, archive) or archive.next()
+            member = _next_plain(read, archive) or archive.next()
         except tarfile.TarError:
             break  # cut off inside the last member, which is rejected below by its size
+        except ShardLost:
+            raise
         except Exception as error:  # numbers and names in headers may be anything
             reason = describe_error(error)
             break
@@ -295,17 +334,17 @@ def _members(
             cut = True
         else:
             yield member
-    end = os.pread(descriptor, tarfile.BLOCKSIZE, archive.offset) if archive.offset < total else b""
+    end = read(tarfile.BLOCKSIZE, archive.offset) if archive.offset < total else b""
     if not reason and not end and not cut:
         rejected.append([str(shard), f"cut off: the shard ends at byte {total} without the zeros that end an archive"])
     elif reason or end.strip(b"\0"):
         rejected.append([str(shard), f"damaged from byte {archive.offset}: {reason or 'what follows is not read'}"])
 
 
-def _next_plain(descriptor: int, archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+def _next_plain(read: _Read, archive: tarfile.TarFile) -> tarfile.TarInfo | None:
     """What `archive.next()` would return, in a fifth of the time; None: the header is not as most are."""
     place = archive.offset
-    header = os.pread(descriptor, tarfile.BLOCKSIZE, place)
+    header = read(tarfile.BLOCKSIZE, place)
     match = None if archive.firstmember is not None or archive.pax_headers else _HEADER.fullmatch(header)
     if match is None or sum(header) - sum(match[3]) + 256 != int(match[3][:6], 8):
         return None

@@ -130,6 +130,8 @@ class Source:
     """(files,2) int64: size (bytes) and time of change (ns) of each file when it was indexed; -1: unknown."""
     rejected: list[Rejected]
     left_out: dict[str, int]
+    threads_may_read = False
+    """Whether `read` may be called by several threads."""
     cut: Mapping[int, str] = {}
     """What was cut when it was indexed, by sample."""
     incomplete: Sequence[Rejected] = ()
@@ -212,7 +214,7 @@ class Subset(Source):
     """Some samples of another source, in its order."""
 
     def __init__(self, base: Source, rows: np.ndarray) -> None:
-        self.base, self.rows = base, rows
+        self.base, self.rows, self.threads_may_read = base, rows, base.threads_may_read
         self.rejected, self.left_out, self.incomplete = base.rejected, base.left_out, base.incomplete
         self.classes, columns = base.classes, (base.labels, base.lengths, base.shards)
         self.labels, self.lengths, self.shards = (None if c is None else c[rows] for c in columns)
@@ -265,6 +267,8 @@ def measure_length(measure: Measure, open_file: Callable[[], Any]) -> int | str 
     try:
         with open_file() as file:
             return measure(file)
+    except ShardLost:
+        raise
     except Exception as error:  # whatever is wrong with one sample stays with it
         return describe_error(error)
 
