@@ -157,7 +157,7 @@ class ShardSource(ContainerSource):
             return self._open[number]
         file = self.files[number]
         try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            descriptor = os.open(str(file), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise ShardLost(f"the shard {file} cannot be opened: {error.strerror}") from None
         self._open[number] = descriptor
@@ -223,10 +223,10 @@ def scan_shard(shard: Path | RemoteFile, wanted: Wanted) -> Found:
     texts: dict[str, tuple[int, int]] = {}
     members: list[tuple[str, tarfile.TarInfo]] = []
     option, rejected, left_out = wanted.option, list[list[str]](), Counter[str]()
-    with shard.open("rb") as file:
+    with shard.open() if isinstance(shard, RemoteFile) else shard.open("rb") as file:
         read = _reader(file)
         try:
-            archive = tarfile.open(fileobj=file, mode="r:", tarinfo=_Member)  # noqa: SIM115
+            archive = tarfile.open(None, "r:", file, tarinfo=_Member)  # noqa: SIM115
         except ShardLost:
             raise
         except Exception as error:  # damaged headers raise many kinds
@@ -304,10 +304,9 @@ def _members(
     An archive ends with blocks of zeros. tarfile, like webdataset, takes the end of the file, and a part of a header,
     for as good an end: without these blocks nobody knows what is missing.
     """
-    assert archive.fileobj is not None
-    here = archive.fileobj.tell()
-    total, before = archive.fileobj.seek(0, os.SEEK_END), -1
-    archive.fileobj.seek(here)
+    file: Any = archive.fileobj
+    here, total, before = file.tell(), file.seek(0, os.SEEK_END), -1
+    file.seek(here)
     reason, cut = None, False
     while True:
         try:
@@ -345,7 +344,7 @@ def _next_plain(read: _Read, archive: tarfile.TarFile) -> tarfile.TarInfo | None
     """What `archive.next()` would return, in a fifth of the time; None: the header is not as most are."""
     place = archive.offset
     header = read(tarfile.BLOCKSIZE, place)
-    match = None if archive.firstmember is not None or archive.pax_headers else _HEADER.fullmatch(header)
+    match = None if vars(archive)["firstmember"] is not None or archive.pax_headers else _HEADER.fullmatch(header)
     if match is None or sum(header) - sum(match[3]) + 256 != int(match[3][:6], 8):
         return None
     member = tarfile.TarInfo(match[1].rstrip(b"\0").decode("utf-8", "surrogateescape"))

@@ -52,10 +52,10 @@ class ReadAhead:
             if sample not in self._futures:
                 self._futures[sample] = self._pool.submit(self._read, sample)
 
-    def read(self, sample: int) -> bytes:
+    def read(self, index: int) -> bytes:
         """Encoded bytes of a sample; what reading it raises is raised here."""
-        future = self._futures.pop(sample, None) if self._process == os.getpid() else None
-        return self._read(sample) if future is None else future.result()
+        future = self._futures.pop(index, None) if self._process == os.getpid() else None
+        return self._read(index) if future is None else future.result()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"threads": self.threads, "_source": self._source, "_process": -1, "_futures": {}}

@@ -52,7 +52,7 @@ class RemoteFile:
         """Itself."""
         return self
 
-    def open(self, _mode: str = "rb") -> BinaryIO:
+    def open(self) -> BinaryIO:
         """For reading from the beginning on; `ShardLost` where it is not there."""
 
         def opened() -> Any:
