@@ -1,9 +1,9 @@
 """Starts on many files: `python -m benchmarks.data.startup --folder DIR [--images 1200000] [--lines 10000000]`.
 
-Makes a tree of links to a few images, .tar shards of them (the bytes behind each header a hole of the disk) and a manifest
-of files that are not there, in DIR, unless they are there; then opens each in a process of its own, first without what an
-earlier start has kept, then with it. Prints wall and processor seconds, and what was added to the resident memory, at the end
-and at most, in MB. Keeps nothing else. The shards need 4 kB of the disk for each image.
+Makes a tree of links to a few images, .tar shards of them (what lies behind each header is a hole of the disk) and a
+manifest of files that are not there, in DIR, unless they are there; then opens each in a process of its own, first
+without what an earlier start has kept, then with it. Prints wall and processor seconds, and what was added to the
+resident memory, at the end and at most, in MB. Keeps nothing else. The shards need 4 kB of the disk for each image.
 """
 
 from __future__ import annotations
