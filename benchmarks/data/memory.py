@@ -1,9 +1,10 @@
 """Memory of the loader over epochs: `python -m benchmarks.data.memory [--epochs 5] [--workers 2] [--samples 20000]`.
 
-A folder of small images (links to a few files, so that names are many and bytes few) is read epoch after epoch, as a run
-of vision-tiny does. After each epoch the proportional set size of the main process and its workers is taken: pages that
-they share count once, and pages that a worker has copied by writing to them, for example by counting references to
-objects of Python, count as its own. Prints it and its ratio to that after the first epoch; 1.01 is the goal.
+A folder of small images (links to a few files, so that names are many and bytes few) is read epoch after epoch, as a
+run of vision-tiny does. After each epoch the proportional set size of the main process and its workers is taken:
+pages that they share count once, and pages that a worker has copied by writing to them, for example by counting
+references to objects of Python, count as its own. Prints it and its ratio to that after the first epoch; 1.01 is the
+goal.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The loader against others: `python -m benchmarks.data.versus [--only images speech text] [--samples 256]`.
 
-Same files, same outputs, one process, one thread; the forms take turns. Images: JPEG of 500 x 375 pixels (random blobs
-and noise), random resized crop (bicubic) to 224 and mirror, uint8 (B,3,224,224). Speech: FLAC of 4 to 16 s, a random
-crop of 4 s, normalised, float32 (B,64000). Text: blocks of 512 tokens, int64 (B,512). Each form in its own way: d2v
-with the masks left out; webdataset with its decoders (sound by soundfile, which d2v uses, too); torchvision's ImageFolder
-with its transforms, and with v2 on tensors of its own decoder. What is not installed is said and left out. Reported are
-samples for a second of processor time, by the median of the rounds, and the ratio to the best of the others; a row of
-JSON is kept.
+Same files, same outputs, one process, one thread; the forms take turns. Images: JPEG of 500 x 375 pixels (random
+blobs and noise), random resized crop (bicubic) to 224 and mirror, uint8 (B,3,224,224). Speech: FLAC of 4 to 16 s, a
+random crop of 4 s, normalised, float32 (B,64000). Text: blocks of 512 tokens, int64 (B,512). Each form in its own
+way: d2v with the masks left out; webdataset with its decoders (sound by soundfile, which d2v uses, too);
+torchvision's ImageFolder with its transforms, and with v2 on tensors of its own decoder. What is not installed is
+said and left out. Reported are samples for a second of processor time, by the median of the rounds, and the ratio to
+the best of the others; a row of JSON is kept.
 """
 
 from __future__ import annotations
