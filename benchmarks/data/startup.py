@@ -87,7 +87,7 @@ def open_once(recipe: str, path: str, cache: str) -> None:
     wall, used = time.perf_counter(), time.process_time()
     source = modality.open(path)
     wall, used = time.perf_counter() - wall, time.process_time() - used
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     print(json.dumps([len(source), wall, used, resident() - before, peak - before]))
 
 
