@@ -33,15 +33,15 @@ VOCABULARY = 1000
 """Tokens of the generated text's tokenizer: training a large one takes longer than the measurement."""
 
 
-def write_images(root: Path) -> str:
-    """JPEG files of 320 x 240 pixels."""
+def write_images(root: Path, size: tuple[int, int] = (320, 240)) -> str:
+    """JPEG files of (width, height) pixels."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    root.mkdir()
+    root.mkdir(parents=True)
     for i in range(IMAGES):
-        coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)).resize((320, 240), 3)
-        noisy = np.asarray(coarse, dtype=np.int16) + rng.integers(-12, 13, (240, 320, 3), dtype=np.int16)
+        coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)).resize(size, 3)
+        noisy = np.asarray(coarse, dtype=np.int16) + rng.integers(-12, 13, (*size[::-1], 3), dtype=np.int16)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(root / f"{i:04d}.jpg", quality=90)
     return str(root)
 
@@ -51,7 +51,7 @@ def write_recordings(root: Path) -> str:
     import soundfile
 
     rng = np.random.default_rng(0)
-    root.mkdir()
+    root.mkdir(parents=True)
     for i in range(RECORDINGS):
         time_axis = np.arange(int(rng.integers(4 * 16_000, 16 * 16_000))) / 16_000
         tones = sum(np.sin(2 * np.pi * rng.uniform(100, 4000) * time_axis) for _ in range(6))
@@ -63,7 +63,7 @@ def write_documents(root: Path) -> str:
     """Text of random words, a document per paragraph."""
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghijklmnoprstuvw"), rng.integers(2, 9))) for _ in range(3000)]
-    root.mkdir()
+    root.mkdir(parents=True)
     text = "\n\n".join(" ".join(rng.choice(words, rng.integers(40, 400))) for _ in range(DOCUMENTS))
     (root / "text.txt").write_text(text + "\n", encoding="utf-8")
     return str(root)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 import zlib
 from collections.abc import Iterator
@@ -66,6 +67,11 @@ def checksum(data: bytes | np.ndarray) -> int:
     whole = len(raw) - len(raw) % _ROW
     columns = raw[:whole].view(np.uint64).reshape(-1, _ROW // 8).sum(0, dtype=np.uint64)
     return zlib.crc32(raw[whole:].tobytes(), zlib.crc32(columns.tobytes()))
+
+
+def is_url(text: str) -> bool:
+    """Whether a setting names something by a protocol, wrapped ones (`a::b://c`) included."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)", text) is not None
 
 
 def parse_json(text: str) -> dict[str, Any]:

@@ -134,6 +134,10 @@ class Data:
     cache: str | None = setting(None, free=True, rare=True, outside=True)
     """Folder for what is made of the data once and shared by runs on it: tokenised text, the index of shards, lengths
     of speech; unset: in the run folder."""
+    readers: int | None = setting(None, low=0, free=True, rare=True)
+    """Encoded samples that each loader worker reads at the same time, of its batch and its next one, which hides the
+    time that a slow storage takes for each; 0: one at a time, when it is needed; unset: 16 at URLs, else 0. Files and
+    shards at URLs."""
     allow_commands: bool = setting(False, free=True, rare=True, outside=True)
     """Run shell commands that a data path or a manifest names (pipe:COMMAND, COMMAND |)."""
 

@@ -1,14 +1,15 @@
 """What scanning files has found, kept for the next start; and lists of names in little memory.
 
-A file of a cache folder is the SHA-256 of what follows it, then JSON: of each file that was scanned its size and time
-of change, and what was in it. It may be deleted at any time. What is known of a file counts only while the file has the
-size and time of change that it had then.
+A file of a cache folder is the SHA-256 of what follows it, a line of JSON that names arrays, and these arrays as they
+are: of each file that was scanned its size and time of change, and what was in it. It may be deleted at any time. What
+is known of a file counts only while the file has the size and time of change that it had then.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -24,7 +25,7 @@ from d2v.runtime import Reporter
 
 CACHE = "cache"
 """Folder inside a run folder."""
-FORMAT = 4
+FORMAT = 5
 LOOKS = 16
 """Files that are looked at at the same time: that waits for the storage most of the time."""
 
@@ -32,10 +33,26 @@ LOOKS = 16
 class NameTable(Sequence[str]):
     """Immutable list of strings in one byte string; millions of names stay cheap and forked workers share the pages."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str] = ()) -> None:
         encoded = [os.fsencode(name) for name in names]
         self._bytes = b"".join(encoded)
-        self._ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+        self._ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+
+    @staticmethod
+    def of(data: bytes, ends: np.ndarray) -> NameTable:
+        """The table of names that lie one behind the other and end at the places `ends` (n,) int64."""
+        table = NameTable()
+        table._bytes, table._ends = data, ends
+        return table
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Itself for `IndexCache.keep`."""
+        return {name: np.frombuffer(self._bytes, np.uint8), f"{name}_ends": self._ends}
+
+    @staticmethod
+    def taken(arrays: Mapping[str, np.ndarray], name: str) -> NameTable:
+        """What `arrays` gave."""
+        return NameTable.of(arrays[name].tobytes(), arrays[f"{name}_ends"])
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -47,6 +64,11 @@ class NameTable(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         ends: list[int] = self._ends.tolist()
         return (os.fsdecode(self._bytes[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NameTable) and self.digest() == other.digest()
+
+    __hash__ = None  # type: ignore[assignment]
 
     def digest(self) -> str:
         """SHA-256 of the names and their lengths."""
@@ -65,38 +87,59 @@ class Found(NamedTuple):
     """What is passed over, by the ending of its name."""
 
 
+def pack_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Arrays of int64 and uint8, of any shape, behind a line of JSON that names them."""
+    wide = sorted(arrays.items(), key=lambda pair: -pair[1].itemsize)  # each begins at a multiple of its item size
+    line = json.dumps([[name, array.dtype.name, *array.shape] for name, array in wide]).encode()
+    return b"".join([line, b" " * (-(len(line) + 1) % 8), b"\n", *(array.tobytes() for _, array in wide)])
+
+
+def unpack_arrays(data: bytes, start: int) -> dict[str, np.ndarray]:
+    """The arrays, which are views of `data`; `ValueError` or another where they are not what `pack_arrays` made."""
+    place, found = data.index(b"\n", start) + 1, {}
+    for name, kind, *shape in json.loads(data[start:place]):
+        dtype, count = np.dtype({"int64": np.int64, "uint8": np.uint8}[kind]), math.prod(shape)
+        found[name] = np.frombuffer(data, dtype, count, place).reshape(shape)
+        place += count * dtype.itemsize
+    return found
+
+
 class IndexCache:
-    """A folder of such files: one that runs share, or that of a run, which is written once the run has its folder."""
+    """A folder of such files: one that runs share, or that of a run, which is written once the run has its folder.
+
+    `pending`: what is not written yet, or, of several ranks, what another one has found.
+    """
 
     def __init__(self, folder: Path | None, shared: bool) -> None:
         self.folder, self.shared = folder, shared
-        self._pending: dict[str, bytes] = {}
+        self.pending: dict[str, bytes] = {}
 
-    def read(self, name: str) -> dict[str, Any]:
+    def read(self, name: str) -> dict[str, np.ndarray]:
         """A file; empty where there is none. One that is damaged is mentioned and not used."""
-        if self.folder is None or not (path := self.folder / name).is_file():
+        path = (self.folder or Path()) / name
+        if name not in self.pending and (self.folder is None or not path.is_file()):
             return {}
         try:
-            data = path.read_bytes()
-            if hashlib.sha256(data[64:]).hexdigest().encode() == data[:64]:
-                return dict(json.loads(data[64:]))
+            data = self.pending[name] if name in self.pending else path.read_bytes()
+            if hashlib.sha256(memoryview(data)[64:]).hexdigest().encode() == data[:64]:
+                return unpack_arrays(data, 64)
             reason = "its checksum differs"
-        except (ValueError, TypeError, OSError, MemoryError) as error:
+        except (ValueError, TypeError, KeyError, OSError, MemoryError, RecursionError) as error:
             reason = type(error).__name__
         print(f"note: the index {path} is damaged ({reason}) and is made again", file=sys.stderr)
         return {}
 
-    def keep(self, name: str, value: dict[str, Any]) -> None:
+    def keep(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Keeps a file: at once in a shared folder, else when `write` is called."""
-        data = json.dumps(value).encode()
-        self._pending[name] = hashlib.sha256(data).hexdigest().encode() + data
+        data = pack_arrays(arrays)
+        self.pending[name] = hashlib.sha256(data).hexdigest().encode() + data
         if self.shared and self.folder is not None:
             self.write(self.folder)
 
     def write(self, folder: Path) -> None:
         """Writes what is kept and not written yet. What cannot be written is mentioned: it costs time, no more."""
         try:
-            for name, data in self._pending.items():
+            for name, data in self.pending.items():
                 folder.mkdir(parents=True, exist_ok=True)
                 own = folder / f"{name}-{os.getpid()}"  # several processes may write the same file
                 own.write_bytes(data)
@@ -105,7 +148,12 @@ class IndexCache:
             print(
                 f"note: cannot write the index {folder}: {error.strerror}; it is made at every start", file=sys.stderr
             )
-        self._pending = {}
+        self.pending = {}
+
+
+def name_index(kind: str, scope: Iterable[object]) -> str:
+    """Name of the file of a cache that belongs to what something depends on."""
+    return f"{kind}-{hashlib.sha256(json.dumps([FORMAT, *map(str, scope)]).encode()).hexdigest()[:16]}.bin"
 
 
 def stamp_of(path: str | Path) -> tuple[int, int]:
@@ -177,39 +225,101 @@ class FileRecord:
         return [Changed(row, resized, text) for row, resized, text in changes if text is not None]
 
 
+class Scanned(NamedTuple):
+    """What is in several files: `Found` of each, in little memory."""
+
+    counts: np.ndarray
+    """(files,) int64: samples of each."""
+    names: NameTable
+    labels: NameTable
+    places: np.ndarray
+    """(samples,4) int64: offset and size, offset and size of its transcript."""
+    lengths: np.ndarray
+    """(samples,) int64; -1 for those of `others`."""
+    others: dict[int, str | list[Any]]
+    """What stands for a length where it is no number, by sample."""
+    rest: dict[int, tuple[Sequence[Sequence[str]], Mapping[str, int]]]
+    """What is rejected and left out, by file, where there is something."""
+
+    @staticmethod
+    def of(found: Sequence[Found]) -> Scanned:
+        """The same of lists."""
+        rows = [sample for one in found for sample in one.samples]
+        numbers = np.array([(*row[2:6], row[6] if isinstance(row[6], int) else -1) for row in rows], dtype=np.int64)
+        numbers = numbers.reshape(-1, 5)
+        return Scanned(
+            np.array([len(one.samples) for one in found], dtype=np.int64),
+            NameTable(row[0] for row in rows), NameTable(row[1] for row in rows), numbers[:, :4], numbers[:, 4],
+            {number: row[6] for number, row in enumerate(rows) if not isinstance(row[6], int)},
+            {n: (one.rejected, one.left_out) for n, one in enumerate(found) if one.rejected or one.left_out},
+        )  # fmt: skip
+
+    def list_found(self) -> list[Found]:
+        """The lists of all files."""
+        numbers = zip(self.places.tolist(), self.lengths.tolist(), strict=True)
+        rows = zip(self.names, self.labels, numbers, strict=True)
+        every = [[name, label, *four, self.others.get(i, n)] for i, (name, label, (four, n)) in enumerate(rows)]
+        ends = np.cumsum(self.counts).tolist()
+        parts = zip([0, *ends], ends, strict=False)
+        return [Found(every[start:end], *self.rest.get(n, ((), {}))) for n, (start, end) in enumerate(parts)]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Itself for `IndexCache.keep`."""
+        more = json.dumps([list(self.others.items()), list(self.rest.items())]).encode()
+        arrays = {"counts": self.counts, "places": self.places, "lengths": self.lengths}
+        arrays |= {**self.names.arrays("names"), **self.labels.arrays("labels")}
+        return {**arrays, "more": np.frombuffer(more, np.uint8)}
+
+    @staticmethod
+    def taken(arrays: Mapping[str, np.ndarray]) -> Scanned:
+        """What `arrays` gave."""
+        others, rest = (dict(pairs) for pairs in json.loads(arrays["more"].tobytes()))
+        names, labels = (NameTable.taken(arrays, name) for name in ("names", "labels"))
+        rest = {number: (rejected, left_out) for number, (rejected, left_out) in rest.items()}
+        return Scanned(arrays["counts"], names, labels, arrays["places"], arrays["lengths"], others, rest)
+
+
 def scan_files(
-    files: Iterable[str], stamps: list[tuple[int, int]], scan: Callable[[int], Found], cache: IndexCache | None,
+    files: Sequence[str], stamps: np.ndarray, scan: Callable[[int], Found], cache: IndexCache | None,
     scope: tuple[object, ...], threads: int = 1,
-) -> list[Found]:  # fmt: skip
+) -> Scanned:  # fmt: skip
     """What is in each of some files, from the cache or by `scan`.
 
     Args:
         files: their names.
-        stamps: size and time of change of each; -1: not to be kept.
+        stamps: (files,2) int64, size and time of change of each; -1: not to be kept.
         scan: number of a file -> what is in it; what it raises is raised.
         cache: None: no cache.
         scope: what the scans depend on besides the files; one file of the cache belongs to it.
         threads: scans at the same time.
     """
-    name = f"index-{hashlib.sha256(json.dumps([FORMAT, *map(str, scope)]).encode()).hexdigest()[:16]}.json"
-    known = cache.read(name) if cache is not None else {}
-    names = list(files)
-    entries = [known.get(file, [None]) for file in names]
-    usable = [entry[0] == [*stamp] and stamp[0] >= 0 for entry, stamp in zip(entries, stamps, strict=True)]
-    missing = [number for number, good in enumerate(usable) if not good]
+    name = name_index("index", scope)
+    arrays = cache.read(name) if cache is not None else {}
+    known: dict[str, tuple[list[int], Found]] = {}
+    if arrays:
+        before, table = Scanned.taken(arrays), NameTable.taken(arrays, "files")
+        if np.array_equal(arrays["stamps"], stamps) and stamps.min(initial=0) >= 0 and table == NameTable(files):
+            return before
+        known = {f: (s, one) for f, s, one in zip(table, arrays["stamps"].tolist(), before.list_found(), strict=True)}
+    found: list[Found | None] = []
+    for file, stamp in zip(files, stamps.tolist(), strict=True):
+        old, one = known.get(file, ([], None))
+        found.append(one if old == stamp and stamp[0] >= 0 else None)
+    missing = [number for number, one in enumerate(found) if one is None]
     with ThreadPoolExecutor(threads) as pool:
         scanned = iter(list(pool.map(scan, missing) if threads > 1 else map(scan, missing)))
-    found = [Found(*entry[1:]) if good else next(scanned) for entry, good in zip(entries, usable, strict=True)]
-    if cache is not None and missing:
-        cache.keep(name, {file: [stamp, *f] for file, stamp, f in zip(names, stamps, found, strict=True)})
-    return found
+    result = Scanned.of([next(scanned) if one is None else one for one in found])
+    if cache is not None and (missing or len(known) != len(files)):
+        cache.keep(name, {**result.arrays(), **NameTable(files).arrays("files"), "stamps": stamps})
+    return result
 
 
 def index_files(
-    files: Sequence[Path], what: str, scan: Callable[[Path], Found], cache: IndexCache | None,
-    scope: tuple[object, ...], threads: int = 1,
-) -> tuple[np.ndarray, list[Found]]:  # fmt: skip
-    """`stamps_of` container files and `scan_files` of them, which says how far it is; `what` they are is for that."""
+    files: Sequence[Any], what: str, scan: Callable[[Any], Found], cache: IndexCache | None,
+    scope: tuple[object, ...], threads: int = 1, stamps: np.ndarray | None = None,
+) -> tuple[np.ndarray, Scanned]:  # fmt: skip
+    """`stamps_of` container files (or those given) and `scan_files` of them, which says how far it is; `what` they are
+    is for that."""
     report = Reporter("indexing", len(files), what)
 
     def counted(number: int) -> Found:
@@ -218,7 +328,7 @@ def index_files(
         return result
 
     paths = [str(file.absolute()) for file in files]
-    stamps = stamps_of(paths)
-    found = scan_files(paths, [(size, at) for size, at in stamps.tolist()], counted, cache, (*scope, *paths), threads)
+    stamps = stamps_of(paths) if stamps is None else stamps
+    found = scan_files(paths, stamps, counted, cache, (*scope, *paths), threads)
     report.finish()
     return stamps, found

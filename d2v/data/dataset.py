@@ -28,6 +28,7 @@ from d2v.config.inputs import Grid
 from d2v.data.cache import CACHE, IndexCache
 from d2v.data.index import open_source
 from d2v.data.sources import Kind, Measure, ShardLost, Source, describe_error
+from d2v.data.storage.ahead import ReadAhead
 from d2v.model.masking import make_mask_sampler
 from d2v.model.stems import InputStem, make_stem
 from d2v_kernels import Masks, MaskSampler, masks_from_bool
@@ -186,6 +187,13 @@ class Modality:
         with torch.device("meta"):
             return make_stem(self.config)
 
+    @cached_property
+    def index_cache(self) -> IndexCache:
+        """In data.cache, else in the folder of the run."""
+        data, run = self.config.data, self.config.run.dir
+        folder = Path(data.cache) if data.cache is not None else Path(run) / CACHE if run else None
+        return IndexCache(folder, shared=data.cache is not None)
+
     def open(self, path: str, *, labelled: bool = False, option: str = "data.path") -> Source:
         """The samples at `path`; reads only. `ValueError`, beginning with `option`, where there are none.
 
@@ -197,12 +205,10 @@ class Modality:
     def open_encoded(
         self, path: str | Sequence[str], kind: Kind, labelled: bool, option: str, measure: Measure | None
     ) -> Source:
-        """Files at `path`, with what their index learns kept in data.cache, else in the folder of the run."""
-        data, run = self.config.data, self.config.run.dir
-        folder = Path(data.cache) if data.cache is not None else Path(run) / CACHE if run else None
-        cache = IndexCache(folder, shared=data.cache is not None)
+        """Files at `path`, with what their index learns kept in `index_cache`."""
+        commands, cache = self.config.data.allow_commands, self.index_cache
         return open_source(
-            path, kind, labelled=labelled, option=option, commands=data.allow_commands, cache=cache, measure=measure
+            path, kind, labelled=labelled, option=option, commands=commands, cache=cache, measure=measure
         )
 
     def open_whole(self, path: str, *, option: str) -> Source:
@@ -295,9 +301,21 @@ class TrainSamples(torch.utils.data.Dataset[Sample]):
 
     def __init__(self, source: Source, modality: Modality, seed: int) -> None:
         self.source, self.modality, self.seed = source, modality, seed
+        self.ahead: ReadAhead | None = None
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def read_ahead(self, threads: int) -> None:
+        """From now on so many threads of a process read what it will be asked for."""
+        self.ahead = ReadAhead(self.source, threads)
+        self.source.read = self.ahead.read  # type: ignore[method-assign]
+
+    def __getitems__(self, batch: list[Any]) -> list[Sample]:
+        """Those of a batch; samples of `Following.following` are read meanwhile."""
+        if self.ahead is not None:
+            self.ahead.ask([*(index[0] for index in batch), *getattr(batch, "following", ())])
+        return [self[index] for index in batch]
 
     def __getitem__(self, index: Any) -> Sample:
         sample_id, epoch, group, place = SampleRef(*index)

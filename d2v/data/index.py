@@ -10,7 +10,6 @@ import io
 import os
 import re
 import subprocess
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,9 +41,12 @@ from d2v.data.sources import (
     read_transcripts,
     walk_files,
 )
+from d2v.data.storage.folders import KEPT_FROM, Tree, walk_tree
+from d2v.data.storage.lists import read_plain
+from d2v.data.storage.remote import find_remote
 from d2v.data.tables.metadata import METADATA, SPOKEN, Known, read_known
 from d2v.data.tables.parquet import ParquetSource
-from d2v.files import open_regular
+from d2v.files import is_url, open_regular
 from d2v.runtime import Reporter
 
 
@@ -75,7 +77,7 @@ PARQUET = ".parquet"
 
 def open_source(path: str | Sequence[str], kind: Kind = IMAGES, **options: Any) -> Source:
     """Opens a folder of files of a kind, one .tar shard, a glob or brace pattern of shards, of .parquet files or of
-    files of the kind, or a list of files.
+    files of the kind, a list of files, or shards or .parquet files at URLs.
 
     Several paths are files by name. `options` are those of `Wanted`. Raises `ValueError` where the path is empty,
     missing or holds no such file.
@@ -87,6 +89,9 @@ def open_source(path: str | Sequence[str], kind: Kind = IMAGES, **options: Any) 
         return open_files([Path(file) for file in path], wanted)
     if path.startswith("pipe:"):
         return open_command(path, wanted)
+    if is_url(path):
+        remote = find_remote(path, wanted.option)
+        return (ParquetSource if remote[0].suffix == PARQUET else ShardSource)(remote, wanted)
     if Path(path).is_dir():
         return _open_folder(Path(path), wanted)
     files = find_files(path, kind.places, wanted.option)
@@ -132,18 +137,23 @@ class FileSource(Source):
 
     counts: np.ndarray | None = None
     """Lengths (n,) as a list gives them."""
+    threads_may_read = True
 
-    def __init__(self, root: Path, names: list[str], wanted: Wanted, file: Path | None = None) -> None:
-        self.root, self.names, self.cache, self.file = root, NameTable(names), wanted.cache, file
+    def __init__(
+        self, root: Path, names: NameTable | list[str], wanted: Wanted, file: Path | None = None,
+        stamps: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        self.names = names if isinstance(names, NameTable) else NameTable(names)
+        self.root, self.cache, self.file = root, wanted.cache, file
         self._endings, self._cut = " ".join(sorted(wanted.kind.suffixes)), wanted.kind.cut
         self.rejected, self.left_out = [], {}
-        self.lines = np.arange(len(names))
+        self.lines = np.arange(len(names), dtype=np.int32)
         """Line of each sample in the list, without that of the root."""
         self._transcripts: list[str] | None = None
         self.tables: Sequence[str] = ()
         """Paths under the root of files that `read_known` reads."""
         self._known: Known | None = None
-        self.stamps = stamps_of([self._file_of(name) for name in names])
+        self.stamps = stamps_of([self._file_of(name) for name in names]) if stamps is None else stamps
 
     def file_path(self, number: int) -> str:
         return self.describe(number)
@@ -223,12 +233,13 @@ class FileSource(Source):
             return Found([["", "", -1, -1, -1, -1, result]])
 
         place = (self.file or self.root).absolute()
-        stamps = [(size, time) for size, time in self.stamps[rows].tolist()]
+        names = [self.names[row] for row in rows]
+        stamps = self.stamps[rows] if len(self.stamps) else stamps_of([self._file_of(name) for name in names])
         # Another decoder may read what this one could not.
         scope = ("lengths", self._endings, place, part)
-        found = scan_files([self.names[row] for row in rows], stamps, scan, self.cache, scope, MEASURED)
+        found = scan_files(names, stamps, scan, self.cache, scope, MEASURED)
         report.finish()
-        return self._note_measured([one.samples[0][-1] for one in found], rows)
+        return self._note_measured(found.lengths, rows, found.others)
 
     def _file_of(self, name: str) -> str:
         """Path of the file that holds a sample; "" for the output of a command."""
@@ -271,43 +282,40 @@ def open_files(files: Sequence[Path], wanted: Wanted) -> FileSource:
 def _open_folder(root: Path, wanted: Wanted) -> Source:
     """Files of a kind at any depth under `root`; with labels, what `metadata.csv` or `.jsonl` in it say, else the first
     folder level names the class. Where there is nothing but .parquet files, these."""
-    kind, option, left = wanted.kind, wanted.option, Counter[str]()
-    files = sorted(walk_files(root, left))
-    spoken = ".txt" in kind.beside
-    tables = [n for n in files if n.rpartition(os.sep)[2] in METADATA or (spoken and n.endswith(SPOKEN))]
-    files = sorted(set(files).difference(tables))
-    endings = [ending_of(name) for name in files]
-    found = [name for name, ending in zip(files, endings, strict=True) if ending in kind.suffixes]
-    left.update(e for e in endings if e not in kind.suffixes and e not in kind.beside)
-    left_out = count_endings(+left, "files", kind.readers)
-    if not found and left[PARQUET]:
-        source = ParquetSource([root / n for n, e in zip(files, endings, strict=True) if e == PARQUET], wanted)
+    kind, option = wanted.kind, wanted.option
+    beside = [os.sep + name for name in METADATA] + [SPOKEN] * (".txt" in kind.beside)
+    tree = walk_tree(root, kind, tuple(sorted(beside)), wanted.cache)
+    left, left_out = tree.left, count_endings(tree.left, "files", kind.readers)
+    if not tree.names and left[PARQUET]:
+        files = sorted(name for name in walk_files(root) if ending_of(name) == PARQUET)
+        source = ParquetSource([root / name for name in files], wanted)
         del left[PARQUET]
-        source.left_out = count_endings(+left, "files", kind.readers)
+        source.left_out = count_endings(left, "files", kind.readers)
         return source
-    if not found:
+    if not tree.names:
+        others = sum(1 for _ in walk_files(root)) - len(tree.beside)
         shards = left[".tar"]
         hint = f"; for its {shards} .tar shards pass {str(root / '*.tar')!r}" if shards else ""
         place = f"under {str(root)!r}"
         raise NoSamples(
-            f"{option}: expected {kind.noun} {place}, found none in {len(files)} files{list_left_out(left_out)}; "
+            f"{option}: expected {kind.noun} {place}, found none in {others} files{list_left_out(left_out)}; "
             f"{kind.describe()}{hint}"
         )
-    return _open_found(root, found, tables, left_out, wanted)
+    return _open_found(root, tree, left_out, wanted)
 
 
-def _open_found(root: Path, found: list[str], tables: list[str], left_out: dict[str, int], wanted: Wanted) -> Source:
+def _open_found(root: Path, tree: Tree, left_out: dict[str, int], wanted: Wanted) -> Source:
     """The files that a folder holds, and their labels."""
-    kind, option = wanted.kind, wanted.option
-    source = FileSource(root, found, wanted)
-    source.tables, source.left_out = tables, left_out
+    kind, option, found = wanted.kind, wanted.option, tree.names
+    source = FileSource(root, found, wanted, stamps=tree.stamps)
+    source.tables, source.left_out = tree.beside, left_out
     if wanted.labelled and (labels := source.known().labels):
         known, kept = source.known(), [name for name in found if name in labels]
         lost = [
             Rejected(source.describe(i), "no label in the metadata") for i, n in enumerate(found) if n not in labels
         ]
         source = FileSource(root, kept, wanted)
-        source.tables, source.left_out, source._known = tables, left_out, known
+        source.tables, source.left_out, source._known = tree.beside, left_out, known
         source.rejected, source.incomplete = lost, list(lost)
         source.labels, source.classes = number_classes([labels[name] for name in kept])
     elif wanted.labelled:
@@ -322,8 +330,15 @@ def _open_list(file: Path, wanted: Wanted) -> FileSource:
     """A `.tsv`: the root folder in the first line, then `path<TAB>samples`; or, labelled, `path<TAB>label`.
 
     A relative path that leads out of the root is rejected; an absolute one is taken as it stands. A table without a
-    root line is relative to its own folder. Commands among the paths are refused unless they are allowed.
+    root line is relative to its own folder. Commands among the paths are refused unless they are allowed. The files of
+    a long list are not looked at.
     """
+    if not wanted.labelled and (plain := read_plain(file)) is not None:
+        root, names, counts = plain
+        many = np.zeros((0, 2), np.int64) if len(names) > KEPT_FROM else None
+        source = FileSource(file.parent / root, names, wanted, file, many)
+        source.counts = counts
+        return source
     option, noun, lines = wanted.option, wanted.kind.noun, read_lines(file, wanted.option)
     first = 0 if "\t" in lines[0] else 1
     rows: list[tuple[str, str, int]] = []

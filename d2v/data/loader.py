@@ -19,7 +19,8 @@ from d2v.data import make_modality
 from d2v.data.dataset import Batch, Collate, EvaluationSamples, MaskingCollate, Note, TrainSamples
 from d2v.data.sampler import UpdateSampler
 from d2v.data.sources import ShardLost, Source
-from d2v.files import write_atomically
+from d2v.data.storage.ahead import REMOTE_READERS, with_following
+from d2v.files import is_url, write_atomically
 
 TERM_GRACE_SECONDS = 10
 """Life of a loader worker after a SIGTERM."""
@@ -129,7 +130,14 @@ def load_updates(
     workers, patience = config.data.workers, config.run.timeout
     if config.data.shuffle == "shards":
         dataset.source.read_ahead()
-    batches = _loader(dataset, collate, workers, device, patience, batch_sampler=sampler)
+    readers = config.data.readers
+    if readers is None:
+        readers = REMOTE_READERS if is_url(config.data.path) else 0
+    order: Any = sampler
+    if readers and dataset.source.threads_may_read:
+        dataset.read_ahead(readers)
+        order = with_following(sampler, workers)
+    batches = _loader(dataset, collate, workers, device, patience, batch_sampler=order)
     for update in range(sampler.first, sampler.last):
         yield [next(batches) for _ in range(sampler.count(update))]
 

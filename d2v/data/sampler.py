@@ -74,11 +74,11 @@ class SampleOrder:
         return order[np.lexsort((rank[order], updates))]
 
     def _make_buckets(self, epoch: int) -> np.ndarray | None:
-        """(samples,) int64: equal for samples of about equal length in an epoch."""
+        """(samples,) int16: equal for samples of about equal length in an epoch."""
         if self._lengths is None:
             return None
         lengths = self._lengths(epoch) if callable(self._lengths) else self._lengths
-        return np.asarray(np.floor(np.log(lengths) / np.log(BUCKET_RATIO)).astype(np.int64))
+        return np.asarray(np.floor(np.log(lengths) / np.log(BUCKET_RATIO)).astype(np.int16))  # sorted by radix
 
     def _edges(self, epoch: int) -> np.ndarray:
         """Positions of an epoch at which a group begins, and its end."""

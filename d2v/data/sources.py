@@ -130,6 +130,8 @@ class Source:
     """(files,2) int64: size (bytes) and time of change (ns) of each file when it was indexed; -1: unknown."""
     rejected: list[Rejected]
     left_out: dict[str, int]
+    threads_may_read = False
+    """Whether `read` may be called by several threads."""
     cut: Mapping[int, str] = {}
     """What was cut when it was indexed, by sample."""
     incomplete: Sequence[Rejected] = ()
@@ -182,6 +184,8 @@ class Source:
 
     def check_unchanged(self, number: int, status: os.stat_result) -> None:
         """`ValueError` where the file of a number is not the one that was indexed."""
+        if not len(self.stamps):  # of a long list
+            return
         found = status.st_size, status.st_mtime_ns
         if (text := describe_change(self.stamps[number].tolist(), found)) is not None:
             raise ValueError(text)
@@ -190,25 +194,27 @@ class Source:
         """Identity of the index: a resumed run must see the same samples in the same order."""
         return self.names.digest()
 
-    def _note_measured(self, found: Iterable[int | str | Sequence[Any]], rows: Iterable[int]) -> np.ndarray:
-        """Lengths (n,) int64 of the samples `rows`, of what `measure_length` found. Reasons go to `rejected`, and -1
-        stands for them; what else is known goes to `measured`."""
-        lengths, known = [], dict(self.measured)
-        for row, one in zip(rows, found, strict=True):
+    def _note_measured(
+        self, lengths: np.ndarray, rows: Iterable[int], others: Mapping[int, str | Sequence[Any]]
+    ) -> np.ndarray:
+        """Lengths (n,) int64 of the samples `rows`, of what `measure_length` found: numbers, or `others` by place.
+
+        Reasons go to `rejected`, and -1 stands for them; what else is known goes to `measured`."""
+        lengths, places, known = lengths.copy(), list(rows) if others else [], dict(self.measured)
+        for place, one in others.items():
             if isinstance(one, str):
-                self.rejected.append(Rejected(self.describe(row), one))
-            elif not isinstance(one, int):
-                known[row] = one
-            lengths.append(-1 if isinstance(one, str) else one if isinstance(one, int) else one[0])
+                self.rejected.append(Rejected(self.describe(places[place]), one))
+            else:
+                known[places[place]], lengths[place] = one, one[0]
         self.measured = known
-        return np.array(lengths, dtype=np.int64)
+        return lengths
 
 
 class Subset(Source):
     """Some samples of another source, in its order."""
 
     def __init__(self, base: Source, rows: np.ndarray) -> None:
-        self.base, self.rows = base, rows
+        self.base, self.rows, self.threads_may_read = base, rows, base.threads_may_read
         self.rejected, self.left_out, self.incomplete = base.rejected, base.left_out, base.incomplete
         self.classes, columns = base.classes, (base.labels, base.lengths, base.shards)
         self.labels, self.lengths, self.shards = (None if c is None else c[rows] for c in columns)
@@ -261,6 +267,8 @@ def measure_length(measure: Measure, open_file: Callable[[], Any]) -> int | str 
     try:
         with open_file() as file:
             return measure(file)
+    except ShardLost:
+        raise
     except Exception as error:  # whatever is wrong with one sample stays with it
         return describe_error(error)
 
@@ -364,10 +372,13 @@ def expand_braces(pattern: str, option: str = "data.path", limit: int = 1_000_00
     return [f"{head}{choice}{rest}" for choice in choices for rest in tail]
 
 
-def walk_files(root: Path, left: Counter[str] | None = None) -> Iterator[str]:
+def walk_files(
+    root: Path, left: Counter[str] | None = None, folders: dict[str, tuple[int, int]] | None = None
+) -> Iterator[str]:
     """Paths of the files under `root`, relative to it; links are followed, each folder once.
 
-    Hidden names, pipes, sockets and devices are passed over, and counted in `left`.
+    Hidden names, pipes, sockets and devices are passed over, and counted in `left`. `folders` gets the number and time
+    of change of each folder by its path, before it was read.
     """
     seen: set[tuple[int, int]] = set()
     left = Counter() if left is None else left
@@ -378,6 +389,8 @@ def walk_files(root: Path, left: Counter[str] | None = None) -> Iterator[str]:
         if (status.st_dev, status.st_ino) in seen:
             continue  # a link back to a folder above
         seen.add((status.st_dev, status.st_ino))
+        if folders is not None:
+            folders[folder[start:]] = status.st_ino, status.st_mtime_ns
         with os.scandir(folder) as scan:
             found = sorted(scan, key=lambda e: e.name)
         entries = [e for e in found if not e.name.startswith(".")]

@@ -80,7 +80,10 @@ class Ranks:
 
     def share(self, value: _T) -> _T:
         """Rank 0's value, on every rank."""
-        return self.gather(value)[0]
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
 
     def gather(self, value: _T) -> list[_T]:
         """The values of all ranks, on every rank."""

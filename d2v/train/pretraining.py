@@ -67,9 +67,7 @@ def pretrain(
         if init is None and folder.resumed is None:
             with ranks.saying_once():
                 check_teacher(config)
-        # With a cache of the index, one rank fills it and the others read it.
-        with ranks.first_before_others() if config.data.cache else contextlib.nullcontext():
-            source, valid = open_data(config)
+        source, valid = open_data(config, ranks)
         objective = Pretraining(config, source, valid, ranks.device)
         if probe is not None and config.probe.train is not None:
             objective.probe = probe(objective, ranks, folder.resumed is None)
@@ -80,11 +78,24 @@ def pretrain(
         return train(objective, ranks, folder, profile=profile, track=track)
 
 
-def open_data(config: Config) -> tuple[Source, Source | None]:
-    """Training and held-out samples of a configuration; reads only. Before use they need `Source.prepare`."""
-    modality = make_modality(config)
-    source = modality.open(config.data.path, option="data.path")
-    return source, modality.open(config.data.valid, option="data.valid") if config.data.valid is not None else None
+def open_data(config: Config, ranks: Ranks | None = None) -> tuple[Source, Source | None]:
+    """Training and held-out samples of a configuration; reads only. Before use they need `Source.prepare`.
+
+    Of several ranks the first one looks for them; the others get what its index has learnt, or read it in data.cache.
+    """
+    modality, valid = make_modality(config), config.data.valid
+
+    def opened() -> tuple[Source, Source | None]:
+        source = modality.open(config.data.path, option="data.path")
+        return source, modality.open(valid, option="data.valid") if valid is not None else None
+
+    if ranks is None or ranks.size == 1:
+        return opened()
+    with ranks.first_before_others():
+        found = opened() if ranks.is_first else None
+    cache = modality.index_cache
+    cache.pending = ranks.share(cache.pending)
+    return found or opened()
 
 
 def load_weights(model: Data2Vec, checkpoint: str, option: str) -> str | None:

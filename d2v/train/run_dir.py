@@ -22,7 +22,7 @@ from d2v.config import Config
 from d2v.config.fields import OF_CALLS, flat_fields, flatten_config, replace_fields, shorten
 from d2v.config.finetune import SECTION
 from d2v.data.sources import Source
-from d2v.files import PARTIAL, write_atomically
+from d2v.files import PARTIAL, is_url, write_atomically
 from d2v.folder import (
     CONFIG,
     LOST,
@@ -165,8 +165,8 @@ def _equal_so_far(one: Config, other: Config, update: int) -> bool:
 
 
 def read_run(folder: str) -> Config:
-    """The settings of the run in a folder, but for `OF_CALLS`, which each call has to give: a folder made by somebody
-    else neither runs anything nor chooses where to write."""
+    """The settings of the run in a folder, but for `OF_CALLS` and URLs, which each call has to give: a folder made by
+    somebody else neither runs anything nor chooses where to write or whom to ask."""
     path = Path(folder)
     checkpoint = latest_checkpoint(path)
     stored = load_json(file := (checkpoint or path) / CONFIG)
@@ -181,7 +181,12 @@ def read_run(folder: str) -> Config:
     for name in OF_CALLS:
         if isinstance(value := attrgetter(name)(config), str):
             print(f"note: {name} counts on the command line only; it was {value!r}", file=sys.stderr)
-    return replace_fields(config, {n: flat_fields(Config)[n].default for n in OF_CALLS} | {"run.dir": folder})
+    left = list(OF_CALLS)
+    for name, field in flat_fields(Config).items():
+        if field.metadata.get("outside") and isinstance(value := attrgetter(name)(config), str) and is_url(value):
+            print(f"note: {name} counts on the command line only where it is a URL; it was {value!r}", file=sys.stderr)
+            left.append(name)
+    return replace_fields(config, {n: flat_fields(Config)[n].default for n in left} | {"run.dir": folder})
 
 
 def check_run_folder(folder: str) -> None:

@@ -28,6 +28,7 @@ from d2v.data.sources import (
     measure_length,
     printable,
 )
+from d2v.data.storage.remote import RemoteFile, stamps_of_remote
 from d2v.data.tables.metadata import LABELS, TEXTS, find_value
 
 KEPT_BYTES = 1 << 28
@@ -43,16 +44,18 @@ class ParquetSource(ContainerSource):
     """Rows of parquet files. Labels are the column `label` or `labels`, with the names that `datasets` gives numbers;
     transcripts `transcription`, `text` or `sentence`."""
 
-    def __init__(self, files: Sequence[Path], wanted: Wanted) -> None:
+    def __init__(self, files: Sequence[Path] | Sequence[RemoteFile], wanted: Wanted) -> None:
         self.files, self.cache, self.left_out = list(files), wanted.cache, {}
         self._groups = OrderedDict[int, Any]()
         self._texts: list[str | None] | None = None
         scope = ("parquet", wanted.kind.noun, wanted.labelled, wanted.measure is not None)
         scan = functools.partial(scan_table, wanted=wanted)
-        self.stamps, found = index_files(files, "parquet files", scan, wanted.cache, scope)
-        self.rejected = [Rejected(*entry) for one in found for entry in one.rejected]
+        remote = [file for file in self.files if isinstance(file, RemoteFile)]
+        stamps = stamps_of_remote(remote, 1, wanted.option) if remote else None
+        self.stamps, found = index_files(files, "parquet files", scan, wanted.cache, scope, stamps=stamps)
+        self.rejected = [Rejected(*entry) for rejected, _ in found.rest.values() for entry in rejected]
         self.incomplete = [entry for entry in self.rejected if entry.reason == NO_LABEL]
-        if not any(one.samples for one in found):
+        if not len(found.names):
             where = f"{len(files)} parquet files, the first {printable(str(files[0]))!r}"
             raise ValueError(f"{wanted.option}: expected rows of {wanted.kind.noun}, found none in {where}")
         self._take_samples(found, wanted)
@@ -64,8 +67,9 @@ class ParquetSource(ContainerSource):
         assert self.shards is not None
         key = int(self.shards[index])
         if key not in self._groups:
-            self.check_unchanged(number, self.files[number].stat())
-            file = _open_table(self.files[number])
+            if isinstance(path := self.files[number], Path):
+                self.check_unchanged(number, path.stat())
+            file = _open_table(path)
             column = find_column(file.schema_arrow, "")
             self._groups[key] = _bytes_of(_read_group(file, group, [column[1]]), column[0])
             while len(self._groups) > 1 and sum(one.nbytes for one in self._groups.values()) > KEPT_BYTES:
@@ -89,13 +93,13 @@ class ParquetSource(ContainerSource):
         return {**self.__dict__, "_groups": OrderedDict(), "cache": None}
 
 
-def _open_table(file: Path) -> Any:
+def _open_table(file: Path | RemoteFile) -> Any:
     """An open parquet file; `ValueError` where it is none."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        return pyarrow.parquet.ParquetFile(file if isinstance(file, Path) else file.open())
     except pyarrow.ArrowException as error:
         raise ValueError(f"expected a parquet file, got {str(file)!r}: {error}") from None
 
@@ -158,7 +162,7 @@ def _name_label(value: Any, names: Sequence[str]) -> Any:
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
-def scan_table(path: Path, wanted: Wanted) -> Found:
+def scan_table(path: Path | RemoteFile, wanted: Wanted) -> Found:
     """The rows of a parquet file, with their class and length; rows without a class are rejected.
 
     `ValueError` where it is no such file, or has no column of encoded samples or, labelled, of labels.

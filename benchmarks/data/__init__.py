@@ -1,0 +1,1 @@
+"""The loader: against others, at a start on many files, over many epochs."""
