@@ -60,7 +60,11 @@ UNDER_DIST = re.compile(
 )
 COLLECTIVES = {
     "d2v/train/distributed.py": [
-        "dist.all_gather_object", "dist.all_reduce", "dist.barrier", "dist.barrier", "dist.broadcast_object_list"
+        "dist.all_gather_object",
+        "dist.all_reduce",
+        "dist.barrier",
+        "dist.barrier",
+        "dist.broadcast_object_list",
     ],
     "d2v/train/optim.py": ["norm.full_tensor"],  # of one number
 }
