@@ -1,0 +1,23 @@
+"""Ranks of a test as processes that start fast: forks of one that has imported what ranks import.
+
+A fresh interpreter spends about seven seconds of a core on that, which is longer than most of these tests take.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as processes
+
+IMPORTED = ["d2v.cli", "d2v.options", "d2v.train.pretraining", "torch._dynamo", "torch.utils.tensorboard"]
+
+
+def run_ranks(function: Callable[..., None], ranks: int, *arguments: Any) -> None:
+    """`function(rank, *arguments)` in `ranks` processes; raises what `torch.multiprocessing.spawn` does.
+
+    Environment variables are those of the first call in this process: what a rank needs it must set itself.
+    """
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    processes.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")
