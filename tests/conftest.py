@@ -14,6 +14,11 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folders of the longest tests come first: a worker that begins one at the end would keep the others waiting."""
+    items.sort(key=lambda item: item.path.parent.name not in ("triton_kernels", "native"))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of single tests."""
     parser.addoption(

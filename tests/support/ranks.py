@@ -6,10 +6,14 @@ A fresh interpreter spends about seven seconds of a core on that, which is longe
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.multiprocessing as processes
+from soak.jobs import find_port, rank_environment
+
+from d2v.cli import main
 
 IMPORTED = ["d2v.cli", "d2v.options", "d2v.train.pretraining", "torch._dynamo", "torch.utils.tensorboard"]
 
@@ -21,3 +25,13 @@ def run_ranks(function: Callable[..., None], ranks: int, *arguments: Any) -> Non
     """
     multiprocessing.set_forkserver_preload(IMPORTED)
     processes.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")
+
+
+def run_d2v(options: Sequence[str], ranks: int) -> None:
+    """`d2v *options` on `ranks` ranks without a launcher; raises where one of them ends with an error."""
+    run_ranks(_run_rank, ranks, ranks, find_port(), options)
+
+
+def _run_rank(rank: int, ranks: int, port: int, options: Sequence[str]) -> None:
+    os.environ |= rank_environment(rank, ranks, port)
+    assert main(options) == 0
