@@ -15,7 +15,7 @@ settings.load_profile("fixed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The folders of the longest tests come first: a worker that begins one at the end would keep the others waiting."""
+    """The folders of the longest tests come first: one that a worker begins last would keep the others waiting."""
     items.sort(key=lambda item: item.path.parent.name not in ("triton_kernels", "native"))
 
 

@@ -84,7 +84,7 @@ def find_toolkit() -> Toolkit | str:
 
 
 class Builds:
-    """Everything compiled, by name, once in `folder`; all of it is begun at once, and a test waits for what it takes."""
+    """Everything compiled, by name, once a `folder`; all of it is begun at once, and a test waits for what it takes."""
 
     def __init__(self, jobs: dict[str, Callable[[], Path]], folder: Path) -> None:
         self._pool = ThreadPoolExecutor(2)
