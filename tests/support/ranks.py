@@ -15,7 +15,9 @@ from soak.jobs import find_port, rank_environment
 
 from d2v.cli import main
 
-IMPORTED = ["d2v.cli", "d2v.options", "d2v.train.pretraining", "torch._dynamo", "torch.utils.tensorboard"]
+IMPORTED = [
+    "d2v.evaluate.watch", "d2v.options", "d2v.train.pretraining", "torch._dynamo", "torch.utils.tensorboard", "tyro",
+]  # fmt: skip
 
 
 def run_ranks(function: Callable[..., None], ranks: int, *arguments: Any) -> None:
