@@ -4,6 +4,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 NATIVE := setup.py CMakeLists.txt pyproject.toml requirements.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST := $(RUN) -m pytest
+# A worker of one thread for each core, up to 8: most of the time is spent where one process works. Idle workers take
+# tests from busy ones. What a failed test printed is shown, not what the libraries log below a warning.
+SUITE := $(PYTEST) --numprocesses logical --maxprocesses 8 --dist worksteal --durations 15 --log-level WARNING
 
 # Nothing is installed for a GPU run: the environment made by `make setup` where there is one, unless PYTHON is given.
 GPU_RUN := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu
@@ -23,10 +26,10 @@ quickstart: $(VENV)/.ready-quickstart  ## pre-train vision-tiny on real photogra
 	$(RUN) scripts/quickstart.py
 
 test: setup  ## every test this machine can run, in under 25 minutes on two cores
-	$(PYTEST) -m "not long and not soak and not large"
+	$(SUITE) -m "not long and not soak and not large"
 
 test-all: setup  ## the long tests too
-	$(PYTEST) -m "not soak"
+	$(SUITE) -m "not soak"
 
 soak: setup  ## endurance: kills, broken disks, lost ranks, cut links; goes on where it was stopped, ends with a table
 	$(RUN) scripts/soak.py

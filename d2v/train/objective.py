@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from d2v.data.dataset import STREAM_LAYERS, Batch, random_stream
 from d2v.data.sources import Source
 from d2v.model.data2vec import WORKING_DTYPES, Data2Vec
-from d2v.train.distributed import Ranks
 from d2v.train.optim import decay_groups
+
+if TYPE_CHECKING:  # what computes features needs this file, and none of the seconds that FSDP takes to import
+    from d2v.train.distributed import Ranks
 
 
 @dataclass

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from d2v.config import Optim
 
@@ -79,6 +78,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> T
     Nothing is read from the device. Without a limit only the norm is computed. Of sharded gradients every rank scales
     its shards by the norm of the whole.
     """
+    from torch.distributed.tensor import DTensor  # takes more than a second, which what trains nothing is spared
+
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(())

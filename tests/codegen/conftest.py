@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ def toolkit() -> Toolkit:
 
 
 @pytest.fixture(scope="session")
-def builds(toolkit: Toolkit, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builds]:
-    all_builds = Builds(plan_builds(toolkit, tmp_path_factory.mktemp("codegen")))
+def builds(toolkit: Toolkit, shared_folder: Path) -> Iterator[Builds]:
+    folder = shared_folder / "codegen"
+    folder.mkdir(exist_ok=True)
+    all_builds = Builds(plan_builds(toolkit, folder), folder)
     yield all_builds
     all_builds.close()
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.workers import make_once
+
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 KERNELS = sorted((CSRC / "core").glob("*.cu"))
@@ -82,11 +84,13 @@ def find_toolkit() -> Toolkit | str:
 
 
 class Builds:
-    """Everything compiled, by name; all of it is begun at once, and a test waits for what it takes."""
+    """Everything compiled, by name, once a `folder`; all of it is begun at once, and a test waits for what it takes."""
 
-    def __init__(self, jobs: dict[str, Callable[[], Path]]) -> None:
+    def __init__(self, jobs: dict[str, Callable[[], Path]], folder: Path) -> None:
         self._pool = ThreadPoolExecutor(2)
-        self._futures: dict[str, Future[Path]] = {name: self._pool.submit(job) for name, job in jobs.items()}
+        self._futures: dict[str, Future[Path]] = {
+            name: self._pool.submit(make_once, folder, name, job) for name, job in jobs.items()
+        }
 
     def __getitem__(self, name: str) -> Path:
         return self._futures[name].result()
@@ -126,7 +130,7 @@ def build_emulated_library(tools: Toolkit, folder: Path) -> Path:
 def build_machine_code(tools: Toolkit, folder: Path, source: Path, architecture: str) -> Path:
     """A folder with the cubin, the PTX and what ptxas said of registers and spills."""
     out = folder / f"{source.stem}-sm_{architecture}"
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     cubin = out / f"{source.stem}.cubin"
     # The flags of CMakeLists.txt.
     flags = ["-std=c++17", "-O3", "-DNDEBUG", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-keep", "-keep-dir", out]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as processes
 from soak.jobs import find_port, rank_environment
+from support.ranks import run_ranks
 
 from d2v.cli import main
 from d2v.config import Config
@@ -200,7 +200,7 @@ def run_rank(rank: int, ranks: int, port: int, options: list[str], plant: str, l
 
 def launch(ranks: int, options: list[str], plant: str, log: Path) -> list[str]:
     """Exit codes and what each rank said."""
-    processes.spawn(run_rank, (ranks, find_port(), options, plant, str(log)), nprocs=ranks)
+    run_ranks(run_rank, ranks, ranks, find_port(), options, plant, str(log))
     return [log.with_suffix(f".code{r}").read_text() + " " + log.with_suffix(f".{r}").read_text() for r in range(ranks)]
 
 

@@ -274,6 +274,11 @@ def test_help_needs_neither_torch_nor_the_model() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
+def test_features_are_not_kept_waiting_for_what_trains() -> None:
+    code = "import sys, d2v.evaluate.features; assert not {'torch.distributed.fsdp', 'sympy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
 def test_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "d2v", "pretrain", "nonsense"], capture_output=True, text=True, cwd=ROOT

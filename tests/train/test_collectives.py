@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 from soak.jobs import find_port, rank_environment
+from support.ranks import run_ranks
 
 import d2v.train.trainer
 from d2v.config import Config
@@ -26,7 +26,7 @@ from d2v.train.pretraining import Pretraining, pretrain
 
 def on_two_ranks(function: Callable[..., dict[str, Any]], folder: Path, *arguments: Any) -> list[dict[str, Any]]:
     """What `function(rank, *arguments)` returns on each of two ranks."""
-    processes.spawn(_one_rank, args=(find_port(), function, str(folder), arguments), nprocs=2)
+    run_ranks(_one_rank, 2, find_port(), function, str(folder), arguments)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as processes
 from soak.cases import NO_DROPOUT
 from soak.jobs import find_port, largest_difference, losses, rank_environment
+from support.ranks import run_ranks
 
 from d2v.cli import main
 from d2v.model.data2vec import Data2Vec
@@ -56,6 +56,6 @@ def test_two_ranks_compiled_have_the_losses_of_one(
         run_rank(0, 1, 0, [*base, *form, "--run.dir", str(run)], str(tmp_path / "graphs"))
     else:
         options = [*base, *form, "--run.dir", str(run)]
-        processes.spawn(run_rank, (2, find_port(), options, str(tmp_path / "graphs")), nprocs=2)
+        run_ranks(run_rank, 2, 2, find_port(), options, str(tmp_path / "graphs"))
     assert largest_difference(losses(run), losses(eager)) < 1e-6
     assert 1 <= int((tmp_path / "graphs.0").read_text()) <= most

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import socket
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
+from soak.jobs import find_port
+from support.ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
 from d2v import recipes
@@ -56,10 +56,7 @@ def gathers(trace: profile) -> int:
 
 
 def test_a_backward_pass_gathers_no_block_of_the_teacher(tmp_path: Path) -> None:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = place.getsockname()[1]
-    processes.spawn(count_gathers, args=(port, str(tmp_path)), nprocs=2)
+    run_ranks(count_gathers, 2, find_port(), str(tmp_path))
     for rank in range(2):
         counts = [int(word) for word in (tmp_path / str(rank)).read_text(encoding="utf-8").split()]
         # Blocks of student and teacher and the rest forwards; those of the student and the rest backwards.

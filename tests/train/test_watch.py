@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.images import write_class_folders
+from support.ranks import run_d2v
 
 from d2v import cli, recipes
 from d2v.config import Config
@@ -198,15 +195,8 @@ def test_the_command(tmp_path: Path, images: Path, labelled: Path) -> None:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks(parallel: str, tmp_path: Path, images: Path, labelled: Path) -> None:
     def run(name: str, *more: str) -> Path:
-        with socket.socket() as place:
-            place.bind(("127.0.0.1", 0))
-            port = place.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-        command += ["-m", "d2v", "pretrain", "vision-tiny", *tiny_options(), "--run.parallel", parallel]
-        command += ["--data.path", str(images), "--run.dir", str(tmp_path / name), "--run.timeout", "60", *more]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert done.returncode == 0, done.stderr
+        options = ["pretrain", "vision-tiny", *tiny_options(), "--run.parallel", parallel, "--data.path", str(images)]
+        run_d2v([*options, "--run.dir", str(tmp_path / name), *more], 2)
         return tmp_path / name
 
     # 5 samples in batches of 2: one rank has a batch more.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.workers import make_once
 
 from d2v_kernels import _env
 
@@ -49,23 +50,28 @@ def needs_triton() -> None:
 
 
 @pytest.fixture(scope="session")
-def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("triton-cache"))
+def triton_cache(shared_folder: Path) -> str:
+    return str(shared_folder / "triton-cache")
 
 
 @pytest.fixture(scope="session", params=["installed", "3.6.0"])
-def compiled(request, needs_triton, triton_cache, tmp_path_factory) -> Compiled:
+def compiled(request, needs_triton, triton_cache, shared_folder, tmp_path_factory) -> Compiled:
     before = ""
     if request.param != "installed":
         if not OLDER.is_dir():
             pytest.skip(f"no triton {request.param}: pip install --no-deps --target {OLDER} triton=={request.param}")
         before = str(OLDER)
-    folder = tmp_path_factory.mktemp("kernels")
-    done = run_child(
-        "-m", "support.triton_compile", str(folder), *map(str, ARCHITECTURES), BEFORE=before,
-        TRITON_CACHE_DIR=triton_cache,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    def make() -> Path:
+        folder = tmp_path_factory.mktemp("kernels")
+        done = run_child(
+            "-m", "support.triton_compile", str(folder), *map(str, ARCHITECTURES), BEFORE=before,
+            TRITON_CACHE_DIR=triton_cache,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return folder
+
+    folder = make_once(shared_folder, f"triton-{request.param}", make)
     report = json.loads((folder / "report.json").read_text())
     if before:
         assert report["triton"] == request.param

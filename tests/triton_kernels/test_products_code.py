@@ -11,6 +11,7 @@ import pytest
 from codegen import issue
 from codegen.issue_rows import PAIRS
 from codegen.toolchain import find_cuobjdump
+from support.workers import make_once
 from triton_kernels.conftest import ARCHITECTURES, OLDER, run_child
 from triton_kernels.test_machine_code import float_extrema, narrow_casts
 
@@ -25,18 +26,23 @@ LEAST_SHARED = 99 * 1024  # what one block gets on the smallest GPUs named (sm_8
 
 
 @pytest.fixture(scope="module", params=["installed", "3.6.0"])
-def compiled(request, needs_triton, triton_cache, tmp_path_factory) -> tuple[Path, dict]:
+def compiled(request, needs_triton, triton_cache, shared_folder, tmp_path_factory) -> tuple[Path, dict]:
     before, architectures = "", ARCHITECTURES
     if request.param != "installed":
         if not OLDER.is_dir():
             pytest.skip(f"no triton {request.param} in {OLDER}")
         before, architectures = str(OLDER), (90,)
-    folder = tmp_path_factory.mktemp("products")
-    done = run_child(
-        "-m", "triton_kernels.products_compile", str(folder), *map(str, architectures), BEFORE=before,
-        TRITON_CACHE_DIR=triton_cache,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    def make() -> Path:
+        folder = tmp_path_factory.mktemp("products")
+        done = run_child(
+            "-m", "triton_kernels.products_compile", str(folder), *map(str, architectures), BEFORE=before,
+            TRITON_CACHE_DIR=triton_cache,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return folder
+
+    folder = make_once(shared_folder, f"products-{request.param}", make)
     report = json.loads((folder / "report.json").read_text())
     assert {k["architecture"] for k in report["kernels"]} == set(architectures)
     return folder, report
