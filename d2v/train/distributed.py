@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from d2v.config import Run
 from d2v.folder import LOST
 from d2v.runtime import choose_device
+from d2v.train.ranks.reduction import RoundedReduce, RoundedReduceScatter
 
 _T = TypeVar("_T")
 _POLL_SECONDS = 0.05
@@ -237,14 +238,16 @@ def parallelise(
     Args:
         model: equal on all ranks; sharded in place by `run.parallel` "fsdp".
         blocks: its transformer blocks, of student and teacher alike: the units that are compiled and sharded.
-        run: parallel, shard_ranks, compile, compile_scope.
+        run: parallel, shard_ranks, reduce_precision, compile, compile_scope, compile_cache.
         ranks: the ranks.
         may_skip: some trained parameters may take no part in an update.
 
     Raises:
-        ValueError: a number of ranks that does not fit.
+        ValueError: a number of ranks that does not fit; a folder for compiled code that others can write.
     """
     if run.compile:
+        if run.compile_cache is not None:
+            keep_compiled(Path(run.compile_cache))
         for part in blocks if run.compile_scope == "blocks" else [model]:
             part.compile()
     if not ranks.is_parallel:
@@ -253,7 +256,11 @@ def parallelise(
         # Without device_ids the inputs stay where they are: lengths and masks are read on the host. Buffers are fixed
         # positions, equal from the beginning.
         options: dict[str, Any] = {_SYNC_BUFFERS: False, "find_unused_parameters": may_skip}
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+        if run.reduce_precision == "bf16" and not run.digest_every:  # which has a hook of its own
+            reduce = make_reduction(run, ranks)
+            network.register_comm_hook(None, lambda _, bucket: reduce(bucket.buffer()))
+        return network
     shards = run.shard_ranks or ranks.size
     if ranks.size % shards:
         raise ValueError(f"run.shard_ranks: expected a divisor of the {ranks.size} ranks, got {shards}")
@@ -266,11 +273,42 @@ def parallelise(
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     sharded = fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    if run.reduce_precision == "bf16":
+        for part in (part for part in model.modules() if isinstance(part, FSDPModule)):
+            part.set_custom_reduce_scatter(RoundedReduceScatter())  # type: ignore[arg-type]
     trained = [b for b in blocks if isinstance(b, FSDPModule) and any(p.requires_grad for p in b.parameters())]
     if 0 < len(trained) < len(blocks):
         # By itself the backward pass begins with gathering what ran last: a block of the teacher, which has none.
         sharded.set_modules_to_backward_prefetch([trained[-1]])
     return model
+
+
+def keep_compiled(folder: Path) -> None:
+    """Has this process keep compiled code in a folder, and take it from there.
+
+    `ValueError` where somebody else could have written it: it is executed.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        owner = f"of user {status.st_uid} with mode {status.st_mode & 0o777:o}"
+        raise ValueError(
+            f"run.compile_cache: expected a folder of your own that nobody else can write, as its code is executed, "
+            f"got {str(folder)!r} {owner}"
+        )
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.absolute())
+
+
+def make_reduction(run: Run, ranks: Ranks) -> Callable[[Tensor], torch.futures.Future[Tensor]]:
+    """What begins the mean of a flat float32 tensor over the ranks, in place: for a hook of DistributedDataParallel."""
+    if run.reduce_precision == "bf16" and ranks.size > 1:
+        return RoundedReduce(ranks.device, datetime.timedelta(seconds=run.timeout))
+
+    def reduce(buffer: Tensor) -> torch.futures.Future[Tensor]:
+        future: torch.futures.Future[Any] = all_reduce(buffer.mul_(1.0 / ranks.size), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    return reduce
 
 
 def accumulating(network: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:

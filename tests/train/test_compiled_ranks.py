@@ -17,6 +17,7 @@ from soak.jobs import find_port, largest_difference, losses, rank_environment
 
 from d2v.cli import main
 from d2v.model.data2vec import Data2Vec
+from d2v.train.distributed import keep_compiled
 
 from .conftest import tiny_options
 
@@ -59,3 +60,29 @@ def test_two_ranks_compiled_have_the_losses_of_one(
         processes.spawn(run_rank, (2, find_port(), options, str(tmp_path / "graphs")), nprocs=2)
     assert largest_difference(losses(run), losses(eager)) < 1e-6
     assert 1 <= int((tmp_path / "graphs.0").read_text()) <= most
+
+
+def start_once(number: int, options: list[str], log: str) -> None:
+    """`d2v`, compiled to machine code; keeps how many graphs' code was there and how many was not."""
+    assert main(options) == 0
+    counters = torch._dynamo.utils.counters["inductor"]
+    Path(log).write_text(f"{counters['fxgraph_cache_hit']} {counters['fxgraph_cache_miss']}", encoding="utf-8")
+
+
+@pytest.mark.long
+def test_a_later_start_takes_compiled_code_from_the_folder(images: Path, tmp_path: Path) -> None:
+    counts = []
+    for number in range(2):
+        base = ["pretrain", "vision-tiny", *tiny_options(), "--data.path", str(images), "--run.steps", "1", *NETWORK]
+        options = [*base, "--run.dir", str(tmp_path / f"run-{number}"), "--run.compile-cache", str(tmp_path / "code")]
+        processes.spawn(start_once, (options, str(tmp_path / "counts")), nprocs=1)
+        counts.append([int(word) for word in (tmp_path / "counts").read_text().split()])
+    assert (tmp_path / "code").stat().st_mode & 0o077 == 0
+    (_, made), (found, missing) = counts
+    assert made > 0 and found >= made and missing == 0
+
+
+def test_a_folder_for_code_that_others_can_write_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o770)
+    with pytest.raises(ValueError, match=r"run\.compile_cache: expected a folder of your own .* with mode 770"):
+        keep_compiled(tmp_path)
