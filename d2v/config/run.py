@@ -210,9 +210,8 @@ class Run:
     graph, in pre-training from the stem to the loss with the teacher in it: quicker where the calls between the blocks
     count, and slower to compile; without layer drop and fsdp."""
     compile_cache: str | None = setting(None, free=True, rare=True, outside=True)
-    """With compile: folder for compiled code, which the ranks of a node share and later starts take up; unset: PyTorch's
-    in the node's /tmp. Its code is executed: nobody else may be able to write there, and it counts only where it is
-    given in the call."""
+    """With compile: folder for compiled code, which ranks of a node share and later starts take up; unset: PyTorch's
+    in the node's /tmp. Its code is executed: nobody else may be able to write there, and only the call can give it."""
     convolution: Literal["auto", "library", "fused"] = setting("auto", free=True, rare=True)
     """Grouped convolutions of decoder and speech positions. library: PyTorch's (cuDNN, oneDNN), then norm, GELU and
     residual; fused: all in one operator, Triton's on GPUs, which is not measured there yet; auto: fused on CPUs in
