@@ -187,6 +187,12 @@ class Run:
     """Metric, for example valid_loss, whose best checkpoint is kept for good, too; unset: none."""
     best: Literal["lowest", "highest"] = setting("lowest", free=True, rare=True)
     """Which value of keep_best is the best."""
+    local_checkpoint: str | None = setting(None, free=True, rare=True, outside=True)
+    """Folder on each node's own memory or disk (/dev/shm, NVMe) for checkpoints between those of the run folder: the
+    newest two, from which a restart on the same nodes goes on where they are newer. Removed when the run ends or saves
+    on a signal. Counts only where it is given in the call."""
+    local_every: int = setting(100, low=1, free=True, rare=True)
+    """Updates between checkpoints in local_checkpoint."""
     async_checkpoint: bool = setting(True, free=True, rare=True)
     """Write checkpoints from a copy in memory while the training goes on."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

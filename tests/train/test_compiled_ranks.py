@@ -1,6 +1,6 @@
 """Compiled blocks and one compiled graph on two ranks: the losses of one eager rank, with few graphs.
 
-Without code generation; `make soak` has the same with it.
+Without code generation but for one endurance test.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ COMPILED = ["--run.compile", "--run.threads", "1"]
 NETWORK = [*COMPILED, "--run.compile-scope", "network"]
 
 
-def run_rank(rank: int, ranks: int, port: int, options: list[str], log: str) -> None:
-    """`d2v` on one rank, compiled as far as the graphs of forward and backward."""
+def run_rank(rank: int, ranks: int, port: int, options: list[str], log: str, backend: str = "aot_eager") -> None:
+    """`d2v` on one rank, by default compiled as far as the graphs of forward and backward."""
     if ranks > 1:
         os.environ |= rank_environment(rank, ranks, port)
     for owner in (Data2Vec, torch.nn.Module):
-        owner.compile = functools.partialmethod(owner.compile, backend="aot_eager")  # type: ignore[method-assign, assignment]
+        owner.compile = functools.partialmethod(owner.compile, backend=backend)  # type: ignore[method-assign, assignment]
     assert main(options) == 0
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     Path(f"{log}.{rank}").write_text(str(graphs), encoding="utf-8")
@@ -60,6 +60,19 @@ def test_two_ranks_compiled_have_the_losses_of_one(
         processes.spawn(run_rank, (2, find_port(), options, str(tmp_path / "graphs")), nprocs=2)
     assert largest_difference(losses(run), losses(eager)) < 1e-6
     assert 1 <= int((tmp_path / "graphs.0").read_text()) <= most
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("form", [NETWORK, [*COMPILED, "--run.parallel", "fsdp"]], ids=["network", "sharded"])
+def test_four_ranks_of_generated_code_have_the_losses_of_one(form: list[str], images: Path, tmp_path: Path) -> None:
+    base = ["pretrain", "vision-tiny", *tiny_options(), *NO_DROPOUT, "--data.path", str(images), "--run.log-every", "1"]
+    base += ["--data.micro-batch", "1", "--run.steps", "30", "--encoder.depth", "1", "--target.top-k", "1"]
+    eager, run, log = tmp_path / "eager", tmp_path / "run", str(tmp_path / "graphs")
+    assert main([*base, "--run.dir", str(eager)]) == 0
+    processes.spawn(run_rank, (4, find_port(), [*base, *form, "--run.dir", str(run)], log, "inductor"), nprocs=4)
+    difference = largest_difference(losses(run), losses(eager))
+    print(f"largest relative difference of a loss: {difference:.2g}")
+    assert difference < 1e-5
 
 
 def start_once(number: int, options: list[str], log: str) -> None:
