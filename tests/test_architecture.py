@@ -60,7 +60,7 @@ UNDER_DIST = re.compile(
 )
 COLLECTIVES = {
     "d2v/train/distributed.py": ["dist.all_gather_object", "dist.all_reduce", "dist.barrier", "dist.barrier"],
-    "d2v/train/ranks/reduction.py": ["dist.all_gather_into_tensor", "dist.all_to_all_single"],
+    "d2v/train/ranks/reduction.py": ["dist.all_gather", "dist.all_to_all_single"],
     "d2v/train/optim.py": ["norm.full_tensor"],  # of one number
 }
 

@@ -65,7 +65,7 @@ class RoundedReduce:
         padded = torch.nn.functional.pad(buffer, (0, -count % size))
         own = (reduce_pieces(padded, self._group) / size).bfloat16()
         whole = own.new_empty(size * own.numel())
-        dist.all_gather_into_tensor(whole, own, group=self._group)
+        dist.all_gather(list(whole.chunk(size)), own, group=self._group)
         return buffer.copy_(whole[:count])
 
 
