@@ -114,7 +114,11 @@ def read_trace(events: Sequence[Event], parameters: int, ranks: int, updates: in
     """Of one update: buckets, megabytes reduced and their share of 4 bytes a parameter, megabytes that a rank sends,
     milliseconds of communication, and the share of those that lies before the last gradient is computed."""
     spans = sorted(_interval(e) for e in events if e.get("name") == "d2v/backward")
-    computed = [_interval(e) for e in events if str(e.get("name")).startswith("autograd::engine::evaluate_function")]
+    # Without the hooks of AccumulateGrad, which begin the reductions.
+    computed = [
+        _interval(e) for e in events
+        if str(e.get("name")).startswith("autograd::engine::evaluate_function") and "Accumulate" not in e["name"]
+    ]  # fmt: skip
     # A backward pass ends with its last gradient, not when it returns: it waits for the reductions.
     backwards = [(a, max(end for start, end in computed if a <= start <= b)) for a, b in spans]
     sent, reduced, buckets, total, hidden = 0.0, 0, 0, 0.0, 0.0

@@ -27,6 +27,7 @@ def event(name: str, start: float, end: float, kind: str = "float", size: int = 
 def test_what_lies_behind_the_last_gradient_is_not_hidden() -> None:
     events = [
         event("d2v/backward", 0, 100), event("autograd::engine::evaluate_function: X", 10, 60),
+        event("autograd::engine::evaluate_function: torch::autograd::AccumulateGrad", 60, 95),
         event("gloo:all_reduce", 20, 40), event("gloo:all_reduce", 50, 90), event("gloo:all_reduce", 95, 99, size=1),
         event("gloo:all_reduce", 95, 99, "long int"), event("c10d::allreduce_", 0, 100),
     ]  # fmt: skip

@@ -73,7 +73,7 @@ def many_ranks(
     more = ["--data.micro-batch", "1", *NO_DROPOUT, "--run.keep-checkpoints", "9", "--optim.clip", "1"]
 
     def command(name: str, kind: str = "ddp") -> list[str]:
-        every, batch = [*more, *MANY[kind]], max(counts)
+        every, batch = [*more, *MANY[kind]], fewer * max(counts)
         return options("vision", data, folder / name, steps, *every, every=half, batch=batch, small=True)
 
     run_all([command("1")], 1, folder / "logs")
