@@ -64,7 +64,7 @@ COLLECTIVES = {
         "dist.all_reduce",
         "dist.barrier",
         "part.set_custom_reduce_scatter",
-    ],  # fmt: skip
+    ],
     "d2v/train/ranks/heartbeat.py": ["dist.barrier"],
     "d2v/train/ranks/reduction.py": ["dist.all_gather", "dist.all_to_all_single"],
     "d2v/train/optim.py": ["norm.full_tensor"],  # of one number
