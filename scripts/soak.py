@@ -55,6 +55,7 @@ def experiments() -> dict[str, tuple[Experiment, bool]]:
     for modality in ("vision", "speech", "text"):
         found[f"equality: two ranks as one, 30 updates, {modality}-tiny"] = compare(modality), False
     found["resharding: 2 ranks to 1 and 4, ddp and fsdp"] = equality.reshard, False
+    found["8 and 16 ranks as one, 8 to 3; ddp, fsdp, hybrid"] = equality.many_ranks, False
     for modality in ("vision", "text"):
         found[f"pickle bomb in every file, {modality}"] = (lambda f, m=modality: bombs.plant_everywhere(f, m)), False
     for part in range(5):
@@ -94,6 +95,7 @@ def experiments() -> dict[str, tuple[Experiment, bool]]:
     found["kill -9, 20 times, 2 ranks, ddp"] = kill(2, "ddp", seed=3), False
     found["kill -9, 20 times, 2 ranks, fsdp"] = kill(2, "fsdp", seed=4), False
     found["kill -9 of a rank, 20 times under one torchrun --max-restarts"] = kills.restart_by_launcher, False
+    found["kill -9 of a rank, 5 times, from local checkpoints"] = kills.restart_from_local, False
     for number, modality in enumerate(("speech", "text")):
         bf16 = ("--run.precision", "bf16")
         name = f"kill -9, 20 times, 2 ranks, ddp, {modality}, bf16"

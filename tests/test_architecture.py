@@ -63,9 +63,11 @@ COLLECTIVES = {
         "dist.all_gather_object",
         "dist.all_reduce",
         "dist.barrier",
-        "dist.barrier",
         "dist.broadcast_object_list",
+        "part.set_custom_reduce_scatter",
     ],
+    "d2v/train/ranks/heartbeat.py": ["dist.barrier"],
+    "d2v/train/ranks/reduction.py": ["dist.all_gather", "dist.all_to_all_single"],
     "d2v/train/optim.py": ["norm.full_tensor"],  # of one number
 }
 

@@ -112,7 +112,7 @@ def forget_places(config: Any) -> Any:
     return replace_fields(config, found)
 
 
-OF_CALLS = ("data.allow_commands", "data.cache", "target.cache")
+OF_CALLS = ("data.allow_commands", "data.cache", "target.cache", "run.compile_cache", "run.local_checkpoint")
 """Settings that choose where to write or run something: with run.dir never taken from a file."""
 
 

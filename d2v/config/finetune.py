@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from d2v.config.fields import check_ranges, forget_places, require, setting
+from d2v.config.fields import check_ranges, forget_places, setting
 from d2v.config.model import Config
 from d2v.files import parse_json
 
@@ -168,7 +168,6 @@ class FineTuneConfig(Config):
     def __post_init__(self) -> None:
         check_ranges(self.finetune.options, "task")
         super().__post_init__()
-        require(self.run.compile_scope == "blocks", "run.compile_scope", "blocks in fine-tuning", self)
 
     @staticmethod
     def of(config: Config, **changes: Any) -> FineTuneConfig:

@@ -463,6 +463,7 @@ RULES: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     # The scaler of the loss would have to agree over the shards of each gradient.
     ("run.precision", "fp32 or bf16 with fsdp", lambda c: c.run.parallel == "ddp" or c.run.precision != "fp16"),
     ("run.compile_scope", "blocks without run.compile", lambda c: c.run.compile_scope == "blocks" or c.run.compile),
+    ("run.compile_cache", "nothing without run.compile", lambda c: c.run.compile_cache is None or c.run.compile),
     # Sharded blocks gather their weights one by one.
     ("run.compile_scope", "blocks with fsdp", lambda c: c.run.compile_scope == "blocks" or c.run.parallel == "ddp"),
     ("run.teacher_graph", "False with fsdp or run.compile",

@@ -191,11 +191,20 @@ class Run:
     """Metric, for example valid_loss, whose best checkpoint is kept for good, too; unset: none."""
     best: Literal["lowest", "highest"] = setting("lowest", free=True, rare=True)
     """Which value of keep_best is the best."""
+    local_checkpoint: str | None = setting(None, free=True, rare=True, outside=True)
+    """Folder on each node's own memory or disk (/dev/shm, NVMe) for checkpoints between those of the run folder: the
+    newest two, from which a restart on the same nodes goes on where they are newer. Removed when the run ends or saves
+    on a signal. Counts only where it is given in the call."""
+    local_every: int = setting(100, low=1, free=True, rare=True)
+    """Updates between checkpoints in local_checkpoint."""
     async_checkpoint: bool = setting(True, free=True, rare=True)
     """Write checkpoints from a copy in memory while the training goes on."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16: matrix products under autocast, fp32 master weights; fp16: the same with a scaled loss; an update whose
     gradients overflow changes neither weights nor teacher."""
+    reduce_precision: Literal["fp32", "bf16"] = setting("fp32", rare=True)
+    """What gradients are rounded to on their way between ranks: bf16 sends half the bytes; sums are float32 with
+    either."""
     parallel: Literal["ddp", "fsdp"] = setting("ddp", free=True)
     """Under torchrun. ddp: every rank has the whole model (DistributedDataParallel); fsdp: weights, gradients, Adam's
     moments and teacher are split over the ranks (fully_shard)."""
@@ -206,10 +215,13 @@ class Run:
     """Seconds of silence after which a rank counts as lost and the others stop, naming it."""
     compile: bool = setting(False, free=True)
     """torch.compile the model; compile_scope says how much of it."""
-    compile_scope: Literal["blocks", "network"] = setting("blocks", only="pretrain", free=True, rare=True)
-    """With compile. blocks: each transformer block of student and teacher. network: all of a pre-training forward as
-    one graph, from the stem to the loss with the teacher in it: quicker where the calls between the blocks count, and
-    slower to compile; in one process, without layer drop."""
+    compile_scope: Literal["blocks", "network"] = setting("blocks", free=True, rare=True)
+    """With compile. blocks: each transformer block of student and teacher. network: all of a training forward as one
+    graph, in pre-training from the stem to the loss with the teacher in it: quicker where the calls between the blocks
+    count, and slower to compile; without layer drop and fsdp."""
+    compile_cache: str | None = setting(None, free=True, rare=True, outside=True)
+    """With compile: folder for compiled code, which ranks of a node share and later starts take up; unset: PyTorch's
+    in the node's /tmp. Its code is executed: nobody else may be able to write there, and only the call can give it."""
     convolution: Literal["auto", "library", "fused"] = setting("auto", free=True, rare=True)
     """Grouped convolutions of decoder and speech positions. library: PyTorch's (cuDNN, oneDNN), then norm, GELU and
     residual; fused: all in one operator, Triton's on GPUs, which is not measured there yet; auto: fused on CPUs in

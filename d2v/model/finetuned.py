@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class FineTuned(nn.Module):
         if len(labels) != head.settings.outputs:
             raise ValueError(f"labels: expected {head.settings.outputs}, one for each output, got {len(labels)}")
         self.encoder, self.head, self.labels = encoder, head, tuple(labels)
+        self.compiled: Callable[..., Tensor] | None = None
         if head.settings.kind == "pooled" and head.settings.norm_eps is not None:
             encoder.blocks.norm = None
 
@@ -73,7 +75,20 @@ class FineTuned(nn.Module):
             ValueError, TypeError: inputs or lengths that do not fit.
         """
         stem = self.encoder.stem
-        (tokens, lengths), inputs = stem.measure(inputs, lengths), stem.mark(inputs, lengths)
+        (tokens, valid), inputs = stem.measure(inputs, lengths), stem.mark(inputs, lengths)
+        if mask is not None and noise_keys is None and self.encoder.mask_token is None:
+            # In front of the graph: a compiler draws other numbers.
+            noise_keys = torch.randint(-(2**63), 2**63 - 1, (len(inputs),), device=inputs.device)
+        if self.compiled is None or not self.training:
+            return self._compute(inputs, tokens, valid, mask, channels, noise_keys)
+        return self.compiled(self, inputs, tokens, valid, mask, channels, noise_keys)
+
+    def _compute(
+        self, inputs: Tensor, tokens: int, lengths: Tensor | None, mask: Tensor | None, channels: Tensor | None,
+        noise_keys: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """What `forward` does once everything that the host decides is decided; lengths: of tokens."""
+        stem = self.encoder.stem
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             x = self._hide(stem(inputs, lengths), mask, channels, noise_keys)
             x = self.encoder.run_encoder(x, lengths)
@@ -86,6 +101,13 @@ class FineTuned(nn.Module):
         if mask is not None:
             x = self.encoder.hide_tokens(x, mask, keys)
         return x if channels is None else x.masked_fill(channels[:, None], 0.0)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """From here on a training forward is one graph, as that of `Data2Vec.compile`."""
+        self.compiled = torch.compile(FineTuned._compute, *args, fullgraph=True, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "compiled": None}
 
     @property
     def saved_config(self) -> FineTuneConfig:

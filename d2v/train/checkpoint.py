@@ -57,6 +57,8 @@ from d2v.train.logging import MetricWindow
 from d2v.train.optim import PREFIX, make_state, optimiser_tensors
 
 _RANK_SEEDS, _UPDATE_SEEDS = 0x9E3779B97F4A7C15, 0x9E3779B1
+LOCAL_KEPT = 2
+"""Checkpoints of `run.local_checkpoint`."""
 _FLAT = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 # One process is no mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -217,8 +219,10 @@ def check_state(state: Mapping[str, Any], checkpoint: Path) -> None:
 class Saver:
     """Writes the checkpoints of a run, one at a time, beside the training where `run.async_checkpoint` is on."""
 
-    def __init__(self, folder: Path, ranks: Ranks, run: Run) -> None:
-        self.folder, self.ranks, self.run = folder, ranks, run
+    def __init__(self, folder: Path, ranks: Ranks, run: Run, *, local: bool = False) -> None:
+        """local: each node writes to a folder of its own, of which the newest two are kept."""
+        self.folder, self.ranks, self.run, self.local = folder, ranks, run, local
+        self._group = ranks.node if local else ranks.storage
         self._own: set[int] = set()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "d2v-checkpoint")
         self._pending: concurrent.futures.Future[Any] | None = None
@@ -242,7 +246,7 @@ class Saver:
         staged = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
         self._pending = self._thread.submit(
             dcp.save, staged, storage_writer=SafetensorsWriter(final, self.ranks.rank, texts, self._prune),
-            planner=DefaultSavePlanner(**_FLAT), process_group=self.ranks.storage, no_dist=not self.ranks.is_parallel,
+            planner=DefaultSavePlanner(**_FLAT), process_group=self._group, no_dist=not self.ranks.is_parallel,
         )  # fmt: skip
         if not self.run.async_checkpoint:
             self.wait()
@@ -269,10 +273,10 @@ class Saver:
     def _prune(self) -> None:
         """Removes what the rules of `run` do not keep."""
         found = list_checkpoints(self.folder)
-        kept = set(found[-self.run.keep_checkpoints :])
-        if self.run.keep_every is not None:
+        kept = set(found[-(LOCAL_KEPT if self.local else self.run.keep_checkpoints) :])
+        if self.run.keep_every is not None and not self.local:
             kept |= {c for c in found if step_of(c) % self.run.keep_every == 0}
-        if self.run.keep_best is not None and (best := find_best(found, self.run)):
+        if self.run.keep_best is not None and not self.local and (best := find_best(found, self.run)):
             kept.add(best)
         for old in (c for c in found if c not in kept):
             # Renamed first: a kill in the middle never leaves half a checkpoint under a valid name.

@@ -20,7 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.parallel import DistributedDataParallel
 
 from d2v.config import Run
-from d2v.train.distributed import Ranks, all_reduce
+from d2v.train.distributed import Ranks, make_reduction
 
 _BASE, _MODULUS = 0x9E3779B97F4A7C15, 1 << 64
 _CHUNK = 1 << 20
@@ -80,6 +80,7 @@ class Digests:
         self._gradients: _Sums | None = None
         if isinstance(network, DistributedDataParallel):
             # It does not take a function whose annotations are text.
+            self._begin = make_reduction(run, ranks)
             network.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
             self._places = {id(parameter): place for place, parameter in enumerate(network.parameters())}
 
@@ -88,13 +89,11 @@ class Digests:
         self._gradients = _Sums() if due else None
 
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """The mean of gradients over the ranks, as DistributedDataParallel computes it by itself."""
+        """The mean of gradients over the ranks, as without digests."""
         if self._gradients is not None:
             for parameter, value in zip(bucket.parameters(), bucket.gradients(), strict=True):
                 self._gradients.add(str(self._places[id(parameter)]), value)
-        buffer = bucket.buffer().mul_(1.0 / dist.get_world_size())
-        reduced: torch.futures.Future[Any] = all_reduce(buffer, async_op=True).get_future()
-        return reduced.then(lambda done: done.value()[0])
+        return self._begin(bucket.buffer())
 
     def collect(self, update: int, model: nn.Module) -> tuple[dict[str, Any], str | None]:
         """A line of `digests.jsonl`, and in words which ranks hold other weights than most; every rank calls.

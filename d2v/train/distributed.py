@@ -1,5 +1,4 @@
-"""The ranks of a run: who they are, what they tell each other outside the training step, how they share a model, and
-how they notice that one is gone."""
+"""The ranks of a run: who they are, what they tell each other outside the training step, how they share a model."""
 
 from __future__ import annotations
 
@@ -8,16 +7,11 @@ import datetime
 import inspect
 import itertools
 import os
-import signal
-import socket
-import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -28,14 +22,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from d2v.config import Run
-from d2v.folder import LOST
 from d2v.runtime import choose_device
+from d2v.train.ranks.heartbeat import Heartbeat
+from d2v.train.ranks.reduction import RoundedReduce, RoundedReduceScatter
 
 _T = TypeVar("_T")
 _POLL_SECONDS = 0.05
-EXIT_LOST = 76
-"""Exit code of a rank that lost another one."""
-_DONE = "done"
 # The option's name changed in torch 2.13.
 _SYNC_BUFFERS = next(
     name
@@ -57,6 +49,8 @@ class Ranks:
     """Gloo: messages between hosts' memories, so that no GPU is waited for."""
     storage: dist.ProcessGroup | None = None
     """Gloo, for checkpoints alone, which are written beside the training."""
+    node: dist.ProcessGroup | None = None
+    """Gloo, of the ranks of this node, for checkpoints of its own; only with `run.local_checkpoint`."""
     store: dist.Store | None = None
     """The job's key-value store."""
     turns: Iterator[int] = field(default_factory=itertools.count)
@@ -222,11 +216,27 @@ def open_ranks(run: Run) -> Iterator[Ranks]:
         control, storage = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
         store: Any = dist.distributed_c10d._get_default_store()
         with Heartbeat(rank, size, store, run) if size > 1 else contextlib.nullcontext():
-            yield Ranks(
-                device, rank, size, control, storage, dist.PrefixStore("d2v-world", store) if size > 1 else None
-            )
+            world = dist.PrefixStore("d2v-world", store) if size > 1 else None
+            ranks = Ranks(device, rank, size, control, storage, store=world)
+            yield replace(ranks, node=make_node_group(run, ranks)) if run.local_checkpoint is not None else ranks
     finally:
         dist.destroy_process_group()
+
+
+def make_node_group(run: Run, ranks: Ranks) -> dist.ProcessGroup:
+    """The ranks of this node; `ValueError` where a node holds no whole model."""
+    own = os.environ.get("GROUP_RANK", "0")  # torchrun's number of the node
+    places = ranks.gather(own)
+    nodes = [[r for r, place in enumerate(places) if place == one] for one in dict.fromkeys(places)]
+    shards = (run.shard_ranks or ranks.size) if run.parallel == "fsdp" else 1
+    if any(node[0] % shards or len(node) % shards for node in nodes):
+        raise ValueError(
+            f"run.local_checkpoint: expected a whole model on every node, by ddp or run.shard_ranks that divide the "
+            f"{len(nodes[0])} ranks of a node, got one that is split over {shards} ranks"
+        )
+    timeout = datetime.timedelta(seconds=run.timeout)
+    groups = [dist.new_group(node, backend="gloo", timeout=timeout) for node in nodes]
+    return next(group for node, group in zip(nodes, groups, strict=True) if ranks.rank in node)
 
 
 # ---- one model on many ranks: DistributedDataParallel or fully sharded ---------------------------------------------
@@ -240,14 +250,16 @@ def parallelise(
     Args:
         model: equal on all ranks; sharded in place by `run.parallel` "fsdp".
         blocks: its transformer blocks, of student and teacher alike: the units that are compiled and sharded.
-        run: parallel, shard_ranks, compile, compile_scope.
+        run: parallel, shard_ranks, reduce_precision, compile, compile_scope, compile_cache.
         ranks: the ranks.
         may_skip: some trained parameters may take no part in an update.
 
     Raises:
-        ValueError: a number of ranks that does not fit.
+        ValueError: a number of ranks that does not fit; a folder for compiled code that others can write.
     """
     if run.compile:
+        if run.compile_cache is not None:
+            keep_compiled(Path(run.compile_cache))
         for part in blocks if run.compile_scope == "blocks" else [model]:
             part.compile()
     if not ranks.is_parallel:
@@ -256,7 +268,11 @@ def parallelise(
         # Without device_ids the inputs stay where they are: lengths and masks are read on the host. Buffers are fixed
         # positions, equal from the beginning.
         options: dict[str, Any] = {_SYNC_BUFFERS: False, "find_unused_parameters": may_skip}
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+        if run.reduce_precision == "bf16" and not run.digest_every:  # which has a hook of its own
+            reduce = make_reduction(run, ranks)
+            network.register_comm_hook(None, lambda _, bucket: reduce(bucket.buffer()))
+        return network
     shards = run.shard_ranks or ranks.size
     if ranks.size % shards:
         raise ValueError(f"run.shard_ranks: expected a divisor of the {ranks.size} ranks, got {shards}")
@@ -269,11 +285,42 @@ def parallelise(
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     sharded = fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    if run.reduce_precision == "bf16":
+        for part in (part for part in model.modules() if isinstance(part, FSDPModule)):
+            part.set_custom_reduce_scatter(RoundedReduceScatter())  # type: ignore[arg-type]
     trained = [b for b in blocks if isinstance(b, FSDPModule) and any(p.requires_grad for p in b.parameters())]
     if 0 < len(trained) < len(blocks):
         # By itself the backward pass begins with gathering what ran last: a block of the teacher, which has none.
         sharded.set_modules_to_backward_prefetch([trained[-1]])
     return model
+
+
+def keep_compiled(folder: Path) -> None:
+    """Has this process keep compiled code in a folder, and take it from there.
+
+    `ValueError` where somebody else could have written it: it is executed.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        owner = f"of user {status.st_uid} with mode {status.st_mode & 0o777:o}"
+        raise ValueError(
+            f"run.compile_cache: expected a folder of your own that nobody else can write, as its code is executed, "
+            f"got {str(folder)!r} {owner}"
+        )
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.absolute())
+
+
+def make_reduction(run: Run, ranks: Ranks) -> Callable[[Tensor], torch.futures.Future[Tensor]]:
+    """What begins the mean of a flat float32 tensor over the ranks, in place: for a hook of DistributedDataParallel."""
+    if run.reduce_precision == "bf16" and ranks.size > 1:
+        return RoundedReduce(ranks.device, datetime.timedelta(seconds=run.timeout))
+
+    def reduce(buffer: Tensor) -> torch.futures.Future[Tensor]:
+        future: torch.futures.Future[Any] = all_reduce(buffer.mul_(1.0 / ranks.size), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    return reduce
 
 
 def accumulating(network: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -298,99 +345,3 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.reshard()
-
-
-# ---- signs of life --------------------------------------------------------------------------------------------------
-
-
-class Heartbeat:
-    """Ranks that tell each other they are alive, so that a dead or unreachable one is named and nobody waits for ever.
-
-    A collective with a dead peer fails with an address, or hangs. Here every rank counts up a number in the job's
-    key-value store, from a thread of its own while the `with` block runs, and watches the numbers of the others; one
-    that stays silent for `timeout` seconds counts as lost and ends the process.
-    """
-
-    def __init__(self, rank: int, size: int, store: Any, run: Run) -> None:
-        """rank, size: of the run; store: of the job; run: timeout and folder, which gets `LOST`."""
-        self.rank, self.timeout, self.folder = rank, run.timeout, Path(run.dir) if run.dir else None
-        self.interval = min(2.0, run.timeout / 10)
-        self._store = dist.PrefixStore("d2v-heartbeat", store.clone() if hasattr(store, "clone") else store)
-        self._set("name", f"rank {rank} on {socket.gethostname()}")
-        self._set("beat", "0")
-        dist.barrier()
-        peers = [r for r in range(size) if r != rank]
-        self.names = {r: self._store.get(f"name-{r}").decode() for r in peers}
-        self._beats = dict.fromkeys(peers, b"0")
-        self._store_seen = time.monotonic()
-        self._seen = dict.fromkeys(peers, self._store_seen)
-        self._ended: dict[int, str] = {}
-        self._leaving = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="d2v-heartbeat", daemon=True)
-
-    def _set(self, kind: str, value: str) -> None:
-        self._store.set(f"{kind}-{self.rank}", value)
-
-    def __enter__(self) -> Heartbeat:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Tells the others how it ended; where it ended because another rank is gone, names that one and leaves."""
-        wanted = error is None or isinstance(error, (SystemExit, KeyboardInterrupt))
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if not wanted and threading.current_thread() is threading.main_thread():
-            # torchrun ends the others as soon as one is dead; this rank has something to say first.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not wanted and isinstance(error, (RuntimeError, dist.DistError)):
-            # A few missing beats are enough after a failure, and they are waited for.
-            end = time.monotonic() + 8 * self.interval
-            while time.monotonic() < end:
-                time.sleep(self.interval / 2)
-                self._leave_if_lost(4 * self.interval, f" at: {first_line}")
-        self._leaving.set()
-        self._thread.join()
-        with contextlib.suppress(RuntimeError):  # the store went first
-            self._set("ended", _DONE if wanted else f"{getattr(kind, '__name__', kind)}: {first_line}")
-
-    def _run(self) -> None:
-        for count in itertools.count(1):
-            if self._leaving.wait(self.interval):
-                return
-            with contextlib.suppress(RuntimeError):  # the store does not answer: its host is gone or cut off
-                self._set("beat", str(count))
-                self._look()
-                self._store_seen = time.monotonic()
-            self._leave_if_lost(self.timeout)
-
-    def _look(self) -> None:
-        now, peers = time.monotonic(), list(self._beats)
-        for rank, beat in zip(peers, self._store.multi_get([f"beat-{r}" for r in peers]), strict=True):
-            if beat != self._beats[rank]:
-                self._beats[rank], self._seen[rank] = beat, now
-            elif now - self._seen[rank] > 2 * self.interval and self._store.check([f"ended-{rank}"]):
-                self._ended[rank] = self._store.get(f"ended-{rank}").decode()
-
-    def _leave_if_lost(self, silence: float, where: str = "") -> None:
-        """Says who is gone and ends the process at once: other threads may wait for that rank, and would not let it."""
-        if (lost := self._describe_lost(silence)) and not self._leaving.is_set():
-            print(f"d2v: {lost}; this rank ({self.rank}) stops{where}", file=sys.stderr, flush=True)
-            if self.folder is not None and self.folder.is_dir():
-                with contextlib.suppress(OSError):
-                    (self.folder / LOST).write_text(lost, encoding="utf-8")
-            os._exit(EXIT_LOST)
-
-    def _describe_lost(self, silence: float) -> str | None:
-        """The ranks that are gone, in one sentence, or None."""
-        now = time.monotonic()
-        for rank, reason in list(self._ended.items()):
-            if reason != _DONE:
-                return f"{self.names[rank]} stopped with {reason}"
-        if (quiet := now - self._store_seen) > silence:
-            place = self.names.get(0, "this rank")
-            return f"the job's key-value store, beside {place}, has not answered for {quiet:.0f} s"
-        silent = [self.names[r] for r, seen in self._seen.items() if r not in self._ended and now - seen > silence]
-        if not silent:
-            return None
-        names = ", ".join(silent[:8]) + (" and others" if len(silent) > 8 else "")
-        return f"{names} {'has' if len(silent) == 1 else 'have'} died or cannot be reached"

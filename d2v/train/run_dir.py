@@ -38,6 +38,7 @@ from d2v.folder import (
 )
 from d2v.train.distributed import Ranks
 from d2v.train.optim import learning_rate_at
+from d2v.train.ranks.local import LocalCheckpoints
 
 EXIT_REQUEUE = 75
 """Exit code after SIGTERM and SIGUSR1 (EX_TEMPFAIL): the job was stopped from outside; started again, it goes on."""
@@ -69,17 +70,27 @@ class RunFolder:
             if found is not None:
                 read_index(found)  # compares checksums
                 self.changed = compare_configs(load_json(found / CONFIG), config, self.path, step_of(found))
-        self.resumed: Path | None = ranks.share(found)
+        self.newest: Path | None = ranks.share(found)
+        """Newest checkpoint in the folder."""
+        self.resumed = self.newest
+        """Where the run goes on: on each node a checkpoint of its own, where that is newer."""
+        self.local: LocalCheckpoints | None = None
+        if config.run.local_checkpoint is not None:
+            self.local = LocalCheckpoints(config.run.local_checkpoint, self.path, ranks)
+            if local := self.local.find(step_of(self.newest) if self.newest else 0):
+                self.resumed = local
+                with ranks.saying_once():
+                    self.changed = compare_configs(load_json(local / CONFIG), config, self.path, step_of(local))
 
     def begin(self, config: Any) -> None:
         """Rank 0, under the folder's lock: writes the configuration, removes what a killed run left half done.
 
         `ValueError` where another process has trained in the folder since it was looked at.
         """
-        if (now := latest_checkpoint(self.path)) != self.resumed:
+        if (now := latest_checkpoint(self.path)) != self.newest:
             raise ValueError(
                 f"run.dir: another process has trained in {str(self.path)!r} while this one started: its newest "
-                f"checkpoint is {now and now.name}, it was {self.resumed and self.resumed.name}; give the command again"
+                f"checkpoint is {now and now.name}, it was {self.newest and self.newest.name}; give the command again"
             )
         clean_folder(self.path / "checkpoints")
         for name in (REQUEUE, LOST):
@@ -112,7 +123,8 @@ class RunFolder:
 
     def describe_resume(self, state: Mapping[str, Any], config: Any, ranks: Ranks) -> None:
         """Says where the run goes on and what is different now."""
-        print(f"resuming {self.path} after update {state['step']} of {config.run.last}", file=sys.stderr)
+        where = f" from {self.resumed}" if self.resumed != self.newest else ""
+        print(f"resuming {self.path}{where} after update {state['step']} of {config.run.last}", file=sys.stderr)
         for text in self.changed:
             print(f"note: changed {text}", file=sys.stderr)
         for name, now in (("ranks", ranks.size), ("torch", torch.__version__)):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from d2v.data.dataset import Batch
 from d2v.data.loader import BadSamples
-from d2v.folder import latest_checkpoint
+from d2v.folder import latest_checkpoint, step_of
 from d2v.runtime import Profiler, memory_bytes, span
 from d2v.train.checkpoint import RunState, Saver
 from d2v.train.digests import Digests
@@ -44,6 +44,7 @@ class Trainer(RunState):
     folder: RunFolder
     """This and the next three belong to `run`."""
     saver: Saver
+    local_saver: Saver | None = None
     bad: BadSamples
     report: Report
 
@@ -140,15 +141,20 @@ class Trainer(RunState):
                     self._probe()
                 if self.is_due(run.log_every, self.update):
                     self._log(step, batches[0])
-                asked = stop_flag.exchange(_SAVE_FAILED if self.saver.failed else stop.signal)
+                failed = any(saver.failed for saver in self._savers())
+                asked = stop_flag.exchange(_SAVE_FAILED if failed else stop.signal)
                 if asked == _SAVE_FAILED:
-                    self.saver.wait()
+                    self._finish_saving()
                     raise RunStopped("a checkpoint could not be written on another rank")
                 if asked:
                     self._leave(asked)
                 if due:
-                    self._save()
-            self.saver.wait()
+                    self._save(self.saver)
+                elif self.local_saver is not None and self.is_due(run.local_every, self.update):
+                    self._save(self.local_saver)
+            self._finish_saving()
+        if folder.local is not None:
+            folder.local.remove()
         self.report.summarise(self.update, self.bad)
         self.ranks.wait()
 
@@ -160,6 +166,9 @@ class Trainer(RunState):
         run, first = self.config.run, self.ranks.is_first
         self.folder = folder
         self.saver = Saver(folder.path / "checkpoints", self.ranks, run)
+        if folder.local is not None:
+            folder.local.begin(folder.path, step_of(folder.resumed) if folder.resumed is not None else 0)
+            self.local_saver = Saver(folder.local.folder, self.ranks, run, local=True)
         file = folder.path / "bad_samples.jsonl" if first else None
         self.bad = BadSamples(self.source, self.config.data.bad_fraction, file)
         if folder.resumed is None:
@@ -242,7 +251,15 @@ class Trainer(RunState):
         with self.ranks.saying_once():
             raise RunStopped(f"training stopped at update {self.update}: {failure}; {held}")
 
-    def _save(self) -> None:
+    def _savers(self) -> list[Saver]:
+        return [self.saver, *([self.local_saver] if self.local_saver is not None else [])]
+
+    def _finish_saving(self) -> None:
+        """Until all checkpoints are written; raises where one cannot be."""
+        for saver in self._savers():
+            saver.wait()
+
+    def _save(self, saver: Saver) -> None:
         """A checkpoint, unless a value since the last line is not finite: a good one is never replaced by a broken
         one."""
         self.window.pause_clock()
@@ -250,15 +267,17 @@ class Trainer(RunState):
         self._stop_on(self.objective.find_failure({"step": 0, **means}, None))
         if self.ranks.size > 1:
             self._exchange_bad()
-        self.saver.save(self.update, self.tensors(), self.texts(self.bad.state()))
+        saver.save(self.update, self.tensors(), self.texts(self.bad.state()))
         self.report.write_counts(self.bad)
         self.window.resume_clock()
 
     def _leave(self, number: int) -> None:
         """Saves and ends the process after a signal."""
         if self.update:
-            self._save()
-            self.saver.wait()
+            self._save(self.saver)
+            self._finish_saving()
+            if self.folder.local is not None:
+                self.folder.local.remove()
         code = exit_code(number)
         if self.ranks.is_first:
             self.folder.mark_stopped(self.update, number, code)

@@ -57,6 +57,41 @@ def compare_ranks(
     return check(differences)
 
 
+MANY: dict[str, list[str]] = {
+    "ddp": [], "ddp bf16": ["--run.reduce-precision", "bf16"], "fsdp": ["--run.parallel", "fsdp"],
+    "hybrid": ["--run.parallel", "fsdp", "--run.shard-ranks", "4"],
+}  # fmt: skip
+
+
+def many_ranks(
+    folder: Path, counts: Sequence[int] = (8, 16), kinds: Sequence[str] = ("ddp", "fsdp", "hybrid"), *,
+    steps: int = 6, fewer: int = 3,
+) -> dict[str, float]:  # fmt: skip
+    """Losses of many ranks of a very small model against one rank; and of `fewer` ranks that go on from what the first
+    number of ranks saved half-way. Returns case -> largest relative difference."""
+    data, half, differences = make_data("vision", folder / "data"), steps // 2, {}
+    more = ["--data.micro-batch", "1", *NO_DROPOUT, "--run.keep-checkpoints", "9", "--optim.clip", "1"]
+
+    def command(name: str, kind: str = "ddp") -> list[str]:
+        every, batch = [*more, *MANY[kind]], fewer * max(counts)
+        return options("vision", data, folder / name, steps, *every, every=half, batch=batch, small=True)
+
+    run_all([command("1")], 1, folder / "logs")
+    expected = losses(folder / "1")
+    for count in counts:
+        run_all([command(f"{count}-{kind}", kind) for kind in kinds], count, folder / f"logs-{count}")
+        for kind in kinds:
+            differences[f"{kind} 1 to {count}"] = largest_difference(losses(folder / f"{count}-{kind}"), expected)
+    for kind in (kind for kind in kinds if kind != "hybrid"):
+        rewind(folder / f"{counts[0]}-{kind}", folder / f"fewer-{kind}", half)
+    resumed = [kind for kind in kinds if kind != "hybrid"]
+    run_all([command(f"fewer-{kind}", kind) for kind in resumed], fewer, folder / "logs-fewer")
+    for kind in resumed:
+        got = losses(folder / f"fewer-{kind}")
+        differences[f"{kind} {counts[0]} to {fewer}"] = largest_difference(got[half:], expected[half:])
+    return check(differences)
+
+
 def rewind(run: Path, to: Path, step: int) -> None:
     """Copies a finished run to a folder where its checkpoint `step` is the newest."""
     shutil.rmtree(to, ignore_errors=True)

@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+from d2v.folder import list_checkpoints, step_of
 from soak.cases import RANDOM, make_data, options
 from soak.jobs import Job, assert_same_weights, finish, finish_here, last_step, read_metrics, running, wait_until
 
@@ -116,16 +117,32 @@ def kill_first_starts(folder: Path, *, kills: int = 10, seed: int = 0, modality:
     return counts
 
 
+def restart_from_local(folder: Path, *, kills: int = 5, steps: int = 200) -> dict[str, int]:
+    """As `restart_by_launcher`, with checkpoints on the node's own disk alone, which go with the run's end."""
+    place = folder / "memory"
+    counts = restart_by_launcher(folder, kills=kills, steps=steps, every=steps, local=place)
+    said = (folder / "logs" / "restarted.log").read_text()
+    assert said.count(f"from {place}") == kills and not list(place.iterdir()), said[-2000:]
+    return counts
+
+
 def restart_by_launcher(
     folder: Path, *, kills: int = 20, steps: int = 400, every: int = 5, seed: int = 0, modality: str = "vision",
+    local: Path | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """kill -9 of one rank of two, `kills` times under one `torchrun --max-restarts`: nobody gives a command again, and
-    the job ends by itself with the bits of one that was left alone. Returns how often each rank was killed, and the
-    tensors compared."""
+    the job ends by itself with the bits of one that was left alone. local: `run.local_checkpoint`. Returns how
+    often each rank was killed, and the tensors compared."""
     data, rng = make_data(modality, folder / "data"), random.Random(seed)
+    more = [] if local is None else ["--run.local-checkpoint", str(local), "--run.local-every", "5"]
 
     def command(run: Path) -> list[str]:
-        return options(modality, data, run, steps, *RANDOM, every=every, small=True)
+        return options(modality, data, run, steps, *RANDOM, *more, every=every, small=True)
+
+    def saved() -> int:
+        if local is None:
+            return last_step(run)
+        return max([step_of(c) for inner in local.glob("*") for c in list_checkpoints(inner)], default=0)
 
     reference, run = folder / "uninterrupted", folder / "restarted"
     finish(command(reference), folder / "logs" / "uninterrupted.log", ranks=2)
@@ -133,10 +150,10 @@ def restart_by_launcher(
     launch = ("--standalone", f"--max-restarts={kills}")
     with running(command(run), folder / "logs" / "restarted.log", ranks=2, launch=launch) as job:
         for _ in range(kills):
-            before = last_step(run)
+            before = saved()
 
             def has_moved(before: int = before) -> bool:
-                return last_step(run) > before and len(job.trainers()) == 2
+                return saved() > before and len(job.trainers()) == 2
 
             wait_until(has_moved, job, "a checkpoint of the restarted job", 120)
             time.sleep(rng.uniform(0.0, 0.3))

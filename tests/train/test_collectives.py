@@ -1,10 +1,13 @@
-"""What ranks reduce, on two gloo ranks: dense tensors in float32 or wider, and a NaN of any rank stops the run."""
+"""What gloo ranks exchange: dense tensors in float32 or wider; a NaN stops the run, and a rank that hangs is named."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import socket
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from d2v.train.logging import MetricWindow
 from d2v.train.monitors import find_failure
 from d2v.train.optim import clip_gradients
 from d2v.train.pretraining import Pretraining, pretrain
+from d2v.train.ranks.heartbeat import EXIT_LOST
 
 
 def on_two_ranks(function: Callable[..., dict[str, Any]], folder: Path, *arguments: Any) -> list[dict[str, Any]]:
@@ -115,3 +119,35 @@ def test_nan_of_the_second_rank_stops_both(tmp_path: Path, make_config: Callable
     assert second["end"] == 1
     assert first["types"] == second["types"] == ["torch.float32"]
     assert not [*Path(config.run.dir, "checkpoints").glob("step-*")]
+
+
+def hang(rank: int, port: int, config: Config, folder: str) -> None:
+    """A run of three ranks whose rank 1 lives, but is busy with something else from the third update on."""
+    torch.set_num_threads(1)
+    os.environ |= rank_environment(rank, 3, port)
+    begin = Pretraining.begin_update
+
+    def stuck(self: Pretraining, update: int) -> None:
+        if rank == 1 and update == 3:
+            threading.Event().wait()
+        begin(self, update)
+
+    Pretraining.begin_update = stuck
+    with Path(folder, f"{rank}.log").open("w", encoding="utf-8") as sys.stderr:
+        pretrain(config)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
+def test_a_rank_that_hangs_is_named_by_the_others(
+    tmp_path: Path, make_config: Callable[..., Config], parallel: str
+) -> None:
+    config = make_config(run={"parallel": parallel, "timeout": 30.0, "steps": 20})
+    context = processes.spawn(hang, (find_port(), config, str(tmp_path)), nprocs=3, join=False)
+    for process in context.processes:
+        process.join(200)
+        process.kill()
+    assert [process.exitcode for process in context.processes] == [EXIT_LOST] * 3
+    said = [(tmp_path / f"{rank}.log").read_text().splitlines()[-1] for rank in range(3)]
+    for rank in (0, 2):
+        assert f"rank 1 on {socket.gethostname()} has not come" in said[rank], said
+    assert "rank 1" in (tmp_path / "run" / "lost.txt").read_text()

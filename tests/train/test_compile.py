@@ -216,8 +216,9 @@ def test_refusals(make_config: Make) -> None:
     text = dataclasses.replace(shrink("text1-tiny"), published=frozenset({"masked-tokens-only-teacher"}))
     with pytest.raises(ValueError, match=r"run\.compile_scope: expected blocks with masked-tokens-only-teacher"):
         dataclasses.replace(text, run=dataclasses.replace(text.run, **NETWORK))
-    with pytest.raises(ValueError, match=r"run\.compile_scope: expected blocks in fine-tuning, got network"):
-        FineTuneConfig.of(make_config(run=NETWORK))
+    drop = make_config(encoder={"layer_drop": 0.1})
+    with pytest.raises(ValueError, match=r"run.compile_scope: expected blocks with encoder.layer_drop, got network"):
+        FineTuneConfig.of(drop, run=dataclasses.replace(drop.run, **NETWORK))
 
 
 def test_configurations_of_before_can_be_read(make_config: Make) -> None:

@@ -110,8 +110,10 @@ def test_the_mask_token_is_in_the_vocabulary() -> None:
 def test_what_a_resumed_run_may_change() -> None:
     of_data = "allow_commands bad_fraction cache micro_batch path readers tokenizer valid workers"
     of_run = """activation_checkpointing async_checkpoint best checkpoint_every collapse_after collapse_content_spread
-        collapse_prediction_std compile compile_scope convolution device digest_every dir keep_best keep_checkpoints
-        keep_every keep_pages log_every packed parallel products shard_ranks teacher_graph threads timeout track"""
+        collapse_prediction_std compile compile_cache compile_scope convolution device digest_every dir keep_best
+        keep_checkpoints keep_every keep_pages local_checkpoint local_every log_every
+        packed parallel products shard_ranks teacher_graph threads
+        timeout track"""
     of_target = {"target.cache"}
     of_probe = {f"probe.{n}" for n in ("train", "test", "every", "pool", "samples")}
     assert (

@@ -19,7 +19,8 @@ from d2v.train import run_dir
 
 PLACES = {
     "data.path", "data.valid", "data.tokenizer", "data.cache", "data.allow_commands", "run.dir",
-    "target.cache", "finetune.options.bpe", "probe.train", "probe.test",
+    "target.cache", "run.compile_cache", "run.local_checkpoint",
+    "finetune.options.bpe", "probe.train", "probe.test",
 }  # fmt: skip
 NO_PLACES = {"stem.modality", "recipe", "target.norm", "target.out_norm", "run.keep_best", "finetune.task"}
 """Texts that name no file."""
@@ -49,7 +50,7 @@ def test_every_place_is_marked() -> None:
 
 @pytest.mark.parametrize("name", sorted(PLACES))
 def test_no_place_is_taken_from_a_folder(name: str, tmp_path: Path) -> None:
-    config = FineTuneConfig().replace("ema.freeze_after", 0)  # target.cache needs it
+    config = FineTuneConfig().replace({"ema.freeze_after": 0, "run.compile": True})  # some need it
     value = True if name == "data.allow_commands" else str(tmp_path / "elsewhere")
     together = ("probe.train", "probe.test") if name.startswith("probe.") else (name,)
     changed = config.replace(dict.fromkeys(together, value))

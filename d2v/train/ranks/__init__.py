@@ -1,0 +1,1 @@
+"""What ranks exchange besides the collectives of `d2v.train.distributed`."""
