@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as processes
 from soak.jobs import find_port, rank_environment
 from support.ranks import run_ranks
 

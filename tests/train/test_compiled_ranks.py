@@ -69,7 +69,7 @@ def test_four_ranks_of_generated_code_have_the_losses_of_one(form: list[str], im
     base += ["--data.micro-batch", "1", "--run.steps", "30", "--encoder.depth", "1", "--target.top-k", "1"]
     eager, run, log = tmp_path / "eager", tmp_path / "run", str(tmp_path / "graphs")
     assert main([*base, "--run.dir", str(eager)]) == 0
-    processes.spawn(run_rank, (4, find_port(), [*base, *form, "--run.dir", str(run)], log, "inductor"), nprocs=4)
+    run_ranks(run_rank, 4, 4, find_port(), [*base, *form, "--run.dir", str(run)], log, "inductor")
     difference = largest_difference(losses(run), losses(eager))
     print(f"largest relative difference of a loss: {difference:.2g}")
     assert difference < 1e-5
@@ -88,7 +88,7 @@ def test_a_later_start_takes_compiled_code_from_the_folder(images: Path, tmp_pat
     for number in range(2):
         base = ["pretrain", "vision-tiny", *tiny_options(), "--data.path", str(images), "--run.steps", "1", *NETWORK]
         options = [*base, "--run.dir", str(tmp_path / f"run-{number}"), "--run.compile-cache", str(tmp_path / "code")]
-        processes.spawn(start_once, (options, str(tmp_path / "counts")), nprocs=1)
+        run_ranks(start_once, 1, options, str(tmp_path / "counts"))
         counts.append([int(word) for word in (tmp_path / "counts").read_text().split()])
     assert (tmp_path / "code").stat().st_mode & 0o077 == 0
     (_, made), (found, missing) = counts
