@@ -36,11 +36,11 @@ BATCH, SIDE, SECONDS, TOKENS = 32, 224, 4, 512
 Form = Iterator[Any]
 
 
-def ours(kind: str, path: str, folder: Path) -> Form:
-    """Batches of d2v, without masks."""
+def ours(kind: str, path: str, folder: Path, **data: Any) -> Form:
+    """Batches of d2v, without masks; data: further settings."""
     recipe = {"images": "vision-base", "speech": "speech-base", "text": "text-base"}[kind]
     config = settings(
-        recipe, path, folder / f"run-{kind}", 0, global_batch=BATCH, micro_batch=BATCH, max_seconds=SECONDS
+        recipe, path, folder / f"run-{kind}", 0, global_batch=BATCH, micro_batch=BATCH, max_seconds=SECONDS, **data
     )
     modality = make_modality(config)
     source = modality.open(path)
@@ -131,6 +131,8 @@ def make_forms(kind: str, folder: Path) -> dict[str, Form]:
         forms["d2v, shards"] = ours(kind, shards, folder)
     if _has("webdataset"):
         forms["webdataset"] = webdataset_of(kind, shards)
+    if kind == "images":
+        forms["d2v, --data.resize torch"] = ours(kind, path, folder, resize="torch")
     if kind == "images" and _has("torchvision"):
         forms |= {f"torchvision{name}": folder_of(path, tensors=t) for name, t in (("", False), (" v2, tensors", True))}
     for missing in ("webdataset", "torchvision", "ffcv"):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from d2v.config import Config
 from d2v.data.dataset import Batch, Modality, Sample
@@ -288,7 +289,7 @@ def parse_range(words: tuple[str, ...]) -> Range:
 
 def random_crop_box(
     rng: np.random.Generator, width: int, height: int, scale: tuple[float, float]
-) -> tuple[float, float, float, float]:
+) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a random crop: area uniform in `scale`, aspect log-uniform in 3/4 to 4/3.
 
     Ten tries, then the largest centred crop within the aspect limits (the published RandomResizedCrop).
@@ -317,6 +318,7 @@ class ImageSettings(NamedTuple):
     rotate: bool
     scale: Range = "auto"
     turn: bool = False
+    resize: str = "pillow"
 
     @property
     def wanted(self) -> tuple[int, ...]:
@@ -341,7 +343,8 @@ class ImageSettings(NamedTuple):
         grey = data.grey or stem.channels == 1
         scale = parse_range(data.image_range)
         turn = data.exif_orientation == "apply"
-        return ImageSettings(stem.image_size, stem.channels, grey, data.crop_scale, data.flip, data.rotate, scale, turn)
+        augment = (data.crop_scale, data.flip, data.rotate)
+        return ImageSettings(stem.image_size, stem.channels, grey, *augment, scale, turn, data.resize)
 
 
 def to_pixels(image: Image.Image | Bands, settings: ImageSettings) -> np.ndarray:
@@ -351,14 +354,27 @@ def to_pixels(image: Image.Image | Bands, settings: ImageSettings) -> np.ndarray
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
+def _resize_by_torch(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H,W) or (H,W,3) -> (1 or 3,h,w), both uint8."""
+    image = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)[None]
+    return interpolate(image, size[::-1], mode="bicubic", antialias=True)[0].numpy()
+
+
 def augment_image(image: Image.Image | Bands, settings: ImageSettings, rng: np.random.Generator) -> np.ndarray:
     """Random resized crop (bicubic), mirror, turn -> uint8 (c,size,size). Draws are made whether used or not."""
     box = random_crop_box(rng, *image.size, settings.crop_scale)
     mirror, turns = rng.random() < 0.5, int(rng.integers(4))
     size = (settings.size, settings.size)
     if box != (0, 0, *size) or image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC, box=box)
-    pixels = to_pixels(image, settings)
+        # Cropped first, as published: resizing a box of an image takes in what lies around the box.
+        image = image.crop(box)
+        if settings.resize == "torch" and isinstance(image, Image.Image):
+            image = image.convert("L") if settings.grey else image
+            pixels = _resize_by_torch(np.array(image), size)
+        else:
+            pixels = to_pixels(image.resize(size, Image.Resampling.BICUBIC), settings)
+    else:
+        pixels = to_pixels(image, settings)
     if settings.flip and mirror:
         pixels = pixels[:, :, ::-1]
     if settings.rotate:

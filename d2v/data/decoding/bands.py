@@ -34,6 +34,10 @@ class Bands:
         """Of uint8 (H,W,c)."""
         return cls([Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(values, 2, 0)])
 
+    def crop(self, box: tuple[int, int, int, int]) -> Bands:
+        """A box (left, top, right, bottom) of each channel."""
+        return Bands([channel.crop(box) for channel in self.channels])
+
     def resize(self, *args: Any, **kwargs: Any) -> Bands:
         """Each channel as `PIL.Image.Image.resize` makes it."""
         return Bands([channel.resize(*args, **kwargs) for channel in self.channels])
