@@ -82,8 +82,8 @@ def test_a_large_folder_is_walked_once(tmp_path: Path, walks: list[Path]) -> Non
         walks.clear()
     labelled = open_source(str(root), cache=cache, labelled=True)
     assert labelled.classes == ["zero"] and walks == []
-    monkey = sorted(p.name for p in (tmp_path / "cache").iterdir())
-    assert len(monkey) == 1 and monkey[0].startswith("folder-")
+    kept = sorted(p.name for p in (tmp_path / "cache").iterdir())
+    assert len(kept) == 1 and kept[0].startswith("folder-")
     assert not list(root.rglob("*.bin")), "nothing is written beside the data"
 
 
@@ -99,9 +99,8 @@ def test_a_folder_that_has_changed_is_walked_again(tmp_path: Path, walks: list[P
     elif change == "renamed":
         some.rename(some.with_name("98.png"))
     elif change == "rewritten":
-        monkey = encode(make_image(77))
         with some.open("r+b") as file:
-            file.write(monkey)
+            file.write(encode(make_image(77)))
             file.truncate()
     else:
         (root / "class1").rename(tmp_path / "gone")
@@ -111,6 +110,23 @@ def test_a_folder_that_has_changed_is_walked_again(tmp_path: Path, walks: list[P
     assert describe(now) == describe(open_source(str(root)))
     assert walks[:1] == [root]
     assert (now.digest() == before) == (change == "rewritten")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "class0/../../secret.png", "{}/secret.png"])
+def test_kept_names_do_not_lead_out_of_the_folder(tmp_path: Path, walks: list[Path], name: str) -> None:
+    """The cache of a run folder may be somebody else's."""
+    root, cache = make_tree(tmp_path / "data"), IndexCache(tmp_path / "cache", shared=True)
+    plain = describe(open_source(str(root), cache=cache))
+    (file,) = (tmp_path / "cache").iterdir()
+    arrays = dict(cache.read(file.name))
+    (tmp_path / "secret.png").write_bytes(encode(make_image(5)))
+    status = (tmp_path / "secret.png").stat()
+    names = [*NameTable.taken(arrays, "names")][:-1] + [name.format(tmp_path)]
+    stamps = np.concatenate([arrays["stamps"][:-1], [[status.st_size, status.st_mtime_ns]]])
+    cache.keep(file.name, arrays | NameTable(names).arrays("names") | {"stamps": stamps})
+    walks.clear()
+    assert describe(open_source(str(root), cache=IndexCache(tmp_path / "cache", shared=True))) == plain
+    assert walks == [root]
 
 
 def test_a_folder_that_is_being_filled_is_not_kept(tmp_path: Path, walks: list[Path]) -> None:

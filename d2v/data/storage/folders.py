@@ -61,7 +61,14 @@ def walk_tree(root: Path, kind: Kind, beside: tuple[str, ...], cache: IndexCache
 
 
 def _take_known(root: Path, arrays: dict[str, np.ndarray]) -> Tree | None:
-    """What an earlier walk found; None where a folder, or one of the files that are looked at, has changed."""
+    """What an earlier walk found; None where a folder, or one of the files that are looked at, has changed, and where
+    names lead out of the folder: the file may be of somebody else's run."""
+    beside, left = json.loads(arrays["more"].tobytes())
+    letters, ends = arrays["names"], arrays["names_ends"]
+    if b"../" in letters.tobytes() or (letters[np.append(0, ends[:-1])] == ord("/")).any():
+        return None
+    if any(name.startswith("/") or "../" in name for name in beside):
+        return None
     for folder, (number, changed) in zip(NameTable.taken(arrays, "folders"), arrays["changed"].tolist(), strict=True):
         try:
             status = os.stat(os.path.join(root, folder))  # noqa: PTH116, PTH118
@@ -73,5 +80,4 @@ def _take_known(root: Path, arrays: dict[str, np.ndarray]) -> Tree | None:
     rows = np.random.default_rng().choice(len(names), KEPT_FROM, replace=False)
     if not np.array_equal(stamps_of([os.path.join(root, names[row]) for row in rows.tolist()]), stamps[rows]):  # noqa: PTH118
         return None
-    beside, left = json.loads(arrays["more"].tobytes())
     return Tree(names, stamps, beside, Counter(left))
