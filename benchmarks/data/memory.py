@@ -21,6 +21,7 @@ from PIL import Image
 from d2v import recipes
 from d2v.data import make_modality
 from d2v.data.loader import train_updates
+from d2v.runtime import prepare_process
 
 from ..harness.record import parse
 
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         workers=(2, "loader workers"),
         samples=(20_000, "images"),
     )  # fmt: skip
-    torch.set_num_threads(1)
+    prepare_process(1, keep_pages=True, products="auto")  # as a run begins
     with TemporaryDirectory(prefix="d2v-memory-") as folder:
         make_folder(Path(folder), options.samples)
         # The last epoch is measured before the workers leave.
