@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.metadata
 import random
 import sys
 import threading
@@ -21,6 +22,15 @@ from d2v_kernels import choose_products
 
 INTERVAL = 5.0
 """Seconds between two lines about long work."""
+
+
+def find_decoders() -> dict[str, str]:
+    """Versions of the installed packages that decide the bits of samples: Pillow 13 resizes otherwise than 12."""
+    found = {}
+    for name in ("av", "pillow", "scipy", "soundfile"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def format_seconds(seconds: float) -> str:

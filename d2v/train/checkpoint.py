@@ -52,6 +52,7 @@ from d2v.folder import (
     step_of,
     write_index,
 )
+from d2v.runtime import find_decoders
 from d2v.train.distributed import Ranks
 from d2v.train.logging import MetricWindow
 from d2v.train.optim import PREFIX, make_state, optimiser_tensors
@@ -112,6 +113,7 @@ class RunState:
             "step": self.update,
             "ranks": self.ranks.size,
             "torch": torch.__version__,
+            "decoders": find_decoders(),
             "metrics": {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)},
             "window": self.window.state(),
             "pending": self.pending,

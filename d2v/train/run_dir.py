@@ -36,6 +36,7 @@ from d2v.folder import (
     read_index,
     step_of,
 )
+from d2v.runtime import find_decoders
 from d2v.train.distributed import Ranks
 from d2v.train.optim import learning_rate_at
 from d2v.train.ranks.local import LocalCheckpoints
@@ -130,6 +131,10 @@ class RunFolder:
         for name, now in (("ranks", ranks.size), ("torch", torch.__version__)):
             if state[name] != now:
                 print(f"note: {name} {state[name]} before, {now} now: equal up to rounding from here", file=sys.stderr)
+        now, before = find_decoders(), state.get("decoders")
+        for name, version in before.items() if isinstance(before, dict) else ():
+            if name in now and version != now[name]:
+                print(f"note: {name} {version} before, {now[name]} now: samples may have other bits", file=sys.stderr)
 
     def mark_stopped(self, update: int, number: int, code: int) -> None:
         """Rank 0: tells a batch script whether to start the run again."""

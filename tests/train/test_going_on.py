@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from d2v.files import checksum, write_atomically
 from d2v.folder import MODEL, latest_checkpoint, list_checkpoints, load_tensors
 from d2v.model.data2vec import Data2Vec, build_model
 from d2v.model.saving import write_folder
-from d2v.train import pretraining
+from d2v.train import checkpoint, pretraining
 from d2v.train.checkpoint import Saver
 from d2v.train.optim import learning_rate_at
 from d2v.train.pretraining import pretrain
@@ -202,6 +203,20 @@ def test_a_resumed_run_says_what_changed(
     with pytest.raises(ValueError, match=rf"{refused}example {re.escape(str(file))} changed since.*; put them back"):
         pretrain(make_config(run={"steps": 6}, data={**data, "bad_fraction": 0.0}))
     pretrain(make_config(run={"steps": 6, "dir": str(tmp_path / "other")}, data=data))  # a new run takes what is there
+
+
+def test_a_resumed_run_names_other_decoders(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "find_decoders", lambda: {"pillow": "1.0", "no such package": "2.0"})
+        pretrain(make_config(run={"steps": 4, "checkpoint_every": 4}))
+    run = {"steps": 4, "checkpoint_every": 4}
+    capsys.readouterr()
+    pretrain(make_config(run=run))
+    said = capsys.readouterr().err
+    assert f"note: pillow 1.0 before, {version('pillow')} now: samples may have other bits" in said
+    assert "no such" not in said
 
 
 @pytest.mark.parametrize("kind", ["shards", "text"])
