@@ -118,12 +118,16 @@ def kill_first_starts(folder: Path, *, kills: int = 10, seed: int = 0, modality:
 
 
 def restart_from_local(folder: Path, *, kills: int = 5, steps: int = 200) -> dict[str, int]:
-    """As `restart_by_launcher`, with checkpoints on the node's own disk alone, which go with the run's end."""
+    """As `restart_by_launcher`, with checkpoints on the node's own disk alone, every 5 updates, which go with the run's
+    end. Returns also how many updates the kill lost that lost most."""
     place = folder / "memory"
     counts = restart_by_launcher(folder, kills=kills, steps=steps, every=steps, local=place)
     said = (folder / "logs" / "restarted.log").read_text()
     assert said.count(f"from {place}") == kills and not list(place.iterdir()), said[-2000:]
-    return counts
+    reached = lost = 0
+    for update, resumed in re.findall(r"update (\d+)/|after update (\d+) of", said):
+        reached, lost = (int(update), lost) if update else (int(resumed), max(lost, reached - int(resumed)))
+    return {**counts, "updates lost": lost}
 
 
 def restart_by_launcher(
