@@ -72,7 +72,7 @@ def pretrain(
         if probe is not None and config.probe.train is not None:
             objective.probe = probe(objective, ranks, folder.resumed is None)
         if init is not None and folder.resumed is None:
-            note = load_weights(objective.model, init, "model.init")
+            note, objective.lenient = load_weights(objective.model, init, "model.init"), True
             if note is not None and ranks.is_first:
                 print(f"note: {note}", file=sys.stderr)
         return train(objective, ranks, folder, profile=profile, track=track)
@@ -131,6 +131,8 @@ class Pretraining(Objective):
         self.cache: TargetCache | None = None
         self._low: dict[str, int] = {}
         """Monitors under their limits, and for how many lines."""
+        self.lenient = False
+        """Whether the next line of metrics may have any loss: given weights may predict anything at first."""
         self._said: set[int] | None = None
         """Held-out samples that `_say_unread` has spoken about; None: it was not called yet."""
         self.model = build_model(config, device)
@@ -281,5 +283,7 @@ class Pretraining(Objective):
 
     def find_failure(self, line: Mapping[str, Any], batch: Batch | None) -> str | None:
         """A value that is not finite, divergence or collapse."""
-        diverged = None if batch is None else find_divergence(line, self.config)
+        judged = batch is not None and not self.lenient
+        diverged = find_divergence(line, self.config) if judged else None
+        self.lenient = self.lenient and batch is None
         return diverged or find_failure(line, self.config.run, 0 if batch is None else len(batch), self._low)

@@ -131,10 +131,10 @@ class RunFolder:
         for name, now in (("ranks", ranks.size), ("torch", torch.__version__)):
             if state[name] != now:
                 print(f"note: {name} {state[name]} before, {now} now: equal up to rounding from here", file=sys.stderr)
-        now, before = find_decoders(), state.get("decoders")
+        here, before = find_decoders(), state.get("decoders")
         for name, version in before.items() if isinstance(before, dict) else ():
-            if name in now and version != now[name]:
-                print(f"note: {name} {version} before, {now[name]} now: samples may have other bits", file=sys.stderr)
+            if name in here and version != here[name]:
+                print(f"note: {name} {version} before, {here[name]} now: samples may have other bits", file=sys.stderr)
 
     def mark_stopped(self, update: int, number: int, code: int) -> None:
         """Rank 0: tells a batch script whether to start the run again."""

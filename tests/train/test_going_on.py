@@ -263,7 +263,7 @@ def test_a_folder_that_changed_since_it_was_looked_at(make_config: Make, monkeyp
     first, second = make_config(run={"steps": 2}), make_config(run={"steps": 2}, optim={"learning_rate": 0.5})
     original = pretraining.open_data
 
-    def meanwhile(config: Config) -> Any:
+    def meanwhile(config: Config, *ranks: Any) -> Any:
         if config == second:
             pretrain(first)
         return original(config)
@@ -304,7 +304,7 @@ def test_a_full_disk_is_named_with_its_bytes(tmp_path: Path, monkeypatch: pytest
 def test_a_signal_while_the_run_starts(number: signal.Signals, images: Path, tmp_path: Path) -> None:
     script = """import sys, time
 import d2v.train.pretraining as p
-p.open_data = lambda config: (print("reading", flush=True), time.sleep(60))
+p.open_data = lambda *given: (print("reading", flush=True), time.sleep(60))
 from d2v.cli import main
 sys.exit(main(sys.argv[1:]))"""
     command = [
