@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import torch.multiprocessing as processes
 from soak.jobs import find_port, largest_difference, losses, rank_environment
+from support.graphs import count_graphs, fresh_compiler  # noqa: F401
 
 from d2v.cli import main
 from d2v.model.finetuned import FineTuned
@@ -20,19 +19,6 @@ from .conftest import write_images, write_speech, write_table
 NETWORK = ["--run.compile", "--run.compile-scope", "network"]
 TASKS = {"images": "vision-classify", "transcripts": "speech-ctc", "texts": "text-classify"}
 SILENT = ["dropout", "attention-dropout", "activation-dropout", "layer-drop", "drop-path", "head-dropout"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def count_graphs() -> int:
-    """Graphs that were made so far."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def make_command(kind: str, model: Path, folder: Path) -> list[str]:

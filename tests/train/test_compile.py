@@ -10,13 +10,14 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from support.graphs import count_graphs, fresh_compiler  # noqa: F401
 from torch import Tensor
 
 from d2v import recipes
@@ -31,19 +32,6 @@ from .test_train import assert_same_run
 
 Make = Callable[..., Config]
 NETWORK: dict[str, Any] = {"compile": True, "compile_scope": "network"}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def count_graphs() -> int:
-    """Graphs that were made so far."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def shrink(recipe: str, dropout: float = 0.0, **run: Any) -> Config:

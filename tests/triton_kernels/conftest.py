@@ -5,11 +5,13 @@ The folder is not called `triton`: tests/ is on the import path, and would then 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +56,16 @@ def triton_cache(shared_folder: Path) -> str:
     return str(shared_folder / "triton-cache")
 
 
+def compile_kernels(
+    module: str, architectures: Sequence[int], before: str, cache: str, folder: Path
+) -> Path:  # fmt: skip
+    """The folder into which a module of the tests has compiled kernels; before: where another Triton is, or ""."""
+    targets = map(str, architectures)
+    done = run_child("-m", module, str(folder), *targets, BEFORE=before, TRITON_CACHE_DIR=cache)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
 @pytest.fixture(scope="session", params=["installed", "3.6.0"])
 def compiled(request, needs_triton, triton_cache, shared_folder, tmp_path_factory) -> Compiled:
     before = ""
@@ -62,16 +74,8 @@ def compiled(request, needs_triton, triton_cache, shared_folder, tmp_path_factor
             pytest.skip(f"no triton {request.param}: pip install --no-deps --target {OLDER} triton=={request.param}")
         before = str(OLDER)
 
-    def make() -> Path:
-        folder = tmp_path_factory.mktemp("kernels")
-        done = run_child(
-            "-m", "support.triton_compile", str(folder), *map(str, ARCHITECTURES), BEFORE=before,
-            TRITON_CACHE_DIR=triton_cache,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return folder
-
-    folder = make_once(shared_folder, f"triton-{request.param}", make)
+    make = functools.partial(compile_kernels, "support.triton_compile", ARCHITECTURES, before, triton_cache)
+    folder = make_once(shared_folder, f"triton-{request.param}", lambda: make(tmp_path_factory.mktemp("kernels")))
     report = json.loads((folder / "report.json").read_text())
     if before:
         assert report["triton"] == request.param

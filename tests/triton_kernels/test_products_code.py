@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ from codegen import issue
 from codegen.issue_rows import PAIRS
 from codegen.toolchain import find_cuobjdump
 from support.workers import make_once
-from triton_kernels.conftest import ARCHITECTURES, OLDER, run_child
+from triton_kernels.conftest import ARCHITECTURES, OLDER, compile_kernels
 from triton_kernels.test_machine_code import float_extrema, narrow_casts
 
 from d2v_kernels import _env
@@ -33,16 +34,8 @@ def compiled(request, needs_triton, triton_cache, shared_folder, tmp_path_factor
             pytest.skip(f"no triton {request.param} in {OLDER}")
         before, architectures = str(OLDER), (90,)
 
-    def make() -> Path:
-        folder = tmp_path_factory.mktemp("products")
-        done = run_child(
-            "-m", "triton_kernels.products_compile", str(folder), *map(str, architectures), BEFORE=before,
-            TRITON_CACHE_DIR=triton_cache,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return folder
-
-    folder = make_once(shared_folder, f"products-{request.param}", make)
+    make = functools.partial(compile_kernels, "triton_kernels.products_compile", architectures, before, triton_cache)
+    folder = make_once(shared_folder, f"products-{request.param}", lambda: make(tmp_path_factory.mktemp("products")))
     report = json.loads((folder / "report.json").read_text())
     assert {k["architecture"] for k in report["kernels"]} == set(architectures)
     return folder, report
