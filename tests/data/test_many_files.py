@@ -99,9 +99,10 @@ def test_a_folder_that_has_changed_is_walked_again(tmp_path: Path, walks: list[P
     elif change == "renamed":
         some.rename(some.with_name("98.png"))
     elif change == "rewritten":
-        with some.open("r+b") as file:
-            file.write(encode(make_image(77)))
-            file.truncate()
+        for number, file in enumerate(some.parent.iterdir()):  # some of them are among those that are looked at
+            with file.open("r+b") as opened:
+                opened.write(encode(make_image(77 + number)))
+                opened.truncate()
     else:
         (root / "class1").rename(tmp_path / "gone")
         (tmp_path / "gone").rename(root / "class9")
