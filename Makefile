@@ -25,7 +25,7 @@ setup: $(VENV)/.ready-test  ## environment, pinned dependencies, native build
 quickstart: $(VENV)/.ready-quickstart  ## pre-train vision-tiny on real photographs, evaluate it, draw the picture
 	$(RUN) scripts/quickstart.py
 
-test: setup  ## every test this machine can run, in under 25 minutes on two cores
+test: setup  ## every test this machine can run, on every core: half an hour on two
 	$(SUITE) -m "not long and not soak and not large"
 
 test-all: setup  ## the long tests too
