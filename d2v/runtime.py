@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import random
 import sys
@@ -24,6 +25,7 @@ INTERVAL = 5.0
 """Seconds between two lines about long work."""
 
 
+@functools.cache
 def find_decoders() -> dict[str, str]:
     """Versions of the installed packages that decide the bits of samples: Pillow 13 resizes otherwise than 12."""
     found = {}

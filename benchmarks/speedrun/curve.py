@@ -23,6 +23,7 @@ from ..harness.plots import figure
 from ..harness.record import RESULTS, machine_basics, parse
 from ..harness.report import markdown
 from .methods import Job, fine_tune, pretrain_job, probe, run_apart, write_untrained
+from .table import plot_range, show
 from .tasks import FEW, TASKS, Splits, Task, choose_few, link
 
 FOLDERS = ("digits", "textures")
@@ -82,13 +83,8 @@ def measure(task: Task, share: float, seed: int, labels: list[int], data: Path, 
 
 
 def pick(rows: list[dict[str, Any]], kind: str, share: float, labels: int) -> list[float]:
-    """Accuracies of all seeds, in percent."""
-    return [100 * r["accuracy"] for r in rows if (r["kind"], r["share"], r["labels"]) == (kind, share, labels)]
-
-
-def show(values: list[float]) -> str:
-    """Mean and range."""
-    return f"{statistics.mean(values):.1f} ({min(values):.1f}–{max(values):.1f})" if values else ""
+    """Accuracies of all seeds."""
+    return [r["accuracy"] for r in rows if (r["kind"], r["share"], r["labels"]) == (kind, share, labels)]
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -110,16 +106,12 @@ def draw(record: dict[str, Any], path: Path) -> None:
             for i, (kind, words) in enumerate(KINDS.items()):
                 at = {"share": 0.0 if kind == "scratch" else 1.0, **fixed}
                 xs = sorted({r[key] for r in rows if r["kind"] == kind})
-                all_seeds = [pick(rows, kind, **{**at, key: x}) for x in xs]
-                points = [(x, v) for x, v in zip(xs, all_seeds, strict=True) if v]
-                means = [statistics.mean(v) for _, v in points]
-                spread = [[m - min(v) for m, (_, v) in zip(means, points, strict=True)],
-                          [max(v) - m for m, (_, v) in zip(means, points, strict=True)]]  # fmt: skip
+                all_seeds = {x: [100 * v for v in pick(rows, kind, **{**at, key: x})] for x in xs}
+                points = {x: values for x, values in all_seeds.items() if values}
                 if key == "share" and kind == "scratch":
-                    axis.axhline(means[0], color=f"C{i}", linestyle=":", label=words)
+                    axis.axhline(statistics.mean(points[0.0]), color=f"C{i}", linestyle=":", label=words)
                 else:
-                    xs = [x for x, _ in points]
-                    axis.errorbar(xs, means, spread, fmt="o-", color=f"C{i}", capsize=4, label=words)
+                    plot_range(axis, list(points), list(points.values()), color=f"C{i}", label=words)
             axis.set(xscale="log", xlabel="labels a class" if key == "labels" else "share of the unlabelled samples")
             axis.grid(alpha=0.25)
         axes[0].set_ylabel("test accuracy, %")

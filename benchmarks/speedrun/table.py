@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ def show(values: list[float]) -> str:
     return f"{statistics.mean(finite):.1f}{spread}"
 
 
+def plot_range(axis: Any, x: Sequence[float], values: Sequence[Sequence[float]], **style: Any) -> None:
+    """Means over the values at each x, with their range."""
+    means = [statistics.mean(v) for v in values]
+    low, high = ([abs(m - f(v)) for m, v in zip(means, values, strict=True)] for f in (min, max))
+    axis.errorbar(x, means, (low, high), fmt="o-", capsize=4, **style)
+
+
 def table(record: dict[str, Any]) -> str:
     """The table of one task."""
     lines = []
@@ -81,9 +89,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 x = [statistics.mean(p["cpu_seconds"] for p in q) for q in quarters]
                 x.append(statistics.mean(row["cpu_seconds"]))
                 all_seeds = [*([100 * p[key] for p in q] for q in quarters), values]
-                means = [statistics.mean(v) for v in all_seeds]
-                low, high = ([abs(m - f(v)) for m, v in zip(means, all_seeds, strict=True)] for f in (min, max))
-                axis.errorbar(x, means, (low, high), fmt="o-", color=f"C{i}", capsize=4, label=row["title"])
+                plot_range(axis, x, all_seeds, color=f"C{i}", label=row["title"])
             axis.set(title=words, xlabel="CPU seconds of training")
             axis.grid(alpha=0.25)
         axes[0].set_ylabel("test accuracy, %")

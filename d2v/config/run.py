@@ -257,6 +257,11 @@ class Run:
     """Limit on content_spread, for targets whose norms give them a mean square of 1; 0 turns both rules off."""
 
     @property
+    def stops_on_collapse(self) -> bool:
+        """Whether the rules of collapse and of a diverging loss are on."""
+        return min(self.collapse_prediction_std, self.collapse_content_spread) > 0.0
+
+    @property
     def collapse_begin(self) -> int:
         """`collapse_after`, also where it is unset: a warm-up of 5000 updates would outlast a short run."""
         return min(5_000, self.steps // 40) if self.collapse_after is None else self.collapse_after

@@ -162,7 +162,7 @@ def find_failure(line: Mapping[str, Any], run: Run, samples: int, lines: dict[st
     counts = {name: lines.get(name, 0) + 1 for name in alarms}
     lines.clear()
     lines.update(counts)
-    if line["step"] <= run.collapse_begin or min(run.collapse_prediction_std, run.collapse_content_spread) <= 0.0:
+    if line["step"] <= run.collapse_begin or not run.stops_on_collapse:
         return None
     lasting = any(counts[name] >= RUNNING for name in alarms if name != "prediction_std")
     if len(alarms) < 2 and not lasting:
@@ -184,7 +184,7 @@ def find_divergence(line: Mapping[str, Any], config: Config) -> str | None:
     # Norms give targets a deviation of 1; a smaller one means collapse, not divergence.
     zero = config.encoder.width * config.loss_scale * max(1.0, line["target_std"]) ** 2
     times = line["loss"] / zero
-    if times <= DIVERGED or min(config.run.collapse_prediction_std, config.run.collapse_content_spread) <= 0.0:
+    if times <= DIVERGED or not config.run.stops_on_collapse:
         return None
     advice = "try a lower --optim.learning-rate, more --optim.warmup-steps or a smaller --optim.clip"
     return f"diverged: loss {line['loss']:.3g}, {times:.2g} times that of predicting 0 (limit {DIVERGED:g}); {advice}"
