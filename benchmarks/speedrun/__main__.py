@@ -7,7 +7,8 @@ For each: raw features, the untrained network, the same network supervised from 
 data2vec 1.0 and 2.0, and 2.0 fine-tuned like the one from scratch. Every pre-training has the FLOPs of data2vec 2.0's
 and the learning rate that was best for it on held-out data; its model is measured on test data after each quarter, too.
 Jobs are processes of one thread; each leaves its result in OUTPUT, and a repeated command does only what is missing.
-The table and the picture go to RESULTS.
+Table and picture go to RESULTS, all records to PAGE. `--verify`, in another clone and with another OUTPUT, runs them a
+second time and notes in the record how far apart the two are.
 
 `--choose` tries other settings, `--set mask.copies=4` for all methods or `--rates 0.5 1 2`, on the held-out part of the
 training data with seed 0: it prints accuracies and stores nothing in RESULTS. Test data play no part in it.
@@ -16,13 +17,12 @@ training data with seed 0: it prints accuracies and stores nothing in RESULTS. T
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
-from ..harness.record import RESULTS, machine_basics, parse
+from ..harness.record import RESULTS, parse
+from . import records
 from .methods import METHODS, Job, result_file, run_apart, run_job
-from .table import draw, summarise, table
+from .table import table
 from .tasks import TASKS
 
 
@@ -38,8 +38,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         choose=(False, "compare settings on held-out data"),
         rates=([0.0], "with --choose: factors over the recipe's learning rate (default: the task's)"),
         set=([""], "with --choose: settings SECTION.FIELD=VALUE (JSON) of all methods"),
+        verify=(False, "compare with the kept record, which keeps the differences"),
         output=(Path("runs/speedrun"), "folder for runs and results"),
-        results=(RESULTS, "folder for the table and the picture"),
+        results=(RESULTS, "folder for records and pictures"),
+        page=(records.PAGE, "page that shows the records"),
     )  # fmt: skip
     if unknown := [m for m in options.methods if m not in METHODS]:
         raise SystemExit(f"--methods: expected some of {', '.join(METHODS)}; got {unknown[0]!r}")
@@ -59,17 +61,6 @@ def plan_jobs(options: argparse.Namespace) -> list[Job]:
     return [Job(task.name, m, 0, rate, options.share, changes) for m in methods for rate in rates[m]]
 
 
-def store_table(task: str, results: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """The table of a task in its file, with a plot. Rows take the places of those of the same name, others stay."""
-    file = folder / f"speedrun-{task}.json"
-    before = json.loads(file.read_text())["rows"] if file.is_file() else []
-    rows = {row["name"]: row for row in (*before, *summarise(results))}
-    record = {"task": task, "title": TASKS[task].title, "machine": machine_basics(), "rows": list(rows.values())}
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    draw(record, file.with_suffix(".png"))
-    return record
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measures on test data and writes table and plot; or compares settings on held-out data."""
     options = parse_options(arguments)
@@ -86,8 +77,14 @@ def main(arguments: list[str] | None = None) -> None:
             words = " ".join(f"{probe} {100 * score:.1f}" for probe, score in result["scores"][name].items())
             print(f"{Path(result['folder']).name:<60} {words}, {result['cpu_seconds']:.0f} CPU seconds")
         return
-    record = store_table(options.task, results, options.results)
-    print(f"\n{record['title']}\n{table(record)}")
+    if options.verify:
+        record = records.verify(options.task, results, options.seeds, options.results)
+        for title, points in record["verified"]["differences"].items():
+            print(f"{title}: at most {points:.2f} points from the record")
+    else:
+        record = records.store(options.task, results, options.results)
+        print(f"\n{record['title']}\n{table(record)}")
+    records.write_page(options.results, options.page)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ OUTPUT; table and picture go to RESULTS.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import statistics
@@ -24,7 +23,7 @@ from ..harness.record import RESULTS, machine_basics, parse
 from ..harness.report import markdown
 from .methods import Job, fine_tune, pretrain_job, probe, run_apart, write_untrained
 from .table import plot_range, show
-from .tasks import FEW, TASKS, Splits, Task, choose_few, link
+from .tasks import FEW, TASKS, Fold, Task, choose_few, link
 
 FOLDERS = ("digits", "textures")
 """Tasks whose samples are files in a folder a class."""
@@ -47,36 +46,37 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
 
 
-def choose_share(task: Task, splits: Splits, share: float, folder: Path, seed: int) -> Splits:
+def choose_share(task: Task, fold: Fold, share: float, folder: Path, seed: int) -> Fold:
     """With a share of the unlabelled samples, drawn at random."""
-    files = sorted(p for p in Path(splits.pretrain).rglob("*") if p.is_file())
+    files = sorted(p for p in Path(fold.pretrain).rglob("*") if p.is_file())
     count = max(task.config().data.global_batch, round(share * len(files)))
     for i in np.random.default_rng([seed, 2]).permutation(len(files))[:count]:
         link(files[i], folder / f"{i}{files[i].suffix}")
-    return dataclasses.replace(splits, pretrain=str(folder))
+    return fold._replace(pretrain=str(folder))
 
 
 def measure(task: Task, share: float, seed: int, labels: list[int], data: Path, root: Path) -> list[dict[str, Any]]:
     """A pre-training on a share of the samples, and what N labels a class then give; share 0: from random weights."""
     folder = root / "work"
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was stopped
-    splits, job = task.prepare(data, folder / "data", seed), Job(task.name, "data2vec2", seed, task.rate("data2vec2"))
+    fold = task.prepare(data, folder / "data", seed).final
+    job = Job(task.name, "data2vec2", seed, task.rate("data2vec2"))
     kind = "finetuned" if share else "scratch"
     if kind == "scratch":
-        start = write_untrained(task, seed, splits, folder)
+        start = write_untrained(task, seed, fold, folder)
     else:
-        unlabelled = splits if share == 1.0 else choose_share(task, splits, share, folder / "unlabelled", seed)
+        unlabelled = fold if share == 1.0 else choose_share(task, fold, share, folder / "unlabelled", seed)
         cost, start = pretrain_job(task, job, unlabelled, folder), folder / "model"
     found = []
     for count in labels:
         few = folder / f"labels-{count}"
-        choose_few(Path(splits.train), few, seed, count)
-        given = (task, task.rate(kind), seed, start, str(few), splits.test, few.with_suffix(".run"))
+        choose_few(Path(fold.train), few, seed, count)
+        given = (task, task.rate(kind), seed, start, str(few), fold.test, few.with_suffix(".run"))
         score, seconds = fine_tune(*given, steps=UPDATES)
         row = {"share": share, "seed": seed, "labels": count}
         found.append({**row, "kind": kind, "accuracy": score, "cpu_seconds": seconds})
         if share:
-            score = probe(task, job, dataclasses.replace(splits, train=str(few)), start)["pretrained"]["linear_probe"]
+            score = probe(task, job, fold._replace(train=str(few)), start)["pretrained"]["linear_probe"]
             found.append({**row, "kind": "probe", "accuracy": score, "cpu_seconds": cost["cpu_seconds"]})
     shutil.rmtree(folder)
     return found

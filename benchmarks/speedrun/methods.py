@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,7 +31,7 @@ from d2v.train.trainer import train
 
 from ..training.cases import change
 from .autoencoder import Autoencoding, MaskedAutoencoder, to_data2vec
-from .tasks import TASKS, Splits, Task
+from .tasks import TASKS, Fold, Task
 
 METHODS = {
     "data2vec2": "data2vec 2.0",
@@ -93,7 +94,7 @@ def updates_for(task: Task, method: str, share: float = 1.0) -> int:
     return round(budget / flops_of_update(task.config(method), teacher=method != "autoencoder"))
 
 
-def scaled(config: Config, steps: int, seed: int, rate: float, splits: Splits, folder: Path) -> Config:
+def scaled(config: Config, steps: int, seed: int, rate: float, fold: Fold, folder: Path) -> Config:
     """The recipe for a number of updates; warm-up keeps its share."""
     warmup = max(1, round(config.optim.warmup_steps * steps / max(config.run.steps, 1)))
     optim = {"learning_rate": config.optim.learning_rate * rate, "warmup_steps": min(warmup, steps // 4)}
@@ -101,7 +102,7 @@ def scaled(config: Config, steps: int, seed: int, rate: float, splits: Splits, f
         "dir": str(folder / "run"), "steps": steps, "seed": seed, "threads": 1, "device": "auto", "log_every": 100,
         "checkpoint_every": steps, "collapse_content_spread": 0.0,
     }  # fmt: skip
-    return change(config, optim=optim, data={"path": splits.pretrain, "workers": 0}, run=run)
+    return change(config, optim=optim, data={"path": fold.pretrain, "workers": 0}, run=run)
 
 
 def after_quarters(objective: Pretraining, steps: int, save: Callable[[int], None]) -> None:
@@ -117,11 +118,11 @@ def after_quarters(objective: Pretraining, steps: int, save: Callable[[int], Non
     objective.end_update = end_update  # type: ignore[method-assign]
 
 
-def pretrain_job(task: Task, job: Job, splits: Splits, folder: Path) -> dict[str, Any]:
+def pretrain_job(task: Task, job: Job, fold: Fold, folder: Path) -> dict[str, Any]:
     """Pre-trains; returns what it cost. The models are then in `folder`: "model-1" to "model-3" after a quarter, a half
     and three quarters of the updates, and "model"."""
     steps, autoencoder = updates_for(task, job.method, job.share), job.method == "autoencoder"
-    config = scaled(task.config(job.method), steps, job.seed, job.rate, splits, folder)
+    config = scaled(task.config(job.method), steps, job.seed, job.rate, fold, folder)
     ranks = Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(1)
     source, _ = open_data(config)
@@ -149,11 +150,11 @@ def pretrain_job(task: Task, job: Job, splits: Splits, folder: Path) -> dict[str
             "flops": steps * flops_of_update(task.config(job.method), not autoencoder)}  # fmt: skip
 
 
-def probe(task: Task, job: Job, splits: Splits, model: Path, baselines: tuple[str, ...] = ()) -> dict[str, Any]:
+def probe(task: Task, job: Job, fold: Fold, model: Path, baselines: tuple[str, ...] = ()) -> dict[str, Any]:
     """Accuracies of the three probes of a model and of raw features, by their names."""
     output = model.with_name(f"probe-{model.name}.json")
     weights = "student" if job.method == "autoencoder" else "teacher"
-    data = ["--checkpoint", str(model), "--train", splits.train, "--test", splits.test]
+    data = ["--checkpoint", str(model), "--train", fold.train, "--test", fold.test]
     arguments = ["evaluate", "probe", *data, "--weights", weights, "--pool", task.pool, "--seed", str(job.seed),
                  "--output", str(output)]  # fmt: skip
     if code := d2v([*arguments, *(["--baselines", *baselines] if baselines else [])]):
@@ -163,10 +164,10 @@ def probe(task: Task, job: Job, splits: Splits, model: Path, baselines: tuple[st
     return {name: {k: result[k][name] for k in keys} for name in result["knn"]}
 
 
-def write_untrained(task: Task, seed: int, splits: Splits, folder: Path) -> Path:
+def write_untrained(task: Task, seed: int, fold: Fold, folder: Path) -> Path:
     """The network of data2vec 2.0 with its initial weights, as a model folder."""
     # The tokenizer of text is that of the pre-training.
-    data = {"path": splits.pretrain} if task.finetune == "text-classify" else {}
+    data = {"path": fold.pretrain} if task.finetune == "text-classify" else {}
     config = change(task.config(), data=data, run={"seed": seed})
     untrained = folder / "untrained"
     if not untrained.is_dir():
@@ -177,13 +178,13 @@ def write_untrained(task: Task, seed: int, splits: Splits, folder: Path) -> Path
     return untrained
 
 
-def find_pretrained(task: Task, seed: int, root: Path) -> Path:
-    """The model folder of data2vec 2.0, which is fine-tuned.
+def find_pretrained(task: Task, seed: int, root: Path, part: str) -> Path:
+    """The model folder of data2vec 2.0, which is fine-tuned; part: of the job's folder.
 
     Raises:
         ValueError: there is none.
     """
-    model = Job(task.name, "data2vec2", seed, task.rate("data2vec2")).folder(root) / "model"
+    model = Job(task.name, "data2vec2", seed, task.rate("data2vec2")).folder(root) / part / "model"
     if not model.is_dir():
         raise ValueError(f"finetuned: expected a model of data2vec2 in {str(model)!r}, found none")
     return model
@@ -210,11 +211,11 @@ def fine_tune(
     return score["value"] if isinstance(score, dict) else score, time.process_time() - begin
 
 
-def supervised_job(task: Task, job: Job, splits: Splits, folder: Path, start: Path) -> dict[str, Any]:
+def supervised_job(task: Task, job: Job, fold: Fold, folder: Path, start: Path) -> dict[str, Any]:
     """Accuracy of the network trained from the weights at `start` on all labels, which is the cost, and on a few."""
     common = (task, job.rate, job.seed, start)
-    all_labels, seconds = fine_tune(*common, splits.train, splits.test, folder / "all", epochs=job.share * task.epochs)
-    few, _ = fine_tune(*common, splits.few, splits.test, folder / "few", epochs=job.share * 100.0)
+    all_labels, seconds = fine_tune(*common, fold.train, fold.test, folder / "all", epochs=job.share * task.epochs)
+    few, _ = fine_tune(*common, fold.few, fold.test, folder / "few", epochs=job.share * 100.0)
     scores = {"linear_probe": all_labels, "knn": all_labels, "few_label": few}
     return {"scores": {job.method: scores}, "cpu_seconds": seconds}
 
@@ -242,8 +243,37 @@ def _run_and_store(function: Callable[..., Any], call: tuple[Any, ...]) -> float
     return time.monotonic() - begin
 
 
+def measure(task: Task, job: Job, fold: Fold, choose: bool, root: Path, part: str) -> dict[str, Any]:
+    """Scores and costs of one job on one fold; part: of the job's folder, for what is learned from the fold."""
+    folder = job.folder(root) / part
+    folder.mkdir(exist_ok=True)
+    if job.method in SUPERVISED:
+        if job.method == "scratch":
+            start = write_untrained(task, job.seed, fold, folder)
+        else:
+            start = find_pretrained(task, job.seed, root, part)
+        return supervised_job(task, job, fold, folder / ("choose" if choose else "test"), start)
+    cost = folder / "cost.json"
+    if not cost.is_file():
+        write_atomically(cost, json.dumps(pretrain_job(task, job, fold, folder)))
+    if choose:
+        return {**json.loads(cost.read_text()), "scores": probe(task, job, fold, folder / "model")}
+    names: tuple[str, ...] = ()
+    if job.method == "data2vec2":
+        names = ("random_init", *(task.baselines if job.seed == 0 or task.redrawn else ()))
+    during = [probe(task, job, fold, folder / f"model-{n}")["pretrained"] for n in (1, 2, 3)]
+    scores = probe(task, job, fold, folder / "model", names)
+    return {**json.loads(cost.read_text()), "scores": scores, "during": during}
+
+
+def mean_scores(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means over folds of the scores of each kind of features and probe."""
+    first = found[0]["scores"]
+    return {n: {k: statistics.mean(f["scores"][n][k] for f in found) for k in first[n]} for n in first}
+
+
 def run_job(job: Job, choose: bool, root: Path, data: Path) -> dict[str, Any]:
-    """One job: trains, measures on held-out data (choose) or on test data.
+    """One job: trains, measures on held-out folds (choose) or on test data.
 
     Raises:
         SystemExit: a probe failed.
@@ -252,26 +282,12 @@ def run_job(job: Job, choose: bool, root: Path, data: Path) -> dict[str, Any]:
     task, folder = TASKS[job.task].with_changes(job.changes), job.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     splits = task.prepare(data, folder / "data", job.seed)
-    if choose:
-        train, few = splits.choose_train or splits.train, splits.choose_few or splits.few
-        splits = dataclasses.replace(splits, train=train, few=few, test=splits.valid)
-    result: dict[str, Any] = {**job._asdict(), "folder": str(folder)}
-    if job.method in SUPERVISED:
-        untrained = job.method == "scratch"
-        start = write_untrained(task, job.seed, splits, folder) if untrained else find_pretrained(task, job.seed, root)
-        result |= supervised_job(task, job, splits, folder / ("choose" if choose else "test"), start)
-    else:
-        cost = folder / "cost.json"
-        if not cost.is_file():
-            write_atomically(cost, json.dumps(pretrain_job(task, job, splits, folder)))
-        names: tuple[str, ...] = ()
-        if job.method == "data2vec2" and not choose:
-            names = ("random_init", *(task.baselines if job.seed == 0 or task.redrawn else ()))
-        result |= json.loads(cost.read_text()) | {"scores": probe(task, job, splits, folder / "model", names)}
-        if not choose:
-            models = [folder / f"model-{n}" for n in (1, 2, 3)]
-            result["during"] = [probe(task, job, splits, model)["pretrained"] for model in models]
-    return result
+    folds = splits.choose if choose else (splits.final,)
+    parts = ["" if f.pretrain == splits.final.pretrain else f"fold-{n}" for n, f in enumerate(folds)]
+    found = [measure(task, job, f, choose, root, part) for f, part in zip(folds, parts, strict=True)]
+    seconds = sum(f["cpu_seconds"] for f in found)
+    means = {"scores": mean_scores(found), "cpu_seconds": seconds}
+    return {**job._asdict(), "folder": str(folder), **found[0], **means}
 
 
 def result_file(job: Job, choose: bool, root: Path) -> Path:

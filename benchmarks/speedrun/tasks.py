@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,22 +27,24 @@ FEW = 10
 """Labels a class of the few-label measure."""
 
 
-@dataclass(frozen=True)
-class Splits:
+class Fold(NamedTuple):
     """Paths that `d2v` commands take."""
 
     pretrain: str
     """Unlabelled."""
     train: str
-    valid: str
-    """Chooses settings."""
-    test: str
-    """Looked at with the chosen settings only."""
     few: str
-    """`FEW` samples a class of the training set; empty: not from this data."""
-    choose_train: str = ""
-    """Training set while settings are chosen; empty: `train`."""
-    choose_few: str = ""
+    """`FEW` samples a class of the training set."""
+    test: str
+
+
+class Splits(NamedTuple):
+    """What a task is measured on."""
+
+    final: Fold
+    """Its test data are looked at with the chosen settings only."""
+    choose: tuple[Fold, ...]
+    """Parts of the training data that settings are chosen by: the mean over the folds decides."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Task:
     name: str
     title: str
     prepare: Callable[[Path, Path, int], Splits]
-    """(folder with the data sets, folder to write into, seed) -> splits."""
+    """(folder with the data sets, folder to write into, seed) -> folds."""
     recipe: str
     """data2vec 2.0; 1.0 is the same with its own recipe."""
     first_recipe: str
@@ -61,6 +63,8 @@ class Task:
     """Raw features."""
     steps: int
     """Updates of data2vec 2.0; the others get the same FLOPs."""
+    reached: str = ""
+    """How the record was reached: the settings and why."""
     changes: Changes = dataclasses.field(default_factory=dict)
     """Settings that differ from the recipes."""
     own: dict[str, Changes] = dataclasses.field(default_factory=dict)
@@ -127,7 +131,8 @@ def prepare_textures(_: Path, folder: Path, seed: int) -> Splits:
         counts = {"train": 200, "valid": 100, "test": 100, "pretrain": 2000}
         write_textures(folder, seed=seed, size=32, counts=counts)
         choose_few(folder / "train", folder / "few", seed)
-    return _class_folders(folder, "pretrain")
+    pretrain, train, few, valid, test = (str(folder / n) for n in ("pretrain", "train", "few", "valid", "test"))
+    return Splits(Fold(pretrain, train, few, test), (Fold(pretrain, train, few, valid),))
 
 
 def write_resampled(file: Path, target: Path) -> None:
@@ -139,37 +144,33 @@ def write_resampled(file: Path, target: Path) -> None:
     soundfile.write(target, values, SAMPLE_RATE, subtype="PCM_16")
 
 
-def _class_folders(folder: Path, pretrain: str) -> Splits:
-    pretrain, train, valid, test, few = (str(folder / n) for n in (pretrain, "train", "valid", "test", "few"))
-    return Splits(pretrain, train, valid, test, few)
-
-
-SPEAKERS = {
-    "train": ("george", "jackson", "lucas"), "choose-train": ("george", "jackson"), "valid": ("lucas",),
-    "test": ("nicolas",),
-}  # fmt: skip
+SPEAKERS = ("george", "jackson", "lucas")
+"""Who trains; nicolas tests."""
 
 
 def prepare_digits(data: Path, folder: Path, seed: int) -> Splits:
-    """Spoken digits (files DIGIT_SPEAKER_NUMBER.wav); the test speaker is never heard before. Settings are chosen
-    alike: labels of two training speakers, measured on the third."""
+    """Spoken digits (files DIGIT_SPEAKER_NUMBER.wav) of three speakers; the test speaker is never heard before.
+    Settings are chosen alike, in three folds: everything from two of the speakers, measured on the third."""
+    parts = {"": SPEAKERS, **{f"without-{s}": tuple(o for o in SPEAKERS if o != s) for s in SPEAKERS}}
     if not folder.exists():
         files = sorted((data / "spoken-digits").glob("*.wav"))
         if not files:
             raise ValueError(f"data: expected recordings in {str(data / 'spoken-digits')!r}, found none")
         for file in files:
             digit, speaker, _ = file.stem.split("_")
-            parts = [part for part, speakers in SPEAKERS.items() if speaker in speakers]
-            if parts:
-                resampled = folder / "resampled" / file.name
-                write_resampled(file, resampled)
-                for part in parts:
-                    link(resampled, folder / part / digit / file.name)
-        choose_few(folder / "train", folder / "few", seed)
-        choose_few(folder / "choose-train", folder / "choose-few", seed)
-    splits = _class_folders(folder, "train")
-    choosing = {"choose_train": str(folder / "choose-train"), "choose_few": str(folder / "choose-few")}
-    return dataclasses.replace(splits, **choosing)
+            resampled = folder / "resampled" / file.name
+            write_resampled(file, resampled)
+            link(resampled, folder / "by-speaker" / speaker / digit / file.name)
+            for part in (p for p, speakers in parts.items() if speaker in speakers):
+                link(resampled, folder / part / "train" / digit / file.name)
+        for part in parts:
+            choose_few(folder / part / "train", folder / part / "few", seed)
+
+    def fold(part: str, test: str) -> Fold:
+        train, few, by = folder / part / "train", folder / part / "few", folder / "by-speaker"
+        return Fold(str(train), str(train), str(few), str(by / test))
+
+    return Splits(fold("", "nicolas"), tuple(fold(f"without-{s}", s) for s in SPEAKERS))
 
 
 def prepare_cifar(data: Path, folder: Path, seed: int) -> Splits:
@@ -190,7 +191,7 @@ def prepare_cifar(data: Path, folder: Path, seed: int) -> Splits:
                     (few / label).mkdir(parents=True, exist_ok=True)
                     (few / label / image).write_bytes(_read_member(shard, members[image]))
                     count[label] += 1
-    return Splits(pattern, pattern, valid, test, str(few), choose_train, str(few))
+    return Splits(Fold(pattern, pattern, str(few), test), (Fold(pattern, choose_train, str(few), valid),))
 
 
 def _read_member(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -221,7 +222,8 @@ def prepare_sst(data: Path, folder: Path, seed: int) -> Splits:
         (text / "reviews.txt").write_text(sentences + "\n", encoding="utf-8")
         link(data / "wikitext" / "wikitext-2-valid.txt", text / "wikitext.txt")
     train, valid, few = (str(folder / f"{name}.tsv") for name in ("train", "valid", "few"))
-    return Splits(str(folder / "text"), train, valid, str(source / "dev.tsv"), few)
+    learned = (str(folder / "text"), train, few)
+    return Splits(Fold(*learned, str(source / "dev.tsv")), (Fold(*learned, valid),))
 
 
 WAVEFORM = ((64, 10, 5), (64, 8, 4), (64, 6, 4), (64, 4, 3), (64, 3, 2))
@@ -241,13 +243,13 @@ TASKS = {
     "waveforms": Task(
         "waveforms", "spoken digits, unseen speaker, waveform", prepare_digits, "speech-tiny", "speech1-tiny",
         "speech-classify", ("log_mel",), 500,
-        {"stem": {"kind": "stock", "convolutions": WAVEFORM}}, pool="mean-std",
+        changes={"stem": {"kind": "stock", "convolutions": WAVEFORM}}, pool="mean-std",
         methods=("data2vec2", "data2vec1", "scratch"),
         rates={"data2vec1": 2.0, "scratch": 2.0},
     ),
     "cifar": Task(
         "cifar", "CIFAR-10", prepare_cifar, "vision-tiny", "vision1-tiny", "vision-classify", ("pixels",), 1000,
-        {"data": {"grey": False, "rotate": False, "crop_scale": (0.4, 1.0), "global_batch": 32}}, epochs=3.0,
+        changes={"data": {"grey": False, "rotate": False, "crop_scale": (0.4, 1.0), "global_batch": 32}}, epochs=3.0,
         methods=("data2vec2", "data2vec1", "autoencoder", "scratch"),
         rates={"data2vec1": 0.5, "autoencoder": 2.0, "scratch": 0.5},
     ),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speedrun import curve, methods
+from benchmarks.speedrun import curve, methods, records
 from benchmarks.speedrun.__main__ import parse_options, plan_jobs
 from benchmarks.speedrun.methods import (
     Job,
@@ -22,7 +22,7 @@ from benchmarks.speedrun.methods import (
     write_untrained,
 )
 from benchmarks.speedrun.table import draw, summarise, table
-from benchmarks.speedrun.tasks import TASKS, Splits, choose_few
+from benchmarks.speedrun.tasks import SPEAKERS, TASKS, Fold, Splits, choose_few, prepare_digits
 
 
 def result(method: str, seed: int, value: float, rate: float = 1.0) -> dict[str, Any]:
@@ -74,10 +74,10 @@ def test_models_are_kept_after_each_quarter() -> None:
 def test_fine_tuning_begins_with_the_rate_that_was_chosen(tmp_path: Path) -> None:
     task = replace(TASKS["digits"], rates={"data2vec2": 2.0})
     with pytest.raises(ValueError, match="finetuned: expected a model of data2vec2"):
-        find_pretrained(task, 1, tmp_path)
+        find_pretrained(task, 1, tmp_path, "")
     model = tmp_path / "digits" / "data2vec2,x2,seed1" / "model"
     model.mkdir(parents=True)
-    assert find_pretrained(task, 1, tmp_path) == model
+    assert find_pretrained(task, 1, tmp_path, "") == model
 
 
 def test_settings_that_are_tried() -> None:
@@ -101,9 +101,9 @@ def test_settings_that_are_tried() -> None:
 def test_every_method_has_the_same_samples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random speed given to a task's pre-trainings is given to its training from labels, too."""
     changes = {**TASKS[name].changes, "data": {"speed": 0.3}}
-    task, splits = replace(TASKS[name], changes=changes), Splits("pretrain", "train", "valid", "test", "few")
+    task, fold = replace(TASKS[name], changes=changes), Fold("pretrain", "train", "few", "test")
     for method in ("data2vec2", "data2vec1"):
-        assert scaled(task.config(method), 10, 0, 1.0, splits, tmp_path).data.speed == 0.3
+        assert scaled(task.config(method), 10, 0, 1.0, fold, tmp_path).data.speed == 0.3
     given: list[float] = []
 
     def catch(*_: Any, data: Any, **__: Any) -> dict[str, Any]:
@@ -111,9 +111,9 @@ def test_every_method_has_the_same_samples(name: str, tmp_path: Path, monkeypatc
         return {"accuracy": 0.5}
 
     monkeypatch.setattr(methods, "finetune", catch)
-    start = write_untrained(task, 0, splits, tmp_path)
+    start = write_untrained(task, 0, fold, tmp_path)
     job = Job(name, "scratch", 0, 1.0)
-    assert supervised_job(task, job, splits, tmp_path, start)["scores"]["scratch"]["knn"] == 0.5
+    assert supervised_job(task, job, fold, tmp_path, start)["scores"]["scratch"]["knn"] == 0.5
     assert given == [0.3, 0.3], "with all labels and with few"
 
 
@@ -138,9 +138,9 @@ def test_a_share_of_the_unlabelled_samples(tmp_path: Path) -> None:
     for i in range(200):
         (source / str(i % 2)).mkdir(parents=True, exist_ok=True)
         (source / str(i % 2) / f"{i}.wav").write_bytes(b"")
-    splits = Splits(str(source), "train", "valid", "test", "few")
+    fold = Fold(str(source), "train", "few", "test")
     for share, count in ((0.5, 100), (0.03, TASKS["digits"].config().data.global_batch)):
-        found = curve.choose_share(TASKS["digits"], splits, share, tmp_path / f"{share}", seed=0)
+        found = curve.choose_share(TASKS["digits"], fold, share, tmp_path / f"{share}", seed=0)
         assert len(list(Path(found.pretrain).iterdir())) == count
         assert found.train == "train"
 
@@ -167,3 +167,52 @@ def test_processes_leave_results_and_are_not_repeated(tmp_path: Path, capsys: py
     assert methods.run_apart(math.factorial, calls, 1) == [7, 6]
     with pytest.raises(ValueError, match="factorial"):
         methods.run_apart(math.factorial, [(-1, tmp_path / "bad" / "result.json")], 1)
+
+
+def test_records_are_kept_verified_and_shown(tmp_path: Path) -> None:
+    records.store("digits", RESULTS, tmp_path)
+    records.store("digits", [result("autoencoder", 0, 0.6)], tmp_path)  # the rows of another call stay
+    again = [result("data2vec2", 0, 0.7), result("data2vec2", 1, 0.79)]
+    record = records.verify("digits", again, [0, 1], tmp_path)
+    found = record["verified"]["differences"]
+    assert found == pytest.approx({"data2vec 2.0": 1.0, "the same network, untrained": 0.0})
+    with pytest.raises(ValueError, match=r"verify: expected methods and seeds of the record, got 'supervised"):
+        records.verify("digits", [result("scratch", 0, 0.5), result("scratch", 1, 0.5)], [0, 1], tmp_path)
+    records.write_page(tmp_path, tmp_path / "records.md")
+    page = (tmp_path / "records.md").read_text()
+    assert "| data2vec 2.0 | 75.0 (70.0–80.0) |" in page and "| masked autoencoder | 60.0 |" in page
+    assert "seeds 0, 1): at most 1.0 points apart" in page and "cifar" not in page.split("## ")[1]
+    assert (tmp_path / "speedrun-digits.png").stat().st_size > 1000
+
+
+def test_settings_of_speech_are_chosen_by_speakers_never_heard(tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    (tmp_path / "spoken-digits").mkdir()
+    for speaker in (*SPEAKERS, "nicolas"):
+        for number in range(2):
+            soundfile.write(tmp_path / "spoken-digits" / f"7_{speaker}_{number}.wav", [0.0] * 800, 8000)
+    final, folds = prepare_digits(tmp_path, tmp_path / "out", 0)
+    names = [{p.name.split("_")[1] for p in Path(path).rglob("*.wav")} for path in (final.pretrain, final.test)]
+    assert names == [set(SPEAKERS), {"nicolas"}]
+    for fold, speaker in zip(folds, SPEAKERS, strict=True):
+        for path in (fold.pretrain, fold.train, fold.few):
+            assert {p.name.split("_")[1] for p in Path(path).rglob("*.wav")} == set(SPEAKERS) - {speaker}
+        assert {p.name.split("_")[1] for p in Path(fold.test).rglob("*.wav")} == {speaker}
+
+
+def test_scores_are_means_over_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folds = tuple(Fold(f"pretrain-{n}", "train", "few", "test") for n in range(2))
+    task = replace(TASKS["digits"], prepare=lambda *_: Splits(Fold("all", "train", "few", "test"), folds))
+    monkeypatch.setitem(methods.TASKS, "digits", task)
+    seen: list[tuple[str, str]] = []
+
+    def train(task: Any, job: Any, fold: Fold, folder: Path) -> dict[str, Any]:
+        seen.append((fold.pretrain, folder.name))
+        return {"steps": 1, "cpu_seconds": 5.0}
+
+    values = iter((0.2, 0.6))
+    monkeypatch.setattr(methods, "pretrain_job", train)
+    monkeypatch.setattr(methods, "probe", lambda *_: {"pretrained": {"knn": next(values)}})
+    found = methods.run_job(Job("digits", "data2vec1", 0, 1.0), True, tmp_path, tmp_path)
+    assert seen == [("pretrain-0", "fold-0"), ("pretrain-1", "fold-1")]
+    assert found["scores"] == {"pretrained": {"knn": pytest.approx(0.4)}} and found["cpu_seconds"] == 10.0
