@@ -232,30 +232,36 @@ WAVEFORM = ((64, 10, 5), (64, 8, 4), (64, 6, 4), (64, 4, 3), (64, 3, 2))
 TASKS = {
     "textures": Task(
         "textures", "textures of photographs", prepare_textures, "vision-tiny", "vision1-tiny", "vision-classify",
-        ("pixels", "sorted_pixels", "power_spectrum"), 1500, redrawn=True,
+        ("pixels", "sorted_pixels", "power_spectrum"), 3000, redrawn=True,
         rates={"data2vec2": 2.0, "autoencoder": 2.0, "finetuned": 2.0},
+        reached="The recipes as they are, half of the quick start's updates at twice its rate. With 1,500 updates the "
+        "autoencoder is ahead: its target does not move, while the teacher follows a student that is still far away.",
     ),
     "digits": Task(
         "digits", "spoken digits, unseen speaker, log-mel", prepare_digits, "speech-tiny", "speech1-tiny",
-        "speech-classify", ("log_mel",), 1000, pool="mean-std",
+        "speech-classify", ("log_mel",), 1000, changes={"data": {"speed": 0.2}}, pool="mean-std",
         rates={"data2vec2": 2.0, "data2vec1": 0.5, "scratch": 0.5, "finetuned": 2.0},
+        reached="All methods hear recordings at a random speed, 0.82 to 1.22 times their own (`data.speed` 0.2): in "
+        "three folds, each measured on a speaker who was not heard in pre-training, that gave data2vec 2.0 8 points of "
+        "the linear probe and 4 with ten labels a class, and took 2 from kNN. Features: mean, deviation over tokens.",
     ),
     "waveforms": Task(
         "waveforms", "spoken digits, unseen speaker, waveform", prepare_digits, "speech-tiny", "speech1-tiny",
-        "speech-classify", ("log_mel",), 500,
-        changes={"stem": {"kind": "stock", "convolutions": WAVEFORM}}, pool="mean-std",
-        methods=("data2vec2", "data2vec1", "scratch"),
-        rates={"data2vec1": 2.0, "scratch": 2.0},
+        "speech-classify", ("log_mel",), 500, changes={"stem": {"kind": "stock", "convolutions": WAVEFORM}},
+        pool="mean-std", methods=("data2vec2", "data2vec1", "scratch"), rates={"data2vec1": 2.0, "scratch": 2.0},
+        reached="A stem of convolutions in place of the filter bank.",
     ),
     "cifar": Task(
         "cifar", "CIFAR-10", prepare_cifar, "vision-tiny", "vision1-tiny", "vision-classify", ("pixels",), 1000,
         changes={"data": {"grey": False, "rotate": False, "crop_scale": (0.4, 1.0), "global_batch": 32}}, epochs=3.0,
         methods=("data2vec2", "data2vec1", "autoencoder", "scratch"),
         rates={"data2vec1": 0.5, "autoencoder": 2.0, "scratch": 0.5},
+        reached="Crops from 40 % of an image, batches of 32. The autoencoder is a point ahead; with four times the "
+        "updates data2vec 2.0 is, on held-out data and one seed (LOG.md).",
     ),
     "sentences": Task(
         "sentences", "SST-2", prepare_sst, "text-tiny", "text1-tiny", "text-classify", ("bag_of_words",), 500,
-        epochs=3.0,
-        rates={"autoencoder": 2.0},
+        epochs=3.0, rates={"autoencoder": 2.0},
+        reached="The recipe as it is, which learns nothing here: 6,227 sentences and a part of WikiText are too few.",
     ),
 }  # fmt: skip
