@@ -378,9 +378,7 @@ def count_resampled(frames: int, rate: int) -> int:
 
 def find_level(values: np.ndarray) -> tuple[float, float]:
     """Mean and deviation of an utterance; the deviation is that of a signal with 1e-5 more variance, as published.
-
-    In float64, piece by piece.
-    """
+    In float64."""
     pieces = [values[p : p + PIECE] for p in range(0, len(values), PIECE)]
     mean = math.fsum(piece.astype(np.float64).sum() for piece in pieces) / max(len(values), 1)
     squares = math.fsum(np.square(piece - np.float64(mean)).sum() for piece in pieces)
