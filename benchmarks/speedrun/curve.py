@@ -2,9 +2,10 @@
 
 Labels: the network of data2vec 2.0 is trained on N labelled samples a class, from weights pre-trained on all unlabelled
 samples and from random ones, and a linear probe reads the frozen pre-trained features. Unlabelled data: the same with
-`FEW` labels a class after pre-training on a share of the samples, with the same updates. Accuracies are of the task's
-test data; learning rates are those of the speedrun. Each measurement is a process of its own and leaves its result in
-OUTPUT; table and picture go to RESULTS.
+`FEW` labels a class after pre-training on a share of the samples, with the same updates. `--given MODEL`, a model
+or run that stands for a published model, is measured as it is, too, and pre-trained further on the same samples.
+Accuracies are of the task's test data; learning rates are those of the speedrun. Each measurement is a process of its
+own and leaves its result in OUTPUT; table and picture go to RESULTS.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,13 @@ FOLDERS = ("digits", "textures")
 """Tasks whose samples are files in a folder a class."""
 UPDATES = 800
 """Of a training from labels, whatever their number."""
-KINDS = {"scratch": "from random weights", "finetuned": "from pre-trained weights", "probe": "linear probe, frozen"}
+STARTS = {
+    "random": "random weights", "pretrained": "pre-trained here", "given": "the given model",
+    "continued": "the given model, trained on here",
+}  # fmt: skip
+KINDS = {"all": "all weights trained", "probe": "linear probe"}
+CURVES = [(start, kind) for start in STARTS for kind in KINDS if (start, kind) != ("random", "probe")]
+Row = dict[str, Any]
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +45,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         data=(Path(), "folder with spoken-digits"),
         labels=([2, 5, 10, 30, 100], "labelled samples a class"),
         shares=([0.03, 0.1, 0.3], "of the unlabelled samples"),
+        given=("", "model folder or run to begin with, too"),
         seeds=([0, 1, 2], "seeds"),
         jobs=(1, "processes at a time"),
         output=(Path("runs/curve"), "folder for runs and results"),
@@ -55,64 +62,72 @@ def choose_share(task: Task, fold: Fold, share: float, folder: Path, seed: int) 
     return fold._replace(pretrain=str(folder))
 
 
-def measure(task: Task, share: float, seed: int, labels: list[int], data: Path, root: Path) -> list[dict[str, Any]]:
-    """A pre-training on a share of the samples, and what N labels a class then give; share 0: from random weights."""
+def measure(
+    task: Task, start: str, share: float, seed: int, labels: list[int], given: str, data: Path, root: Path
+) -> list[Row]:
+    """What N labels a class give to one of the `STARTS`, and a share of the unlabelled samples where one is used."""
     folder = root / "work"
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was stopped
     fold = task.prepare(data, folder / "data", seed).final
-    job = Job(task.name, "data2vec2", seed, task.rate("data2vec2"))
-    kind = "finetuned" if share else "scratch"
-    if kind == "scratch":
-        start = write_untrained(task, seed, fold, folder)
-    else:
+    job, spent = Job(task.name, "data2vec2", seed, task.rate("data2vec2")), 0.0
+    model = Path(given)
+    if start == "random":
+        model = write_untrained(task, seed, fold, folder)
+    elif start != "given":
         unlabelled = fold if share == 1.0 else choose_share(task, fold, share, folder / "unlabelled", seed)
-        cost, start = pretrain_job(task, job, unlabelled, folder), folder / "model"
+        begin = given if start == "continued" else None
+        spent, model = pretrain_job(task, job, unlabelled, folder, begin)["cpu_seconds"], folder / "model"
     found = []
+    rate = task.rate("scratch" if start == "random" else "finetuned")
     for count in labels:
         few = folder / f"labels-{count}"
         choose_few(Path(fold.train), few, seed, count)
-        given = (task, task.rate(kind), seed, start, str(few), fold.test, few.with_suffix(".run"))
-        score, seconds = fine_tune(*given, steps=UPDATES)
-        row = {"share": share, "seed": seed, "labels": count}
-        found.append({**row, "kind": kind, "accuracy": score, "cpu_seconds": seconds})
-        if share:
-            score = probe(task, job, fold._replace(train=str(few)), start)["pretrained"]["linear_probe"]
-            found.append({**row, "kind": "probe", "accuracy": score, "cpu_seconds": cost["cpu_seconds"]})
+        score, seconds = fine_tune(task, rate, seed, model, str(few), fold.test, few.with_suffix(".run"), steps=UPDATES)
+        row = {"start": start, "share": share, "seed": seed, "labels": count}
+        found.append({**row, "kind": "all", "accuracy": score, "cpu_seconds": seconds})
+        if start != "random":
+            score = probe(task, job, fold._replace(train=str(few)), model)["pretrained"]["linear_probe"]
+            found.append({**row, "kind": "probe", "accuracy": score, "cpu_seconds": spent})
     shutil.rmtree(folder)
     return found
 
 
-def pick(rows: list[dict[str, Any]], kind: str, share: float, labels: int) -> list[float]:
-    """Accuracies of all seeds."""
-    return [r["accuracy"] for r in rows if (r["kind"], r["share"], r["labels"]) == (kind, share, labels)]
+def pick(rows: list[Row], start: str, kind: str, labels: int, share: float | None = None) -> list[float]:
+    """Accuracies of all seeds. share: None for all samples; starts that use none have the same for any."""
+    wanted = 0.0 if start in ("random", "given") else 1.0 if share is None else share
+    return [
+        r["accuracy"] for r in rows if (r["start"], r["kind"], r["labels"], r["share"]) == (start, kind, labels, wanted)
+    ]
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
+def tables(rows: list[Row]) -> str:
     """Accuracy by labels a class after pre-training on everything, and by the share of unlabelled samples."""
-    counts, shares = (sorted({r[key] for r in rows}) for key in ("labels", "share"))
-    of_kind = {k: 0.0 if k == "scratch" else 1.0 for k in KINDS}
-    by_labels = [(n, *(show(pick(rows, k, u, n)) for k, u in of_kind.items())) for n in counts]
-    by_share = [(f"{u:g}", *(show(pick(rows, k, u, FEW)) for k in KINDS)) for u in shares]
-    first = markdown(("labels a class", *KINDS.values()), by_labels)
-    return first + "\n\n" + markdown((f"share of unlabelled samples, {FEW} labels a class", *KINDS.values()), by_share)
+    counts, shares = (sorted({r[key] for r in rows if r[key]}) for key in ("labels", "share"))
+    curves = [c for c in CURVES if any((r["start"], r["kind"]) == c for r in rows)]
+    titles = [f"{STARTS[start]}: {KINDS[kind]}" for start, kind in curves]
+    by_labels = [(n, *(show(pick(rows, *c, n)) for c in curves)) for n in counts]
+    by_share = [(f"{u:g}", *(show(pick(rows, *c, FEW, u)) for c in curves)) for u in shares]
+    first = markdown(("labels a class", *titles), by_labels)
+    return first + "\n\n" + markdown((f"share of unlabelled samples, {FEW} labels a class", *titles), by_share)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Both tables as curves, with the range over seeds."""
     rows, machine = record["rows"], record["machine"]
     title = f"{record['title']}; {machine['cpu']}, torch {machine['torch']}, {machine['date'][:10]}"
-    with figure(path, title, (11, 4.2), 1, 2, sharey=True) as (axes,):
-        for axis, key, fixed in ((axes[0], "labels", {}), (axes[1], "share", {"labels": FEW})):
-            for i, (kind, words) in enumerate(KINDS.items()):
-                at = {"share": 0.0 if kind == "scratch" else 1.0, **fixed}
-                xs = sorted({r[key] for r in rows if r["kind"] == kind})
-                all_seeds = {x: [100 * v for v in pick(rows, kind, **{**at, key: x})] for x in xs}
-                points = {x: values for x, values in all_seeds.items() if values}
-                if key == "share" and kind == "scratch":
-                    axis.axhline(statistics.mean(points[0.0]), color=f"C{i}", linestyle=":", label=words)
-                else:
-                    plot_range(axis, list(points), list(points.values()), color=f"C{i}", label=words)
-            axis.set(xscale="log", xlabel="labels a class" if key == "labels" else "share of the unlabelled samples")
+    counts, shares = (sorted({r[key] for r in rows if r[key]}) for key in ("labels", "share"))
+    with figure(path, title, (12, 4.2), 1, 2, sharey=True) as (axes,):
+        for i, (start, kind) in enumerate(CURVES):
+            style = {"color": f"C{i}", "label": f"{STARTS[start]}: {KINDS[kind]}"}
+            by_labels = {n: pick(rows, start, kind, n) for n in counts}
+            by_share = {u: pick(rows, start, kind, FEW, u) for u in shares}
+            for axis, values in zip(axes, (by_labels, by_share), strict=True):
+                points = {x: [100 * v for v in found] for x, found in values.items() if found}
+                if points:
+                    plot_range(axis, list(points), list(points.values()), **style)
+        words = ("labels a class", f"share of the unlabelled samples; {FEW} labels a class")
+        for axis, text in zip(axes, words, strict=True):
+            axis.set(xscale="log", xlabel=text)
             axis.grid(alpha=0.25)
         axes[0].set_ylabel("test accuracy, %")
         axes[0].legend(fontsize=8)
@@ -123,11 +138,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
     task, root = TASKS[options.task], options.output / options.task
     calls = []
-    for share in (0.0, 1.0, *options.shares):
-        labels = options.labels if share in (0.0, 1.0) else [FEW]
-        for seed in options.seeds:
-            place = root / f"share{share:g},seed{seed}"
-            calls.append((task, share, seed, labels, options.data, place, place / "result.json"))
+    given = str(Path(options.given).resolve()) if options.given else ""
+    for start in STARTS if given else ("random", "pretrained"):
+        for share in (0.0,) if start in ("random", "given") else (1.0, *options.shares):
+            labels = [FEW] if 0.0 < share < 1.0 else options.labels
+            for seed in options.seeds:
+                place = root / f"{start},share{share:g},seed{seed}"
+                calls.append((task, start, share, seed, labels, given, options.data, place, place / "result.json"))
     rows = [row for found in run_apart(measure, calls, options.jobs) for row in found]
     record = {"title": task.title, "machine": machine_basics(), "rows": rows}
     file = options.results / f"curve-{task.name}.json"

@@ -25,7 +25,7 @@ from d2v.model.masking import make_mask_sampler
 from d2v.model.saving import write_folder
 from d2v.train.distributed import Ranks
 from d2v.train.flops import count_flops, shape_of
-from d2v.train.pretraining import Pretraining, open_data
+from d2v.train.pretraining import Pretraining, load_weights, open_data
 from d2v.train.run_dir import RunFolder
 from d2v.train.trainer import train
 
@@ -118,15 +118,18 @@ def after_quarters(objective: Pretraining, steps: int, save: Callable[[int], Non
     objective.end_update = end_update  # type: ignore[method-assign]
 
 
-def pretrain_job(task: Task, job: Job, fold: Fold, folder: Path) -> dict[str, Any]:
-    """Pre-trains; returns what it cost. The models are then in `folder`: "model-1" to "model-3" after a quarter, a half
-    and three quarters of the updates, and "model"."""
+def pretrain_job(task: Task, job: Job, fold: Fold, folder: Path, given: str | None = None) -> dict[str, Any]:
+    """Pre-trains, from the weights of a model `given`, if any; returns what it cost. The models are then in `folder`:
+    "model-1" to "model-3" after a quarter, a half and three quarters of the updates, and "model"."""
     steps, autoencoder = updates_for(task, job.method, job.share), job.method == "autoencoder"
     config = scaled(task.config(job.method), steps, job.seed, job.rate, fold, folder)
     ranks = Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(1)
     source, _ = open_data(config)
     objective = (Autoencoding if autoencoder else Pretraining)(config, source, None, ranks.device)
+    if given is not None:
+        load_weights(objective.model, given, "given")
+        objective.lenient = True
     spent, saving = [], 0.0
 
     def save(name: str) -> None:

@@ -147,14 +147,21 @@ def test_a_share_of_the_unlabelled_samples(tmp_path: Path) -> None:
 
 def test_curves(tmp_path: Path) -> None:
     rows = [
-        {"kind": kind, "share": share, "seed": seed, "labels": n, "accuracy": 0.1 + 0.1 * seed + share / 2}
-        for kind, share in (("scratch", 0.0), ("finetuned", 1.0), ("probe", 1.0), ("finetuned", 0.1), ("probe", 0.1))
+        dict(start=start, kind=kind, share=share, seed=seed, labels=n, accuracy=(1 + seed) / 10 + share / 2)
+        for start, kind, share in (
+            ("random", "all", 0.0), ("given", "all", 0.0), ("pretrained", "all", 1.0), ("pretrained", "probe", 1.0),
+            ("pretrained", "all", 0.1), ("pretrained", "probe", 0.1),
+        )
         for seed in (0, 1) for n in ((10, 30) if share in (0.0, 1.0) else (10,))
     ]  # fmt: skip
     lines = curve.tables(rows).splitlines()
-    assert lines[2] == "| 10 | 15.0 (10.0–20.0) | 65.0 (60.0–70.0) | 65.0 (60.0–70.0) |"
-    whole = "65.0 (60.0–70.0)"
-    assert lines[-2:] == ["| 0.1 |  | 20.0 (15.0–25.0) | 20.0 (15.0–25.0) |", f"| 1 |  | {whole} | {whole} |"]
+    alone, whole, part = "15.0 (10.0–20.0)", "65.0 (60.0–70.0)", "20.0 (15.0–25.0)"
+    assert lines[0].startswith("| labels a class | random weights: all weights trained | pre-trained here: all")
+    assert lines[2] == f"| 10 | {alone} | {whole} | {whole} | {alone} |"
+    assert lines[-2:] == [
+        f"| 0.1 | {alone} | {part} | {part} | {alone} |",
+        f"| 1 | {alone} | {whole} | {whole} | {alone} |",
+    ]
     curve.draw({"title": "digits", "machine": MACHINE, "rows": rows}, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
