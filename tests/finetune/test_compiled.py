@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-import torch.multiprocessing as processes
 from soak.jobs import find_port, largest_difference, losses, rank_environment
 from support.graphs import count_graphs, fresh_compiler  # noqa: F401
+from support.ranks import run_ranks
 
 from d2v.cli import main
 from d2v.model.finetuned import FineTuned
@@ -67,5 +67,5 @@ def run_rank(rank: int, port: int, command: list[str]) -> None:
 def test_two_ranks_have_the_losses_of_one(image_model: Path, tmp_path: Path) -> None:
     command = [*make_command("images", image_model, tmp_path), "--run.steps", "6", "--data.micro-batch", "4"]
     assert main([*command, "--run.dir", str(tmp_path / "eager")]) == 0
-    processes.spawn(run_rank, (find_port(), [*command, *NETWORK, "--run.dir", str(tmp_path / "two")]), nprocs=2)
+    run_ranks(run_rank, 2, find_port(), [*command, *NETWORK, "--run.dir", str(tmp_path / "two")])
     assert largest_difference(losses(tmp_path / "two"), losses(tmp_path / "eager")) < 1e-6

@@ -20,13 +20,20 @@ IMPORTED = [
 ]  # fmt: skip
 
 
-def run_ranks(function: Callable[..., None], ranks: int, *arguments: Any) -> None:
-    """`function(rank, *arguments)` in `ranks` processes; raises what `torch.multiprocessing.spawn` does.
+def start_ranks(function: Callable[..., None], ranks: int, *arguments: Any) -> processes.ProcessContext:
+    """`function(rank, *arguments)` in `ranks` processes, which are not waited for.
 
     Environment variables are those of the first call in this process: what a rank needs it must set itself.
     """
     multiprocessing.set_forkserver_preload(IMPORTED)
-    processes.start_processes(function, arguments, nprocs=ranks, start_method="forkserver")
+    return processes.start_processes(function, arguments, nprocs=ranks, join=False, start_method="forkserver")
+
+
+def run_ranks(function: Callable[..., None], ranks: int, *arguments: Any) -> None:
+    """The same to their end; raises what `torch.multiprocessing.spawn` does."""
+    context = start_ranks(function, ranks, *arguments)
+    while not context.join():
+        pass
 
 
 def run_d2v(options: Sequence[str], ranks: int) -> None:

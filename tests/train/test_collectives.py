@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 from soak.jobs import find_port, rank_environment
-from support.ranks import run_ranks
+from support.ranks import run_ranks, start_ranks
 
 import d2v.train.trainer
 from d2v.config import Config
@@ -143,7 +142,7 @@ def test_a_rank_that_hangs_is_named_by_the_others(
     tmp_path: Path, make_config: Callable[..., Config], parallel: str
 ) -> None:
     config = make_config(run={"parallel": parallel, "timeout": 30.0, "steps": 20})
-    context = processes.spawn(hang, (find_port(), config, str(tmp_path)), nprocs=3, join=False)
+    context = start_ranks(hang, 3, find_port(), config, str(tmp_path))
     for process in context.processes:
         process.join(200)
         process.kill()

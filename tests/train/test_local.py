@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch.multiprocessing as processes
 from soak.jobs import assert_same_weights, find_port, last_step, rank_environment
+from support.ranks import run_ranks
 
 from d2v.cli import main
 from d2v.config import Config
@@ -102,31 +102,35 @@ def test_a_run_takes_no_checkpoint_of_one_that_was_in_its_folder(
         pretrain(config)
 
 
-def run_node(node: int, port: int, options: list[str], place: str, stop: bool) -> None:
-    """`d2v` on the only rank of one of two nodes, which dies before the fifth update."""
-    os.environ |= {**rank_environment(node, 2, port), "GROUP_RANK": str(node)}
+def run_rank(rank: int, ranks: int, port: int, options: list[str], place: str, stop: bool) -> None:
+    """`d2v` on a rank of the first or the second half of them, each half a node; all die before the fifth update."""
+    node = 2 * rank // ranks
+    os.environ |= {**rank_environment(rank, ranks, port), "GROUP_RANK": str(node)}
     if stop:
         stop_before(5, functools.partial(os._exit, 0))
-    with Path(f"{place}.{node}.log").open("w", encoding="utf-8") as file:
+    with Path(f"{place}.{rank}.log").open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 2)
         assert main([*options, "--run.local-checkpoint", f"{place}-{node}"]) == 0
 
 
-def test_a_lost_node_goes_back_to_the_run_folder(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "mode"), [(2, []), (4, ["--run.parallel", "fsdp", "--run.shard-ranks", "2"])], ids=["ddp", "hybrid"]
+)
+def test_a_lost_node_goes_back_to_the_run_folder(images: Path, tmp_path: Path, ranks: int, mode: list[str]) -> None:
     base = ["pretrain", "vision-tiny", *tiny_options(), "--data.path", str(images), "--run.checkpoint-every", "3"]
-    base += ["--run.local-every", "2", "--data.micro-batch", "2"]
+    base += ["--run.local-every", "2", "--data.micro-batch", "1", *mode]
     place = tmp_path / "memory"
     for name, lost in (("kept", False), ("lost", True)):
         options = [*base, "--run.dir", str(tmp_path / name)]
-        processes.spawn(run_node, (find_port(), options, str(place), True), nprocs=2)
+        run_ranks(run_rank, ranks, ranks, find_port(), options, str(place), True)
         assert local_steps(Path(f"{place}-0")) == local_steps(Path(f"{place}-1")) == [2, 4]
         assert last_step(tmp_path / name) == 3
         if lost:
             shutil.rmtree(f"{place}-1")
-        processes.spawn(run_node, (find_port(), options, str(place), False), nprocs=2)
+        run_ranks(run_rank, ranks, ranks, find_port(), options, str(place), False)
         said = Path(f"{place}.0.log").read_text()
         assert f"after update {3 if lost else 4} of 6" in said
-        assert ("update 4 is not taken, rank 1 on " in said) == lost
+        assert (f"update 4 is not taken, rank {ranks // 2} on " in said) == lost
         assert local_steps(Path(f"{place}-0")) == local_steps(Path(f"{place}-1")) == []
     assert_same_weights(tmp_path / "kept", tmp_path / "lost")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 from soak.cases import NO_DROPOUT, make_data, options
 from soak.equality import rewind
 from soak.jobs import assert_same_weights, find_port, largest_difference, losses, rank_environment
 from soak.ranks import run_all
+from support.ranks import run_ranks
 
 from d2v.train.ranks.reduction import RoundedReduce
 
@@ -45,7 +45,7 @@ def reduce_buckets(rank: int, port: int, folder: str) -> None:
 
 
 def test_means_are_those_of_float32_but_for_two_roundings(tmp_path: Path) -> None:
-    processes.spawn(reduce_buckets, (find_port(), str(tmp_path)), nprocs=RANKS)
+    run_ranks(reduce_buckets, RANKS, find_port(), str(tmp_path))
     first, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
     for other in others:
         assert all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(first, other, strict=True))
