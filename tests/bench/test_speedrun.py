@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.record import RESULTS as RESULTS_FOLDER
+from benchmarks.harness.record import ROOT
 from benchmarks.speedrun import curve, methods, records
 from benchmarks.speedrun.__main__ import parse_options, plan_jobs
 from benchmarks.speedrun.methods import (
@@ -21,7 +23,7 @@ from benchmarks.speedrun.methods import (
     updates_for,
     write_untrained,
 )
-from benchmarks.speedrun.table import draw, summarise, table
+from benchmarks.speedrun.table import PROBES, draw, show, summarise, table
 from benchmarks.speedrun.tasks import SPEAKERS, TASKS, Fold, Splits, choose_few, prepare_digits
 
 
@@ -223,3 +225,12 @@ def test_scores_are_means_over_folds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = methods.run_job(Job("digits", "data2vec1", 0, 1.0), True, tmp_path, tmp_path)
     assert seen == [("pretrain-0", "fold-0"), ("pretrain-1", "fold-1")]
     assert found["scores"] == {"pretrained": {"knn": pytest.approx(0.4)}} and found["cpu_seconds"] == 10.0
+
+
+def test_the_pages_show_the_records(tmp_path: Path) -> None:
+    records.write_page(RESULTS_FOLDER, tmp_path / "records.md")
+    assert (tmp_path / "records.md").read_text() == records.PAGE.read_text(), "python -m benchmarks.speedrun writes it"
+    rows = {row["name"]: row["scores"] for row in records.read("textures", RESULTS_FOLDER)["rows"]}
+    readme = (ROOT / "README.md").read_text()
+    for name in ("data2vec2", "autoencoder", "random_init"):
+        assert " | ".join(show(rows[name][key]) for key in PROBES) in readme, name
