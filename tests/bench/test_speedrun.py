@@ -187,6 +187,8 @@ def test_records_are_kept_verified_and_shown(tmp_path: Path) -> None:
     assert found == pytest.approx({"data2vec 2.0": 1.0, "the same network, untrained": 0.0})
     with pytest.raises(ValueError, match=r"verify: expected methods and seeds of the record, got 'supervised"):
         records.verify("digits", [result("scratch", 0, 0.5), result("scratch", 1, 0.5)], [0, 1], tmp_path)
+    with pytest.raises(ValueError, match=r"verify: expected --seeds 0 1 ... as in the record, got \[1\]"):
+        records.verify("digits", [], [1], tmp_path)
     records.write_page(tmp_path, tmp_path / "records.md")
     page = (tmp_path / "records.md").read_text()
     assert "| data2vec 2.0 | 75.0 (70.0–80.0) |" in page and "| masked autoencoder | 60.0 |" in page
