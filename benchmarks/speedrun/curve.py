@@ -68,7 +68,7 @@ def measure(
     """What N labels a class give to one of the `STARTS`, and a share of the unlabelled samples where one is used."""
     folder = root / "work"
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was stopped
-    fold = task.prepare(data, folder / "data", seed).final
+    fold = task.splits(data, folder / "data", seed).final
     job, spent = Job(task.name, "data2vec2", seed, task.rate("data2vec2")), 0.0
     model = Path(given)
     if start == "random":

@@ -284,7 +284,7 @@ def run_job(job: Job, choose: bool, root: Path, data: Path) -> dict[str, Any]:
     """
     task, folder = TASKS[job.task].with_changes(job.changes), job.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
-    splits = task.prepare(data, folder / "data", job.seed)
+    splits = task.splits(data, folder / "data", job.seed)
     folds = splits.choose if choose else (splits.final,)
     parts = ["" if f.pretrain == splits.final.pretrain else f"fold-{n}" for n, f in enumerate(folds)]
     found = [measure(task, job, f, choose, root, part) for f, part in zip(folds, parts, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -83,6 +84,15 @@ class Task:
         """The configuration of a method; from scratch and fine-tuned: the network of data2vec 2.0."""
         recipe = recipes.get(self.first_recipe if method == "data2vec1" else self.recipe)
         return change(change(recipe, **self.changes), **self.own.get(method, {}))
+
+    def splits(self, data: Path, folder: Path, seed: int) -> Splits:
+        """What `prepare` makes in a folder, whole: what was begun there and not ended is made again."""
+        done = folder.with_name(f"{folder.name}.done")
+        if not done.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+        found = self.prepare(data, folder, seed)
+        done.touch()
+        return found
 
     def rate(self, method: str) -> float:
         """Factor on the learning rate of a method."""

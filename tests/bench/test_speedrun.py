@@ -211,6 +211,25 @@ def test_settings_of_speech_are_chosen_by_speakers_never_heard(tmp_path: Path) -
         assert {p.name.split("_")[1] for p in Path(fold.test).rglob("*.wav")} == {speaker}
 
 
+def test_data_that_were_begun_are_made_again(tmp_path: Path) -> None:
+    def prepare(data: Path, folder: Path, seed: int) -> Splits:
+        made = not folder.exists()
+        folder.mkdir(exist_ok=True)
+        if made:
+            (folder / "first").touch()
+            if not data.exists():
+                raise KeyboardInterrupt
+            (folder / "last").touch()
+        return Splits(Fold("all", "train", "few", "test"), ())
+
+    task, folder = replace(TASKS["digits"], prepare=prepare), tmp_path / "data"
+    with pytest.raises(KeyboardInterrupt):
+        task.splits(tmp_path / "missing", folder, 0)
+    for _ in range(2):
+        task.splits(tmp_path, folder, 0)
+        assert sorted(p.name for p in folder.iterdir()) == ["first", "last"]
+
+
 def test_scores_are_means_over_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folds = tuple(Fold(f"pretrain-{n}", "train", "few", "test") for n in range(2))
     task = replace(TASKS["digits"], prepare=lambda *_: Splits(Fold("all", "train", "few", "test"), folds))
