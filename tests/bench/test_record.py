@@ -26,7 +26,7 @@ from benchmarks.harness.record import (
     store,
     write_rows,
 )
-from benchmarks.speedrun.__main__ import store_table
+from benchmarks.speedrun import records
 from benchmarks.training.cases import StepCase
 from d2v_kernels import _native, use_backend
 
@@ -175,7 +175,7 @@ def test_some_methods_leave_the_other_rows_of_a_table(tmp_path: Path) -> None:
     before = json.loads(file.read_text())["rows"]
     scores = {"scratch": {"linear_probe": 0.5, "knn": 0.5, "few_label": 0.5}}
     result = {"method": "scratch", "rate": 1.0, "scores": scores, "cpu_seconds": 1.0}
-    store_table("digits", [result], tmp_path)
+    records.store("digits", [result], tmp_path)
     after = json.loads(file.read_text())["rows"]
     assert [a["name"] for a, b in zip(after, before, strict=True) if a != b] == ["scratch"]
 
