@@ -35,6 +35,8 @@ namespace d2v {
 D2V_DECLARE(base)
 #if defined(D2V_X86_LEVELS)
 D2V_DECLARE(avx2)
+#endif
+#if defined(D2V_HAS_AVX512)
 D2V_DECLARE(avx512)
 #endif
 #undef D2V_DECLARE
@@ -117,6 +119,7 @@ Tables pick() {
   const int level = highest_level();
   __builtin_cpu_init();  // also looks at what the operating system saves
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(D2V_HAS_AVX512)
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   // An fp32 average from an fp32 source is limited by memory, and stores of 32 bytes to lines just read were quicker
@@ -145,6 +148,7 @@ Tables pick() {
 #endif
     return found;
   }
+#endif
   if (level >= 1 && avx2) return D2V_TABLES(avx2, avx2);
 #endif
   return D2V_TABLES(base, base);
