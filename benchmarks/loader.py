@@ -33,13 +33,13 @@ VOCABULARY = 1000
 """Tokens of the generated text's tokenizer: training a large one takes longer than the measurement."""
 
 
-def write_images(root: Path, size: tuple[int, int] = (320, 240)) -> str:
+def write_images(root: Path, size: tuple[int, int] = (320, 240), count: int = IMAGES) -> str:
     """JPEG files of (width, height) pixels."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
     root.mkdir(parents=True)
-    for i in range(IMAGES):
+    for i in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)).resize(size, 3)
         noisy = np.asarray(coarse, dtype=np.int16) + rng.integers(-12, 13, (*size[::-1], 3), dtype=np.int16)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(root / f"{i:04d}.jpg", quality=90)
