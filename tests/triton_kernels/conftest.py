@@ -23,6 +23,7 @@ from d2v_kernels import _env
 ROOT = Path(__file__).resolve().parents[2]
 OLDER = Path(sys.prefix) / "triton-3.6.0"  # pip install --no-deps --target of the version that GPU clusters have
 ARCHITECTURES = (80, 90, 100)
+OLDER_ARCHITECTURES = (90,)
 
 # The tests in `interpreted` are for the child process that test_interpreted.py starts.
 collect_ignore = [] if _env.triton_interpreter() else ["interpreted"]
@@ -68,13 +69,13 @@ def compile_kernels(
 
 @pytest.fixture(scope="session", params=["installed", "3.6.0"])
 def compiled(request, needs_triton, triton_cache, shared_folder, tmp_path_factory) -> Compiled:
-    before = ""
+    before, architectures = "", ARCHITECTURES
     if request.param != "installed":
         if not OLDER.is_dir():
             pytest.skip(f"no triton {request.param}: pip install --no-deps --target {OLDER} triton=={request.param}")
-        before = str(OLDER)
+        before, architectures = str(OLDER), OLDER_ARCHITECTURES
 
-    make = functools.partial(compile_kernels, "support.triton_compile", ARCHITECTURES, before, triton_cache)
+    make = functools.partial(compile_kernels, "support.triton_compile", architectures, before, triton_cache)
     folder = make_once(shared_folder, f"triton-{request.param}", lambda: make(tmp_path_factory.mktemp("kernels")))
     report = json.loads((folder / "report.json").read_text())
     if before:

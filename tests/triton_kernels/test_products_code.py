@@ -13,7 +13,7 @@ from codegen import issue
 from codegen.issue_rows import PAIRS
 from codegen.toolchain import find_cuobjdump
 from support.workers import make_once
-from triton_kernels.conftest import ARCHITECTURES, OLDER, compile_kernels
+from triton_kernels.conftest import ARCHITECTURES, OLDER, OLDER_ARCHITECTURES, compile_kernels
 from triton_kernels.test_machine_code import float_extrema, narrow_casts
 
 from d2v_kernels import _env
@@ -32,7 +32,7 @@ def compiled(request, needs_triton, triton_cache, shared_folder, tmp_path_factor
     if request.param != "installed":
         if not OLDER.is_dir():
             pytest.skip(f"no triton {request.param} in {OLDER}")
-        before, architectures = str(OLDER), (90,)
+        before, architectures = str(OLDER), OLDER_ARCHITECTURES
 
     make = functools.partial(compile_kernels, "triton_kernels.products_compile", architectures, before, triton_cache)
     folder = make_once(shared_folder, f"products-{request.param}", lambda: make(tmp_path_factory.mktemp("products")))
