@@ -13,10 +13,11 @@ import subprocess
 import tarfile
 import tempfile
 import weakref
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -221,7 +222,7 @@ def scan_shard(shard: Path | RemoteFile, wanted: Wanted) -> Found:
     """
     labels: dict[str, str] = {}
     texts: dict[str, tuple[int, int]] = {}
-    members: list[tuple[str, tarfile.TarInfo]] = []
+    members: list[_Named] = []
     option, rejected, left_out = wanted.option, list[list[str]](), Counter[str]()
     with shard.open() if isinstance(shard, RemoteFile) else shard.open("rb") as file:
         read = _reader(file)
@@ -238,7 +239,7 @@ def scan_shard(shard: Path | RemoteFile, wanted: Wanted) -> Found:
             if base.startswith("."):
                 left_out["hidden names"] += 1
             elif extension in wanted.kind.suffixes:
-                members.append((key, member))
+                members.append(_Named(key, f"{folder}{slash}{base.partition('.')[0]}", member))
             elif extension == ".cls" and wanted.labelled:
                 data = read(min(member.size, MAX_LABEL_BYTES), member.offset_data)
                 labels[key] = data.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff").strip()
@@ -247,53 +248,56 @@ def scan_shard(shard: Path | RemoteFile, wanted: Wanted) -> Found:
             elif extension != ".cls":
                 left_out[extension] += 1
         found = _choose_members(shard, members, wanted, rejected, left_out)
-        plain = {key: key if key in labels else _plain_key(key) for key in found}
-        if wanted.labelled and (missing := [key for key in sorted(found) if plain[key] not in labels]):
+        if wanted.labelled and (missing := [n.key for n in found if not {n.key, n.plain} & labels.keys()]):
             count = f"{len(missing)} of {len(found)} without a label"
             raise ValueError(f"{option}: expected {missing[0]}.cls in {str(shard)!r}, found none ({count})")
         samples: list[list[Any]] = []
-        for key, member in sorted(found.items()):
-            text = texts.get(key, texts.get(_plain_key(key), (-1, -1)))
+        for key, plain, member in found:
+            text = texts.get(key) or texts.get(plain, (-1, -1))
+            label = labels.get(key, labels.get(plain, ""))
             opened = functools.partial(archive.extractfile, member)
             length = -1 if wanted.measure is None else measure_length(wanted.measure, opened)
-            samples.append([member.name, labels.get(plain[key], ""), member.offset_data, member.size, *text, length])
+            samples.append([member.name, label, member.offset_data, member.size, *text, length])
     return Found(samples, rejected, left_out)
 
 
-def _plain_key(key: str) -> str:
+class _Named(NamedTuple):
+    """A member that may be a sample."""
+
+    key: str
+    """Its name without the ending."""
+    plain: str
     """What stands before the first dot of the base name, webdataset's key."""
-    folder, slash, base = key.rpartition("/")
-    return folder + slash + base.partition(".")[0]
+    member: tarfile.TarInfo
+
+    @property
+    def field(self) -> str:
+        """What stands behind webdataset's key, such as `.mask.jpg`."""
+        return self.member.name[len(self.plain) :].lower()
 
 
 def _choose_members(
-    shard: Path | RemoteFile, members: list[tuple[str, tarfile.TarInfo]], wanted: Wanted, rejected: list[list[str]],
-    left_out: Counter[str],
-) -> dict[str, tarfile.TarInfo]:  # fmt: skip
-    """The samples by key.
+    shard: Path | RemoteFile, members: list[_Named], wanted: Wanted, rejected: list[list[str]], left_out: Counter[str]
+) -> list[_Named]:
+    """The samples, sorted by key.
 
     Where one sample has `key.jpg` and `key.mask.jpg`, members `.mask.jpg` of the whole shard are other views of samples
     and not samples; elsewhere a dot is a part of the key.
     """
     singular = wanted.kind.noun.removesuffix("s")
-    known = {key for key, _ in members if key == _plain_key(key)}
-    fields = {_field(key, member) for key, member in members if key != (plain := _plain_key(key)) and plain in known}
-    found: dict[str, tarfile.TarInfo] = {}
+    known = {named.key for named in members if named.key == named.plain}
+    fields = {named.field for named in members if named.key != named.plain and named.plain in known}
+    found: dict[str, _Named] = {}
     second: list[list[str]] = []
-    for key, member in members:
-        if key != _plain_key(key) and _field(key, member) in fields:
-            left_out[_field(key, member)] += 1
-        elif key in found:
-            second.append([f"{shard}:{member.name}", f"second {singular} of key {key!r}"])
+    for named in members:
+        if named.key != named.plain and named.field in fields:
+            left_out[named.field] += 1
+        elif named.key in found:
+            second.append([f"{shard}:{named.member.name}", f"second {singular} of key {named.key!r}"])
         else:
-            found[key] = member
+            found[named.key] = named
     rejected[:0] = second
-    return found
-
-
-def _field(key: str, member: tarfile.TarInfo) -> str:
-    """What stands behind webdataset's key, such as `.mask.jpg`."""
-    return member.name[len(_plain_key(key)) :].lower()
+    return [found[key] for key in sorted(found)]
 
 
 def _members(
@@ -345,7 +349,8 @@ def _next_plain(read: _Read, archive: tarfile.TarFile) -> tarfile.TarInfo | None
     place = archive.offset
     header = read(tarfile.BLOCKSIZE, place)
     match = None if vars(archive)["firstmember"] is not None or archive.pax_headers else _HEADER.fullmatch(header)
-    if match is None or sum(header) - sum(match[3]) + 256 != int(match[3][:6], 8):
+    # The low half of an Adler-32 is one more than the sum of all bytes, modulo 65521, in a tenth of the time of `sum`.
+    if match is None or (int(match[3][:6], 8) + sum(match[3]) - 255) % 65521 != zlib.adler32(header) & 0xFFFF:
         return None
     member = tarfile.TarInfo(match[1].rstrip(b"\0").decode("utf-8", "surrogateescape"))
     member.size, member.offset_data = int(match[2], 8), place + tarfile.BLOCKSIZE
