@@ -253,8 +253,7 @@ def scan_shard(shard: Path | RemoteFile, wanted: Wanted) -> Found:
             raise ValueError(f"{option}: expected {missing[0]}.cls in {str(shard)!r}, found none ({count})")
         samples: list[list[Any]] = []
         for key, plain, member in found:
-            text = texts.get(key) or texts.get(plain, (-1, -1))
-            label = labels.get(key, labels.get(plain, ""))
+            text, label = texts.get(key) or texts.get(plain, (-1, -1)), labels.get(key, labels.get(plain, ""))
             opened = functools.partial(archive.extractfile, member)
             length = -1 if wanted.measure is None else measure_length(wanted.measure, opened)
             samples.append([member.name, label, member.offset_data, member.size, *text, length])
@@ -262,12 +261,10 @@ def scan_shard(shard: Path | RemoteFile, wanted: Wanted) -> Found:
 
 
 class _Named(NamedTuple):
-    """A member that may be a sample."""
+    """What may be a sample; key: its name without the ending; plain: up to the base name's first dot, as webdataset."""
 
     key: str
-    """Its name without the ending."""
     plain: str
-    """What stands before the first dot of the base name, webdataset's key."""
     member: tarfile.TarInfo
 
     @property
@@ -284,16 +281,15 @@ def _choose_members(
     Where one sample has `key.jpg` and `key.mask.jpg`, members `.mask.jpg` of the whole shard are other views of samples
     and not samples; elsewhere a dot is a part of the key.
     """
-    singular = wanted.kind.noun.removesuffix("s")
     known = {named.key for named in members if named.key == named.plain}
     fields = {named.field for named in members if named.key != named.plain and named.plain in known}
-    found: dict[str, _Named] = {}
-    second: list[list[str]] = []
+    found, second = dict[str, _Named](), list[list[str]]()
     for named in members:
         if named.key != named.plain and named.field in fields:
             left_out[named.field] += 1
         elif named.key in found:
-            second.append([f"{shard}:{named.member.name}", f"second {singular} of key {named.key!r}"])
+            kind = wanted.kind.noun.removesuffix("s")
+            second.append([f"{shard}:{named.member.name}", f"second {kind} of key {named.key!r}"])
         else:
             found[named.key] = named
     rejected[:0] = second
@@ -346,14 +342,13 @@ def _members(
 
 def _next_plain(read: _Read, archive: tarfile.TarFile) -> tarfile.TarInfo | None:
     """What `archive.next()` would return, in a fifth of the time; None: the header is not as most are."""
-    place = archive.offset
-    header = read(tarfile.BLOCKSIZE, place)
+    header = read(tarfile.BLOCKSIZE, archive.offset)
     match = None if vars(archive)["firstmember"] is not None or archive.pax_headers else _HEADER.fullmatch(header)
     # The low half of an Adler-32 is one more than the sum of all bytes, modulo 65521, in a tenth of the time of `sum`.
     if match is None or (int(match[3][:6], 8) + sum(match[3]) - 255) % 65521 != zlib.adler32(header) & 0xFFFF:
         return None
     member = tarfile.TarInfo(match[1].rstrip(b"\0").decode("utf-8", "surrogateescape"))
-    member.size, member.offset_data = int(match[2], 8), place + tarfile.BLOCKSIZE
+    member.size, member.offset_data = int(match[2], 8), archive.offset + tarfile.BLOCKSIZE
     archive.offset = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return member
 
