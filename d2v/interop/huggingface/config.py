@@ -8,7 +8,11 @@ from typing import Any
 
 from d2v import recipes
 from d2v.config import Config
+from d2v.data.vision import IMAGENET_MEAN, IMAGENET_STD
 from d2v.interop.options import Option, apply, as_bool, as_float, as_int, hidden_option, read_options, write_options
+from d2v.model.stems.speech import SAMPLE_RATE
+
+PREPROCESSOR, TOKENIZER = "preprocessor_config.json", "tokenizer_config.json"
 
 
 def _number(name: str, field: str, default: Any = None) -> Option:
@@ -152,6 +156,37 @@ def write_config(config: Config) -> dict[str, Any]:
     elif stem.modality == "vision":
         result["hidden_dropout_prob"] = encoder.dropout
     return result
+
+
+def describe_inputs(config: Config) -> dict[str, dict[str, Any]]:
+    """Name -> content of the files by which the Auto classes of transformers make inputs as d2v does; nothing for
+    images that are made as no class of transformers can."""
+    stem, prepared = config.stem, config.data.standardise == "imagenet" and not config.data.grey
+    if stem.modality == "speech":
+        # Without a mask the padding would be a part of what a recording's mean and deviation are taken over.
+        sound = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": SAMPLE_RATE, "feature_size": 1,
+                 "padding_value": 0.0, "do_normalize": True, "return_attention_mask": True}  # fmt: skip
+        return {PREPROCESSOR: sound}
+    if stem.modality == "text":
+        return {TOKENIZER: {"tokenizer_class": "RobertaTokenizer", "model_max_length": stem.max_tokens}}
+    if stem.modality != "vision" or stem.channels != 3 or not prepared:
+        return {}
+    size = stem.image_size
+    return {PREPROCESSOR: {
+        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3,
+        "size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": {"height": size, "width": size},
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }}  # fmt: skip
+
+
+def compare_inputs(config: Config, given: Mapping[str, Any]) -> str:
+    """Where a `preprocessor_config.json` asks for other values than d2v gives a model, in words; "" where it does not.
+    Sizes and crops are not compared."""
+    kept = ("sampling_rate", "do_normalize", "do_rescale", "image_mean", "image_std")
+    own = describe_inputs(config).get(PREPROCESSOR, {})
+    odd = [n for n in kept if n in own and n in given and given[n] != own[n]]
+    return ", ".join(f"{name}: expected {own[name]}, got {given[name]}" for name in odd)
 
 
 def _check_variant(config: Config) -> None:

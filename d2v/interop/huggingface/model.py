@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,19 @@ import torch
 from torch import Tensor
 
 from d2v.files import write_atomically
+from d2v.finetune.spelling import SPACE
 from d2v.folder import copy_into
 from d2v.interop import fairseq
 from d2v.interop.fairseq.names import family_of
-from d2v.interop.huggingface.config import FAMILIES, read_config, write_config
+from d2v.interop.huggingface.config import (
+    FAMILIES,
+    PREPROCESSOR,
+    TOKENIZER,
+    compare_inputs,
+    describe_inputs,
+    read_config,
+    write_config,
+)
 from d2v.interop.huggingface.heads import choose_model, describe_head, find_model, name_tensors, read_head, read_labels
 from d2v.interop.renaming import Pairs, renamed, reverse
 from d2v.interop.torch_file import check_weights, check_whole, read_torch_file, strip_wrappers
@@ -109,6 +118,10 @@ def load(folder: str | Path) -> Data2Vec | FineTuned:
     given = _read_json(folder / "config.json")
     family, config = read_config(given)
     task = find_model(given)
+    if (folder / PREPROCESSOR).is_file() and (odd := compare_inputs(config, _load_json(folder / PREPROCESSOR))):
+        warnings.warn(
+            f"checkpoint {str(folder)!r}: {PREPROCESSOR}: {odd}; d2v prepares inputs its own way", stacklevel=2
+        )
     tensors = _read_tensors(folder, PREFIXES[family])
     with torch.random.fork_rng(devices=[]):
         model = Data2Vec(config)
@@ -135,7 +148,7 @@ def save(model: Data2Vec | FineTuned, folder: str | Path) -> Path:
 
     The format has no pre-training head and no teacher: they are not written. transformers lets convolutional positions
     of speech see padded frames, whatever the model was trained with, of which a warning tells. The labels of CTC go to
-    `vocab.json`.
+    `vocab.json`; what the Auto classes prepare inputs by to `preprocessor_config.json` and `tokenizer_config.json`.
 
     Raises:
         NotImplementedError: data2vec 2.0, or a variant that transformers has no model for.
@@ -155,18 +168,25 @@ def save(model: Data2Vec | FineTuned, folder: str | Path) -> Path:
         )
     from safetensors.torch import save as to_bytes
 
-    tensors = _name_tensors(encoder, family)
-    vocabulary = None
+    tensors, files = _name_tensors(encoder, family), describe_inputs(model.config)
     if isinstance(model, FineTuned):
         description, tensors = _add_head(model, family, description, tensors)
         if model.head.settings.task == "ctc":
-            vocabulary = {label: i for i, label in enumerate(model.labels)}
+            files |= _describe_labels(model.labels, model.head.settings.blank)
     folder.mkdir(parents=True, exist_ok=True)
-    if vocabulary is not None:
-        write_atomically(folder / "vocab.json", json.dumps(vocabulary, indent=1) + "\n")
     write_atomically(folder / "model.safetensors", to_bytes(tensors, metadata={"format": "pt"}))
-    write_atomically(folder / "config.json", json.dumps(description, indent=2) + "\n")
+    for name, content in {**files, "config.json": description}.items():
+        write_atomically(folder / name, json.dumps(content, indent=2) + "\n")
     return folder
+
+
+def _describe_labels(labels: Sequence[str], blank: int) -> dict[str, dict[str, Any]]:
+    """Files with the labels of CTC, and, where these are letters, their tokenizer."""
+    files: dict[str, dict[str, Any]] = {"vocab.json": {label: i for i, label in enumerate(labels)}}
+    if SPACE in labels:
+        files[TOKENIZER] = {"tokenizer_class": "Wav2Vec2CTCTokenizer", "pad_token": labels[blank], "unk_token": "<unk>",
+                            "bos_token": None, "eos_token": None, "word_delimiter_token": SPACE}  # fmt: skip
+    return files
 
 
 def _add_head(
