@@ -93,3 +93,10 @@ def test_other_inputs_are_told_on_import(tmp_path: Path, case: str, key: str, va
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.warns(UserWarning, match=f"{key}: expected .*, got .*d2v prepares inputs its own way"):
         huggingface.load(folder)
+
+
+def test_a_list_says_nothing_of_inputs(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    folder = huggingface.save(tiny_model("hf_vision"), tmp_path / "m")
+    (folder / "preprocessor_config.json").write_text('["image_mean"]')
+    huggingface.load(folder)
+    assert not [w for w in recwarn if "prepares" in str(w.message)]

@@ -180,11 +180,12 @@ def describe_inputs(config: Config) -> dict[str, dict[str, Any]]:
     }}  # fmt: skip
 
 
-def compare_inputs(config: Config, given: Mapping[str, Any]) -> str:
+def compare_inputs(config: Config, given: Any) -> str:
     """Where a `preprocessor_config.json` asks for other values than d2v gives a model, in words; "" where it does not.
     Sizes and crops are not compared."""
     kept = ("sampling_rate", "do_normalize", "do_rescale", "image_mean", "image_std")
     own = describe_inputs(config).get(PREPROCESSOR, {})
+    given = given if isinstance(given, dict) else {}
     odd = [n for n in kept if n in own and n in given and given[n] != own[n]]
     return ", ".join(f"{name}: expected {own[name]}, got {given[name]}" for name in odd)
 
