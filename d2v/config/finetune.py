@@ -113,8 +113,9 @@ class TaskOptions:
     decay_stem: bool = setting(False, rare=True)
     """Let stem, positions and class token have the rate before the first block's, as BEiT does; published 2.0: the full
     one."""
-    valid_share: float = setting(0.1, above=0, below=1)
-    """Share of the training samples that is held out where no --valid is given."""
+    valid_share: float = setting(0.1, low=0, below=1)
+    """Share of the training samples that is held out to choose the checkpoint where no --valid is given; 0: none, and
+    the last checkpoint is taken."""
     label_smoothing: float = setting(0.0, low=0, below=1)
     """Share of a target that is spread over all classes."""
     mixup: float = setting(0.0, low=0, only="vision")

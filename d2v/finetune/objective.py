@@ -63,7 +63,7 @@ class FineTuning(Objective):
 
     def __init__(
         self, config: FineTuneConfig, model: FineTuned, modality: Labelled, source: LabelledSource,
-        valid: LabelledSource, spelling: Spelling | None,
+        valid: LabelledSource | None, spelling: Spelling | None,
     ) -> None:  # fmt: skip
         self.config, self.model, self.source, self.valid = config, model, source, valid
         self.modality, self.spelling, self.noun = modality, spelling, modality.noun

@@ -55,6 +55,10 @@ TEST = "test"
 SPELLING = "spelling"
 """Folder beside the weights with the tokenizer that a CTC model spells with."""
 SAMPLE_RATE = 16_000
+FEW = 20
+"""Held-out samples: fewer are a poor choice."""
+CHECKPOINTS = 100
+"""One an epoch, but no more than this in a run."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Sets:
 
     modality: Labelled
     train: LabelledSource
-    valid: LabelledSource
+    valid: LabelledSource | None
     test: LabelledSource | None
     labels: tuple[str, ...]
     spelling: Spelling | None
@@ -122,7 +126,10 @@ def _describe(config: FineTuneConfig, sets: Sets) -> list[str]:
     reports the others."""
     count = len(sets.labels)
     what = f"{count} labels" if sets.spelling is not None else "numbers" if count == 1 else f"{count} classes"
-    texts = [f"{len(sets.train)} training, {len(sets.valid)} held-out {sets.modality.noun}, {what}"]
+    held_out = sets.valid or ()
+    texts = [f"{len(sets.train)} training, {len(held_out)} held-out {sets.modality.noun}, {what}"]
+    if 0 < len(held_out) < FEW and not config.data.valid:
+        texts.append("so few choose a checkpoint by chance: --task.valid-share 0 trains on all and takes the last")
     for name, source in (("valid", sets.valid if config.data.valid else None), ("test", sets.test)):
         if source is None:
             continue
@@ -130,11 +137,11 @@ def _describe(config: FineTuneConfig, sets: Sets) -> list[str]:
         if source.rejected:
             first = f"{source.rejected[0].name}: {source.rejected[0].reason}"
             texts.append(f"{name}: {len(source.rejected)} of {source.indexed} cannot be used; first {first}")
-    held = sets.train if config.data.valid else sets.train.join(sets.valid)
+    held = sets.train if config.data.valid or sets.valid is None else sets.train.join(sets.valid)
     if config.finetune.head.task == "classification":
         texts += describe_rare(held.targets, sets.labels, held.describe)
     for name, source in (("train", sets.train), ("valid", sets.valid)):
-        if found := list_cut(source, sets.modality.inner):
+        if source is not None and (found := list_cut(source, sets.modality.inner)):
             texts.append(f"{name}: cut {list_entries(found)}")
     if sets.spelling is not None:
         for name, source in (("train", sets.train), ("valid", sets.valid), ("test", sets.test)):
@@ -158,7 +165,7 @@ def open_sets(task: str, config: Config, test_path: str | None, options: TaskOpt
             used = Uncut(config).modality if name == "test" else modality
             found[name], labels, spelling = _open(kind, used, path, name, options, labels, spelling)
     train_set, valid = found["train"], found.get("valid")
-    if valid is None:
+    if valid is None and options.valid_share:
         train_set, valid = hold_out(train_set, options.valid_share, config.run.seed)
     return Sets(Labelled(modality), train_set, valid, found.get("test"), tuple(labels or ["number"]), spelling)
 
@@ -223,10 +230,10 @@ def make_config(task: str, config: Config, sets: Sets, options: TaskOptions) -> 
         raise ValueError(f"task.epochs: expected above 0 where run.steps is 0, got {options.epochs}")
     every = run.checkpoint_every
     if every == Run().checkpoint_every:
-        every = min(steps, max(1, round(per_epoch)))
+        every = min(steps, max(1, round(per_epoch), steps // CHECKPOINTS))
     _, best = headline(_meaning(task, options))
     run = replace(
-        run, steps=steps, checkpoint_every=every, keep_best=run.keep_best or CHOICE,
+        run, steps=steps, checkpoint_every=every, keep_best=run.keep_best or (CHOICE if sets.valid else None),
         best=run.best if run.keep_best else best,  # type: ignore[arg-type]
     )  # fmt: skip
     optim = replace(
@@ -298,7 +305,7 @@ def write_best(folder: Path, config: FineTuneConfig) -> Path:
         shutil.copytree(config.data.tokenizer, place / "tokenizer")
     if config.finetune.options.units == "bpe" and config.finetune.options.bpe is not None:
         shutil.copytree(config.finetune.options.bpe, place / SPELLING)
-    print(f"chose {best.name} by {config.run.keep_best}: {place}", file=sys.stderr)
+    print(f"chose {best.name}{f' by {by}' if (by := config.run.keep_best) else ', the last'}: {place}", file=sys.stderr)
     return place
 
 

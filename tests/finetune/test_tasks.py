@@ -84,6 +84,37 @@ def test_images(tmp_path: Path, image_model: Path, capsys: pytest.CaptureFixture
     assert np.load(tmp_path / "f.npy").shape == (24, 32)
 
 
+@pytest.mark.parametrize("share", ["0", "0.2"])
+def test_few_labels(tmp_path: Path, image_model: Path, capsys: pytest.CaptureFixture[str], share: str) -> None:
+    """Without held-out samples all of them train and the last checkpoint is taken, of about a hundred at most."""
+    train, run = write_images(tmp_path / "train", 4, 0), tmp_path / "run"
+    command = [
+        "finetune",
+        "vision-classify",
+        "--checkpoint",
+        str(image_model),
+        "--train",
+        str(train),
+        "--test",
+        str(train),
+    ]
+    command += [
+        "--run.dir",
+        str(run),
+        "--run.steps",
+        "210",
+        "--task.valid-share",
+        share,
+        "--run.keep-checkpoints",
+        "200",
+    ]
+    assert main([*command, "--data.global-batch", "16", *QUIET]) == 0
+    said = capsys.readouterr().err
+    assert len(list((run / "checkpoints").glob("step-*"))) == 105
+    assert ("12 training, 0 held-out" in said) == ("chose step-00000210, the last" in said) == (share == "0")
+    assert ("so few choose a checkpoint by chance" in said) == (share == "0.2")
+
+
 def test_transcripts(tmp_path: Path, speech_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, test = write_speech(tmp_path / "train", 48, 0), write_speech(tmp_path / "test", 12, 1)
     command = ["finetune", "speech-ctc", "--checkpoint", str(speech_model), "--train", str(train)]
