@@ -43,8 +43,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return parse(
         "speedrun.curve", __doc__, arguments, first=("task", FOLDERS),
         data=(Path(), "folder with spoken-digits"),
-        labels=([2, 5, 10, 30, 100], "labelled samples a class"),
-        shares=([0.03, 0.1, 0.3], "of the unlabelled samples"),
+        labels=([5, 10, 30, 100], "labelled samples a class"),
+        shares=([0.03, 0.1, 0.3], "of the unlabelled samples; all of them are always measured"),
         given=("", "model folder or run to begin with, too"),
         seeds=([0, 1, 2], "seeds"),
         jobs=(1, "processes at a time"),
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     calls = []
     given = str(Path(options.given).resolve()) if options.given else ""
     for start in STARTS if given else ("random", "pretrained"):
-        for share in (0.0,) if start in ("random", "given") else (1.0, *options.shares):
+        for share in (0.0,) if start in ("random", "given") else sorted({1.0, *options.shares}):
             labels = [FEW] if 0.0 < share < 1.0 else options.labels
             for seed in options.seeds:
                 place = root / f"{start},share{share:g},seed{seed}"
