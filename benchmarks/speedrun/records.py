@@ -82,10 +82,10 @@ def section(task: Task, record: dict[str, Any]) -> str:
     lines.append(f"`{command}`; {origin(record['machine'])}.")
     if second := record.get("verified"):
         largest = max(second["differences"].values())
-        rows = ", ".join(second["differences"])
+        rows = "all rows" if len(second["differences"]) == len(record["rows"]) else "; ".join(second["differences"])
         words = "the same accuracies" if largest == 0 else f"at most {largest:.1f} points apart"
-        seeds = ", ".join(map(str, second["seeds"]))
-        lines.append(f"A second run ({rows}; seeds {seeds}): {words}; {origin(second['machine'])}.")
+        seeds = "seed " + ", ".join(map(str, second["seeds"]))
+        lines.append(f"A second run ({rows}; {seeds}): {words}; {origin(second['machine'])}.")
     lines.append(f"![accuracy against compute](results/{file_of(task.name, Path()).with_suffix('.png')})")
     return "\n\n".join(lines)
 

@@ -192,7 +192,7 @@ def test_records_are_kept_verified_and_shown(tmp_path: Path) -> None:
     records.write_page(tmp_path, tmp_path / "records.md")
     page = (tmp_path / "records.md").read_text()
     assert "| data2vec 2.0 | 75.0 (70.0–80.0) |" in page and "| masked autoencoder | 60.0 |" in page
-    assert "seeds 0, 1): at most 1.0 points apart" in page and "cifar" not in page.split("## ")[1]
+    assert "seed 0, 1): at most 1.0 points apart" in page and "cifar" not in page.split("## ")[1]
     assert (tmp_path / "speedrun-digits.png").stat().st_size > 1000
 
 
