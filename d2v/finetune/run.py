@@ -298,14 +298,15 @@ def write_best(folder: Path, config: FineTuneConfig) -> Path:
     """The checkpoint with the best held-out score as an exported folder `best` of the run; returns that."""
     place = folder / BEST
     found = list_checkpoints(folder / "checkpoints")
-    best = find_best(found, config.run) or found[-1]
+    chosen = find_best(found, config.run)
+    best, why = (chosen, f"by {config.run.keep_best}") if chosen else (found[-1], "the last")
     shutil.rmtree(place, ignore_errors=True)
     write_folder(FineTuned.load(best), place, config)
     if config.stem.modality == "text" and config.data.tokenizer is not None:
         shutil.copytree(config.data.tokenizer, place / "tokenizer")
     if config.finetune.options.units == "bpe" and config.finetune.options.bpe is not None:
         shutil.copytree(config.finetune.options.bpe, place / SPELLING)
-    print(f"chose {best.name}{f' by {by}' if (by := config.run.keep_best) else ', the last'}: {place}", file=sys.stderr)
+    print(f"chose {best.name}, {why}: {place}", file=sys.stderr)
     return place
 
 
