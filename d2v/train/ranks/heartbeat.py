@@ -73,8 +73,11 @@ class Heartbeat:
             while time.monotonic() < end:
                 time.sleep(self.interval / 2)
                 self._leave_if_lost(4 * self.interval, f" at: {first_line}")
-            with contextlib.suppress(RuntimeError):
+            try:
                 self._leave_if_awaited(late, f" at: {first_line}")
+            except RuntimeError:  # the store went with rank 0
+                if told := self._read_lost():
+                    self._leave(told, f" at: {first_line}")
         self._leaving.set()
         self._thread.join()
         with contextlib.suppress(RuntimeError):  # the store went first
@@ -105,6 +108,11 @@ class Heartbeat:
             verb = "has" if len(absent) == 1 else "have"
             lost = f"{self._list(absent)} {verb} not come in {self.timeout:.0f} s where the others wait"
             self._set("ended", f"a wait in vain: {lost}")
+            end = time.monotonic() + 4 * self.interval
+            while self.rank == 0 and failed and time.monotonic() < end:  # the store goes with this rank
+                if self._store.check([f"ended-{r}" for r in failed]):
+                    break
+                time.sleep(self.interval / 4)
             self._leave(lost, where)
 
     def _leave_if_lost(self, silence: float, where: str = "") -> None:
@@ -119,6 +127,12 @@ class Heartbeat:
             with contextlib.suppress(OSError), (self.folder / LOST).open("x", encoding="utf-8") as file:
                 file.write(lost)
         os._exit(EXIT_LOST)
+
+    def _read_lost(self) -> str:
+        """What the first rank saw that left because others are gone; "" where none did."""
+        with contextlib.suppress(OSError):
+            return (self.folder / LOST).read_text(encoding="utf-8") if self.folder is not None else ""
+        return ""
 
     def _list(self, ranks: list[int]) -> str:
         return ", ".join(self.names[r] for r in ranks[:8]) + (" and others" if len(ranks) > 8 else "")
