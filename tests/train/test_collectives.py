@@ -25,7 +25,7 @@ from d2v.train.logging import MetricWindow
 from d2v.train.monitors import find_failure
 from d2v.train.optim import clip_gradients
 from d2v.train.pretraining import Pretraining, pretrain
-from d2v.train.ranks.heartbeat import EXIT_LOST
+from d2v.train.ranks.heartbeat import EXIT_LOST, Heartbeat
 
 
 def on_two_ranks(function: Callable[..., dict[str, Any]], folder: Path, *arguments: Any) -> list[dict[str, Any]]:
@@ -151,3 +151,38 @@ def test_a_rank_that_hangs_is_named_by_the_others(
     for rank in (0, 2):
         assert f"rank 1 on {socket.gethostname()} has not come" in said[rank], said
     assert "rank 1" in (tmp_path / "run" / "lost.txt").read_text()
+
+
+class Gone:
+    """A store whose host has left."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("Connection reset by peer")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_rank_whose_store_is_gone_says_what_the_first_one_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], told: bool
+) -> None:
+    """And ends with its own error where none has left because of a lost rank."""
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    if told:
+        (tmp_path / "lost.txt").write_text("rank 1 on b has not come")
+    beat, thread = Heartbeat.__new__(Heartbeat), threading.Thread(target=int)
+    thread.start()
+    vars(beat).update(
+        rank=2, timeout=1.0, folder=tmp_path, interval=0.01, names={0: "rank 0 on a", 1: "rank 1 on b"}, _store=Gone(),
+        _store_seen=math.inf, _seen={}, _ended={}, _leaving=threading.Event(), _thread=thread,
+    )  # fmt: skip
+    error = RuntimeError("Connection closed by peer")
+    if told:
+        with pytest.raises(SystemExit, match=str(EXIT_LOST)):
+            beat.__exit__(RuntimeError, error, None)
+        assert "rank 1 on b has not come; this rank (2) stops at: Connection closed" in capsys.readouterr().err
+    else:
+        beat.__exit__(RuntimeError, error, None)
