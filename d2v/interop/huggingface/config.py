@@ -8,6 +8,7 @@ from typing import Any
 
 from d2v import recipes
 from d2v.config import Config
+from d2v.config.fields import shorten
 from d2v.data.vision import IMAGENET_MEAN, IMAGENET_STD
 from d2v.interop.options import Option, apply, as_bool, as_float, as_int, hidden_option, read_options, write_options
 from d2v.model.stems.speech import SAMPLE_RATE
@@ -187,7 +188,7 @@ def compare_inputs(config: Config, given: Any) -> str:
     own = describe_inputs(config).get(PREPROCESSOR, {})
     given = given if isinstance(given, dict) else {}
     odd = [n for n in kept if n in own and n in given and given[n] != own[n]]
-    return ", ".join(f"{name}: expected {own[name]}, got {given[name]}" for name in odd)
+    return ", ".join(f"{name}: expected {own[name]}, got {shorten(given[name])}" for name in odd)
 
 
 def _check_variant(config: Config) -> None:
