@@ -65,19 +65,19 @@ class Heartbeat:
             # torchrun ends the others as soon as one is dead; this rank has something to say first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not wanted and isinstance(error, (RuntimeError, dist.DistError)):
-            late = "timed out" in str(error).lower()
+            late, where = "timed out" in str(error).lower(), f" at: {first_line}"
             with contextlib.suppress(RuntimeError):
                 self._set("failed", "late" if late else "otherwise")
             # A few missing beats are enough after a failure, and they are waited for.
             end = time.monotonic() + 8 * self.interval
             while time.monotonic() < end:
                 time.sleep(self.interval / 2)
-                self._leave_if_lost(4 * self.interval, f" at: {first_line}")
+                self._leave_if_lost(4 * self.interval, where)
             try:
-                self._leave_if_awaited(late, f" at: {first_line}")
+                self._leave_if_awaited(late, where)
             except RuntimeError:  # the store went with rank 0
                 if told := self._read_lost():
-                    self._leave(told, f" at: {first_line}")
+                    self._leave(told, where)
         self._leaving.set()
         self._thread.join()
         with contextlib.suppress(RuntimeError):  # the store went first
