@@ -29,7 +29,7 @@ INTERVAL = 5.0
 def find_decoders() -> dict[str, str]:
     """Versions of the installed packages that decide the bits of samples: Pillow 13 resizes otherwise than 12."""
     found = {}
-    for name in ("av", "pillow", "scipy", "soundfile"):
+    for name in ("av", "pillow", "scipy", "simplejpeg", "soundfile"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

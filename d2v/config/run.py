@@ -106,8 +106,8 @@ class Data:
     exif_orientation: Literal["ignore", "apply"] = setting("ignore", only="vision", rare=True)
     """Turn and mirror images as their EXIF orientation says, or leave them as they are stored (published); counted."""
     resize: Literal["pillow", "torch"] = setting("pillow", only="vision", rare=True)
-    """What resizes training crops of 8-bit RGB images (bicubic, antialiased): Pillow, as published, or PyTorch, quicker
-    and for photographs within 2 of 255 levels of it (noise: 20)."""
+    """What resizes training crops (bicubic, antialiased): Pillow, as published, or PyTorch, quicker and for photographs
+    within 2 of 255 levels of it (noise: 20); where simplejpeg is installed it then decodes JPEG, to the same values."""
     standardise: Literal["imagenet", "sample"] = setting("imagenet", only="vision")
     """Fixed ImageNet mean and deviation per channel, or zero mean and unit variance per image."""
     bad_fraction: float = setting(0.05, low=0, high=1, free=True, rare=True)

@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from d2v.config import Config
 from d2v.data.dataset import STREAM_CROP, STREAM_SPEED, Batch, Modality, Sample, random_stream
-from d2v.data.decoding.recording import LONG, Level, Recording, measure_recording
+from d2v.data.decoding.recording import LONG, Level, Recording, Utterance, measure_recording
 from d2v.data.decoding.sound import (
     AV_HINT,
     cut_recording,
@@ -60,6 +61,8 @@ MIN_TOKENS = 4
 """Shortest utterance in tokens of the stem, whatever data.min_seconds says: less cannot be masked."""
 PROBES = 8
 """Files whose lengths are compared with what a manifest says."""
+Waveform = np.ndarray | Utterance | Recording
+"""Of one length, and sliced to an array (S,), or of several channels (S,N)."""
 NORMAL = 100
 """Percent: the speed of an utterance that is played as it was recorded."""
 
@@ -196,8 +199,8 @@ class Speech(Modality):
         source.lengths = np.minimum(lengths, self.longest if self.speed is None else self.speed.recorded)
         return Subset(source, rows)
 
-    def load(self, source: Source, index: int) -> tuple[np.ndarray | Recording, tuple[str, ...]]:
-        """A normalised waveform (S,) at 16 kHz; of more than a minute one that is decoded where it is sliced."""
+    def load(self, source: Source, index: int) -> tuple[Waveform, tuple[str, ...]]:
+        """A waveform (S,) at 16 kHz; of more than a minute one that is decoded where it is sliced."""
         if (known := source.measured.get(index)) is not None:
             level = Level(*known)
             opened = functools.partial(source.open_file, index)
@@ -205,9 +208,9 @@ class Speech(Modality):
         values, converted = decode_audio(source.read(index))
         if len(values) < self.shortest:
             raise ValueError(f"{len(values) / SAMPLE_RATE:.3f} s, expected at least {self.shortest / SAMPLE_RATE:g}")
-        return normalise_waveform(values), converted
+        return Utterance(values), converted
 
-    def speed_perturb(self, value: np.ndarray | Recording, epoch: int, sample_id: int) -> np.ndarray | Recording:
+    def speed_perturb(self, value: Waveform, epoch: int, sample_id: int) -> Waveform:
         """Played at a random speed (data.speed), normalised again: what is played faster loses its highest tones."""
         if self.speed is None:
             return value
@@ -224,15 +227,19 @@ class Speech(Modality):
         """Samples at 16 kHz, at most those of the longest crop."""
         return length if self.speed is None else self.speed.longest_of(length)
 
-    def read_crop(self, value: np.ndarray | Recording, rng: np.random.Generator, length: int | None) -> np.ndarray:
+    def read_crop(self, value: Waveform, rng: np.random.Generator, length: int | None) -> Waveform:
         """Of a long recording what `stack` would crop it to; what is short is cropped there."""
-        if isinstance(value, np.ndarray):
+        if not isinstance(value, Recording):
             return value
         length = min(len(value), self.longest if length is None else length)
         start = int(rng.integers(len(value) - length + 1))
         return value[start : start + length]
 
-    def eval_transform(self, value: np.ndarray | Recording) -> np.ndarray:
+    def train_transform(self, value: Waveform, rng: np.random.Generator) -> Any:
+        """As it is: `stack` crops it, and so normalises no more than the crop."""
+        return value
+
+    def eval_transform(self, value: Waveform) -> np.ndarray:
         """The first data.max_seconds."""
         return value[: self.longest]
 

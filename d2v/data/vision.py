@@ -28,6 +28,7 @@ _WANTED = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "DIB", "AVIF", "J
 Image.init()
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 """Decoders that may run. Others are left out on purpose: EPS, for one, starts an external program."""
+_HAS_SIMPLEJPEG = importlib.util.find_spec("simplejpeg") is not None
 RANGES = ("auto", "dtype", "minmax", "percentile")
 PERCENTILES = (0.5, 99.5)
 DEPTHS = range(8, 35, 2)
@@ -65,7 +66,7 @@ def check_image(data: bytes) -> None:
 
 
 def read_image(
-    data: bytes, scale: Range = "auto", wanted: Collection[int] = (3,), turn: bool = False
+    data: bytes, scale: Range = "auto", wanted: Collection[int] = (3,), turn: bool = False, arrays: bool = False
 ) -> tuple[Image.Image | Bands, tuple[str, ...]]:
     """Encoded bytes -> (image of the first page or frame, what was converted or left out).
 
@@ -76,6 +77,7 @@ def read_image(
             laid over white, CMYK, palette and grey converted; arrays, and TIFF that Pillow cannot read, have one of
             these numbers. Otherwise nothing is converted. Empty: any number.
         turn: apply the EXIF orientation; the published pipelines do not.
+        arrays: colour JPEG may become `Bands`, by simplejpeg where it is installed; the values are the same.
 
     Raises:
         ValueError: the reason for whatever cannot be decoded, or has other channels; images above Pillow's pixel limit
@@ -88,7 +90,7 @@ def read_image(
             if is_array(data) or (is_tiff(data) and not set(COLOUR) & set(wanted)):
                 image, kind, orientation, left = _use_bands(*read_bands(data, wanted), scale, wanted)
             else:
-                image, kind, orientation, left = _read_pillow(data, scale, wanted)
+                image, kind, orientation, left = _read_pillow(data, scale, wanted, arrays)
         except Unfit:
             raise
         except MemoryError:
@@ -110,7 +112,7 @@ def _use_bands(values: np.ndarray, orientation: int, left: str | None, scale: Ra
     """What `read_bands` found."""
     colour = values.shape[2] in COLOUR and bool(set(COLOUR) & set(wanted))
     scaled, kind = _scale_bands(values, scale, apart=not colour)
-    image: Image.Image | Bands = Bands.of(scaled)
+    image: Image.Image | Bands = Bands(scaled)
     if colour:
         image = Image.fromarray(scaled if scaled.shape[2] == 3 else scaled.repeat(3, axis=2))
         kind = kind or ("grey" if scaled.shape[2] == 1 else None)
@@ -127,7 +129,7 @@ def _scale_bands(values: np.ndarray, scale: Range, apart: bool) -> tuple[np.ndar
     return np.stack(parts, axis=2), f"{kinds[0]}, each channel by itself"
 
 
-def _read_pillow(data: bytes, scale: Range, wanted: Collection[int]) -> _Read:
+def _read_pillow(data: bytes, scale: Range, wanted: Collection[int], arrays: bool) -> _Read:
     """What Pillow reads, and colour of more bits."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -141,6 +143,8 @@ def _read_pillow(data: bytes, scale: Range, wanted: Collection[int]) -> _Read:
         except Exception:  # damaged
             raise error from None
         return _use_bands(*found, scale, wanted)
+    if arrays and (decoded := _decode_jpeg(image, data)) is not None:
+        return Bands(decoded), None, _find_orientation(image), None
     pages = _count_pages(image)
     raw = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
     depth = find_depth(image, data)
@@ -160,9 +164,23 @@ def _read_pillow(data: bytes, scale: Range, wanted: Collection[int]) -> _Read:
         if wanted:
             check_channels(values.shape[2], wanted)
         scaled, how = _scale_bands(values, scale, apart=True)
-        result = Bands.of(scaled)
+        result = Bands(scaled)
     left = f"{pages - 1} pages or frames behind the first, not read" if pages > 1 else None
     return result, kind or how, orientation, left
+
+
+def _decode_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """uint8 (H,W,3) of a colour JPEG that Pillow has opened; None for others and what simplejpeg finds fault with, of
+    which Pillow knows more."""
+    if image.format != "JPEG" or image.mode != "RGB" or not _HAS_SIMPLEJPEG:
+        return None
+    import simplejpeg
+
+    try:
+        size = simplejpeg.decode_jpeg_header(data)[1::-1]  # what Pillow's limit allows, and no other
+        return np.asarray(simplejpeg.decode_jpeg(data)) if size == image.size else None
+    except ValueError:
+        return None
 
 
 def _find_orientation(image: Image.Image) -> int:
@@ -355,7 +373,8 @@ def to_pixels(image: Image.Image | Bands, settings: ImageSettings) -> np.ndarray
 
 
 def _resize_by_torch(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H,W) or (H,W,3) -> (1 or 3,h,w), both uint8."""
+    """(H,W) or (H,W,c) -> (1 or c,h,w), both uint8."""
+    pixels = np.require(pixels, requirements="W")  # Pillow's cannot be written to, of which PyTorch warns
     image = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)[None]
     return interpolate(image, size[::-1], mode="bicubic", antialias=True)[0].numpy()
 
@@ -368,9 +387,9 @@ def augment_image(image: Image.Image | Bands, settings: ImageSettings, rng: np.r
     if box != (0, 0, *size) or image.size != size:
         # Cropped first, as published: resizing a box of an image takes in what lies around the box.
         image = image.crop(box)
-        if settings.resize == "torch" and isinstance(image, Image.Image):
-            image = image.convert("L") if settings.grey else image
-            pixels = _resize_by_torch(np.array(image), size)
+        if settings.resize == "torch":
+            image = image.convert("L") if settings.grey and isinstance(image, Image.Image) else image
+            pixels = _resize_by_torch(np.asarray(image), size)
         else:
             pixels = to_pixels(image.resize(size, Image.Resampling.BICUBIC), settings)
     else:
@@ -436,7 +455,8 @@ class Images(Modality):
     def load(self, source: Source, index: int) -> tuple[Image.Image | Bands, tuple[str, ...]]:
         """An RGB image, or for models of other than 1 or 3 channels these."""
         settings = self.settings
-        image, converted = read_image(source.read(index), settings.scale, settings.wanted, settings.turn)
+        arrays = settings.resize == "torch" and settings.wanted == (3,)
+        image, converted = read_image(source.read(index), settings.scale, settings.wanted, settings.turn, arrays)
         return image, tuple(note for note in converted if not (note == "grey" and self.settings.grey))
 
     def train_transform(self, value: Image.Image | Bands, rng: np.random.Generator) -> np.ndarray:

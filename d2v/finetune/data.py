@@ -21,7 +21,6 @@ from d2v.data.dataset import Batch, Modality, Sample
 from d2v.data.sources import Rejected, Source, Subset, check_classes, number_classes
 from d2v.evaluate.multilabel import split_labels, stack_labels
 from d2v.finetune.spelling import Spelling, normalise_transcript
-from d2v.model.stems.speech import SAMPLE_RATE
 from d2v_kernels import MaskSampler
 
 STREAM_SPLIT = 101
@@ -299,7 +298,7 @@ def open_transcripts(
     if source.lengths is not None:
         long = np.flatnonzero(source.lengths >= longest).tolist()
         if long:
-            source.left_out[f"utterances of {longest / 16_000:g} s or more (--data.max-seconds)"] = len(long)
+            source.left_out[f"utterances of {longest / modality.rate:g} s or more (--data.max-seconds)"] = len(long)
     absent, empty = ([i for i, text in enumerate(texts) if text == value] for value in (None, ""))
     problems = [
         Problem(absent, f"without a transcript ({reasons})", "a transcript for each"),
@@ -315,7 +314,9 @@ def open_transcripts(
         return usable
     kept = np.flatnonzero(~np.isin(usable.rows, long))
     if not len(kept):
-        raise ValueError(f"{option}: expected utterances below {longest / 16_000:g} s (--data.max-seconds), got none")
+        raise ValueError(
+            f"{option}: expected utterances below {longest / modality.rate:g} s (--data.max-seconds), got none"
+        )
     return usable.take(kept)
 
 
@@ -324,7 +325,7 @@ def list_cut(source: LabelledSource, modality: Modality) -> list[Rejected]:
     config = modality.config
     if config.stem.modality == "speech" and source.lengths is not None:
         limit = config.data.max_seconds
-        rows = np.flatnonzero(source.lengths >= round(limit * SAMPLE_RATE)).tolist()
+        rows = np.flatnonzero(source.lengths >= round(limit * modality.rate)).tolist()
         return [Rejected(source.describe(i), f"{limit:g} s or more, of which so much is taken") for i in rows]
     texts, longest, found = getattr(source.base, "texts", None), config.stem.max_tokens, []
     if texts is None:

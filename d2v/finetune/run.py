@@ -54,7 +54,6 @@ TEST = "test"
 """Folder inside the run folder with what was found on the test set."""
 SPELLING = "spelling"
 """Folder beside the weights with the tokenizer that a CTC model spells with."""
-SAMPLE_RATE = 16_000
 FEW = 20
 """Held-out samples: fewer are a poor choice."""
 CHECKPOINTS = 100
@@ -179,7 +178,7 @@ def _open(
     the modality's."""
     skip = options.bad_labels == "skip"
     if kind == "ctc":
-        longest = round((max_seconds or modality.config.data.max_seconds) * SAMPLE_RATE)
+        longest = round((max_seconds or modality.config.data.max_seconds) * modality.rate)
         check = spelling.unknown if spelling is not None else None
         source = open_transcripts(modality, path, option, case=options.case, longest=longest, skip=skip, check=check)
         spelling = spelling or learn_spelling(source.targets, options)

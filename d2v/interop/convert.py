@@ -10,7 +10,7 @@ import torch
 
 from d2v.config.finetune import read_config
 from d2v.data.sources import read_text_file
-from d2v.data.tokenizer import FILE as TOKENIZER
+from d2v.data.tokenizer import FILE as TOKENIZER_FILE
 from d2v.data.tokenizer import BytePairs, save_tokenizer
 from d2v.files import write_atomically
 from d2v.folder import CONFIG, find_checkpoint, load_json
@@ -62,15 +62,15 @@ def _take_tokenizer(source: Path, model: Data2Vec | FineTuned) -> tuple[str | No
     """
     folder = source if source.is_dir() else source.parent
     hint = "`d2v data tokenizer --help` says how to make one, to be put into the folder's tokenizer/."
-    if not (folder / TOKENIZER).is_file():
-        return None, f"\nText needs its tokenizer, and there is no {TOKENIZER} beside the weights: {hint}"
+    if not (folder / TOKENIZER_FILE).is_file():
+        return None, f"\nText needs its tokenizer, and there is no {TOKENIZER_FILE} beside the weights: {hint}"
     encoder = _encoder_of(model)
     embedding = encoder.stem.embed_tokens
     assert isinstance(embedding, torch.nn.Embedding)
     try:
         with contextlib.suppress(ValueError):
             if BytePairs(folder, "from").vocabulary == embedding.num_embeddings:
-                return read_text_file(folder / TOKENIZER), "\nIts tokenizer is in the folder, too."
+                return read_text_file(folder / TOKENIZER_FILE), "\nIts tokenizer is in the folder, too."
         text, ids, added = convert_tokenizer(folder)
         if added or len(ids) != embedding.num_embeddings or isinstance(model, FineTuned):
             what = f"{len(ids)} tokens for {embedding.num_embeddings} embeddings, {len(added)} of them new"
@@ -104,7 +104,7 @@ def export_checkpoint(checkpoint: str, format: str, output: str) -> str:
     if format == "huggingface":
         huggingface.save(model, folder)
         if tokenizer is not None:
-            shutil.copyfile(Path(tokenizer) / TOKENIZER, folder / TOKENIZER)
+            shutil.copyfile(Path(tokenizer) / TOKENIZER_FILE, folder / TOKENIZER_FILE)
         return f"{folder}: transformers folder"
     if format in ("program", "onnx"):
         encoder, file = _encoder_of(model), folder / f"encoder.{'pt2' if format == 'program' else 'onnx'}"

@@ -186,7 +186,7 @@ def test_nothing_is_unpickled() -> None:
 def test_crops_are_those_of_each_channel() -> None:
     """Channels of a colour image as an array of five: the first three are as in colour, bit for bit."""
     settings, colour = (vision.ImageSettings.of(config(n, rotate=True, crop_scale=(0.2, 1.0))) for n in (5, 3))
-    five, three = Bands.of(PIXELS), Image.fromarray(PIXELS[:, :, :3])
+    five, three = Bands(PIXELS), Image.fromarray(PIXELS[:, :, :3])
     for seed in range(8):
         found, expected = (
             augment_image(image, s, np.random.default_rng(seed)) for image, s in ((five, settings), (three, colour))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -24,31 +24,32 @@ class Unfit(ValueError):
 class Bands:
     """An image of 8-bit channels, any number of them, with those of Pillow's methods that crops and turns use."""
 
-    def __init__(self, channels: Sequence[Image.Image]) -> None:
-        self.channels = channels
-        self.size = channels[0].size
-        """Width and height."""
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> Bands:
+    def __init__(self, values: np.ndarray) -> None:
         """Of uint8 (H,W,c)."""
-        return cls([Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(values, 2, 0)])
+        self.values = values
+        self.size: tuple[int, int] = (values.shape[1], values.shape[0])
+        """Width and height."""
 
     def crop(self, box: tuple[int, int, int, int]) -> Bands:
         """A box (left, top, right, bottom) of each channel."""
-        return Bands([channel.crop(box) for channel in self.channels])
+        left, top, right, bottom = box
+        return Bands(self.values[top:bottom, left:right])
 
     def resize(self, *args: Any, **kwargs: Any) -> Bands:
         """Each channel as `PIL.Image.Image.resize` makes it."""
-        return Bands([channel.resize(*args, **kwargs) for channel in self.channels])
+        return self._each(lambda channel: channel.resize(*args, **kwargs))
 
     def transpose(self, method: Any) -> Bands:
         """Each channel turned or mirrored."""
-        return Bands([channel.transpose(method) for channel in self.channels])
+        return self._each(lambda channel: channel.transpose(method))
+
+    def _each(self, change: Callable[[Image.Image], Image.Image]) -> Bands:
+        channels = (Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(self.values, 2, 0))
+        return Bands(np.stack([np.asarray(change(channel)) for channel in channels], axis=2))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """uint8 (H,W,c)."""
-        return np.stack([np.asarray(channel) for channel in self.channels], axis=2)
+        return self.values.copy() if copy else self.values
 
 
 def is_array(data: bytes) -> bool:

@@ -1,4 +1,5 @@
-"""Long recordings: decoded as a whole once, for the index; a crop of one later decodes no more than it needs."""
+"""Recordings that are normalised where they are sliced. Long ones are decoded as a whole once, for the index; a crop of
+one later decodes no more than it needs."""
 
 from __future__ import annotations
 
@@ -53,6 +54,20 @@ def measure_recording(file: BinaryIO) -> int | Level:
     if (samples := count_resampled(len(values), rate)) <= LONG:
         return samples
     return Level(samples, *find_level(to_waveform(values, rate)), values.shape[1], rate)
+
+
+class Utterance:
+    """A recording (S,) at 16 kHz, normalised as a whole, but where it is sliced: of a crop no more than that."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.level = values, find_level(values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, piece: slice) -> np.ndarray:
+        """float32."""
+        return normalise_waveform(self.values[piece], self.level)
 
 
 class Recording:

@@ -13,7 +13,7 @@ from d2v.data.vision import IMAGENET_MEAN, IMAGENET_STD
 from d2v.interop.options import Option, apply, as_bool, as_float, as_int, hidden_option, read_options, write_options
 from d2v.model.stems.speech import SAMPLE_RATE
 
-PREPROCESSOR, TOKENIZER = "preprocessor_config.json", "tokenizer_config.json"
+PREPROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "tokenizer_config.json"
 
 
 def _number(name: str, field: str, default: Any = None) -> Option:
@@ -169,7 +169,7 @@ def describe_inputs(config: Config) -> dict[str, dict[str, Any]]:
                  "padding_value": 0.0, "do_normalize": True, "return_attention_mask": True}  # fmt: skip
         return {PREPROCESSOR: sound}
     if stem.modality == "text":
-        return {TOKENIZER: {"tokenizer_class": "RobertaTokenizer", "model_max_length": stem.max_tokens}}
+        return {TOKENIZER_CONFIG: {"tokenizer_class": "RobertaTokenizer", "model_max_length": stem.max_tokens}}
     if stem.modality != "vision" or stem.channels != 3 or not prepared:
         return {}
     size = stem.image_size

@@ -20,7 +20,7 @@ from d2v.interop.fairseq.names import family_of
 from d2v.interop.huggingface.config import (
     FAMILIES,
     PREPROCESSOR,
-    TOKENIZER,
+    TOKENIZER_CONFIG,
     compare_inputs,
     describe_inputs,
     read_config,
@@ -184,8 +184,10 @@ def _describe_labels(labels: Sequence[str], blank: int) -> dict[str, dict[str, A
     """Files with the labels of CTC, and, where these are letters, their tokenizer."""
     files: dict[str, dict[str, Any]] = {"vocab.json": {label: i for i, label in enumerate(labels)}}
     if SPACE in labels:
-        files[TOKENIZER] = {"tokenizer_class": "Wav2Vec2CTCTokenizer", "pad_token": labels[blank], "unk_token": "<unk>",
-                            "bos_token": None, "eos_token": None, "word_delimiter_token": SPACE}  # fmt: skip
+        files[TOKENIZER_CONFIG] = {
+            "tokenizer_class": "Wav2Vec2CTCTokenizer", "pad_token": labels[blank], "unk_token": "<unk>",
+            "bos_token": None, "eos_token": None, "word_delimiter_token": SPACE,
+        }  # fmt: skip
     return files
 
 
