@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,8 @@ def mean_what_the_compiler_means() -> None:
     sums: Any = interpreter.ReduceOps
     sums.apply_impl = _refusing_raw_bits("reduction", sums.apply_impl)
     interpreter._convert_float = _refusing_cuts(interpreter._convert_float)
+    if hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = _patching_once(interpreter)
 
 
 def _is_raw(operand: Any) -> bool:
@@ -84,3 +87,25 @@ def _refusing_cuts(convert: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return checked
+
+
+def _patching_once(interpreter: Any) -> Callable[[Any], Any]:
+    """Every call of a function inside a kernel searches the language for what a launch has replaced in it already, which
+    takes a fifth of a test's time: once a launch and module is enough."""
+    patch, replaced, modules = interpreter._patch_lang, set[int](), dict[Any, set[int]]()
+
+    @functools.wraps(patch)
+    def patched(function: Any) -> Any:
+        if function not in modules:
+            modules[function] = {id(v) for v in function.__globals__.values() if inspect.ismodule(v)}
+        if replaced and modules[function] & languages <= replaced:
+            return interpreter._LangPatchScope()
+        scope = patch(function)
+        if not replaced:  # a launch; calls inside it never restore anything
+            restore = scope.restore
+            scope.restore = lambda: (replaced.clear(), restore())
+        replaced.update(modules[function] & languages)
+        return scope
+
+    languages = {id(interpreter.tl), id(interpreter.tl.core)}
+    return patched
