@@ -28,7 +28,13 @@ ARCHITECTURES = ("80", "90", "100", "120")
 SANITIZERS = {
     "plain": ["-O2"],
     "portable-switch": ["-O1", "-DD2V_ENGINE_UCONTEXT"],
-    "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    # What is left out of the undefined behaviour, AddressSanitizer finds in the access; it takes a fourth of compiling.
+    "address": [
+        "-O1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+        "-fno-sanitize=null,pointer-overflow,object-size",
+    ],
     "thread": ["-O1", "-fsanitize=thread"],
 }
 
@@ -101,7 +107,7 @@ class Builds:
 
 def build_engine_program(tools: Toolkit, folder: Path, source: str, sanitizer: str) -> Path:
     program = folder / f"{source}-{sanitizer}"
-    flags = ["-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ftls-model=initial-exec"]
+    flags = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ftls-model=initial-exec"]
     # The folder is the working one, so that reports name files in a short way.
     options = [*flags, *SANITIZERS[sanitizer], "-isystem", tools.include]
     run(tools.compiler, *options, f"{source}.cpp", "-o", program, cwd=CSRC / "tests")

@@ -90,8 +90,8 @@ def _refusing_cuts(convert: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patching_once(interpreter: Any) -> Callable[[Any], Any]:
-    """Every call of a function inside a kernel searches the language for what a launch has replaced in it already, which
-    takes a fifth of a test's time: once a launch and module is enough."""
+    """Every call of a function inside a kernel searches the language for what its launch has replaced already, a fourth
+    of a test's time: once a launch and module is enough."""
     patch, replaced, modules = interpreter._patch_lang, set[int](), dict[Any, set[int]]()
 
     @functools.wraps(patch)

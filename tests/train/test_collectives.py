@@ -141,7 +141,7 @@ def hang(rank: int, port: int, config: Config, folder: str) -> None:
 def test_a_rank_that_hangs_is_named_by_the_others(
     tmp_path: Path, make_config: Callable[..., Config], parallel: str
 ) -> None:
-    config = make_config(run={"parallel": parallel, "timeout": 30.0, "steps": 20})
+    config = make_config(run={"parallel": parallel, "timeout": 20.0, "steps": 20})
     context = start_ranks(hang, 3, find_port(), config, str(tmp_path))
     for process in context.processes:
         process.join(200)
