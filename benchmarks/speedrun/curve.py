@@ -108,25 +108,28 @@ def tables(rows: list[Row]) -> str:
     by_labels = [(n, *(show(pick(rows, *c, n)) for c in curves)) for n in counts]
     by_share = [(f"{u:g}", *(show(pick(rows, *c, FEW, u)) for c in curves)) for u in shares]
     first = markdown(("labels a class", *titles), by_labels)
+    if len(shares) < 2:
+        return first
     return first + "\n\n" + markdown((f"share of unlabelled samples, {FEW} labels a class", *titles), by_share)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Both tables as curves, with the range over seeds."""
+    """The tables as curves, with the range over seeds."""
     rows, machine = record["rows"], record["machine"]
     title = f"{record['title']}; {machine['cpu']}, torch {machine['torch']}, {machine['date'][:10]}"
     counts, shares = (sorted({r[key] for r in rows if r[key]}) for key in ("labels", "share"))
-    with figure(path, title, (12, 4.2), 1, 2, sharey=True) as (axes,):
+    panels = 2 if len(shares) > 1 else 1
+    with figure(path, title, (4 + 4 * panels, 4.2), 1, panels, sharey=True) as (axes,):
         for i, (start, kind) in enumerate(CURVES):
             style = {"color": f"C{i}", "label": f"{STARTS[start]}: {KINDS[kind]}"}
             by_labels = {n: pick(rows, start, kind, n) for n in counts}
             by_share = {u: pick(rows, start, kind, FEW, u) for u in shares}
-            for axis, values in zip(axes, (by_labels, by_share), strict=True):
+            for axis, values in zip(axes, (by_labels, by_share), strict=False):
                 points = {x: [100 * v for v in found] for x, found in values.items() if found}
                 if points:
                     plot_range(axis, list(points), list(points.values()), **style)
         words = ("labels a class", f"share of the unlabelled samples; {FEW} labels a class")
-        for axis, text in zip(axes, words, strict=True):
+        for axis, text in zip(axes, words, strict=False):
             axis.set(xscale="log", xlabel=text)
             axis.grid(alpha=0.25)
         axes[0].set_ylabel("test accuracy, %")
@@ -134,7 +137,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures what is missing, prints both tables, writes rows and picture."""
+    """Measures what is missing, prints the tables, writes rows and picture."""
     options = parse_options(arguments)
     task, root = TASKS[options.task], options.output / options.task
     calls = []
