@@ -19,6 +19,7 @@ from soak.jobs import (
     Job,
     assert_same_weights,
     finish,
+    has_kept,
     has_reached,
     last_step,
     losses,
@@ -92,7 +93,7 @@ def full_disk(
         with open_disk(disk, 16) as small:
             inside = small.outside(run)
             with running(fault.command(run), fault.log(f"full-{free}"), ranks=ranks, prefix=small.prefix) as job:
-                wait_until(has_reached(inside, 12), job, "update 12")
+                wait_until(has_kept(inside, 10), job, "the checkpoint of update 10")
                 fill(inside.parent / "filler", free)
                 codes = (1, 2) if ranks > 1 else (2,)
                 expect_end(job, codes, ["No space left on device"], 120)

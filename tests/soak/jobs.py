@@ -234,6 +234,11 @@ def has_reached(run: Path, step: int) -> Callable[[], bool]:
     return lambda: any(line["step"] >= step for line in read_metrics(run)[-1:])
 
 
+def has_kept(run: Path, step: int) -> Callable[[], bool]:
+    """A condition: the checkpoint of `step` or a later one is there; it is written beside the training."""
+    return lambda: last_step(run) >= step
+
+
 def losses(run: Path) -> list[float]:
     """Loss of every logged update, in order."""
     return [line["loss"] for line in read_metrics(run)]
