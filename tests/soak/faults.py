@@ -250,7 +250,7 @@ def lost_rank(
     run = folder / "run"
     with running(fault.command(run), fault.log("lost"), ranks=2, launcher="none") as job:
         wait_until(has_reached(run, 12), job, "update 12")
-        wait_until(lambda: last_step(run) >= 10, job, "a checkpoint")  # written beside the training
+        wait_until(has_kept(run, 10), job, "a checkpoint")
         begun = time.monotonic()
         os.kill(job.trainers()[victim], signal.SIGKILL if how == "killed" else signal.SIGSTOP)
         seconds = wait_for_survivor(job, 1 - victim, [f"rank {victim}", socket.gethostname()], begun)
