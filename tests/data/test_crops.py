@@ -38,6 +38,13 @@ def test_pytorch_resizes_nearly_as_pillow_does() -> None:
             found = augment_image(smooth, pillow._replace(resize="torch"), random_stream(0, 0, i, 0))
             assert found.dtype == np.uint8 and found.shape == expected.shape and found.flags.c_contiguous
             assert abs(found - expected).max() <= 2
+    bands = Bands(np.tile(np.asarray(smooth), 2)[:, :, :5])
+    five = ImageSettings(24, 5, False, (0.1, 1.0), True, True)
+    found, expected = (
+        augment_image(bands, five._replace(resize=by), random_stream(0, 0, 1, 0)).astype(int)
+        for by in ("torch", "pillow")
+    )
+    assert found.shape == (5, 24, 24) and abs(found - expected).max() <= 2
     same = ImageSettings(16, 3, False, (1.0, 1.0), False, False, resize="torch")
     image = make_image(5, (16, 16))
     assert np.array_equal(augment_image(image, same, random_stream(0, 0, 0, 0)), np.asarray(image).transpose(2, 0, 1))
