@@ -4,9 +4,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 NATIVE := setup.py CMakeLists.txt pyproject.toml requirements.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST := $(RUN) -m pytest
-# A worker of one thread for each core, up to 8: most of the time is spent where one process works. Idle workers take
-# tests from busy ones. What a failed test printed is shown, not what the libraries log below a warning.
-SUITE := $(PYTEST) --numprocesses logical --maxprocesses 8 --dist worksteal --durations 15 --log-level WARNING
+# A worker of one thread for each core and one more, since some tests wait, up to 8: most of the time is spent where one
+# process works. Idle workers take tests from busy ones. What a failed test printed is shown, not what the libraries log below a warning.
+WORKERS := $(shell $(PYTHON) -c "import os; print(min(8, (os.cpu_count() or 1) + 1))")
+SUITE := $(PYTEST) --numprocesses $(WORKERS) --dist worksteal --durations 15 --log-level WARNING
 
 # Nothing is installed for a GPU run: the environment made by `make setup` where there is one, unless PYTHON is given.
 GPU_RUN := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu
@@ -25,7 +26,7 @@ setup: $(VENV)/.ready-test  ## environment, pinned dependencies, native build
 quickstart: $(VENV)/.ready-quickstart  ## pre-train vision-tiny on real photographs, evaluate it, draw the picture
 	$(RUN) scripts/quickstart.py
 
-test: setup  ## every test this machine can run, on every core: half an hour on two
+test: setup  ## every test this machine can run, on every core: less than half an hour on two
 	$(SUITE) -m "not long and not soak and not large"
 
 test-all: setup  ## the long tests too

@@ -15,7 +15,7 @@ ORDER = (
     ("settings",), ("sweep",), ("cli",),
 )  # fmt: skip
 """Parts of `d2v` from left to right: each imports only from those before it and from itself."""
-LARGEST = {"d2v": 26_176, "d2v_kernels": 8_994, "benchmarks": 6_903}
+LARGEST = {"d2v": 26_177, "d2v_kernels": 8_994, "benchmarks": 6_903}
 """Lines; they rise for what the change log names."""
 
 

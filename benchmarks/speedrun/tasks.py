@@ -244,9 +244,9 @@ TASKS = {
         "textures", "textures of photographs", prepare_textures, "vision-tiny", "vision1-tiny", "vision-classify",
         ("pixels", "sorted_pixels", "power_spectrum"), 3000, redrawn=True,
         rates={"data2vec2": 2.0, "autoencoder": 2.0, "finetuned": 2.0},
-        reached="The recipes as they are, half of the quick start's updates at twice its rate. The autoencoder is a point "
-        "ahead on linear, and three with 1,500 updates: its target does not move, while the teacher follows a student "
-        "that is still far away.",
+        reached="The recipes as they are, half of the quick start's updates at twice its rate. The autoencoder is a "
+        "point ahead on linear, and three with 1,500 updates: its target does not move, while the teacher follows a "
+        "student that is still far away.",
     ),
     "digits": Task(
         "digits", "spoken digits, unseen speaker, log-mel", prepare_digits, "speech-tiny", "speech1-tiny",
@@ -271,7 +271,7 @@ TASKS = {
     "sentences": Task(
         "sentences", "SST-2", prepare_sst, "text-tiny", "text1-tiny", "text-classify", ("bag_of_words",), 500,
         epochs=3.0, rates={"autoencoder": 2.0},
-        reached="The recipe as it is, which learns nothing here: 6,227 sentences and a part of WikiText are too few. The "
-        "autoencoder is ahead; both are behind a bag of words.",
+        reached="The recipe as it is, which learns nothing here: 6,227 sentences and a part of WikiText are too few. "
+        "The autoencoder is ahead; both are behind a bag of words.",
     ),
 }  # fmt: skip

@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 
 from d2v.config import Config
 from d2v.data.dataset import Batch, Modality, Sample
-from d2v.data.decoding.bands import Bands, Unfit, check_channels, is_array, is_tiff, read_bands
+from d2v.data.decoding.bands import Bands, Unfit, check_channels, decode_jpeg, is_array, is_tiff, read_bands
 from d2v.data.decoding.colour import AV_HINT, describe_loss, find_depth, read_colour
 from d2v.data.index import BANDS, open_images
 from d2v.data.sources import Kind, Source
@@ -28,7 +28,6 @@ _WANTED = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "DIB", "AVIF", "J
 Image.init()
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 """Decoders that may run. Others are left out on purpose: EPS, for one, starts an external program."""
-_HAS_SIMPLEJPEG = importlib.util.find_spec("simplejpeg") is not None
 RANGES = ("auto", "dtype", "minmax", "percentile")
 PERCENTILES = (0.5, 99.5)
 DEPTHS = range(8, 35, 2)
@@ -143,8 +142,8 @@ def _read_pillow(data: bytes, scale: Range, wanted: Collection[int], arrays: boo
         except Exception:  # damaged
             raise error from None
         return _use_bands(*found, scale, wanted)
-    if arrays and (decoded := _decode_jpeg(image, data)) is not None:
-        return Bands(decoded), None, _find_orientation(image), None
+    if arrays and (decoded := decode_jpeg(image, data)) is not None:
+        return decoded, None, _find_orientation(image), None
     pages = _count_pages(image)
     raw = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
     depth = find_depth(image, data)
@@ -167,20 +166,6 @@ def _read_pillow(data: bytes, scale: Range, wanted: Collection[int], arrays: boo
         result = Bands(scaled)
     left = f"{pages - 1} pages or frames behind the first, not read" if pages > 1 else None
     return result, kind or how, orientation, left
-
-
-def _decode_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:
-    """uint8 (H,W,3) of a colour JPEG that Pillow has opened; None for others and what simplejpeg finds fault with, of
-    which Pillow knows more."""
-    if image.format != "JPEG" or image.mode != "RGB" or not _HAS_SIMPLEJPEG:
-        return None
-    import simplejpeg
-
-    try:
-        size = simplejpeg.decode_jpeg_header(data)[1::-1]  # what Pillow's limit allows, and no other
-        return np.asarray(simplejpeg.decode_jpeg(data)) if size == image.size else None
-    except ValueError:
-        return None
 
 
 def _find_orientation(image: Image.Image) -> int:
