@@ -124,12 +124,12 @@ def draw(record: dict[str, Any], path: Path) -> None:
             style = {"color": f"C{i}", "label": f"{STARTS[start]}: {KINDS[kind]}"}
             by_labels = {n: pick(rows, start, kind, n) for n in counts}
             by_share = {u: pick(rows, start, kind, FEW, u) for u in shares}
-            for axis, values in zip(axes, (by_labels, by_share), strict=False):
+            for axis, values in zip(axes, (by_labels, by_share)[:panels], strict=True):
                 points = {x: [100 * v for v in found] for x, found in values.items() if found}
                 if points:
                     plot_range(axis, list(points), list(points.values()), **style)
         words = ("labels a class", f"share of the unlabelled samples; {FEW} labels a class")
-        for axis, text in zip(axes, words, strict=False):
+        for axis, text in zip(axes, words[:panels], strict=True):
             axis.set(xscale="log", xlabel=text)
             axis.grid(alpha=0.25)
         axes[0].set_ylabel("test accuracy, %")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.images import encode
 
 from d2v import recipes
 from d2v.cli import main
@@ -41,12 +42,6 @@ def tiff(values: np.ndarray, **options: Any) -> bytes:
     tifffile = pytest.importorskip("tifffile", reason="reads TIFF of many bands")
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, values, **options)
-    return buffer.getvalue()
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

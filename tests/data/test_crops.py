@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.images import make_image
+from support.images import encode, make_image
 
 from d2v import recipes
 from d2v.data import make_modality
@@ -50,12 +49,6 @@ def test_pytorch_resizes_nearly_as_pillow_does() -> None:
     assert np.array_equal(augment_image(image, same, random_stream(0, 0, 0, 0)), np.asarray(image).transpose(2, 0, 1))
 
 
-def encode(image: Image.Image, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **options)
-    return buffer.getvalue()
-
-
 def test_simplejpeg_decodes_to_the_values_of_pillow() -> None:
     """Colour alone, sound files alone; what is asked for does not change by it."""
     pytest.importorskip("simplejpeg")
@@ -63,9 +56,12 @@ def test_simplejpeg_decodes_to_the_values_of_pillow() -> None:
     exif = Image.Exif()
     exif[274] = 6
     files = [
-        encode(image, quality=q, subsampling=s, progressive=p) for q in (30, 95) for s in (0, 1, 2) for p in (0, 1)
+        encode(image, "JPEG", quality=q, subsampling=s, progressive=p)
+        for q in (30, 95)
+        for s in (0, 1, 2)
+        for p in (0, 1)
     ]
-    for data in (*files, encode(image, exif=exif)):
+    for data in (*files, encode(image, "JPEG", exif=exif)):
         for turn in (False, True):
             (found, notes), (expected, same) = (read_image(data, turn=turn, arrays=a) for a in (True, False))
             assert isinstance(found, Bands) and found.size == expected.size and notes == same
@@ -74,7 +70,7 @@ def test_simplejpeg_decodes_to_the_values_of_pillow() -> None:
             assert np.array_equal(centre_image(found, settings), centre_image(expected, settings))
             both = [augment_image(x, settings, random_stream(0, 0, 3, 0)) for x in (found, expected)]
             assert np.array_equal(*both)
-    for other in (encode(image.convert("L")), encode(image.convert("CMYK"))):
+    for other in (encode(image.convert("L"), "JPEG"), encode(image.convert("CMYK"), "JPEG")):
         assert isinstance(read_image(other, arrays=True)[0], Image.Image)
     with pytest.raises(ValueError, match="truncated"):
         read_image(files[0][:-40], arrays=True)
@@ -82,7 +78,7 @@ def test_simplejpeg_decodes_to_the_values_of_pillow() -> None:
 
 def test_only_models_of_colour_ask_for_it(tmp_path: Path) -> None:
     pytest.importorskip("simplejpeg")
-    (tmp_path / "a.jpg").write_bytes(encode(make_image(5, (90, 70))))
+    (tmp_path / "a.jpg").write_bytes(encode(make_image(5, (90, 70)), "JPEG"))
     for changes, arrays in (({"resize": "torch"}, True), ({}, False), ({"resize": "torch", "grey": True}, False)):
         config = recipes.get("vision-tiny").change(data={"path": str(tmp_path), "grey": False, **changes})
         images = make_modality(config)
